@@ -1,4 +1,4 @@
-"""Makes the pack importable as `wanquant` without putting the repository root on sys.path (our `nodes` would shadow the host's)."""
+"""Makes the pack importable as `wanquant` with the root off sys.path, where our `nodes` would shadow the host's."""
 
 from __future__ import annotations
 

@@ -1,0 +1,44 @@
+"""IQ4_NL and IQ4_XS: 4-bit codes into a fixed non-linear codebook.
+
+`decode_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml. `pack_*` is the inverse from integers:
+`d` (n,) floats, `scales` (n, 8) in [-32, 31], `codes` (n, block_size) in [0, 15], integer values in any dtype.
+
+Source: ggml-quants.c dequantize_row_iq4_nl, dequantize_row_iq4_xs; kvalues_iq4nl in ggml-common.h @ ggml 0.15.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bits import fields, half, half_bytes, levels, pack_bits, unpack_bits
+
+# IQ4_NL block,  18 bytes /  32 weights: d f16 | qs 16
+# IQ4_XS block, 136 bytes / 256 weights: d f16 | scales_h 2 (bits 4-5) | scales_l 4 (bits 0-3) | qs 128
+
+KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+
+def decode_iq4_nl(blocks: Tensor) -> Tensor:
+    d, qs = fields(blocks, 2, 16)
+    return levels(unpack_bits(qs, 4, run=16), KVALUES).mul_(half(d))
+
+
+def pack_iq4_nl(d: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat((half_bytes(d[:, None]), pack_bits(codes, 4, run=16)), 1)
+
+
+def decode_iq4_xs(blocks: Tensor) -> Tensor:
+    d, scales_h, scales_l, qs = fields(blocks, 2, 2, 4, 128)
+    scale = unpack_bits(scales_l, 4, run=1) | unpack_bits(scales_h, 2, run=1) * 16
+    dl = half(d) * (scale.float() - 32)
+    values = levels(unpack_bits(qs, 4, run=16), KVALUES)
+    return values.view(-1, 8, 32).mul_(dl[:, :, None]).view(-1, 256)
+
+
+def pack_iq4_xs(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+    scale = (scales + 32).to(torch.uint8)
+    scales_h = pack_bits(torch.div(scale, 16, rounding_mode="floor"), 2, run=1)
+    return torch.cat(
+        (half_bytes(d[:, None]), scales_h, pack_bits(scale & 15, 4, run=1), pack_bits(codes, 4, run=16)), 1
+    )

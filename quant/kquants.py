@@ -1,0 +1,120 @@
+"""K-quants: super-blocks of 256 weights whose sub-blocks have small integer scales, Q2_K to Q6_K.
+
+`decode_*`: (n, type_size) uint8 -> (n, 256) float32, bit-exact to ggml. `pack_*` is the inverse from integers: `d` and
+`dmin` (n,) floats, `scales` and `mins` (n, sub-blocks), `codes` (n, 256), integer values in any dtype.
+
+Source: ggml-quants.c dequantize_row_q{2,3,4,5,6}_K, struct block_q*_K in ggml-common.h @ ggml 0.15.3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bits import fields, half, half_bytes, pack_bits, unpack_bits
+
+# Q2_K block,  84 bytes: scales 16 (low nibble scale, high nibble min) | qs 64 | d f16 | dmin f16
+# Q3_K block, 110 bytes: hmask 32 (bit 2 of the codes) | qs 64 | scales 12 (6 bits, biased by 32) | d f16
+# Q4_K block, 144 bytes: d f16 | dmin f16 | scales 12 (6-bit scales and mins) | qs 128
+# Q5_K block, 176 bytes: d f16 | dmin f16 | scales 12 (6-bit scales and mins) | qh 32 (bit 4 of the codes) | qs 128
+# Q6_K block, 210 bytes: ql 128 (bits 0-3) | qh 64 (bits 4-5) | scales 16 int8 | d f16
+
+
+def decode_q2_k(blocks: Tensor) -> Tensor:
+    scales, qs, d, dmin = fields(blocks, 16, 64, 2, 2)
+    scale, minimum = unpack_bits(scales, 4, run=16).view(-1, 2, 16).unbind(1)
+    return _affine(unpack_bits(qs, 2, run=32), half(d) * scale, half(dmin) * minimum)
+
+
+def pack_q2_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
+    packed_scales = pack_bits(torch.cat((scales, mins), 1), 4, run=16)
+    return torch.cat((packed_scales, pack_bits(codes, 2, run=32), half_bytes(d[:, None]), half_bytes(dmin[:, None])), 1)
+
+
+def decode_q3_k(blocks: Tensor) -> Tensor:
+    hmask, qs, scales, d = fields(blocks, 32, 64, 12, 2)
+    low, high = torch.split(scales, [8, 4], 1)
+    scale = unpack_bits(low, 4, run=8) | unpack_bits(high, 2, run=4) * 16
+    codes = unpack_bits(qs, 2, run=32) | unpack_bits(hmask, 1, run=32) * 4
+    return _scaled(codes.float().sub_(4), half(d) * (scale.float() - 32))
+
+
+def pack_q3_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+    """Scales in [-32, 31], codes in [-4, 3]."""
+    scale, code = (scales + 32).to(torch.uint8), (codes + 4).to(torch.uint8)
+    low, high = pack_bits(scale & 15, 4, run=8), pack_bits(_shifted(scale, 4), 2, run=4)
+    hmask, qs = pack_bits(_shifted(code, 2), 1, run=32), pack_bits(code & 3, 2, run=32)
+    return torch.cat((hmask, qs, low, high, half_bytes(d[:, None])), 1)
+
+
+def decode_q4_k(blocks: Tensor) -> Tensor:
+    d, dmin, scales, qs = fields(blocks, 2, 2, 12, 128)
+    scale, minimum = _unpack_scales(scales)
+    return _affine(unpack_bits(qs, 4, run=32), half(d) * scale, half(dmin) * minimum)
+
+
+def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
+    head = half_bytes(torch.stack((d, dmin), 1))
+    return torch.cat((head, _pack_scales(scales, mins), pack_bits(codes, 4, run=32)), 1)
+
+
+def decode_q5_k(blocks: Tensor) -> Tensor:
+    d, dmin, scales, qh, qs = fields(blocks, 2, 2, 12, 32, 128)
+    scale, minimum = _unpack_scales(scales)
+    codes = unpack_bits(qs, 4, run=32) | unpack_bits(qh, 1, run=32) * 16
+    return _affine(codes, half(d) * scale, half(dmin) * minimum)
+
+
+def pack_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
+    code = codes.to(torch.uint8)
+    head = half_bytes(torch.stack((d, dmin), 1))
+    qh, qs = pack_bits(_shifted(code, 4), 1, run=32), pack_bits(code & 15, 4, run=32)
+    return torch.cat((head, _pack_scales(scales, mins), qh, qs), 1)
+
+
+def decode_q6_k(blocks: Tensor) -> Tensor:
+    ql, qh, scales, d = fields(blocks, 128, 64, 16, 2)
+    codes = unpack_bits(ql, 4, run=64) | unpack_bits(qh, 2, run=32) * 16
+    return _scaled(codes.float().sub_(32), half(d) * scales.view(torch.int8))
+
+
+def pack_q6_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
+    """Scales in [-128, 127], codes in [-32, 31]."""
+    code = (codes + 32).to(torch.uint8)
+    ql, qh = pack_bits(code & 15, 4, run=64), pack_bits(_shifted(code, 4), 2, run=32)
+    return torch.cat((ql, qh, scales.to(torch.int8).view(torch.uint8), half_bytes(d[:, None])), 1)
+
+
+def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
+    """codes (n, 256) float32 times scales (n, sub-blocks), in place."""
+    n, n_sub = scales.shape
+    return codes.view(n, n_sub, -1).mul_(scales[:, :, None]).view(n, -1)
+
+
+def _affine(codes: Tensor, scales: Tensor, mins: Tensor) -> Tensor:
+    """codes * scale - min by sub-block, as a product and a difference: a fused multiply-add rounds differently."""
+    n, n_sub = scales.shape
+    return _scaled(codes.float(), scales).view(n, n_sub, -1).sub_(mins[:, :, None]).view(n, -1)
+
+
+def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, 12) bytes -> 8 scales and 8 mins of 6 bits: four of each in the low bits, the others as nibble and top bits.
+
+    Source: ggml-quants.c get_scale_min_k4.
+    """
+    top = unpack_bits(scales[:, :8].contiguous(), 2, run=8)[:, 24:] * 16
+    low = scales[:, :8] & 63
+    nibbles = unpack_bits(scales[:, 8:].contiguous(), 4, run=4)
+    high = nibbles | top
+    return torch.cat((low[:, :4], high[:, :4]), 1), torch.cat((low[:, 4:], high[:, 4:]), 1)
+
+
+def _pack_scales(scales: Tensor, mins: Tensor) -> Tensor:
+    low = torch.cat((scales[:, :4], mins[:, :4]), 1).to(torch.uint8)
+    high = torch.cat((scales[:, 4:], mins[:, 4:]), 1).to(torch.uint8)
+    return torch.cat((low | _shifted(high, 4) * 64, pack_bits(high & 15, 4, run=4)), 1)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """uint8 values shifted right."""
+    return torch.div(values, 1 << bits, rounding_mode="floor")

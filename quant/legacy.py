@@ -1,0 +1,139 @@
+"""F32, F16, BF16 and ggml's first block formats: one or two float16 for 32 weights.
+
+`decode_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml. `encode_*` is the inverse, bit-equal to
+ggml's quantization without an importance matrix, and so ignores `importance`.
+
+Source: ggml-quants.c dequantize_row_q{4_0,4_1,5_0,5_1,8_0}, quantize_row_q*_ref @ ggml 0.15.3; checked against 0.20.2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bits import fields, half, pack_bits, unpack_bits
+
+# Q4_0 block, 18 bytes / 32 weights: d f16 | qs 16
+# Q4_1 block, 20 bytes / 32 weights: d f16 | m f16 | qs 16
+# Q5_0 block, 22 bytes / 32 weights: d f16 | qh 4 (bit 4 of the codes) | qs 16
+# Q5_1 block, 24 bytes / 32 weights: d f16 | m f16 | qh 4 (bit 4 of the codes) | qs 16
+# Q8_0 block, 34 bytes / 32 weights: d f16 | qs 32 int8
+
+
+def decode_f32(blocks: Tensor) -> Tensor:
+    return fields(blocks, 4)[0].view(torch.float32)
+
+
+def encode_f32(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    return blocks.view(torch.uint8)
+
+
+def decode_f16(blocks: Tensor) -> Tensor:
+    return half(*fields(blocks, 2))
+
+
+def encode_f16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    return _f16(blocks)
+
+
+def decode_bf16(blocks: Tensor) -> Tensor:
+    return fields(blocks, 2)[0].view(torch.bfloat16).float()
+
+
+def encode_bf16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    return blocks.bfloat16().view(torch.uint8)
+
+
+def decode_q4_0(blocks: Tensor) -> Tensor:
+    d, qs = fields(blocks, 2, 16)
+    return unpack_bits(qs, 4, run=16).float().sub_(8).mul_(half(d))
+
+
+def encode_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    d = _signed_absmax(blocks) / -8
+    codes = _truncate(blocks * _inverse(d) + 8.5).clamp_(max=15)
+    return torch.cat((_f16(d), pack_bits(codes, 4, run=16)), 1)
+
+
+def decode_q4_1(blocks: Tensor) -> Tensor:
+    d, m, qs = fields(blocks, 2, 2, 16)
+    return unpack_bits(qs, 4, run=16).float().mul_(half(d)).add_(half(m))
+
+
+def encode_q4_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    d, m = _step_and_min(blocks, 15)
+    codes = _truncate((blocks - m) * _inverse(d) + 0.5).clamp_(max=15)
+    return torch.cat((_f16(d), _f16(m), pack_bits(codes, 4, run=16)), 1)
+
+
+def decode_q5_0(blocks: Tensor) -> Tensor:
+    d, qh, qs = fields(blocks, 2, 4, 16)
+    return _unpack_5_bits(qh, qs).sub_(16).mul_(half(d))
+
+
+def encode_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    d = _signed_absmax(blocks) / -16
+    codes = _truncate(blocks * _inverse(d) + 16.5).clamp_(max=31)
+    return torch.cat((_f16(d), _pack_5_bits(codes)), 1)
+
+
+def decode_q5_1(blocks: Tensor) -> Tensor:
+    d, m, qh, qs = fields(blocks, 2, 2, 4, 16)
+    return _unpack_5_bits(qh, qs).mul_(half(d)).add_(half(m))
+
+
+def encode_q5_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    d, m = _step_and_min(blocks, 31)
+    codes = _truncate((blocks - m) * _inverse(d) + 0.5)
+    return torch.cat((_f16(d), _f16(m), _pack_5_bits(codes)), 1)
+
+
+def decode_q8_0(blocks: Tensor) -> Tensor:
+    d, qs = fields(blocks, 2, 32)
+    return qs.view(torch.int8).float().mul_(half(d))
+
+
+def encode_q8_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    d = blocks.abs().amax(1, keepdim=True) / 127
+    codes = _truncate(round_half_away(blocks * _inverse(d))).to(torch.int8)
+    return torch.cat((_f16(d), codes.view(torch.uint8)), 1)
+
+
+def round_half_away(x: Tensor) -> Tensor:
+    """C's roundf; torch.round takes halves to even."""
+    whole = x.trunc()
+    return (x - whole).mul_(2).trunc_().add_(whole)
+
+
+def _unpack_5_bits(qh: Tensor, qs: Tensor) -> Tensor:
+    return unpack_bits(qs, 4, run=16).add_(unpack_bits(qh, 1, run=1), alpha=16).float()
+
+
+def _pack_5_bits(codes: Tensor) -> Tensor:
+    high = (codes > 15).to(torch.uint8)
+    return torch.cat((pack_bits(high, 1, run=1), pack_bits(codes - 16 * high, 4, run=16)), 1)
+
+
+def _f16(values: Tensor) -> Tensor:
+    """(n, k) float32 -> (n, 2 * k) uint8; too large is infinite, as in ggml."""
+    return values.half().view(torch.uint8)
+
+
+def _inverse(d: Tensor) -> Tensor:
+    return torch.where(d == 0, d, 1 / d)
+
+
+def _truncate(codes: Tensor) -> Tensor:
+    """The integer part, where ggml casts. 1 / d overflows for a subnormal d: on x86 the cast then gives 0."""
+    return codes.nan_to_num_(0.0, 0.0, 0.0).trunc_()
+
+
+def _signed_absmax(blocks: Tensor) -> Tensor:
+    # ggml's search starts at +0, which no -0 replaces: adding 0 gives an all-zero block the same sign.
+    return blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) + 0.0
+
+
+def _step_and_min(blocks: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    # Not aminmax: of two zeros that differ in sign ggml keeps the first, and so do min and max with indices.
+    low, high = blocks.min(1, keepdim=True).values, blocks.max(1, keepdim=True).values
+    return (high - low) / steps, low

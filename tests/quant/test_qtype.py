@@ -1,0 +1,232 @@
+"""QuantType and QTYPES: sizes, exactness of every decoder, chunking, refused input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from wanquant.quant import QTYPES, QuantError, QuantType, qtype
+from wanquant.quant.qtype import QTYPES_BY_ID, Effort, qtype_of
+from wanquant.tests.libggml import LibGGML
+from wanquant.tests.quant.portable import PortableOps
+from wanquant.tests.quant.samples import assert_same_bits, random_blocks, special_blocks
+
+ROOT = Path(__file__).resolve().parents[2]
+every_type = pytest.mark.parametrize("quant", QTYPES.values(), ids=QTYPES.keys())
+Q8_0, Q4_K = QTYPES["Q8_0"], QTYPES["Q4_K"]
+
+
+def test_every_type_that_gguf_decodes_is_known() -> None:
+    decodable = {quant.name for quant in gguf.quants._type_traits} | {"F16", "F32"}
+    assert QTYPES.keys() == decodable
+    assert len(QTYPES) == 26
+
+
+@every_type
+def test_sizes_are_those_of_gguf_and_libggml(quant: QuantType, libggml: LibGGML) -> None:
+    sizes = (quant.block_size, quant.type_size)
+    assert sizes == GGML_QUANT_SIZES[GGMLQuantizationType(quant.ggml_type)] == libggml.sizes(quant.name)
+    assert GGMLQuantizationType(quant.ggml_type).name == quant.name
+    assert qtype_of(quant.ggml_type) is quant
+    assert quant.bits_per_weight == 8 * quant.type_size / quant.block_size
+
+
+@every_type
+@pytest.mark.parametrize(
+    "blocks", [lambda quant: random_blocks(quant, 2000), special_blocks], ids=["random", "special"]
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_decoding_is_bit_exact(quant: QuantType, blocks, libggml: LibGGML) -> None:
+    packed = blocks(quant)
+    weight = quant.dequantize(packed).numpy()
+    assert_same_bits(weight, libggml.dequantize(quant.name, packed.numpy()))
+    assert_same_bits(weight, gguf.quants.dequantize(packed.numpy(), GGMLQuantizationType[quant.name]))
+
+
+@every_type
+def test_decoding_is_portable(quant: QuantType) -> None:
+    packed = random_blocks(quant, 8)
+    with PortableOps() as ops:
+        quant.dequantize(packed, torch.bfloat16)
+    assert {"copy", "view"} <= ops.seen
+
+
+@pytest.mark.parametrize(
+    ("quant", "effort"),
+    [pytest.param(q, effort, id=f"{q.name}-{effort}") for q in QTYPES.values() for effort in q.efforts],
+)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_encoding_is_portable(quant: QuantType, effort: Effort, weighted: bool) -> None:
+    weight = torch.randn(4, 2 * quant.block_size)
+    importance = torch.rand(2 * quant.block_size) if weighted else None
+    with PortableOps() as ops:
+        quant.quantize(weight, importance, effort)
+    assert {"copy", "view"} <= ops.seen
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: torch.zeros(2, dtype=torch.float64) + 1,
+        lambda: torch.zeros(2, dtype=torch.uint8) >> 1,
+        lambda: torch.zeros(2, dtype=torch.uint8).view(torch.int8).view(torch.uint8) << 1,
+        lambda: torch.zeros(2, dtype=torch.uint16).clone(),
+        lambda: torch.linalg.inv(torch.eye(2)),
+    ],
+)
+def test_portable_ops_refuses_what_it_should(bad) -> None:
+    with pytest.raises(AssertionError), PortableOps():
+        bad()
+
+
+@every_type
+def test_leading_axes_dtype_and_rounding(quant: QuantType) -> None:
+    packed = random_blocks(quant, 24).view(2, 3, 4 * quant.type_size)
+    weight = quant.dequantize(packed)
+    assert weight.shape == quant.unpacked_shape(packed.shape) == (2, 3, 4 * quant.block_size)
+    assert quant.packed_shape(weight.shape) == packed.shape
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.testing.assert_close(quant.dequantize(packed, dtype), weight.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@every_type
+def test_chunks_do_not_show(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = random_blocks(quant, 7)
+    whole = quant.dequantize(packed).numpy()
+    monkeypatch.setattr(qtype, "_CPU_WEIGHTS", 2 * quant.block_size)
+    assert_same_bits(quant.dequantize(packed).numpy(), whole)
+
+
+@every_type
+def test_odd_offsets_and_strides(quant: QuantType) -> None:
+    blocks = random_blocks(quant, 6)
+    whole = quant.dequantize(blocks).numpy()
+    shifted = torch.cat((torch.zeros(1, dtype=torch.uint8), blocks.flatten()))[1:].view(6, -1)
+    assert_same_bits(quant.dequantize(shifted).numpy(), whole)
+    assert_same_bits(quant.dequantize(shifted[:1]).numpy(), whole[:1])
+    assert_same_bits(quant.dequantize(blocks[::2]).numpy(), whole[::2])
+    assert_same_bits(quant.dequantize(blocks.t().contiguous().t()).numpy(), whole)
+
+
+@every_type
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 5)], ids=str)
+def test_empty(quant: QuantType, shape: tuple[int, ...]) -> None:
+    shape = (*shape[:-1], shape[-1] * quant.type_size)
+    weight = quant.dequantize(torch.empty(shape, dtype=torch.uint8))
+    assert weight.shape == quant.unpacked_shape(shape)
+    if quant.fast:
+        assert quant.quantize(weight, torch.ones(weight.shape[-1]), effort="fast").shape == shape
+
+
+def test_encoding_takes_any_float_strides_and_axes() -> None:
+    weight = torch.randn(64, 6).half().t()
+    expected = Q8_0.quantize(weight.float().contiguous(), effort="fast")
+    assert torch.equal(Q8_0.quantize(weight, effort="fast"), expected)
+    assert torch.equal(Q8_0.quantize(weight.double(), effort="fast"), expected)
+    assert torch.equal(Q8_0.quantize(weight.reshape(2, 3, 64), effort="fast"), expected.view(2, 3, 68))
+
+
+@pytest.mark.parametrize("chunk", [1, 32, 64, 96, 1 << 18])
+def test_importance_follows_its_columns_in_every_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(blocks: Tensor, importance: Tensor | None) -> Tensor:
+        assert importance is not None
+        seen.append((blocks.clone(), importance.clone()))
+        return torch.zeros(len(blocks), 34, dtype=torch.uint8)
+
+    monkeypatch.setattr(qtype, "_CPU_WEIGHTS", chunk)
+    importance = torch.arange(96.0)
+    replace(Q8_0, best=spy).quantize(importance.repeat(5, 1), importance)
+    assert sum(len(blocks) for blocks, _ in seen) == 15
+    for blocks, columns in seen:
+        assert torch.equal(blocks, columns)
+        assert columns.dtype == torch.float32
+        assert columns.is_contiguous()
+
+
+@pytest.mark.parametrize("quant", [q for q in QTYPES.values() if q.best], ids=lambda quant: quant.name)
+def test_encoding_in_chunks_equals_encoding_at_once(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to the last bits of sums, whose order may depend on the length of a chunk."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 2 * quant.block_size, generator=generator)
+    importance = torch.rand(2 * quant.block_size, generator=generator)
+
+    def error() -> Tensor:
+        restored = quant.dequantize(quant.quantize(weight, importance))
+        return ((restored - weight).square() * importance).sum(1)
+
+    whole = error()
+    monkeypatch.setattr(qtype, "_CPU_WEIGHTS", quant.block_size)
+    torch.testing.assert_close(error(), whole, rtol=1e-2, atol=0)
+
+
+def test_codes_survive_the_round_trip() -> None:
+    for name in ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0"):
+        quant = QTYPES[name]
+        largest = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 127}.get(name, 64)
+        weight = torch.randint(-largest, largest, (4, 4 * quant.block_size)).float()
+        weight[:, :: quant.block_size] = -largest
+        assert torch.equal(quant.dequantize(quant.quantize(weight, effort="fast")), weight), name
+
+
+REFUSED = {
+    "packed dtype": (lambda: Q8_0.dequantize(torch.zeros(34)), "Q8_0: packed data is torch.float32"),
+    "cut row": (lambda: Q8_0.dequantize(torch.zeros(3, 33, dtype=torch.uint8)), r"\(3, 33\).*type size 34"),
+    "packed scalar": (lambda: Q8_0.dequantize(torch.zeros((), dtype=torch.uint8)), r"\(\).*Q8_0"),
+    "row length": (lambda: Q4_K.packed_shape((4, 1500)), r"\(4, 1500\).*Q4_K block size 256"),
+    "weight dtype": (lambda: Q8_0.quantize(torch.zeros(32, dtype=torch.int32), effort="fast"), "torch.int32"),
+    "weight scalar": (lambda: Q8_0.quantize(torch.tensor(1.0), effort="fast"), r"\(\).*Q8_0"),
+    "effort": (lambda: Q8_0.quantize(torch.zeros(32), effort="slow"), "'slow'; choose from fast, best"),  # type: ignore[arg-type]
+    "no encoder": (lambda: QTYPES["IQ1_S"].quantize(torch.zeros(256)), "IQ1_S: no best encoder; choose from F32, F16"),
+    "importance length": (
+        lambda: Q8_0.quantize(torch.zeros(2, 64), torch.ones(32), "fast"),
+        r"\(32,\), expected \(64,\)",
+    ),
+    "importance axes": (lambda: Q8_0.quantize(torch.zeros(2, 64), torch.ones(2, 64), "fast"), r"expected \(64,\)"),
+    "importance sign": (lambda: Q8_0.quantize(torch.zeros(64), -torch.ones(64), "fast"), "at least 0"),
+    "importance dtype": (lambda: Q8_0.quantize(torch.zeros(64), torch.ones(64).int(), "fast"), "floating point"),
+    "unknown type": (lambda: qtype_of(99), "ggml type 99 is unknown.* 8 Q8_0"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_with_a_reason(call, message: str) -> None:
+    with pytest.raises(QuantError, match=message):
+        call()
+
+
+def test_ids_and_names_are_unique() -> None:
+    assert len(QTYPES_BY_ID) == len(QTYPES) == len({quant.name for quant in QTYPES.values()})
+    assert all(name == quant.name for name, quant in QTYPES.items())
+
+
+def test_import_is_lean() -> None:
+    """From the repository root, as `python -m quant`: nothing of the host is imported, CUDA is not started."""
+    code = (
+        "import sys, torch\n"
+        "torch.cuda._lazy_init = lambda: sys.exit('CUDA was started')\n"
+        "import quant\n"
+        "host = [name for name in sys.modules if name.startswith(('comfy', 'nodes', 'folder_paths'))]\n"
+        "print(len(quant.QTYPES), *host)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout.split(), result.stderr) == (0, ["26"], "")
+
+
+def test_non_finite_weights_do_not_spoil_other_blocks() -> None:
+    weight = torch.randn(4, 32)
+    expected = Q8_0.quantize(weight, effort="fast")
+    for value in (np.nan, np.inf, -np.inf):
+        weight[1, 5] = value
+        packed = Q8_0.quantize(weight, effort="fast")
+        assert torch.equal(packed[[0, 2, 3]], expected[[0, 2, 3]])

@@ -1,0 +1,158 @@
+"""The encoders against ggml's own, and the searches they are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from wanquant.quant import QTYPES
+from wanquant.quant.iq4 import KVALUES
+from wanquant.quant.search.columns import Columns
+from wanquant.quant.search.levels import Codebook, Integers
+from wanquant.quant.search.scale import search_scale, search_scale_and_min
+from wanquant.tests.libggml import LibGGML
+
+# Mean squared error of "best" against ggml's without importance, on Gaussian weights; a little is left for luck.
+BEST = {
+    **{"Q2_K": 0.79, "Q3_K": 0.92, "Q4_K": 0.965, "Q5_K": 0.91, "Q6_K": 0.90},
+    **{"IQ4_NL": 0.95, "IQ4_XS": 0.945, "Q4_0": 0.90, "Q4_1": 0.81, "Q5_0": 0.89, "Q5_1": 0.79, "Q8_0": 0.80},
+}
+FAST = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+ENCODERS = [*((name, "best") for name in BEST), *((name, "fast") for name in FAST)]
+SHAPE = (32, 1024)
+
+
+def weights(kind: str) -> NDArray[np.float32]:
+    """(32, 1024) float32."""
+    rng = np.random.default_rng(7)
+    gaussian = rng.standard_normal(SHAPE, np.float32) * np.float32(0.02)
+    match kind:
+        case "gaussian":
+            return gaussian
+        case "student_t5":
+            return (rng.standard_t(5, SHAPE) * 0.02).astype(np.float32)
+        case "zeros":
+            return np.zeros(SHAPE, np.float32)
+        case "sparse":
+            return np.where(rng.random(SHAPE) < 0.95, np.float32(0), gaussian)
+        case "outlier columns":
+            gaussian[:, ::97] *= 100
+            return gaussian
+        case "subnormal scales":
+            return gaussian * np.float32(1e-4)
+        case "subnormal weights":
+            return gaussian * np.float32(1e-38)
+    raise ValueError(kind)
+
+
+def error(decoded: NDArray[np.float32], weight: NDArray[np.float32], importance: NDArray[np.float32] | None) -> float:
+    """Mean squared error, weighted by the importance of the columns."""
+    return float(np.mean((decoded.astype(np.float64) - weight) ** 2 * (1 if importance is None else importance)))
+
+
+def errors(
+    name: str, effort: str, weight: NDArray[np.float32], libggml: LibGGML, importance: NDArray[np.float32] | None = None
+) -> tuple[float, float]:
+    """Ours and ggml's, both decoded by ggml."""
+    ours = QTYPES[name].quantize(
+        torch.from_numpy(weight), None if importance is None else torch.from_numpy(importance), effort
+    )
+    packed = (ours.numpy(), libggml.quantize(name, weight, importance))
+    first, second = (error(libggml.dequantize(name, p), weight, importance) for p in packed)
+    return first, second
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "student_t5"])
+@pytest.mark.parametrize(("name", "effort"), ENCODERS)
+def test_error_is_below_ggmls(name: str, effort: str, kind: str, libggml: LibGGML) -> None:
+    ours, theirs = errors(name, effort, weights(kind), libggml)
+    assert ours <= theirs * (BEST[name] if effort == "best" and kind == "gaussian" else 1)
+
+
+@pytest.mark.parametrize(("name", "effort"), ENCODERS)
+def test_weighted_error_is_below_ggmls_with_the_same_importance(name: str, effort: str, libggml: LibGGML) -> None:
+    importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
+    ours, theirs = errors(name, effort, weights("student_t5"), libggml, importance)
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("kind", ["zeros", "sparse", "subnormal scales", "subnormal weights"])
+@pytest.mark.parametrize(("name", "effort"), ENCODERS)
+def test_special_weights_are_not_worse_than_ggmls(name: str, effort: str, kind: str, libggml: LibGGML) -> None:
+    ours, theirs = errors(name, effort, weights(kind), libggml)
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_outlier_columns_are_not_worse_than_ggmls(name: str, libggml: LibGGML) -> None:
+    ours, theirs = errors(name, "best", weights("outlier columns"), libggml)
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("value", [1.0, 0.37, -0.5, -3.0])
+@pytest.mark.parametrize(("name", "effort"), ENCODERS)
+def test_constants_are_as_exact_as_a_float16_scale(name: str, effort: str, value: float) -> None:
+    weight = torch.full((1, 256), value)
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, effort=effort))
+    assert (decoded - weight).abs().max() <= abs(value) * 2**-10
+
+
+@pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
+@pytest.mark.parametrize(("name", "effort"), ENCODERS)
+def test_too_large_weights_saturate(name: str, effort: str, magnitude: float) -> None:
+    weight = torch.randn(4, 256).clamp_(-1, 1) * magnitude
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, effort=effort))
+    assert decoded.isfinite().all()
+    assert (decoded * weight >= 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize(("name", "effort"), ENCODERS)
+def test_columns_without_importance_do_not_spoil_the_others(name: str, effort: str) -> None:
+    weight = torch.from_numpy(weights("gaussian"))
+    importance = torch.ones(SHAPE[1])
+    importance[: SHAPE[1] // 2] = 0
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, importance, effort))
+    assert decoded.isfinite().all()
+    assert (decoded - weight).square().mean() < weight.square().mean() / 4
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_equal_importance_is_no_importance(name: str) -> None:
+    weight = torch.from_numpy(weights("gaussian"))[:8]
+    qtype = QTYPES[name]
+    plain, equal = (qtype.dequantize(qtype.quantize(weight, i)) for i in (None, torch.full((SHAPE[1],), 3.0)))
+    errors = [(decoded - weight).square().mean() for decoded in (plain, equal)]
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("name", "effort"), ENCODERS)
+def test_encoding_is_deterministic(name: str, effort: str) -> None:
+    weight = torch.from_numpy(weights("student_t5"))[:4]
+    assert torch.equal(QTYPES[name].quantize(weight, effort=effort), QTYPES[name].quantize(weight, effort=effort))
+
+
+def test_codebook_rounds_to_the_nearest_level() -> None:
+    values = torch.arange(-140, 140, 0.03)
+    levels = torch.tensor(KVALUES, dtype=torch.float32)
+    codebook = Codebook(KVALUES)
+    found = codebook.nearest(values.clone())
+    assert torch.equal((found - values).abs(), (levels - values[:, None]).abs().amin(1))
+    assert torch.equal(codebook.codes(levels), torch.arange(16.0))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_search_scale_finds_an_exact_scale(sign: int) -> None:
+    q = torch.tensor([-8.0, 7, 3, 0, -2])[:, None]
+    scale = search_scale(Columns(q * sign * 0.3), Integers(-8, 7), (8, -8), stored=False)
+    torch.testing.assert_close(scale, torch.tensor([sign * 0.3]))
+
+
+@pytest.mark.parametrize(("minimum", "signed"), [(1.2, False), (-1.2, True), (0.0, False)])
+def test_search_scale_and_min_finds_an_exact_line(minimum: float, signed: bool) -> None:
+    q = torch.tensor([0.0, 15, 3, 8])[:, None]
+    columns = Columns(q * 0.3 - minimum, torch.tensor([1.0, 2, 3, 4])[:, None])
+    scale, found = search_scale_and_min(columns, Integers(0, 15), (14, 15), signed=signed)
+    torch.testing.assert_close(scale, torch.tensor([0.3]))
+    torch.testing.assert_close(found, torch.tensor([minimum]), atol=1e-5, rtol=1e-5)
