@@ -1,0 +1,170 @@
+"""Writes GGUF v3 files tensor by tensor; the destination appears complete or not at all.
+
+Source: ggml docs/gguf.md. Flattening: stable-diffusion.cpp core/ggml_extend.hpp Conv3d and model_io/gguf_reader_ext.h
+@ 97d2990 read leading dimensions merged into one; city96/ComfyUI-GGUF loader.py get_orig_shape @ 001ffcf undoes it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .atomic_file import AtomicFile
+from .errors import QuantError
+from .gguf_header import ORIG_SHAPE_KEY, alignment_of
+from .gguf_values import pack_metadata, pack_name
+from .qtype import QuantType
+
+_MAX_DIMS = 4
+# GGML_MAX_NAME as ComfyUI's GGUF tools and stable-diffusion.cpp build it, less the terminating zero.
+_MAX_NAME_BYTES = 127
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: `shape` is the model's, in torch's order."""
+
+    name: str
+    qtype: QuantType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.qtype.packed_shape(self.shape or (1,)))
+
+
+class GGUFWriter:
+    """A context manager that writes declared tensors in their order.
+
+    Tensors of more than 4 dimensions are stored with the leading ones merged and their shape in
+    `comfy.gguf.orig_shape.<name>`; `five_d` stores them as they are, which WanVideoWrapper needs and llama.cpp refuses.
+    Leaving the `with` block normally closes the writer; leaving it by any exception leaves nothing on disk.
+
+    Raises:
+        QuantError: names, shapes or metadata cannot be stored; on entering, what `AtomicFile` raises.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, Any],
+        tensors: Sequence[TensorSpec],
+        *,
+        overwrite: bool = False,
+        five_d: bool = False,
+    ) -> None:
+        self.path, self.tensors = Path(path), tuple(tensors)
+        self._check_tensors()
+        self._alignment = alignment_of(metadata, self.path)
+        self._stored_shapes = [spec.shape if five_d else _flattened(spec.shape) for spec in self.tensors]
+        self._metadata = {**metadata, **self._orig_shapes()}
+        self._header = self._pack_header(self._metadata)
+        self.nbytes = len(self._header) + sum(self._padded(spec.nbytes) for spec in self.tensors)
+        """Size of the finished file."""
+        self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite)
+        self._n_written = 0
+        self._is_closed = False
+
+    def __enter__(self) -> GGUFWriter:
+        with ExitStack() as stack:
+            stack.enter_context(self._file)
+            self._file.write(self._header)
+            stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and not self._is_closed:
+                self.close()
+        finally:
+            self._file.__exit__(kind, error, traceback)
+
+    def write(self, name: str, packed: Tensor) -> None:
+        """Appends the next declared tensor.
+
+        Args:
+            packed: uint8, on any device, as many bytes as the declared shape takes in its type.
+        """
+        spec = self.tensors[self._n_written] if self._n_written < len(self.tensors) else None
+        if spec is None or spec.name != name:
+            expected = spec.name if spec else "no more"
+            raise QuantError(f"{self.path}: got tensor {name}, expected {expected}; keep the declared order")
+        if packed.dtype != torch.uint8 or packed.numel() != spec.nbytes:
+            raise QuantError(
+                f"{self.path}: tensor {name}: {packed.numel()} items of {packed.dtype}, expected {spec.nbytes} bytes as"
+                f" torch.uint8; quantize it to {spec.qtype.name} {spec.shape}"
+            )
+        self._file.write(packed.cpu().contiguous().numpy().data)
+        self._file.write(bytes(self._padded(spec.nbytes) - spec.nbytes))
+        self._n_written += 1
+
+    def close(self, metadata: Mapping[str, Any] | None = None) -> Path:
+        """Puts the complete file in place.
+
+        Args:
+            metadata: new values for declared keys, each as long in the file as the one it replaces.
+
+        Returns:
+            The file's path, which can differ from the one asked for: see `AtomicFile.commit`.
+        """
+        if self._n_written < len(self.tensors):
+            raise QuantError(f"{self.path}: {self._n_written} of {len(self.tensors)} tensors written; write all first")
+        if metadata:
+            self._rewrite_header(metadata)
+        self._is_closed = True
+        return self._file.commit()
+
+    def _rewrite_header(self, metadata: Mapping[str, Any]) -> None:
+        for key, value in metadata.items():
+            if len(pack_metadata({key: value})) != len(pack_metadata({key: self._metadata.get(key, "")})):
+                raise QuantError(f"{self.path}: metadata {key}: not declared, or of another size than its placeholder")
+        self._file.rewind()
+        self._file.write(self._pack_header({**self._metadata, **metadata}))
+
+    def _check_tensors(self) -> None:
+        names = set()
+        for spec in self.tensors:
+            if spec.name in names or not 0 < len(pack_name(spec.name)) - 8 <= _MAX_NAME_BYTES or 0 in spec.shape:
+                raise QuantError(
+                    f"{self.path}: tensor {spec.name!r} {spec.shape}: expected a unique name of 1 to {_MAX_NAME_BYTES}"
+                    " bytes and no dimension of size 0; rename or leave out the tensor"
+                )
+            names.add(spec.name)
+
+    def _orig_shapes(self) -> dict[str, Any]:
+        return {
+            ORIG_SHAPE_KEY + spec.name: np.array(spec.shape, np.int32)
+            for spec, stored in zip(self.tensors, self._stored_shapes, strict=True)
+            if stored != spec.shape
+        }
+
+    def _pack_header(self, metadata: Mapping[str, Any]) -> bytes:
+        infos, offset = [], 0
+        for spec, shape in zip(self.tensors, self._stored_shapes, strict=True):
+            dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+            infos.append(pack_name(spec.name) + dims + struct.pack("<IQ", spec.qtype.ggml_type, offset))
+            offset += self._padded(spec.nbytes)
+        head = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), len(metadata))
+        header = head + pack_metadata(metadata) + b"".join(infos)
+        return header.ljust(self._padded(len(header)), b"\0")
+
+    def _padded(self, nbytes: int) -> int:
+        return -(-nbytes // self._alignment) * self._alignment
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n_merged = len(shape) - _MAX_DIMS + 1
+    return (prod(shape[:n_merged]), *shape[n_merged:]) if n_merged > 1 else shape
