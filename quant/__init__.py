@@ -1,0 +1,10 @@
+"""GGUF block formats and conversion. Imports torch, numpy, safetensors and gguf; never comfy."""
+
+from __future__ import annotations
+
+from .convert import ConversionReport, convert
+from .errors import QuantError
+from .gguf_file import open_gguf
+from .qtype import QTYPES, QuantType
+
+__all__ = ["QTYPES", "ConversionReport", "QuantError", "QuantType", "convert", "open_gguf"]

@@ -1,0 +1,107 @@
+"""The command line: `python -m quant inspect | convert | verify`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, get_args
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from .convert import convert
+from .errors import QuantError
+from .qtype import Effort
+from .recipe import RECIPES
+from .report import inspect
+from .verify import verify
+
+
+class Report(Protocol):
+    """What every command returns."""
+
+    def text(self) -> str: ...
+    def json(self) -> dict[str, Any]: ...
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns 0, or 1 for a refused input; argparse itself exits with 2."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], Report] = options.command
+    try:
+        report = command(options)
+    except QuantError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted, nothing was written", file=sys.stderr)
+        return 1
+    print(json.dumps(report.json(), indent=2) if options.json else report.text())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="quant", description="Make and examine GGUF files of Wan models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _add(commands, "convert", _convert, "make a GGUF from a safetensors checkpoint")
+    command.add_argument("source", type=Path, metavar="SRC")
+    command.add_argument("destination", type=Path, metavar="DST")
+    recipes = ", ".join(RECIPES)
+    command.add_argument("--recipe", default="Q4_K_M", type=str.upper, choices=RECIPES, metavar="NAME", help=recipes)
+    command.add_argument("--effort", default="best", choices=get_args(Effort), help="best (default) or fast")
+    command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
+    command.add_argument("--overwrite", action="store_true", help="replace a file that was made in another way")
+
+    command = _add(commands, "inspect", _inspect, "list the types, sizes and metadata of a GGUF")
+    command.add_argument("file", type=Path, metavar="FILE")
+
+    command = _add(commands, "verify", _verify, "measure the error of a GGUF against its source")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("source", type=Path, metavar="SRC")
+    return parser
+
+
+def _add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], Report],
+    summary: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary)
+    command.set_defaults(command=run)
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return command
+
+
+def _convert(options: argparse.Namespace) -> Report:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, file=sys.stderr) as bar:
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.total = total
+            bar.set_postfix_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        return convert(
+            options.source,
+            options.destination,
+            options.recipe,
+            effort=options.effort,
+            device=options.device,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+
+
+def _inspect(options: argparse.Namespace) -> Report:
+    return inspect(options.file)
+
+
+def _verify(options: argparse.Namespace) -> Report:
+    return verify(options.file, options.source)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

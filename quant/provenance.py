@@ -1,0 +1,55 @@
+"""What a converted file says about its making: the `wanquant.*` metadata."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+VERSION = "0.1.0"
+"""Of the converter: a file made by another version is not reused."""
+
+RELATIVE_ERROR = "wanquant.relative_error"
+"""FLOAT32 array in tensor order: |dequantized - source| / |source|."""
+SOURCE_SHA256 = "wanquant.source_sha256"
+SOURCE_MTIME = "wanquant.source_mtime_ns"
+
+_SOURCE_METADATA = "wanquant.source_metadata."
+_SAME_JOB = ("version", "recipe", "effort", "importance", "source_name", "source_size")
+
+
+def source_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The `__metadata__` of the safetensors file that a GGUF was made from, for the host's model detection."""
+    return {
+        key.removeprefix(_SOURCE_METADATA): value for key, value in metadata.items() if key.startswith(_SOURCE_METADATA)
+    }
+
+
+def carried_metadata(source: Mapping[str, str]) -> dict[str, str]:
+    """Safetensors `__metadata__` as GGUF keys, the inverse of `source_metadata`."""
+    return {_SOURCE_METADATA + key: value for key, value in source.items()}
+
+
+def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
+    """SHA-256 of an importance matrix, empty without one."""
+    if importance is None:
+        return ""
+    digest = hashlib.sha256()
+    for name, values in sorted(importance.items()):
+        digest.update(name.encode() + b"\0")
+        digest.update(values.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_same_job(existing: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
+    """Whether a file's metadata names the same source file, by name and size, and the same settings as `job`."""
+    return all(existing.get(key) == job[key] for key in (f"wanquant.{name}" for name in _SAME_JOB))
+
+
+def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """The relative error of each tensor as the file records it; empty for a file of another maker."""
+    errors = np.asarray(metadata.get(RELATIVE_ERROR, ()))
+    return dict(zip(names, errors.tolist(), strict=True)) if errors.size == len(names) else {}

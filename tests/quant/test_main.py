@@ -1,0 +1,79 @@
+"""The command line: once in processes of its own, as users start it, the rest in this one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from wanquant.quant.__main__ import main
+from wanquant.tests.conftest import ROOT
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+LAUNCHER = ROOT / "wanquant.py"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_tiny_wan(tmp_path_factory.mktemp("main") / "wan.safetensors", layers=1)
+
+
+@pytest.fixture(scope="module")
+def converted(source):
+    destination = source.with_suffix(".gguf")
+    assert main(["convert", str(source), str(destination), "--recipe", "q8_0", "--effort", "fast"]) == 0
+    return destination
+
+
+def run(*command, cwd):
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+
+
+def test_module_from_the_repository_root(tmp_path, source):
+    destination = tmp_path / "wan.gguf"
+    process = run("-m", "quant", "convert", source, destination, "--recipe", "Q8_0", "--json", cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout)["bytes"] == destination.stat().st_size
+
+
+@pytest.mark.parametrize("isolation", [[], ["-I"]], ids=["plain", "isolated as an embedded Python"])
+def test_launcher_from_another_folder(tmp_path, converted, isolation):
+    (tmp_path / "quant.py").write_text("raise ImportError('the wrong quant')")
+    process = run(*isolation, LAUNCHER, "inspect", converted, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "wanquant.recipe: Q8_0" in process.stdout
+
+
+def test_refused_input_is_one_line_without_traceback(tmp_path):
+    process = run("-m", "quant", "inspect", tmp_path / "none.gguf", cwd=ROOT)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr.count("\n") == 1 and "none.gguf" in process.stderr
+
+
+def test_same_job_is_reused(source, converted, capsys):
+    arguments = ["convert", str(source), str(converted), "--recipe", "Q8_0", "--effort", "fast", "--json"]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["reused"] is True
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_text_and_json(source, converted, capsys, command):
+    arguments = [command, str(converted), *([str(source)] if command == "verify" else [])]
+    assert main(arguments) == 0
+    assert "blocks.0." in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tensors"]) == 42
+
+
+def test_refused_conversion(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path / "a.bin")]) == 1
+    assert capsys.readouterr().err.endswith("choose a destination that ends in .gguf\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["paint"], ["convert", "a", "b", "--recipe", "Q9"], ["inspect"]], ids=str)
+def test_wrong_usage_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert capsys.readouterr().err.startswith("usage: quant")

@@ -1,0 +1,65 @@
+"""What inspection tells, in numbers, text and picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from wanquant.quant import QTYPES
+from wanquant.quant.convert import convert
+from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
+from wanquant.quant.report import inspect
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return convert(write_tiny_wan(folder / "wan.safetensors"), folder / "wan.gguf", "Q4_0", effort="fast")
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    specs = [TensorSpec("token_embd.weight", QTYPES["F16"], (8, 32))]
+    metadata = {"general.architecture": "gemma3", "tokenizer.ggml.tokens": ["a", "b"], "note": "x" * 500}
+    with GGUFWriter(tmp_path / "gemma.gguf", metadata, specs) as writer:
+        writer.write("token_embd.weight", torch.zeros(8, 64, dtype=torch.uint8))
+    return tmp_path / "gemma.gguf"
+
+
+def test_totals(converted):
+    report = inspect(converted.destination)
+    assert report.kind == "Wan diffusion model"
+    assert report.nbytes == converted.destination.stat().st_size
+    assert sum(total.count for total in report.by_type) == len(report.tensors)
+    q4_0 = next(total for total in report.by_type if total.qtype == "Q4_0")
+    assert (q4_0.count, 8 * q4_0.nbytes / q4_0.weights) == (40, 4.5)
+    assert report.tensors == converted.tensors
+    assert all(tensor.relative_error is not None for tensor in report.tensors)
+
+
+def test_text_and_json(converted):
+    assert "written in" in converted.text()
+    for line in ("Q4_0          40", "wanquant.recipe: Q4_0", "dB  blocks."):
+        assert line in inspect(converted.destination).text()
+    plain = json.loads(json.dumps(converted.json(), allow_nan=False))
+    assert plain["types"][0].keys() == {"qtype", "count", "nbytes", "weights"}
+    assert plain["source_bytes"] == converted.source.stat().st_size
+
+
+def test_other_models_are_named_and_shown(language_model):
+    text = inspect(language_model).text()
+    assert "not a Wan diffusion model: general.architecture is gemma3" in text
+    assert "tokenizer.ggml.tokens: array of 2" in text
+    assert "(500 characters)" in text
+    assert max(map(len, text.splitlines())) < 130
+
+
+@pytest.mark.parametrize("which", ["converted", "language_model"])
+def test_image(which, request):
+    subject = request.getfixturevalue(which)
+    image = subject.image() if which == "converted" else inspect(subject).image()
+    assert image.mode == "RGB" and image.width == 1024
+    assert len(image.getcolors(1 << 20)) > 10

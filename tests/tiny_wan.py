@@ -1,0 +1,71 @@
+"""Random Wan checkpoints in safetensors, with the true tensor names: tiny for tests and demo, large for benchmarks."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_WAN = runpy.run_path(str(Path(__file__).resolve().parents[1] / "quant" / "wan.py"))
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write_tiny_wan(
+    path: str | Path,
+    *,
+    dim: int = 256,
+    ffn_dim: int = 1024,
+    layers: int = 4,
+    variant: str = "t2v",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    prefix: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a Wan 2.1 checkpoint (`dim` a multiple of 128, the head size) and returns its path.
+
+    Args:
+        variant: "t2v" or "i2v".
+        metadata: the safetensors `__metadata__`.
+    """
+    size = {"t2v": _WAN["WanSize"](dim, ffn_dim, layers), "i2v": _WAN["WanSize"](dim, ffn_dim, layers, 36, 16, True)}
+    shapes = {prefix + name: shape for name, shape in _WAN["transformer_shapes"](size[variant]).items()}
+    return write_random_checkpoint(path, shapes, dtype=dtype, seed=seed, metadata=metadata)
+
+
+def write_random_checkpoint(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes tensors of these shapes one at a time, so that memory does not grow with the file."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    generator = torch.Generator().manual_seed(seed)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            tensor = random_tensor(name, shape, generator).to(dtype)
+            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return Path(path)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Float32 values at the usual scale: 1/sqrt(fan-in) for weights, 1/sqrt(dim) for modulation, ones for norms."""
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith(".weight") else 0.02 * torch.randn(shape, generator=generator)
+    fan_in = math.prod(shape[1:]) if name.endswith(".weight") else shape[-1]
+    return torch.randn(shape, generator=generator).mul_(fan_in**-0.5)
