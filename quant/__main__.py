@@ -53,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--recipe", default="Q4_K_M", type=str.upper, choices=RECIPES, metavar="NAME", help=recipes)
     command.add_argument("--effort", default="best", choices=get_args(Effort), help="best (default) or fast")
     command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
+    command.add_argument(
+        "--patch-embedding",
+        default="4d",
+        choices=("4d", "5d"),
+        help="4d (default) is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace a file that was made in another way")
 
     command = _add(commands, "inspect", _inspect, "list the types, sizes and metadata of a GGUF")
@@ -91,6 +97,7 @@ def _convert(options: argparse.Namespace) -> Report:
             effort=options.effort,
             device=options.device,
             overwrite=options.overwrite,
+            five_d=options.patch_embedding == "5d",
             progress=progress,
         )
 

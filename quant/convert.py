@@ -20,6 +20,7 @@ from .errors import QuantError
 from .gguf_header import read_header
 from .gguf_writer import GGUFWriter, TensorSpec
 from .provenance import (
+    FIVE_D,
     RELATIVE_ERROR,
     SOURCE_MTIME,
     SOURCE_SHA256,
@@ -89,6 +90,7 @@ def convert(
     importance: Mapping[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
+    five_d: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Converts a Wan checkpoint to GGUF; the destination appears complete or not at all.
@@ -101,6 +103,7 @@ def convert(
         importance: (n,) weight of each input column in the squared error, by tensor name.
         device: where encoding runs.
         overwrite: replace a destination that holds anything else.
+        five_d: store the patch embedding in its 5 dimensions, for loaders that do not read it flattened.
 
     Raises:
         QuantError: an unusable source, destination, recipe or device.
@@ -110,7 +113,7 @@ def convert(
     _check_paths(source, destination)
     chosen = find_recipe(recipe)
     with open_checkpoint(source) as checkpoint:
-        job = _job_metadata(checkpoint, chosen, effort, importance)
+        job = _job_metadata(checkpoint, chosen, effort, importance, five_d)
         reused = destination.exists() and _is_up_to_date(destination, checkpoint, job)
         if destination.exists() and not reused and not overwrite:
             raise QuantError(f"{destination}: exists, made in another way; choose another name or allow overwriting")
@@ -153,7 +156,7 @@ class _Conversion:
         specs = [TensorSpec(name, qtype, tensors[name].shape) for name, qtype in planned.types.items()]
         if destination.exists() and not _is_replaceable(destination):
             _log.warning("%s is in use by a program: the new file gets a name beside it", destination)
-        with GGUFWriter(destination, job, specs, overwrite=overwrite) as writer:
+        with GGUFWriter(destination, job, specs, overwrite=overwrite, five_d=job[FIVE_D]) as writer:
             errors = np.zeros(len(specs), np.float32)
             for index, spec in enumerate(specs):
                 packed, errors[index] = self._encode(tensors[spec.name], spec.qtype)
@@ -206,7 +209,7 @@ class _Conversion:
 
 
 def _job_metadata(
-    checkpoint: Checkpoint, recipe: Recipe, effort: Effort, importance: Mapping[str, Tensor] | None
+    checkpoint: Checkpoint, recipe: Recipe, effort: Effort, importance: Mapping[str, Tensor] | None, five_d: bool
 ) -> dict[str, Any]:
     """All metadata of the file; the last two values are placeholders until every tensor is written."""
     return {
@@ -218,6 +221,7 @@ def _job_metadata(
         "wanquant.recipe": recipe.name,
         "wanquant.effort": effort,
         "wanquant.importance": fingerprint(importance),
+        FIVE_D: five_d,
         "wanquant.source_name": checkpoint.path.name,
         "wanquant.source_size": np.uint64(checkpoint.identity.size),
         "wanquant.source_dtype": DTYPE_NAMES[checkpoint.dtype],

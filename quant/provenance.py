@@ -14,11 +14,13 @@ VERSION = "0.1.0"
 
 RELATIVE_ERROR = "wanquant.relative_error"
 """FLOAT32 array in tensor order: |dequantized - source| / |source|."""
+FIVE_D = "wanquant.five_d"
+"""BOOL: tensors of more than 4 dimensions are stored as they are, not flattened."""
 SOURCE_SHA256 = "wanquant.source_sha256"
 SOURCE_MTIME = "wanquant.source_mtime_ns"
 
 _SOURCE_METADATA = "wanquant.source_metadata."
-_SAME_JOB = ("version", "recipe", "effort", "importance", "source_name", "source_size")
+_SAME_JOB = ("version", "recipe", "effort", "importance", "five_d", "source_name", "source_size")
 
 
 def source_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:

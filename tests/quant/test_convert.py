@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import shutil
 
@@ -12,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QTYPES, QuantError
-from wanquant.quant import convert as convert_module
 from wanquant.quant.checkpoint import open_checkpoint
 from wanquant.quant.convert import convert
 from wanquant.quant.gguf_file import open_gguf
@@ -20,6 +20,9 @@ from wanquant.quant.provenance import VERSION, source_metadata
 from wanquant.quant.recipe import RECIPES, plan, predicted_size
 from wanquant.tests.conftest import ROOT
 from wanquant.tests.tiny_wan import write_tiny_wan
+
+# The package's name for it is the function.
+convert_module = importlib.import_module("wanquant.quant.convert")
 
 PATCH_EMBEDDING = "patch_embedding.weight"
 FFN = "blocks.0.ffn.0.weight"
@@ -62,9 +65,20 @@ def test_relative_errors_are_recorded(tmp_path, source):
 def test_predicted_size_is_exact(tmp_path, source):
     report = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
     with open_checkpoint(source) as checkpoint:
-        job = convert_module._job_metadata(checkpoint, RECIPES["Q8_0"], "fast", None)
+        job = convert_module._job_metadata(checkpoint, RECIPES["Q8_0"], "fast", None, five_d=False)
         types = plan(RECIPES["Q8_0"], checkpoint.tensors).types
         assert predicted_size(types, checkpoint.tensors, job) == report.nbytes
+
+
+def test_five_dimensions_are_kept_on_request(tmp_path, source):
+    flat = convert(source, tmp_path / "flat.gguf", "Q4_0", effort="fast")
+    deep = convert(source, tmp_path / "deep.gguf", "Q4_0", effort="fast", five_d=True)
+    stored = [open_gguf(report.destination).tensors[PATCH_EMBEDDING] for report in (flat, deep)]
+    assert [len(tensor.stored_shape) for tensor in stored] == [4, 5]
+    assert stored[0].shape == stored[1].shape == stored[1].stored_shape
+    assert torch.equal(*(tensor.dequantize() for tensor in stored))
+    with pytest.raises(QuantError, match="made in another way"):
+        convert(source, flat.destination, "Q4_0", effort="fast", five_d=True)
 
 
 def test_metadata_and_five_dimensions(tmp_path, source):
