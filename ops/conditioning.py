@@ -1,0 +1,82 @@
+"""CONDITIONING <-> safetensors: every field the host's nodes put beside the prompt, exactly as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..quant import QuantError
+
+Conditioning = list[list[Any]]
+"""The host's type: a list of [prompt embedding (batch, tokens, width), dict of further fields]."""
+
+_KEY = "wanquant.conditioning"
+
+
+def save_conditioning(conditioning: Conditioning, path: str) -> None:
+    """Write atomically; tensors keep their dtype.
+
+    Raises:
+        QuantError: a field holds an object that is neither a tensor nor plain data (a ControlNet, say).
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    layout = _flatten(conditioning, "conditioning", tensors)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(layout)})
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_conditioning(path: str) -> Conditioning:
+    """Read what `save_conditioning` wrote, tensors on the CPU.
+
+    Raises:
+        QuantError: not a safetensors file, or one without conditioning.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise QuantError(f"{path}: no saved conditioning in this file; write one with Save Conditioning")
+            loaded: Conditioning = _restore(json.loads(metadata[_KEY]), file)
+            return loaded
+    except SafetensorError as error:
+        raise QuantError(f"{path}: not a readable safetensors file ({error}); save the conditioning again") from error
+
+
+def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401
+    """Turn `value` into JSON; tensors move to `tensors` and leave their name behind."""
+    if isinstance(value, torch.Tensor):
+        # clone(): safetensors refuses tensors that share memory, and the host repeats masks by expand().
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise QuantError(
+        f"{name}: a {type(value).__name__} cannot be saved; expected tensors, numbers, text, lists or dicts:"
+        " apply this field after loading the conditioning"
+    )
+
+
+def _restore(value: Any, file: Any) -> Any:  # noqa: ANN401
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return file.get_tensor(content)
+    if kind == "dict":
+        return {key: _restore(item, file) for key, item in content.items()}
+    items = [_restore(item, file) for item in content]
+    return tuple(items) if kind == "tuple" else items

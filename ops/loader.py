@@ -1,0 +1,112 @@
+"""GGUF file -> the host's state dict -> ModelPatcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+
+import comfy.sd
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor
+
+from ..quant import QuantError
+from ..quant.gguf_header import Header, TensorRecord
+from ..quant.provenance import source_metadata
+from .layout import pack, with_dtype
+from .linear import GGUFOps, packed_modules
+from .mapping import open_mapped
+from .patcher import with_packed_patches
+
+logger = logging.getLogger(__name__)
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Two-dimensional parameters named `.weight` that the host's models read directly, not through a Linear.
+# Source: comfy/ldm/wan/model_animate.py EqualLinear, comfy/ldm/wan/model.py WanModel_S2V, ComfyUI 0.30.0.
+_NO_LINEAR = ("motion_encoder.", "trainable_cond_mask.")
+
+_FOREIGN = (
+    (("enc.blk.", "dec.blk."), "a T5 text encoder"),
+    (("v.blk.", "mm.", "v.patch_embd"), "a vision projector (mmproj)"),
+    (("blk.", "token_embd."), "a language model or text encoder"),
+    (("encoder.downsamples.", "decoder.upsamples.", "decoder.up."), "a VAE"),
+)
+
+
+def load_diffusion_model(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> ModelPatcher:
+    """Load a GGUF diffusion model for the host; weights stay packed until they are used.
+
+    Args:
+        dtype: of the arithmetic; the host chooses for the device when None.
+        disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
+
+    Raises:
+        QuantError: not a well-formed GGUF, or not a diffusion model that this host knows.
+    """
+    header, data = open_mapped(path)
+    _refuse_foreign(header)
+    # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
+    state_dict = {r.name: _host_tensor(r, data(r), dtype or torch.bfloat16) for r in header.tensors.values()}
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state_dict,
+        {"custom_operations": GGUFOps} | ({"dtype": dtype} if dtype else {}),
+        metadata=source_metadata(header.metadata),
+        disable_dynamic=disable_dynamic,
+    )
+    if patcher is None:
+        raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
+    _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
+    patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype), ())
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, lambda _: header.check_unchanged())
+    if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
+        logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)
+    return with_packed_patches(patcher)
+
+
+def _host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the host's state dict gets: packed for our layers, zero-copy for plain types, else decoded to `dtype`."""
+    plain = _PLAIN.get(record.qtype.name)
+    if plain is not None:
+        aligned = data if data.storage_offset() % plain.itemsize == 0 else data.clone()
+        return aligned.view(plain).view(record.shape)
+    if _is_linear(record):
+        packed: Tensor = pack(data, record.qtype.name, record.shape, dtype)
+        return packed
+    return record.qtype.dequantize(data, dtype).view(record.shape)
+
+
+def _is_linear(record: TensorRecord) -> bool:
+    matrix = len(record.shape) == 2 and record.shape == record.stored_shape
+    return matrix and record.name.endswith(".weight") and not any(part in record.name for part in _NO_LINEAR)
+
+
+def _settle_dtype(model: BaseModel, dtype: torch.dtype) -> None:
+    """Make `dtype` the compute dtype; the host then also reckons the decoded weights in its memory plan."""
+    model.manual_cast_dtype = dtype
+    for _, module in packed_modules(model):
+        module.weight = torch.nn.Parameter(with_dtype(module.weight, dtype), requires_grad=False)
+
+
+def _refuse_foreign(header: Header) -> None:
+    if "imatrix" in (header.metadata.get("general.type"), header.metadata.get("general.architecture")):
+        raise _not_a_model(header, "an importance matrix")
+    if header.metadata.get("general.type") == "adapter":
+        raise _not_a_model(header, "a LoRA")
+    for prefixes, what in _FOREIGN:
+        if any(name.startswith(prefixes) for name in header.tensors):
+            raise _not_a_model(header, what)
+
+
+def _not_a_model(header: Header, what: str) -> QuantError:
+    architecture = header.metadata.get("general.architecture", "not given")
+    names = ", ".join(list(header.tensors)[:3]) or "none"
+    return QuantError(
+        f"{header.path}: {what} (general.architecture {architecture}; tensors {names}, ...);"
+        " expected a diffusion model such as Wan; choose another file"
+    )

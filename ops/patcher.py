@@ -1,0 +1,221 @@
+"""LoRA on packed weights: added to the decoded weight at every use, never quantized, never kept as a dense copy."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NoReturn
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.hooks import HookGroup
+from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+from comfy.weight_adapter import LoRAAdapter
+from torch import Tensor
+
+from ..quant import QuantError
+from .layout import is_packed
+from .linear import GGUFModule, gguf_modules, packed_modules
+
+Patch = tuple[Any, ...]
+"""The host's: (strength, adapter or diff, strength of the model, offset, function)."""
+
+_KEY = "wanquant"
+
+
+@dataclass
+class _LowRank:
+    """weight += scale * up @ down; up (out, rank), down (rank, in)."""
+
+    up: Tensor
+    down: Tensor
+    scale: float
+
+    def add_to(self, weight: Tensor) -> None:
+        if self.scale != 0:
+            up, down = (comfy.model_management.cast_to_device(t, weight.device, weight.dtype) for t in self.factors)
+            weight.addmm_(up, down, alpha=self.scale)
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.up, self.down
+
+    @classmethod
+    def of(cls, patch: Patch, shape: torch.Size) -> _LowRank | None:
+        """The patch as one matrix product, or None if it is anything but a plain LoRA of the whole weight."""
+        strength, adapter, strength_model, offset, function = patch
+        if type(adapter) is not LoRAAdapter or strength_model != 1 or offset is not None or function is not None:
+            return None
+        up, down, alpha, *rest = adapter.weights
+        if any(part is not None for part in rest) or up.ndim != 2 or (up.shape[0], down.shape[-1]) != tuple(shape):
+            return None
+        return cls(up, down, strength * (alpha / down.shape[0] if alpha is not None else 1.0))
+
+
+class OnTheFly:
+    """A weight function: applies the patches of one packed weight to its decoded copy, in the compute dtype."""
+
+    def __init__(self, key: str, patches: list[Patch], module: GGUFModule) -> None:
+        self.key, self.patches = key, list(patches)
+        # A reference would be a cycle, and a model of gigabytes would wait for the garbage collector.
+        self.module: GGUFModule = weakref.proxy(module)  # type: ignore[assignment]
+        self._steps = [_LowRank.of(patch, module.weight.shape) or patch for patch in patches]
+        self._moved_bytes = 0
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`weight` is written to: it must be a private copy."""
+        for step in self._steps:
+            if isinstance(step, _LowRank):
+                step.add_to(weight)
+            else:
+                original = {self.key: [(self.module.weight, None)]}
+                weight = comfy.lora.calculate_weight([step], weight, self.key, weight.dtype, original)
+        return weight
+
+    def applies(self, patches: list[Patch]) -> bool:
+        return len(patches) == len(self.patches) and all(a is b for a, b in zip(patches, self.patches, strict=True))
+
+    def size(self) -> int:
+        """Bytes that `move_to` an accelerator would take there."""
+        itemsize = self.module.weight.dtype.itemsize
+        return sum(t.numel() * itemsize for step in self._low_rank() for t in step.factors)
+
+    def move_to(self, device: torch.device) -> int:
+        """Keep the LoRA factors on `device`. The host's protocol: returns the bytes taken there, or given back by
+        a move to the CPU, where the factors are the LoRA file's own again."""
+        if comfy.model_management.is_device_cpu(device):
+            freed, self._moved_bytes = self._moved_bytes, 0
+            self._steps = [_LowRank.of(patch, self.module.weight.shape) or patch for patch in self.patches]
+            return freed
+        dtype = self.module.weight.dtype
+        for step in self._low_rank():
+            step.up, step.down = (comfy.model_management.cast_to_device(t, device, dtype) for t in step.factors)
+        self._moved_bytes = self.size()
+        return self._moved_bytes
+
+    def _low_rank(self) -> list[_LowRank]:
+        return [step for step in self._steps if isinstance(step, _LowRank)]
+
+
+class PackedPatcher(ModelPatcher):  # type: ignore[misc]
+    """Mixed into whichever patcher the host made. All it does is keep patches of packed weights in `weight_function`.
+
+    One rule, `sync`, makes the state right whatever the host did before, and runs after everything that changes it:
+    the host would write a dense weight (full load), append a second patch (partial unload), or round the LoRA into
+    the packed blocks (dynamic VRAM).
+    """
+
+    def sync(self) -> None:
+        """Give every packed layer exactly the patches that are active now: none while no weights are loaded.
+
+        The model is shared by clones; while another clone's weights are loaded, its patches are left alone.
+        """
+        loaded = self.model.current_weight_patches_uuid
+        if loaded not in (None, self.patches_uuid):
+            return
+        active = (self.patches, self.get_combined_hook_patches(self.current_hooks)) if loaded else ()
+        for key, module in gguf_modules(self.model):
+            if is_packed(module.weight):
+                _set_patches(key, module, [patches[key] for patches in active if key in patches])
+            else:
+                # The host keeps some tiny layers dense, with the patches in them.
+                module.weight_function = [f for f in module.weight_function if not isinstance(f, OnTheFly)]
+
+    def keep_factors_on_device(self, device: torch.device, budget: float) -> None:
+        """Legacy memory mode: move the LoRA factors of resident layers too, as long as `budget` bytes last."""
+        if comfy.model_management.is_device_cpu(device):
+            return
+        resident = (m for _, m in packed_modules(self.model) if m.weight.device.type == device.type)
+        for module in resident:
+            for function in module.weight_function:
+                if isinstance(function, OnTheFly) and function.size() <= budget:
+                    budget -= function.size()
+                    self.model.model_loaded_weight_memory += function.move_to(device)
+
+    def patch_weight_to_device(
+        self,
+        key: str,
+        device_to: torch.device | None = None,
+        inplace_update: bool = False,
+        return_weight: bool = False,
+        force_cast: bool = False,
+    ) -> Tensor | None:
+        # force_cast is dynamic VRAM making a tiny layer resident, return_weight a caller that wants it dense.
+        if not (return_weight or force_cast) and self._is_packed(key):
+            return None
+        weight: Tensor | None = super().patch_weight_to_device(
+            key, device_to, inplace_update, return_weight, force_cast
+        )
+        return weight
+
+    def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
+        super().unpatch_model(device_to, unpatch_weights)
+        self.sync()
+
+    def partially_unload(self, *args: object, **kwargs: object) -> int:
+        freed: int = super().partially_unload(*args, **kwargs)
+        self.sync()
+        return freed
+
+    def patch_hooks(self, hooks: HookGroup | None) -> None:
+        super().patch_hooks(hooks)
+        self.sync()
+
+    def patch_hook_weight_to_device(
+        self, hooks: HookGroup, combined_patches: dict[str, list[Patch]], key: str, *args: object, **kwargs: object
+    ) -> None:
+        if self.is_dynamic() or not self._is_packed(key):
+            super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+
+    def clone(self, *args: object, **kwargs: object) -> ModelPatcher:
+        return with_packed_patches(super().clone(*args, **kwargs))
+
+    def model_state_dict_for_saving(self, *_: object, **__: object) -> NoReturn:
+        raise QuantError(
+            "a GGUF model cannot be saved as safetensors, its weights are packed blocks;"
+            " merge LoRAs into the original checkpoint and convert that"
+        )
+
+    def _is_packed(self, key: str) -> bool:
+        return is_packed(comfy.utils.get_attr(self.model, key))
+
+
+def _set_patches(key: str, module: GGUFModule, sources: list[list[Patch]]) -> None:
+    """One function for each source, the present one where it has the same patches, ahead of other nodes' own."""
+    present = [f for f in module.weight_function if isinstance(f, OnTheFly)]
+    others = [f for f in module.weight_function if not isinstance(f, OnTheFly | LowVramPatch)]
+    mine = [next((f for f in present if f.applies(p)), None) or OnTheFly(key, p, module) for p in sources]
+    module.weight_function = mine + others
+    if hasattr(module, "weight_lowvram_function"):
+        module.weight_lowvram_function = None
+
+
+def with_packed_patches(patcher: ModelPatcher) -> ModelPatcher:
+    """Make `patcher` one that keeps packed weights packed, whatever its class (legacy or dynamic), and return it."""
+    if not isinstance(patcher, PackedPatcher):
+        patcher.__class__ = _mixed(type(patcher))  # type: ignore[arg-type]
+    if not patcher.get_callbacks(CallbacksMP.ON_LOAD, _KEY):
+        patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _KEY, _after_load)
+    return patcher
+
+
+@cache
+def _mixed(base: type[ModelPatcher]) -> type[ModelPatcher]:
+    return type(f"Packed{base.__name__}", (PackedPatcher, base), {})
+
+
+def _after_load(
+    patcher: ModelPatcher, device: torch.device, memory: float, force_patch_weights: bool, full_load: bool
+) -> None:
+    """The host's ON_LOAD callback; `memory` is the bytes it may load, 0 for no limit.
+
+    A callback, because clones made behind our class's back inherit it: they become ours here.
+    """
+    with_packed_patches(patcher).sync()
+    if not patcher.is_dynamic():
+        used = patcher.model.model_loaded_weight_memory + patcher.model.model_offload_buffer_memory
+        patcher.keep_factors_on_device(device, memory - used if memory else float("inf"))

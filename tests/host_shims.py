@@ -1,0 +1,41 @@
+"""Lets ComfyUI import where torchvision's wheel does not fit a CPU build of torch, or where torchaudio is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from importlib.machinery import ModuleSpec
+from importlib.metadata import version
+
+# As torchvision 0.28.0 declares them in csrc/ops/nms.cpp and csrc/ops/quantized/cpu/qnms_kernel.cpp.
+OPERATORS = ("torchvision::nms", "torchvision::qnms")
+SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+
+
+def install() -> None:
+    """Do what this machine needs; nothing where the real packages import."""
+    # Only a +cpu build can misfit. Elsewhere ComfyUI must be the first to import torch: it chooses the allocator.
+    if version("torch").endswith("+cpu"):
+        _fit_torchvision()
+    if importlib.util.find_spec("torchaudio") is None:
+        for name in ("torchaudio", "torchaudio.functional"):
+            stub = types.ModuleType(name)
+            stub.__spec__ = ModuleSpec(name, None, is_package=True)
+            stub.__path__ = []
+            sys.modules[name] = stub
+
+
+def _fit_torchvision() -> None:
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if OPERATORS[0] not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        torch = importlib.import_module("torch")
+        for operator in OPERATORS:
+            torch.library.define(operator, SCHEMA)
+        importlib.import_module("torchvision")

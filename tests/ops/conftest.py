@@ -1,0 +1,66 @@
+"""Puts the host on sys.path and makes it run on the CPU, before any test of this folder imports it."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+HOST = Path(os.environ.get("COMFYUI_PATH") or TESTS.parent / ".host" / "ComfyUI")
+
+if (HOST / "comfy").is_dir():
+    runpy.run_path(str(TESTS / "host_shims.py"))["install"]()
+    sys.path.insert(0, str(HOST))
+    from comfy.cli_args import args
+
+    args.cpu = True
+
+
+def pytest_pycollect_makemodule():  # runs for this folder's files only
+    if not (HOST / "comfy").is_dir():
+        pytest.skip(f"no ComfyUI at {HOST}: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan():
+    """The functions of tests/tiny_wan.py."""
+    return runpy.run_path(str(TESTS / "tiny_wan.py"))
+
+
+@pytest.fixture(scope="session")
+def t2v(tiny_wan, tmp_path_factory):
+    """A two-layer Wan 2.1 T2V as (safetensors, Q8_0 GGUF)."""
+    from wanquant.quant.convert import convert
+
+    folder = tmp_path_factory.mktemp("t2v")
+    source = tiny_wan["write_tiny_wan"](folder / "t2v.safetensors", layers=2, ffn_dim=512)
+    return source, convert(source, folder / "t2v.gguf", "Q8_0", effort="fast").path
+
+
+@pytest.fixture(scope="session")
+def sqnr():
+    def sqnr(reference, value):
+        """Signal to quantization noise ratio in dB."""
+        return (10 * (reference.square().mean() / (value - reference).square().mean()).log10()).item()
+
+    return sqnr
+
+
+@pytest.fixture(scope="session")
+def write_gguf():
+    from wanquant.quant import QTYPES
+    from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
+
+    def write_gguf(path, state, types, *, prefix="", metadata=None, five_d=False):
+        """Writes a GGUF with `types(name, tensor)` naming the type of each tensor, and returns its path."""
+        specs = [TensorSpec(prefix + n, QTYPES[types(n, t)], tuple(t.shape)) for n, t in state.items()]
+        with GGUFWriter(path, {"general.architecture": "wan"} | (metadata or {}), specs, five_d=five_d) as writer:
+            for spec, tensor in zip(specs, state.values(), strict=True):
+                writer.write(spec.name, spec.qtype.quantize(tensor.float(), effort="fast"))
+        return path
+
+    return write_gguf

@@ -1,0 +1,160 @@
+"""The host's dynamic VRAM code on packed weights, with CPU tensors standing in for its pages of video memory.
+
+What this cannot show without an accelerator: the transfers, streams, pins and page faults themselves.
+"""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.pinned_memory
+import comfy.sd
+import comfy_aimdo.host_buffer
+import comfy_aimdo.model_vbar
+import comfy_aimdo.torch
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanquant.ops.layout import is_packed
+from wanquant.ops.linear import packed_modules
+from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.patcher import OnTheFly
+from wanquant.quant import QTYPES
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cpu", 0)
+"""Another device to whoever compares devices, the same to torch."""
+
+KEY = "diffusion_model.blocks.0.ffn.0.weight"
+
+
+class StandInVBAR:
+    """Pages are CPU tensors that are always resident."""
+
+    def __init__(self, size, device):
+        pass
+
+    def alloc(self, size):
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def prioritize(self):
+        pass
+
+    def loaded_size(self):
+        return 0
+
+    def free_memory(self, size):
+        return 0
+
+
+class StandInHostBuffer:
+    size = 0
+
+    def __init__(self, *sizes):
+        pass
+
+
+@pytest.fixture
+def dynamic(t2v, monkeypatch):
+    """A patcher of the host's dynamic class, for a device that is not the CPU."""
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic)
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: DEVICE)
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == CPU)
+    monkeypatch.setattr(comfy_aimdo.host_buffer, "HostBuffer", StandInHostBuffer)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "ModelVBAR", StandInVBAR)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda page: 1)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_signature_compare", lambda now, before: now == before)
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_unpin", lambda page: None)
+    monkeypatch.setattr(comfy_aimdo.torch, "aimdo_to_tensor", lambda page, device: page)
+    monkeypatch.setattr(comfy.pinned_memory, "get_pin", lambda module, subset="weights": None)
+    monkeypatch.setattr(comfy.pinned_memory, "pin_memory", lambda module, subset="weights", size=None: False)
+    patcher = load_diffusion_model(t2v[1], dtype=torch.float32)
+    assert patcher.is_dynamic()
+    return patcher
+
+
+@pytest.fixture
+def lora(t2v):
+    state = load_file(t2v[0])
+    stems = ["blocks.0.ffn.0", "blocks.1.self_attn.q"]
+    factors = {f"diffusion_model.{s}.lora_A.weight": torch.randn(4, state[f"{s}.weight"].shape[1]) / 16 for s in stems}
+    return factors | {
+        f"diffusion_model.{s}.lora_B.weight": torch.randn(state[f"{s}.weight"].shape[0], 4) / 16 for s in stems
+    }
+
+
+def load(patcher):
+    patcher.partially_load(DEVICE)
+    return dict(packed_modules(patcher.model))
+
+
+def cast(module):
+    """As comfy.ops.cast_bias_weight does for a weight of dynamic VRAM."""
+    comfy.ops.cast_modules_with_vbar([module], torch.float32, CPU, torch.float32, False)
+    weight, _ = comfy.ops.resolve_cast_module_with_vbar(module, torch.float32, CPU, torch.float32, torch.float32, False)
+    return weight
+
+
+def test_weights_reach_the_pages_packed(dynamic):
+    module = load(dynamic)[KEY]
+    for _ in range(2):
+        weight = cast(module)
+        assert is_packed(weight)
+        assert torch.equal(weight._qdata, module.weight._qdata)
+        assert weight._qdata.data_ptr() == module._v.data_ptr()
+
+
+def test_lora_is_applied_at_every_use_and_never_written_to_the_pages(dynamic, lora):
+    patched, _ = comfy.sd.load_lora_for_models(dynamic, None, lora, 1.0, 0)
+    modules = load(patched)
+    assert sum(len(module.weight_function) for module in modules.values()) == 2
+    module, stem = modules[KEY], KEY.removesuffix(".weight")
+    assert module.weight_lowvram_function is None
+    exact = QTYPES["Q8_0"].dequantize(module.weight._qdata)
+    exact += lora[f"{stem}.lora_B.weight"] @ lora[f"{stem}.lora_A.weight"]
+    for _ in range(3):
+        torch.testing.assert_close(cast(module), exact, atol=1e-6, rtol=1e-6)
+        assert torch.equal(module._v_weight._qdata, module.weight._qdata)
+
+
+def test_loras_follow_the_patcher_that_is_loaded(dynamic, lora):
+    patched, _ = comfy.sd.load_lora_for_models(dynamic, None, lora, 1.0, 0)
+    assert type(patched) is type(dynamic)
+    base = load(dynamic)[KEY]
+    expected = cast(base).dequantize()
+    assert not torch.equal(cast(load(patched)[KEY]), expected)
+    load(patched)
+    assert [type(f) for f in base.weight_function] == [OnTheFly]
+    assert torch.equal(cast(load(dynamic)[KEY]).dequantize(), expected)
+    assert base.weight_function == []
+
+
+def test_legacy_delegate_for_torch_compile_and_hooks(dynamic, lora):
+    patched, _ = comfy.sd.load_lora_for_models(dynamic, None, lora, 1.0, 0)
+    legacy = patched.get_non_dynamic_delegate()
+    assert not legacy.is_dynamic()
+    legacy.load_device = CPU
+    legacy.patch_model(CPU)
+    assert sum(len(module.weight_function) for _, module in packed_modules(legacy.model)) == 2
+    again = patched.get_non_dynamic_delegate()
+    assert again.model is legacy.model
+
+
+def test_small_layers_are_made_resident_with_the_lora_in_them(dynamic, t2v, tmp_path, write_gguf):
+    """The host forces modules up to 16 KiB onto the device, decoded; unloading packs them again."""
+    small = "blocks.0.self_attn.q.weight"
+    types = {small: "TQ1_0"}
+    path = write_gguf(tmp_path / "a.gguf", load_file(t2v[0]), lambda name, tensor: types.get(name, "F32"))
+    patched = load_diffusion_model(path, dtype=torch.float32)
+    ((key, module),) = packed_modules(patched.model)
+    patched.add_patches({key: ("diff", (torch.ones(256, 256),))})
+    expected = module.weight.dequantize() + 1
+    for _ in range(2):
+        load(patched)
+        assert not is_packed(module.weight)
+        assert module.weight_function == []
+        torch.testing.assert_close(module.weight.detach(), expected)
+        patched.unpatch_model(CPU)
+        assert is_packed(module.weight)

@@ -1,0 +1,147 @@
+"""Linear and Embedding on packed weights, without a model around them."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.ops
+import pytest
+import torch
+
+from wanquant.ops.layout import is_packed, pack
+from wanquant.ops.linear import GGUFOps, packed_modules
+from wanquant.quant import QTYPES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS, COLUMNS = 24, 512
+
+
+def packed_weight(name, dtype=torch.float32, rows=ROWS):
+    qtype = QTYPES[name]
+    blocks = torch.randint(0, 256, (rows * COLUMNS // qtype.block_size, qtype.type_size), dtype=torch.uint8)
+    if name in SCALES:
+        blocks[:, SCALES[name]] = (
+            torch.tensor([0.01], dtype=torch.float16).view(torch.uint8).repeat(len(SCALES[name]) // 2)
+        )
+    return pack(blocks.view(rows, -1), name, (rows, COLUMNS), dtype)
+
+
+# Bytes of each block that hold float16 scales: random ones could be infinite.
+SCALES = {
+    "Q8_0": [0, 1],
+    "Q4_0": [0, 1],
+    "Q5_1": [0, 1, 2, 3],
+    "Q4_K": [0, 1, 2, 3],
+    "Q6_K": [208, 209],
+    "IQ4_XS": [0, 1],
+    "IQ2_XXS": [0, 1],
+}
+
+
+def linear(weight, bias=None):
+    module = GGUFOps.Linear(COLUMNS, ROWS, bias=bias is not None, dtype=weight.dtype)
+    state = {"weight": weight} | ({"bias": bias} if bias is not None else {})
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SCALES)
+def test_equals_linear_on_the_decoded_weight(name, dtype):
+    weight, bias = packed_weight(name, dtype), torch.randn(ROWS)
+    x = torch.randn(2, 5, COLUMNS, dtype=dtype)
+    expected = torch.nn.functional.linear(x, QTYPES[name].dequantize(weight._qdata, dtype), bias.to(dtype))
+    assert torch.equal(linear(weight, bias)(x), expected)
+
+
+def test_input_dtype_decides_not_the_stored_one():
+    weight = packed_weight("Q8_0", torch.bfloat16)
+    x = torch.randn(3, COLUMNS)
+    expected = torch.nn.functional.linear(x, QTYPES["Q8_0"].dequantize(weight._qdata))
+    assert torch.equal(linear(weight)(x), expected)
+
+
+def test_size_is_the_packed_size():
+    module = linear(packed_weight("Q4_0"), torch.zeros(ROWS))
+    assert comfy.model_management.module_size(module) == ROWS * COLUMNS // 32 * 18 + ROWS * 4
+
+
+def test_nothing_is_allocated_before_loading_and_nothing_copied_by_it():
+    module = GGUFOps.Linear(1 << 20, 1 << 20)
+    assert list(module.parameters()) == []
+    weight = packed_weight("Q4_0")
+    assert linear(weight).weight._qdata.data_ptr() == weight._qdata.data_ptr()
+
+
+def test_plain_weights_are_accepted():
+    weight = torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16)
+    module, x = linear(weight), torch.randn(3, COLUMNS)
+    assert torch.equal(module(x), torch.nn.functional.linear(x, weight.float()))
+    assert list(packed_modules(module)) == []
+
+
+def test_missing_unexpected_and_misshapen_keys_are_reported():
+    module = torch.nn.Sequential(GGUFOps.Linear(COLUMNS, ROWS))
+    result = module.load_state_dict({"0.bias": torch.ones(ROWS), "0.scale_weight": torch.ones(1)}, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["0.weight"], ["0.scale_weight"])
+    assert torch.equal(module(torch.ones(1, COLUMNS)), torch.ones(1, ROWS))
+    with pytest.raises(RuntimeError, match=r"0\.weight: shape \(12, 512\) in the file, \(24, 512\) in the model"):
+        module.load_state_dict({"0.weight": packed_weight("Q4_0", rows=12)}, strict=False)
+
+
+def test_weight_functions_get_a_private_decoded_weight():
+    module = linear(packed_weight("Q8_0"))
+    x = torch.randn(3, COLUMNS)
+    base = module(x)
+    module.weight_function = [lambda weight: weight.mul_(2)]
+    assert torch.equal(module(x), 2 * base)
+    module.weight_function = []
+    assert torch.equal(module(x), base)
+
+
+def test_moving_and_casting_the_module_keeps_blocks():
+    module = linear(packed_weight("Q8_0"), torch.zeros(ROWS))
+    blocks = module.weight._qdata.clone()
+    module.to("cpu", torch.float16)
+    assert is_packed(module.weight)
+    assert (module.weight.dtype, module.bias.dtype) == (torch.float16, torch.float16)
+    assert torch.equal(module.weight._qdata, blocks)
+
+
+def test_is_what_the_hosts_bypass_lora_looks_for():
+    assert isinstance(GGUFOps.Linear(1, 1), torch.nn.Linear)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_embedding_gathers_rows(name, dtype, monkeypatch):
+    weight = packed_weight(name)
+    module = GGUFOps.Embedding(ROWS, COLUMNS)
+    module.load_state_dict({"weight": weight})
+    ids = torch.tensor([[3, 0, 3], [23, 7, 1]])
+    decoded = []
+    monkeypatch.setattr(type(QTYPES[name]), "dequantize", spy(type(QTYPES[name]).dequantize, decoded))
+    rows = module(ids, out_dtype=dtype)
+    assert rows.dtype == dtype
+    assert [packed.shape[:-1] for packed in decoded] == [ids.shape], "only the rows asked for are decoded"
+    assert torch.equal(rows, weight.dequantize()[ids].to(dtype))
+
+
+def spy(method, seen):
+    def wrapped(self, packed, *args):
+        seen.append(packed)
+        return method(self, packed, *args)
+
+    return wrapped
+
+
+def test_embedding_takes_plain_tables_and_patches():
+    table = torch.randn(ROWS, COLUMNS, dtype=torch.float16)
+    ids = torch.tensor([5, 2])
+    plain = GGUFOps.Embedding(ROWS, COLUMNS)
+    plain.load_state_dict({"weight": table})
+    assert torch.equal(plain(ids, out_dtype=torch.float32), table[ids].float())
+    patched = GGUFOps.Embedding(ROWS, COLUMNS)
+    patched.load_state_dict({"weight": packed_weight("Q8_0")})
+    before = patched(ids)
+    patched.weight_function = [lambda weight: weight.add_(1)]
+    assert torch.equal(patched(ids), before + 1)
