@@ -1,0 +1,30 @@
+"""The pack's nodes, one a file. The only place with folder_paths, schemas and progress bars."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .convert import WanQuantConvert
+from .folders import register_folders
+from .inspect import WanQuantInspect
+from .load_conditioning import WanQuantLoadConditioning
+from .load_diffusion_model import WanQuantLoader
+from .load_expert_pair import WanQuantExpertPairLoader
+from .preview_decode import WanQuantPreviewDecode
+from .save_conditioning import WanQuantSaveConditioning
+
+
+class WanQuantExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            WanQuantLoader,
+            WanQuantExpertPairLoader,
+            WanQuantConvert,
+            WanQuantInspect,
+            WanQuantSaveConditioning,
+            WanQuantLoadConditioning,
+            WanQuantPreviewDecode,
+        ]

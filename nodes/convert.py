@@ -1,0 +1,100 @@
+"""WanQuantConvert."""
+
+from __future__ import annotations
+
+import os
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io
+
+from ..quant.convert import convert
+from ..quant.recipe import RECIPES
+from .folders import MODELS, destinations, output_path, source_names, stat_token
+from .pictures import picture_tensor, text_and_picture
+
+
+class WanQuantConvert(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantConvert",
+            display_name="Convert to GGUF",
+            category="WanQuant/convert",
+            description="Writes a quantized copy of a Wan checkpoint, one tensor at a time. A copy that is already"
+            " there and made the same way is reused.",
+            search_aliases=["quantize", "gguf", "compress model"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input("source", options=source_names(), tooltip="A .safetensors Wan checkpoint."),
+                io.Combo.Input(
+                    "recipe",
+                    options=list(RECIPES),
+                    default="Q4_K_M",
+                    tooltip="Size against quality: Q8_0 nearly lossless, Q4_K_M the usual choice, Q2_K the smallest.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=list(destinations()),
+                    default=MODELS,
+                    advanced=True,
+                    tooltip="Where the file goes: a model folder, or output for ComfyUI's output folder.",
+                ),
+                io.String.Input(
+                    "output_name",
+                    default="",
+                    tooltip="Name of the .gguf file; empty: the source's name and the recipe.",
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace a file of that name that was made in another way."
+                ),
+                io.Combo.Input(
+                    "effort",
+                    options=["best", "fast"],
+                    default="best",
+                    advanced=True,
+                    tooltip="best searches for the lowest error; fast is several times quicker.",
+                ),
+                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True),
+            ],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="Connect to the path of Load Diffusion Model (GGUF)."),
+                io.Image.Output(display_name="report"),
+                io.String.Output(display_name="summary"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, source: str, recipe: str, folder: str, output_name: str, **_: object) -> str:
+        target = os.path.join(destinations().get(folder, folder), output_name or _default_name(source, recipe))
+        written = os.stat(target).st_mtime_ns if os.path.exists(target) else "missing"
+        return f"{stat_token(MODELS, source)} {target} {written}"
+
+    @classmethod
+    def execute(
+        cls, source: str, recipe: str, folder: str, output_name: str, overwrite: bool, effort: str, device: str
+    ) -> io.NodeOutput:
+        source_path = folder_paths.get_full_path_or_raise(MODELS, source)
+        target = output_path(destinations()[folder], output_name or _default_name(source, recipe), ".gguf")
+        bar = comfy.utils.ProgressBar(1)
+
+        def progress(done: int, total: int, _name: str) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+
+        report = convert(
+            source_path,
+            target,
+            recipe,
+            effort=effort,
+            device=comfy.model_management.get_torch_device() if device == "default" else device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        picture, summary = picture_tensor(report.image()), report.text()
+        return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, cls))
+
+
+def _default_name(source: str, recipe: str) -> str:
+    return f"{os.path.splitext(source)[0]}-{recipe}.gguf"

@@ -1,0 +1,69 @@
+"""Which folders the nodes read from and write to, in the host's own terms."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+from ..quant import QuantError
+
+MODELS = "diffusion_models"
+GGUF = "unet_gguf"  # the name existing GGUF packs use, so that extra_model_paths.yaml entries work for both
+CONDITIONING = "conditioning"
+OUTPUT = "output"
+
+
+def register_folders() -> None:
+    """Make the host list .gguf files beside its own diffusion models, and saved conditionings."""
+    shared, _ = folder_paths.folder_names_and_paths[MODELS]
+    paths, extensions = folder_paths.folder_names_and_paths.get(GGUF, (shared, set()))
+    if paths is not shared:
+        # Configured by the user or by another pack: keep its folders, and see later additions to the host's list.
+        shared = [*paths, *(path for path in shared if path not in paths)]
+    folder_paths.folder_names_and_paths[GGUF] = (shared, {*extensions, ".gguf"})
+    parents = (folder_paths.models_dir, folder_paths.get_output_directory())
+    folder_paths.folder_names_and_paths[CONDITIONING] = (
+        [os.path.join(p, CONDITIONING) for p in parents],
+        {".safetensors"},
+    )
+
+
+def source_names() -> list[str]:
+    """Checkpoints that can be converted."""
+    return [name for name in folder_paths.get_filename_list(MODELS) if name.endswith(".safetensors")]
+
+
+def stat_token(folder: str, name: str) -> str:
+    """Changes whenever the file does: what a node's cache is keyed by."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        return "missing"
+    stat = os.stat(path)
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def destinations() -> dict[str, str]:
+    """Folders a conversion may write to: a label that means the same on every machine -> the path."""
+    labels = {OUTPUT: os.path.join(folder_paths.get_output_directory(), MODELS)}
+    for path in folder_paths.get_folder_paths(MODELS):
+        inside = folder_paths.is_within_directory(folder_paths.models_dir, path)
+        label = os.path.relpath(path, folder_paths.models_dir).replace(os.sep, "/") if inside else path
+        if path != labels[OUTPUT]:
+            labels[label] = path
+    return labels
+
+
+def output_path(folder: str, name: str, suffix: str) -> str:
+    """Full path of a file to be written below `folder`; its folder is made.
+
+    Raises:
+        QuantError: `name` leads out of the folder or names another kind of file.
+    """
+    path = os.path.abspath(os.path.join(folder, name))
+    if os.path.isabs(name) or not folder_paths.is_within_directory(folder, path) or path == os.path.abspath(folder):
+        raise QuantError(f"output name {name!r}: leads out of {folder}; give a name below that folder")
+    if not path.endswith(suffix):
+        raise QuantError(f"output name {name!r}: does not end in {suffix}; give a name like model{suffix}")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return path

@@ -1,0 +1,35 @@
+"""WanQuantInspect."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..quant.report import inspect
+from .folders import GGUF, stat_token
+from .pictures import picture_tensor, text_and_picture
+
+
+class WanQuantInspect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantInspect",
+            display_name="GGUF Info",
+            category="WanQuant/convert",
+            description="What a GGUF file holds: types, sizes, bits per weight, how it was made.",
+            search_aliases=["inspect gguf", "model info", "metadata"],
+            is_output_node=True,
+            inputs=[io.Combo.Input("model_name", options=folder_paths.get_filename_list(GGUF))],
+            outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="plot")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str) -> str:
+        return stat_token(GGUF, model_name)
+
+    @classmethod
+    def execute(cls, model_name: str) -> io.NodeOutput:
+        report = inspect(folder_paths.get_full_path_or_raise(GGUF, model_name))
+        text, picture = report.text(), picture_tensor(report.image())
+        return io.NodeOutput(text, picture, ui=text_and_picture(text, picture, cls))

@@ -1,0 +1,38 @@
+"""WanQuantExpertPairLoader."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..ops.loader import load_diffusion_model
+from .folders import GGUF, stat_token
+from .load_diffusion_model import DTYPES, dtype_input
+
+
+class WanQuantExpertPairLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        names = folder_paths.get_filename_list(GGUF)
+        return io.Schema(
+            node_id="WanQuantExpertPairLoader",
+            display_name="Load Wan 2.2 Experts (GGUF)",
+            category="WanQuant/loaders",
+            description="Loads the two experts of a Wan 2.2 14B model. Both stay on disk until ComfyUI needs them.",
+            search_aliases=["gguf", "wan 2.2", "high noise", "low noise", "A14B"],
+            inputs=[
+                io.Combo.Input("high_noise_name", options=names, tooltip="The expert for the first steps."),
+                io.Combo.Input("low_noise_name", options=names, tooltip="The expert for the last steps."),
+                dtype_input(),
+            ],
+            outputs=[io.Model.Output(display_name="high_noise"), io.Model.Output(display_name="low_noise")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, high_noise_name: str, low_noise_name: str, **_: object) -> str:
+        return f"{stat_token(GGUF, high_noise_name)} {stat_token(GGUF, low_noise_name)}"
+
+    @classmethod
+    def execute(cls, high_noise_name: str, low_noise_name: str, compute_dtype: str) -> io.NodeOutput:
+        paths = (folder_paths.get_full_path_or_raise(GGUF, name) for name in (high_noise_name, low_noise_name))
+        return io.NodeOutput(*(load_diffusion_model(path, dtype=DTYPES[compute_dtype]) for path in paths))

@@ -1,0 +1,26 @@
+"""Save and Load Conditioning as a user chains them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wanquant.nodes.load_conditioning import WanQuantLoadConditioning
+from wanquant.nodes.save_conditioning import WanQuantSaveConditioning
+from wanquant.quant import QuantError
+
+
+def test_saved_prompt_is_listed_and_loaded(models):
+    import folder_paths
+
+    embedding = torch.randn(1, 5, 8)
+    WanQuantSaveConditioning.execute([[embedding, {"guidance": 5.0}]], "set/ball.safetensors")
+    (name,) = folder_paths.get_filename_list("conditioning")
+    ((loaded, fields),) = WanQuantLoadConditioning.execute(name).args[0]
+    assert torch.equal(loaded, embedding)
+    assert fields == {"guidance": 5.0}
+
+
+def test_name_that_leads_out_is_refused(models):
+    with pytest.raises(QuantError, match="leads out of"):
+        WanQuantSaveConditioning.execute([[torch.zeros(1), {}]], "../ball.safetensors")

@@ -1,0 +1,35 @@
+"""The loader nodes without a server: what they accept, and when the host must run them again."""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from wanquant.nodes.load_diffusion_model import WanQuantLoader
+from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
+
+
+def test_linked_path_makes_the_name_irrelevant(models):
+    assert WanQuantLoader.validate_inputs(model_name="stale.gguf", path=None) is True
+    assert "not in models/diffusion_models" in WanQuantLoader.validate_inputs(model_name="stale.gguf")
+    (models / "diffusion_models" / "a.gguf").touch()
+    assert WanQuantLoader.validate_inputs(model_name="a.gguf") is True
+
+
+def test_changed_file_is_loaded_again(models):
+    path = models / "diffusion_models" / "a.gguf"
+    path.write_bytes(b"1")
+    before = WanQuantLoader.fingerprint_inputs(model_name="a.gguf", compute_dtype="default")
+    path.write_bytes(b"22")
+    assert WanQuantLoader.fingerprint_inputs(model_name="a.gguf", compute_dtype="default") != before
+
+
+def test_pair_keeps_its_order_and_dtype(models, t2v):
+    for name in ("high.gguf", "low.gguf"):
+        shutil.copy(t2v[1], models / "diffusion_models" / name)
+    loaded = WanQuantExpertPairLoader.execute("high.gguf", "low.gguf", "bfloat16").args
+    assert [patcher.model.get_dtype_inference() for patcher in loaded] == [torch.bfloat16] * 2
+    assert loaded[0].model is not loaded[1].model
+    inits = [patcher.cached_patcher_init[0].args[0] for patcher in loaded]
+    assert [str(path).rsplit("/", 1)[-1] for path in inits] == ["high.gguf", "low.gguf"]
