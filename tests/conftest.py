@@ -10,4 +10,4 @@ ROOT = Path(__file__).resolve().parent.parent
 
 package = types.ModuleType("wanquant")
 package.__path__ = [str(ROOT)]
-sys.modules["wanquant"] = package
+sys.modules.setdefault("wanquant", package)

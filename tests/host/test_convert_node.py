@@ -1,0 +1,56 @@
+"""The converter node in a real server: reuse, refusal, and the nodes that read what it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from wanquant.tests.host.graphs import conversion, node
+from wanquant.tests.host.server import GraphError, HostServer
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+pytestmark = pytest.mark.host
+
+NAME = "job.safetensors"
+
+
+@pytest.fixture(scope="module")
+def target(server: HostServer) -> Path:
+    folder = server.models / "diffusion_models"
+    write_tiny_wan(folder / NAME, layers=1)
+    return folder / "job-Q4_0.gguf"
+
+
+def convert(server: HostServer, **inputs: object) -> str:
+    """The text shown under the node."""
+    return server.run(conversion("Q4_0", source=NAME, **inputs))["convert"]["text"][0]
+
+
+def test_result_of_the_same_job_is_reused(server: HostServer, target: Path):
+    assert "written in" in convert(server)
+    written = target.stat().st_mtime_ns
+    assert "up to date" in convert(server)
+    assert target.stat().st_mtime_ns == written
+    target.unlink()
+    assert "written in" in convert(server), "a deleted result is made again"
+
+
+def test_other_file_is_kept_unless_overwrite_is_set(server: HostServer, target: Path):
+    target.write_bytes(b"something else")
+    with pytest.raises(GraphError, match="made in another way"):
+        convert(server)
+    assert target.read_bytes() == b"something else"
+    assert "written in" in convert(server, overwrite=True)
+
+
+def test_output_folder_and_device_of_choice(server: HostServer, target: Path):
+    convert(server, folder="output", output_name="kept/small.gguf", device="default", effort="fast")
+    assert (server.output / "diffusion_models" / "kept" / "small.gguf").exists()
+
+
+def test_info_shows_text_and_picture(server: HostServer, target: Path):
+    convert(server)
+    shown = server.run({"info": node("WanQuantInspect", model_name=target.name)})["info"]
+    assert "Wan diffusion model" in shown["text"][0]
+    assert server.fetch("/view", **shown["images"][0]).startswith(b"\x89PNG")
