@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from wanquant.dev import ROOT
 from wanquant.tests.host.comparison import DENSE, Run, prepare, sample
@@ -77,12 +77,18 @@ def _keep(runs: list[Run], version: str) -> None:
 
 
 def _strip(runs: list[Run]) -> Image.Image:
-    """The middle frame of every run, left to right in the order of the table."""
-    pictures = [Image.open(run.outputs["frames"][len(run.outputs["frames"]) // 2]) for run in runs]
-    width, height = pictures[0].size
-    strip = Image.new("RGB", (width * len(pictures), height))
-    for index, picture in enumerate(pictures):
-        strip.paste(picture, (index * width, 0))
+    """The middle frame of every run in the order of the table, and below it how far it is from the first."""
+    frames = [Image.open(run.outputs["frames"][len(run.outputs["frames"]) // 2]).convert("RGB") for run in runs]
+    (width, height), label = frames[0].size, 28
+    strip = Image.new("RGB", (width * len(frames), 2 * (height + label)), "white")
+    draw = ImageDraw.Draw(strip)
+    for index, (run, frame) in enumerate(zip(runs, frames, strict=True)):
+        x = width * index
+        cost = f"{run.name}, {run.sqnr_db(runs[0]):.1f} dB" if index else "unquantized"
+        difference = ImageChops.difference(frame, frames[0]).point([min(255, 8 * value) for value in range(256)] * 3)
+        for y, text, picture in ((0, cost, frame), (height + label, "difference x 8", difference)):
+            draw.text((x + 6, y + 4), text, "black", ImageFont.load_default(16))
+            strip.paste(picture, (x, y + label))
     return strip
 
 

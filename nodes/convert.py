@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..quant.convert import convert
+from ..quant.qtype import Effort
 from ..quant.recipe import RECIPES
 from .folders import MODELS, destinations, output_path, source_names, stat_token
 from .pictures import picture_tensor, text_and_picture
@@ -73,7 +74,7 @@ class WanQuantConvert(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, source: str, recipe: str, folder: str, output_name: str, overwrite: bool, effort: str, device: str
+        cls, source: str, recipe: str, folder: str, output_name: str, overwrite: bool, effort: Effort, device: str
     ) -> io.NodeOutput:
         source_path = folder_paths.get_full_path_or_raise(MODELS, source)
         target = output_path(destinations()[folder], output_name or _default_name(source, recipe), ".gguf")

@@ -41,7 +41,7 @@ class GGUFParams:
             object.__setattr__(self, field.name, getattr(src, field.name))
 
 
-class GGUFLayout(QuantizedLayout):  # type: ignore[misc]
+class GGUFLayout(QuantizedLayout):
     """Rows of ggml blocks: qdata is uint8 (rows, n_blocks * type_size), orig_shape the shape in weights.
 
     Source: comfy_kitchen/tensor/base.py QuantizedLayout, comfy-kitchen 0.2.26.

@@ -64,10 +64,10 @@ class GGUFModule(torch.nn.Module):
         return dense(weight, weight.dtype)
 
 
-class GGUFOps(comfy.ops.manual_cast):  # type: ignore[misc]
+class GGUFOps(comfy.ops.manual_cast):
     """The host's `operations` for a model from a GGUF file."""
 
-    class Linear(GGUFModule, comfy.ops.manual_cast.Linear):  # type: ignore[misc]
+    class Linear(GGUFModule, comfy.ops.manual_cast.Linear):
         def __init__(
             self,
             in_features: int,
@@ -87,7 +87,7 @@ class GGUFOps(comfy.ops.manual_cast):  # type: ignore[misc]
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 
-    class Embedding(GGUFModule, comfy.ops.manual_cast.Embedding):  # type: ignore[misc]
+    class Embedding(GGUFModule, comfy.ops.manual_cast.Embedding):
         def __init__(
             self,
             num_embeddings: int,

@@ -101,7 +101,7 @@ class OnTheFly:
         return [step for step in self._steps if isinstance(step, _LowRank)]
 
 
-class PackedPatcher(ModelPatcher):  # type: ignore[misc]
+class PackedPatcher(ModelPatcher):
     """Mixed into whichever patcher the host made. All it does is keep patches of packed weights in `weight_function`.
 
     One rule, `sync`, makes the state right whatever the host did before, and runs after everything that changes it:

@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     with HostServer(options.base, port=options.port) as server:
-        print(f"\nComfyUI {server.version()}: {server.url}, models in {server.models}; Ctrl-C ends it")  # noqa: T201
+        print(f"\nComfyUI {server.version()}: {server.url}, models in {server.models}; Ctrl-C ends it", flush=True)  # noqa: T201
         server.process.wait()
 
 
