@@ -85,8 +85,8 @@ def _strip(runs: list[Run]) -> Image.Image:
     for index, (run, frame) in enumerate(zip(runs, frames, strict=True)):
         x = width * index
         cost = f"{run.name}, {run.sqnr_db(runs[0]):.1f} dB" if index else "unquantized"
-        difference = ImageChops.difference(frame, frames[0]).point([min(255, 8 * value) for value in range(256)] * 3)
-        for y, text, picture in ((0, cost, frame), (height + label, "difference x 8", difference)):
+        difference = ImageChops.difference(frame, frames[0]).point([min(255, 20 * value) for value in range(256)] * 3)
+        for y, text, picture in ((0, cost, frame), (height + label, "difference x 20", difference)):
             draw.text((x + 6, y + 4), text, "black", ImageFont.load_default(16))
             strip.paste(picture, (x, y + label))
     return strip

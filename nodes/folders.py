@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import folder_paths
 
@@ -47,8 +48,8 @@ def destinations() -> dict[str, str]:
     """Folders a conversion may write to: a label that means the same on every machine -> the path."""
     labels = {OUTPUT: os.path.join(folder_paths.get_output_directory(), MODELS)}
     for path in folder_paths.get_folder_paths(MODELS):
-        inside = folder_paths.is_within_directory(folder_paths.models_dir, path)
-        label = os.path.relpath(path, folder_paths.models_dir).replace(os.sep, "/") if inside else path
+        inside = Path(path).is_relative_to(folder_paths.models_dir)
+        label = Path(path).relative_to(folder_paths.models_dir).as_posix() if inside else path
         if path != labels[OUTPUT]:
             labels[label] = path
     return labels
@@ -61,7 +62,9 @@ def output_path(folder: str, name: str, suffix: str) -> str:
         QuantError: `name` leads out of the folder or names another kind of file.
     """
     path = os.path.abspath(os.path.join(folder, name))
-    if os.path.isabs(name) or not folder_paths.is_within_directory(folder, path) or path == os.path.abspath(folder):
+    # Resolved, so that a symbolic link below the folder leads out too.
+    inside = Path(path).resolve().is_relative_to(Path(folder).resolve())
+    if os.path.isabs(name) or not inside or path == os.path.abspath(folder):
         raise QuantError(f"output name {name!r}: leads out of {folder}; give a name below that folder")
     if not path.endswith(suffix):
         raise QuantError(f"output name {name!r}: does not end in {suffix}; give a name like model{suffix}")

@@ -38,6 +38,21 @@ def test_destination_labels_name_no_machine(models, tmp_path):
     }
 
 
+def test_linked_models_folder_keeps_its_label(models, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (models / "linked").symlink_to(tmp_path / "elsewhere")
+    folder_paths.folder_names_and_paths["diffusion_models"][0].append(str(models / "linked"))
+    assert destinations()["linked"] == str(models / "linked")
+    assert output_path(str(models / "linked"), "x.gguf", ".gguf") == str(models / "linked" / "x.gguf")
+
+
+def test_link_that_leads_out_is_refused(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "out").symlink_to(tmp_path)
+    with pytest.raises(QuantError, match="leads out of"):
+        output_path(str(tmp_path / "models"), "out/x.gguf", ".gguf")
+
+
 @pytest.mark.parametrize("name", ["../x.gguf", "a/../../x.gguf", "/x.gguf", ".", ""])
 def test_names_that_lead_out_are_refused(tmp_path, name):
     folder = tmp_path / "models"
