@@ -7,6 +7,7 @@ import os
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from comfy_api.latest import io
 
 from ..quant.convert import convert
@@ -14,6 +15,9 @@ from ..quant.qtype import Effort
 from ..quant.recipe import RECIPES
 from .folders import MODELS, destinations, output_path, source_names, stat_token
 from .pictures import picture_tensor, text_and_picture
+
+# What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
+_ENCODER_BYTES = 1 << 30
 
 
 class WanQuantConvert(io.ComfyNode):
@@ -78,6 +82,8 @@ class WanQuantConvert(io.ComfyNode):
     ) -> io.NodeOutput:
         source_path = folder_paths.get_full_path_or_raise(MODELS, source)
         target = output_path(destinations()[folder], output_name or _default_name(source, recipe), ".gguf")
+        chosen = comfy.model_management.get_torch_device() if device == "default" else torch.device(device)
+        comfy.model_management.free_memory(_ENCODER_BYTES, chosen)
         bar = comfy.utils.ProgressBar(1)
 
         def progress(done: int, total: int, _name: str) -> None:
@@ -89,7 +95,7 @@ class WanQuantConvert(io.ComfyNode):
             target,
             recipe,
             effort=effort,
-            device=comfy.model_management.get_torch_device() if device == "default" else device,
+            device=chosen,
             overwrite=overwrite,
             progress=progress,
         )
