@@ -10,6 +10,7 @@ from .inspect import WanQuantInspect
 from .load_conditioning import WanQuantLoadConditioning
 from .load_diffusion_model import WanQuantLoader
 from .load_expert_pair import WanQuantExpertPairLoader
+from .load_text_encoder import WanQuantTextEncoderLoader
 from .preview_decode import WanQuantPreviewDecode
 from .save_conditioning import WanQuantSaveConditioning
 
@@ -22,6 +23,7 @@ class WanQuantExtension(ComfyExtension):
         return [
             WanQuantLoader,
             WanQuantExpertPairLoader,
+            WanQuantTextEncoderLoader,
             WanQuantConvert,
             WanQuantInspect,
             WanQuantSaveConditioning,

@@ -10,19 +10,23 @@ import folder_paths
 from ..quant import QuantError
 
 MODELS = "diffusion_models"
-GGUF = "unet_gguf"  # the name existing GGUF packs use, so that extra_model_paths.yaml entries work for both
+ENCODERS = "text_encoders"
+# The names that existing GGUF packs use, so that entries in extra_model_paths.yaml serve both.
+GGUF = "unet_gguf"
+GGUF_ENCODERS = "clip_gguf"
 CONDITIONING = "conditioning"
 OUTPUT = "output"
 
 
 def register_folders() -> None:
     """Make the host list .gguf files beside its own diffusion models, and saved conditionings."""
-    shared, _ = folder_paths.folder_names_and_paths[MODELS]
-    paths, extensions = folder_paths.folder_names_and_paths.get(GGUF, (shared, set()))
-    if paths is not shared:
-        # Configured by the user or by another pack: keep its folders, and see later additions to the host's list.
-        shared = [*paths, *(path for path in shared if path not in paths)]
-    folder_paths.folder_names_and_paths[GGUF] = (shared, {*extensions, ".gguf"})
+    for name, gguf_name in ((MODELS, GGUF), (ENCODERS, GGUF_ENCODERS)):
+        shared, _ = folder_paths.folder_names_and_paths[name]
+        paths, extensions = folder_paths.folder_names_and_paths.get(gguf_name, (shared, set()))
+        if paths is not shared:
+            # Configured by the user or by another pack: its folders stay, ahead of the host's.
+            shared = [*paths, *(path for path in shared if path not in paths)]
+        folder_paths.folder_names_and_paths[gguf_name] = (shared, {*extensions, ".gguf"})
     parents = (folder_paths.models_dir, folder_paths.get_output_directory())
     folder_paths.folder_names_and_paths[CONDITIONING] = (
         [os.path.join(p, CONDITIONING) for p in parents],

@@ -52,7 +52,7 @@ def load_diffusion_model(
     header, data = open_mapped(path)
     _refuse_foreign(header)
     # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
-    state_dict = {r.name: _host_tensor(r, data(r), dtype or torch.bfloat16) for r in header.tensors.values()}
+    state_dict = {r.name: host_tensor(r, data(r), dtype or torch.bfloat16) for r in header.tensors.values()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
         {"custom_operations": GGUFOps} | ({"dtype": dtype} if dtype else {}),
@@ -69,7 +69,7 @@ def load_diffusion_model(
     return with_packed_patches(patcher)
 
 
-def _host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
+def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
     """What the host's state dict gets: packed for our layers, zero-copy for plain types, else decoded to `dtype`."""
     plain = _PLAIN.get(record.qtype.name)
     if plain is not None:

@@ -20,6 +20,7 @@ NODES = [
     "WanQuantLoader",
     "WanQuantPreviewDecode",
     "WanQuantSaveConditioning",
+    "WanQuantTextEncoderLoader",
 ]
 
 

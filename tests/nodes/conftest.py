@@ -24,6 +24,10 @@ def models(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"diffusion_models": diffusion_models})
+    folders = {
+        "diffusion_models": diffusion_models,
+        "text_encoders": ([str(tmp_path / "models" / "text_encoders")], set()),
+    }
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
     register_folders()
     return tmp_path / "models"

@@ -86,14 +86,14 @@ def test_anything_may_be_quantized(tmp_path, state, dense, sqnr, write_gguf):
 
 
 def test_raw_two_dimensional_parameters_stay_plain(tmp_path, write_gguf):
-    from wanquant.ops.loader import _host_tensor
+    from wanquant.ops.loader import host_tensor
     from wanquant.quant.gguf_file import open_gguf
 
     state = {
         f"{name}.weight": torch.randn(64, 64) for name in ("motion_encoder.enc.fc.0", "trainable_cond_mask", "ffn")
     }
     file = open_gguf(write_gguf(tmp_path / "a.gguf", state, as_city96))
-    packed = {name: is_packed(_host_tensor(t, t.data, torch.bfloat16)) for name, t in file.tensors.items()}
+    packed = {name: is_packed(host_tensor(t, t.data, torch.bfloat16)) for name, t in file.tensors.items()}
     assert packed == {"motion_encoder.enc.fc.0.weight": False, "trainable_cond_mask.weight": False, "ffn.weight": True}
 
 

@@ -1,0 +1,44 @@
+"""WanQuantTextEncoderLoader."""
+
+from __future__ import annotations
+
+import comfy.sd
+import folder_paths
+from comfy_api.latest import io
+
+from ..ops.text_encoder import load_text_encoder
+from .folders import GGUF_ENCODERS, stat_token
+
+# Wan first: it is what the pack is for. The others take the same kind of file.
+TYPES = ("wan", "sd3", "mochi", "ltxv", "pixart", "chroma")
+
+
+class WanQuantTextEncoderLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantTextEncoderLoader",
+            display_name="Load Text Encoder (GGUF)",
+            category="WanQuant/loaders",
+            description="Loads a GGUF text encoder: umT5-XXL for Wan, T5-XXL for others. Its weights stay quantized.",
+            search_aliases=["gguf", "clip loader gguf", "umt5", "t5"],
+            inputs=[
+                io.Combo.Input(
+                    "encoder_name",
+                    options=folder_paths.get_filename_list(GGUF_ENCODERS),
+                    tooltip="A .gguf file in models/text_encoders.",
+                ),
+                io.Combo.Input("type", options=list(TYPES), tooltip="The model that the prompt is for."),
+            ],
+            outputs=[io.Clip.Output()],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, encoder_name: str, **_: object) -> str:
+        return stat_token(GGUF_ENCODERS, encoder_name)
+
+    @classmethod
+    def execute(cls, encoder_name: str, type: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(GGUF_ENCODERS, encoder_name)
+        clip_type = comfy.sd.CLIPType[type.upper()]
+        return io.NodeOutput(load_text_encoder(path, clip_type, folder_paths.get_folder_paths("embeddings")))
