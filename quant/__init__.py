@@ -5,6 +5,7 @@ from __future__ import annotations
 from .convert import ConversionReport, convert
 from .errors import QuantError
 from .gguf_file import open_gguf
+from .kernels import op as op  # registers torch.ops.wanquant.dequantize
 from .qtype import QTYPES, QuantType
 
 __all__ = ["QTYPES", "ConversionReport", "QuantError", "QuantType", "convert", "open_gguf"]

@@ -19,11 +19,10 @@ Decoder = Callable[[Tensor], Tensor]
 Encoder = Callable[[Tensor, "Tensor | None"], Tensor]
 """(n, block_size) float32 weights, the same shape of importance or None -> (n, type_size) uint8."""
 
-# Weights to work on at a time. On a CPU the temporaries stay in its cache; an accelerator prefers few launches, but a
+# Weights to encode at a time. On a CPU the temporaries stay in its cache; an accelerator prefers few launches, but a
 # search keeps about 40 float32 temporaries of its input: 640 MiB.
 _CPU_WEIGHTS = 1 << 18
-_DECODE_WEIGHTS = 1 << 24
-_ENCODE_WEIGHTS = 1 << 22
+_DEVICE_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,10 @@ class QuantType:
         """
         if packed.dtype != torch.uint8:
             raise QuantError(f"{self.name}: packed data is {packed.dtype}, expected torch.uint8; view it as bytes")
-        out = torch.empty(self.unpacked_shape(tuple(packed.shape)), dtype=dtype, device=packed.device)
-        n_blocks = packed.numel() // self.type_size
-        blocks, weights = packed.reshape(n_blocks, self.type_size), out.view(n_blocks, self.block_size)
-        for chunk in self._chunks(n_blocks, packed.device, _DECODE_WEIGHTS):
-            weights[chunk].copy_(self.decode(blocks[chunk]))
-        return out
+        self.unpacked_shape(tuple(packed.shape))
+        # By name, as the operator's module (quant/kernels/op.py) imports this one.
+        weight: Tensor = torch.ops.wanquant.dequantize(packed, self.name, dtype)
+        return weight
 
     def quantize(self, weight: Tensor, importance: Tensor | None = None, effort: Effort = "best") -> Tensor:
         """Encode to uint8 (..., n_blocks * type_size) on the weight's device.
@@ -106,7 +103,7 @@ class QuantType:
         n_blocks = weight.numel() // self.block_size
         blocks, packed = weight.reshape(n_blocks, self.block_size), out.view(n_blocks, self.type_size)
         columns = None if importance is None else self._columns(importance, weight)
-        for chunk in self._chunks(n_blocks, weight.device, _ENCODE_WEIGHTS):
+        for chunk in self._chunks(n_blocks, weight.device):
             packed[chunk] = encode(blocks[chunk].float().contiguous(), None if columns is None else columns(chunk))
         return out
 
@@ -131,8 +128,8 @@ class QuantType:
         row = importance.to(weight.device, torch.float32).view(-1, self.block_size)
         return lambda chunk: row[torch.arange(chunk.start, chunk.stop, device=row.device) % len(row)]
 
-    def _chunks(self, n_blocks: int, device: torch.device, weights: int) -> Iterator[slice]:
-        step = max(1, (_CPU_WEIGHTS if device.type == "cpu" else weights) // self.block_size)
+    def _chunks(self, n_blocks: int, device: torch.device) -> Iterator[slice]:
+        step = max(1, (_CPU_WEIGHTS if device.type == "cpu" else _DEVICE_WEIGHTS) // self.block_size)
         for start in range(0, n_blocks, step):
             yield slice(start, min(start + step, n_blocks))
 

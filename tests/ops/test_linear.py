@@ -6,6 +6,8 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from wanquant.ops.layout import is_packed, pack
 from wanquant.ops.linear import GGUFOps, packed_modules
@@ -145,3 +147,23 @@ def test_embedding_takes_plain_tables_and_patches():
     before = patched(ids)
     patched.weight_function = [lambda weight: weight.add_(1)]
     assert torch.equal(patched(ids), before + 1)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ2_XXS"])
+def test_compiles_once_for_all_layers_of_a_shape(name):
+    """In one graph, which decodes in one operation and has no other cast or copy of a weight."""
+    graphs = []
+
+    def compiler(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+    x = torch.randn(3, COLUMNS, dtype=torch.bfloat16)
+    for _ in range(3):
+        layer = linear(packed_weight(name, torch.bfloat16), torch.randn(ROWS, dtype=torch.bfloat16))
+        with torch.inference_mode():
+            torch.testing.assert_close(compiled(layer, x), layer(x), rtol=0, atol=0, equal_nan=True)
+    assert graphs == [
+        ["wanquant.dequantize.default", "aten.view.default", "aten.t.default", "aten.addmm.default"],
+    ]
