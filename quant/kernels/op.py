@@ -7,6 +7,10 @@ from torch import Tensor
 
 from ..qtype import QTYPES
 from . import eager
+from .optional import OptionalPath
+
+# ROCm counts as cuda.
+_PATHS = dict.fromkeys(("cuda", "xpu"), OptionalPath("triton_kernel", "fused kernels"))
 
 # Not torch.library.custom_op: its wrappers import torch._dynamo at the first call, which takes seconds.
 _library = torch.library.Library("wanquant", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -14,7 +18,11 @@ _library.define("dequantize(Tensor packed, str qtype, ScalarType dtype) -> Tenso
 
 
 def _dequantize(packed: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    return eager.dequantize(QTYPES[qtype], packed, dtype) if packed.numel() else _fake(packed, qtype, dtype)
+    if not packed.numel():
+        return _fake(packed, qtype, dtype)
+    path = _PATHS.get(packed.device.type)
+    weight = path.dequantize(QTYPES[qtype], packed, dtype) if path else None
+    return eager.dequantize(QTYPES[qtype], packed, dtype) if weight is None else weight
 
 
 def _fake(packed: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:

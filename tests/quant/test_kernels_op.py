@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
 from wanquant.quant import QTYPES, QuantType
+from wanquant.quant.kernels import op
+from wanquant.quant.kernels.optional import OptionalPath
 from wanquant.tests.quant.samples import random_blocks
 
 every_type = pytest.mark.parametrize("quant", QTYPES.values(), ids=QTYPES.keys())
@@ -22,3 +27,57 @@ def test_fake_tensors_decode_to_the_right_shape() -> None:
     packed = torch.empty(3, 5, 288, dtype=torch.uint8, device="meta")
     weight = QTYPES["Q4_K"].dequantize(packed, torch.float16)
     assert (weight.shape, weight.dtype, weight.device.type) == ((3, 5, 512), torch.float16, "meta")
+
+
+def optional_path(monkeypatch: pytest.MonkeyPatch, dequantize) -> OptionalPath:
+    module = types.SimpleNamespace(FORMATS=("Q8_0",), dequantize=dequantize)
+    monkeypatch.setitem(sys.modules, "wanquant.quant.kernels.fake", module)
+    path = OptionalPath("fake", "fakes")
+    monkeypatch.setitem(op._PATHS, "cpu", path)
+    return path
+
+
+def test_an_optional_path_decodes_its_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    optional_path(monkeypatch, lambda quant, packed, dtype: seen.append(quant.name) or torch.ones(1, dtype=dtype))
+    assert QTYPES["Q8_0"].dequantize(random_blocks(QTYPES["Q8_0"], 1), torch.float16).dtype == torch.float16
+    assert QTYPES["Q4_0"].dequantize(random_blocks(QTYPES["Q4_0"], 1)).shape == (1, 32)
+    assert QTYPES["Q8_0"].dequantize(torch.empty(3, 0, dtype=torch.uint8)).shape == (3, 0)
+    assert seen == ["Q8_0"]
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError], ids=lambda error: error.__name__)
+def test_a_path_that_fails_is_left_with_one_line(error, monkeypatch, caplog) -> None:
+    calls = []
+
+    def fail(*_: object) -> None:
+        calls.append(1)
+        raise error("no compiler\nand a long explanation")
+
+    optional_path(monkeypatch, fail)
+    packed = random_blocks(QTYPES["Q8_0"], 2)
+    expected = QTYPES["Q8_0"].decode(packed)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert torch.equal(QTYPES["Q8_0"].dequantize(packed).nan_to_num(), expected.nan_to_num())
+    assert len(calls) == 1
+    assert caplog.messages == ["WanQuant decodes without fakes (no compiler)"]
+
+
+def test_a_missing_path_is_left_with_one_line(caplog) -> None:
+    path = OptionalPath("absent", "absentees")
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert path.dequantize(QTYPES["Q8_0"], torch.zeros(1, 34, dtype=torch.uint8), torch.float32) is None
+    assert len(caplog.messages) == 1
+    assert "without absentees (No module named" in caplog.text
+
+
+def test_out_of_memory_is_no_reason_to_leave_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    optional_path(monkeypatch, fail)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            QTYPES["Q8_0"].dequantize(random_blocks(QTYPES["Q8_0"], 1))

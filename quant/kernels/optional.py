@@ -1,0 +1,49 @@
+"""OptionalPath: a quicker way to decode that may be missing or not work on a machine."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+from collections.abc import Callable, Container
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..qtype import QuantType
+
+logger = logging.getLogger(__name__)
+
+
+class _Module(Protocol):
+    FORMATS: Container[str]
+    """Names of the types it decodes."""
+    dequantize: Callable[[QuantType, Tensor, torch.dtype], Tensor]
+
+
+class OptionalPath:
+    """A module of this package with FORMATS and `dequantize`, imported at its first use.
+
+    Where that or a decoding fails (no such package, no compiler), the log says so once and the path is not tried again.
+    """
+
+    def __init__(self, module: str, title: str) -> None:
+        self._name, self._title = module, title
+        self._module: _Module | None = None
+        self._lost = False
+
+    def dequantize(self, qtype: QuantType, packed: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Shapes as `QuantType.dequantize`; None if this path cannot do it."""
+        if self._lost:
+            return None
+        try:
+            self._module = self._module or cast("_Module", import_module(f".{self._name}", __package__))
+            return self._module.dequantize(qtype, packed, dtype) if qtype.name in self._module.FORMATS else None
+        except torch.OutOfMemoryError:
+            raise
+        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            self._lost = True
+            logger.info("WanQuant decodes without %s (%s)", self._title, str(error).partition("\n")[0])
+            return None

@@ -1,0 +1,51 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: run by test_kernels_triton.py as a process of its own.
+
+Prints a line for each type and dtype that it has compared.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...quant import QTYPES, QuantType
+from ...quant.kernels import eager, triton_kernel
+from .samples import assert_same_bits, random_blocks, special_blocks
+
+
+def cases(quant: QuantType) -> list[Tensor]:
+    """One block; tiles with a ragged end; scales at the limits of float16; from an odd address; strided."""
+    blocks = random_blocks(quant, 2 * triton_kernel.TILE // quant.block_size + 3)
+    odd = torch.cat((blocks.new_zeros(1), blocks.flatten()))[1:]
+    return [blocks[:1], blocks, special_blocks(quant), odd, blocks[::2]]
+
+
+def decode(quant: QuantType, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """With a margin around the output that must stay as it was."""
+    n_weights = packed.numel() // quant.type_size * quant.block_size
+    room = torch.full((n_weights + 16,), torch.nan, dtype=dtype)
+    room[[*range(8), *range(-8, 0)]] = 7
+    triton_kernel.launch(quant, packed, room[8:-8])
+    assert (room[:8] == 7).all()
+    assert (room[-8:] == 7).all()
+    return room[8:-8]
+
+
+def check(quant: QuantType, packed: Tensor, dtype: torch.dtype) -> None:
+    actual = decode(quant, packed, dtype)
+    expected = eager.dequantize(quant, packed.reshape(-1, quant.type_size), dtype).flatten()
+    if dtype is torch.bfloat16:  # the interpreter truncates where hardware rounds
+        steps = (actual.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
+        assert steps[~expected.isnan()].max() <= 1
+    else:
+        assert_same_bits(actual.float().numpy(), expected.float().numpy())
+
+
+if __name__ == "__main__":
+    np.seterr(all="ignore")
+    for name in triton_kernel.FORMATS:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for packed in cases(QTYPES[name]):
+                check(QTYPES[name], packed, dtype)
+            print(name, dtype)  # noqa: T201

@@ -1,0 +1,69 @@
+"""The Triton kernels without a GPU: their results in the interpreter, and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wanquant.quant import QTYPES
+
+triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from wanquant.quant.kernels import triton_kernel  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+DTYPES = ("fp32", "fp16", "bf16")
+TARGETS = [GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)] + [GPUTarget("hip", "gfx1100", 32)]
+THREADS = 32 * triton_kernel.OPTIONS["num_warps"]
+
+
+def test_every_type_is_bit_exact_in_the_interpreter() -> None:
+    code = (
+        "import runpy, sys, types\n"
+        "sys.modules['wanquant'] = package = types.ModuleType('wanquant')\n"
+        f"package.__path__ = [{str(ROOT)!r}]\n"
+        "runpy.run_module('wanquant.tests.quant.interpreted', run_name='__main__')\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-I", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == [name for name in TYPES for _ in DTYPES]
+
+
+def compiled(name: str, dtype: str, target: GPUTarget) -> str:
+    """Assembly, compiled as a launch with aligned pointers does."""
+    constants = triton_kernel.constants(QTYPES[name])
+    signature = {"packed": "*u8", "out": f"*{dtype}", "n_weights": "i64"} | dict.fromkeys(constants, "constexpr")
+    aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1)}
+    source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)
+    return triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm[
+        "ptx" if target.backend == "cuda" else "amdgcn"
+    ]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("name", TYPES)
+def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
+    """At most 25 for a weight, no spills, 16-byte stores; and of 32 weights at most eight loads of a single byte."""
+    for dtype in ("fp32", "bf16"):  # float16 is bfloat16 with another conversion
+        assembly = compiled(name, dtype, target)
+        if target.backend == "hip":
+            assert "scratch_" not in assembly
+            assert len(re.findall(r"^\s+(?:[vs]|global|buffer|ds)_\w+", assembly, re.M)) <= 25 * 32
+            continue
+        instructions = re.findall(r"^\s+(?:@%?!?\w+ )?([a-z]\w*(?:\.\w+)+|bra|ret)[\s;]", assembly, re.M)
+        assert 100 < len(instructions) <= 25 * triton_kernel.TILE // THREADS
+        assert ".local" not in assembly
+        assert instructions.count("st.global.v4.b32") == sum(i.startswith("st.global") for i in instructions) > 0
+        assert sum(i.startswith(("ld.global.b8", "ld.global.u8", "ld.global.s8")) for i in instructions) <= 8
