@@ -16,11 +16,9 @@ CPU_WEIGHTS = 1 << 18
 DEVICE_WEIGHTS = 1 << 22
 
 
-def dequantize(qtype: QuantType, packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Any strides and alignment, at least one block; shapes as `QuantType.dequantize`."""
-    out = torch.empty(qtype.unpacked_shape(tuple(packed.shape)), dtype=dtype, device=packed.device)
+def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
+    """Decode at least one block, of any strides and alignment, into `out`, contiguous."""
     step = max(1, (CPU_WEIGHTS if packed.device.type == "cpu" else DEVICE_WEIGHTS) // qtype.block_size)
     blocks, weights = packed.reshape(-1, qtype.type_size), out.view(-1, qtype.block_size)
     for source, destination in zip(torch.split(blocks, step), torch.split(weights, step), strict=True):
         destination.copy_(qtype.decode(source))
-    return out

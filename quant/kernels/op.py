@@ -9,20 +9,27 @@ from ..qtype import QTYPES
 from . import eager
 from .optional import OptionalPath
 
-# ROCm counts as cuda.
-_PATHS = dict.fromkeys(("cuda", "xpu"), OptionalPath("triton_kernel", "fused kernels"))
+_fused = OptionalPath("triton_kernel", "fused kernels")
+# By device type; ROCm's is cuda.
+_PATHS = {"cuda": _fused, "xpu": _fused, "cpu": OptionalPath("libggml", "ggml's C code")}
 
 # Not torch.library.custom_op: its wrappers import torch._dynamo at the first call, which takes seconds.
 _library = torch.library.Library("wanquant", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("dequantize(Tensor packed, str qtype, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
 
 
+def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
+    """Decode uint8 (..., n_blocks * type_size), of any strides, into `out`, contiguous, of as many weights."""
+    if packed.numel():
+        path = _PATHS.get(packed.device.type)
+        if not (path and path.dequantize(QTYPES[qtype], packed, out)):
+            eager.dequantize(QTYPES[qtype], packed, out)
+
+
 def _dequantize(packed: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    if not packed.numel():
-        return _fake(packed, qtype, dtype)
-    path = _PATHS.get(packed.device.type)
-    weight = path.dequantize(QTYPES[qtype], packed, dtype) if path else None
-    return eager.dequantize(QTYPES[qtype], packed, dtype) if weight is None else weight
+    out = _fake(packed, qtype, dtype)
+    dequantize_into(packed, qtype, out)
+    return out
 
 
 def _fake(packed: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:

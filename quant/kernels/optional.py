@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 class _Module(Protocol):
     FORMATS: Container[str]
     """Names of the types it decodes."""
-    dequantize: Callable[[QuantType, Tensor, torch.dtype], Tensor]
+    dequantize: Callable[[QuantType, Tensor, Tensor], None]
+    """Decodes at least one block into the second tensor, both contiguous from a 16-byte boundary."""
 
 
 class OptionalPath:
@@ -34,16 +35,24 @@ class OptionalPath:
         self._module: _Module | None = None
         self._lost = False
 
-    def dequantize(self, qtype: QuantType, packed: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Shapes as `QuantType.dequantize`; None if this path cannot do it."""
+    def dequantize(self, qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
+        """Whether this path could do it, and has."""
         if self._lost:
-            return None
+            return False
         try:
             self._module = self._module or cast("_Module", import_module(f".{self._name}", __package__))
-            return self._module.dequantize(qtype, packed, dtype) if qtype.name in self._module.FORMATS else None
+            if qtype.name not in self._module.FORMATS:
+                return False
+            self._module.dequantize(qtype, _aligned(packed), out)
+            return True
         except torch.OutOfMemoryError:
             raise
         except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
             self._lost = True
             logger.info("WanQuant decodes without %s (%s)", self._title, str(error).partition("\n")[0])
-            return None
+            return False
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    packed = packed.contiguous()
+    return packed.clone() if packed.data_ptr() % 16 else packed

@@ -78,24 +78,15 @@ def constants(qtype: QuantType) -> dict[str, object]:
 
 
 def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
-    """Decode into `out`, contiguous, at least one block, on the current device."""
-    packed = packed.contiguous()
-    if packed.data_ptr() % 16:
-        packed = packed.clone()
+    """On the current device, whatever the tensors are on."""
     grid = (triton.cdiv(out.numel(), TILE),)
     dequantize_kernel[grid](packed, out, out.numel(), **constants(qtype), **OPTIONS)
 
 
-def dequantize(qtype: QuantType, packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """At least one block, of a type of FORMATS; shapes as `QuantType.dequantize`.
-
-    Raises:
-        RuntimeError: Triton cannot compile for the device, or does not drive it.
-    """
-    out = torch.empty(qtype.unpacked_shape(tuple(packed.shape)), dtype=dtype, device=packed.device)
+def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
+    """See `OptionalPath`; RuntimeError if Triton cannot compile for the device, or does not drive it."""
     with getattr(torch, packed.device.type).device(packed.device):
         try:
             launch(qtype, packed, out)
         except TritonError as error:
             raise RuntimeError(f"{qtype.name} does not compile: {error}") from error
-    return out

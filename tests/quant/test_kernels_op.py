@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from torch import Tensor
 
 from wanquant.quant import QTYPES, QuantType
 from wanquant.quant.kernels import op
@@ -37,13 +38,23 @@ def optional_path(monkeypatch: pytest.MonkeyPatch, dequantize) -> OptionalPath:
     return path
 
 
-def test_an_optional_path_decodes_its_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optional_path_gets_its_formats_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    optional_path(monkeypatch, lambda quant, packed, dtype: seen.append(quant.name) or torch.ones(1, dtype=dtype))
-    assert QTYPES["Q8_0"].dequantize(random_blocks(QTYPES["Q8_0"], 1), torch.float16).dtype == torch.float16
-    assert QTYPES["Q4_0"].dequantize(random_blocks(QTYPES["Q4_0"], 1)).shape == (1, 32)
+
+    def decode(quant: QuantType, packed: Tensor, out: Tensor) -> None:
+        assert packed.is_contiguous()
+        assert packed.data_ptr() % 16 == 0
+        seen.append((quant.name, packed.shape))
+        out.fill_(3)
+
+    optional_path(monkeypatch, decode)
+    blocks = random_blocks(QTYPES["Q8_0"], 6)
+    odd = torch.cat((blocks.new_zeros(1), blocks.flatten()))[1:].view(6, 34)
+    for packed in (blocks, blocks[::2], odd):
+        assert (QTYPES["Q8_0"].dequantize(packed, torch.float16) == 3).all()
+    assert not (QTYPES["Q4_0"].dequantize(random_blocks(QTYPES["Q4_0"], 1)) == 3).all()
     assert QTYPES["Q8_0"].dequantize(torch.empty(3, 0, dtype=torch.uint8)).shape == (3, 0)
-    assert seen == ["Q8_0"]
+    assert seen == [("Q8_0", (6, 34)), ("Q8_0", (3, 34)), ("Q8_0", (6, 34))]
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError], ids=lambda error: error.__name__)
@@ -68,7 +79,7 @@ def test_a_missing_path_is_left_with_one_line(caplog) -> None:
     path = OptionalPath("absent", "absentees")
     with caplog.at_level("INFO"):
         for _ in range(2):
-            assert path.dequantize(QTYPES["Q8_0"], torch.zeros(1, 34, dtype=torch.uint8), torch.float32) is None
+            assert path.dequantize(QTYPES["Q8_0"], torch.zeros(1, 34, dtype=torch.uint8), torch.empty(1, 32)) is False
     assert len(caplog.messages) == 1
     assert "without absentees (No module named" in caplog.text
 

@@ -1,0 +1,93 @@
+"""ggml's own C code, for tensors in main memory: used where the package libggml-python is installed.
+
+Source: ggml.h struct ggml_type_traits, ggml_get_type_traits @ ggml 0.20.2.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..qtype import QTYPES, QuantType
+
+# Weights that a thread decodes at a time: as float32 they stay in its cache until they are rounded.
+_WEIGHTS = 1 << 18
+# The others gain nothing.
+_NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+
+_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _ToFloat),
+    )
+
+
+def _load() -> ctypes.CDLL:
+    spec = find_spec("libggml")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("libggml-python is not installed")
+    folder = Path(spec.submodule_search_locations[0])
+    path = next((p for p in sorted(folder.rglob("*ggml-base.*")) if p.suffix in (".so", ".dylib", ".dll")), None)
+    if path is None:
+        raise ImportError(f"no ggml-base library in {folder}")
+    library = ctypes.CDLL(str(path))
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    return library
+
+
+def _same_bits(qtype: QuantType, traits: _TypeTraits) -> bool:
+    """Whether this build of the library decodes as ggml's reference: a compiler may have fused its arithmetic."""
+    if (traits.blck_size, traits.type_size) != (qtype.block_size, qtype.type_size) or not traits.to_float:
+        return False
+    # Half of all bytes, scales below 2: every code and scale occurs, and nothing is NaN.
+    packed = torch.arange(64 * qtype.type_size).mul_(37).remainder_(64).to(torch.uint8).view(64, -1)
+    weights = torch.empty(64, qtype.block_size)
+    traits.to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
+    return torch.equal(weights.view(torch.int32), qtype.decode(packed).view(torch.int32))
+
+
+_library = _load()
+_traits = {name: _library.ggml_get_type_traits(QTYPES[name].ggml_type).contents for name in _NAMES}
+FORMATS = {name: traits.to_float for name, traits in _traits.items() if _same_bits(QTYPES[name], traits)}
+
+
+def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
+    """See `OptionalPath`."""
+    blocks, weights = packed.view(-1, qtype.type_size), out.view(-1, qtype.block_size)
+    if out.dtype is torch.float32:
+        _decode(qtype, blocks, weights)
+        return
+    step = torch.get_num_threads() * _WEIGHTS // qtype.block_size
+    scratch = torch.empty(min(step, len(blocks)), qtype.block_size)
+    for source, destination in zip(torch.split(blocks, step), torch.split(weights, step), strict=True):
+        _decode(qtype, source, scratch[: len(source)])
+        destination.copy_(scratch[: len(source)])
+
+
+def _decode(qtype: QuantType, blocks: Tensor, weights: Tensor) -> None:
+    """On all of torch's threads: ctypes lets go of the interpreter's lock."""
+    threads = torch.get_num_threads()
+    parts = zip(torch.tensor_split(blocks, threads), torch.tensor_split(weights, threads), strict=True)
+    calls = [(source.data_ptr(), part.data_ptr(), part.numel()) for source, part in parts]
+    if threads == 1:
+        FORMATS[qtype.name](*calls[0])
+    else:
+        list(_pool(threads).map(lambda call: FORMATS[qtype.name](*call), calls))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "wanquant-decode")

@@ -1,0 +1,49 @@
+"""ggml's C code behind the operator, on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wanquant.quant import QTYPES
+from wanquant.quant.kernels import libggml, op
+from wanquant.quant.kernels.optional import OptionalPath
+from wanquant.tests.quant.samples import assert_same_bits, random_blocks, special_blocks
+
+
+def test_is_what_decodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(libggml, "dequantize", lambda *arguments: seen.append(arguments))
+    monkeypatch.setitem(op._PATHS, "cpu", OptionalPath("libggml", ""))
+    QTYPES["Q4_K"].dequantize(random_blocks(QTYPES["Q4_K"], 2))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", libggml.FORMATS)
+def test_same_bits_as_the_torch_operations(name, dtype, threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    quant = QTYPES[name]
+    monkeypatch.setattr(libggml, "_WEIGHTS", 5 * quant.block_size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for blocks in (random_blocks(quant, 1), random_blocks(quant, 33), special_blocks(quant)):
+        weights = torch.full((len(blocks), quant.block_size), 7, dtype=dtype)
+        libggml.dequantize(quant, blocks, weights)
+        assert_same_bits(weights.float().numpy(), quant.decode(blocks).to(dtype).float().numpy())
+
+
+def test_every_format_passes_its_check() -> None:
+    assert tuple(libggml.FORMATS) == libggml._NAMES
+
+
+def test_a_build_that_decodes_otherwise_is_not_used() -> None:
+    traits = libggml._traits["Q4_0"]
+    assert libggml._same_bits(QTYPES["Q4_0"], traits)
+    assert not libggml._same_bits(QTYPES["IQ4_NL"], traits)
+    assert not libggml._same_bits(QTYPES["Q8_0"], traits)
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libggml, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="libggml-python is not installed"):
+        libggml._load()
