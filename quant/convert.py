@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoint import DTYPE_NAMES, Checkpoint, SourceTensor, open_checkpoint
+from .checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from .errors import QuantError
 from .gguf_header import read_header
 from .gguf_writer import GGUFWriter, TensorSpec
@@ -50,6 +50,7 @@ class ConversionReport(FileReport):
     source: Path
     source_bytes: int
     fallbacks: tuple[Fallback, ...]
+    warnings: tuple[str, ...]
     seconds: float
     reused: bool
     """The destination held this very result already, and nothing was written."""
@@ -65,6 +66,7 @@ class ConversionReport(FileReport):
             (
                 f"{self.source.name} ({self.source_bytes / GIB:.3f} GiB) -> {self.path.name}"
                 f" ({self.nbytes / GIB:.3f} GiB), {done}",
+                *self.warnings,
                 *(f"{f.name}: {f.got} instead of {f.wanted}: {f.reason}" for f in self.fallbacks),
                 super().text(),
             )
@@ -78,6 +80,7 @@ class ConversionReport(FileReport):
             "seconds": self.seconds,
             "reused": self.reused,
             "fallbacks": [fallback._asdict() for fallback in self.fallbacks],
+            "warnings": list(self.warnings),
         }
 
 
@@ -96,7 +99,7 @@ def convert(
     """Converts a Wan checkpoint to GGUF; the destination appears complete or not at all.
 
     Args:
-        source: safetensors (or GGUF) in F32, F16 or BF16.
+        source: what `open_checkpoint` takes; one that is quantized already makes a second error, which is logged.
         destination: path of a .gguf file. One that holds the result of the same job already is left as it is.
         recipe: a key of `RECIPES`.
         effort: "best" searches for the smallest squared error, "fast" rounds.
@@ -113,6 +116,7 @@ def convert(
     _check_paths(source, destination)
     chosen = find_recipe(recipe)
     with open_checkpoint(source) as checkpoint:
+        warnings = _warnings(checkpoint)
         job = _job_metadata(checkpoint, chosen, effort, importance, five_d)
         reused = destination.exists() and _is_up_to_date(destination, checkpoint, job)
         if destination.exists() and not reused and not overwrite:
@@ -127,6 +131,7 @@ def convert(
         source=source,
         source_bytes=checkpoint.identity.size,
         fallbacks=planned.fallbacks,
+        warnings=warnings,
         seconds=time.monotonic() - started,
         reused=reused,
     )
@@ -224,12 +229,20 @@ def _job_metadata(
         FIVE_D: five_d,
         "wanquant.source_name": checkpoint.path.name,
         "wanquant.source_size": np.uint64(checkpoint.identity.size),
-        "wanquant.source_dtype": DTYPE_NAMES[checkpoint.dtype],
+        "wanquant.source_dtype": checkpoint.stored,
         **carried_metadata(checkpoint.metadata),
         SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
         SOURCE_SHA256: "0" * 64,
         RELATIVE_ERROR: np.zeros(len(checkpoint.tensors), np.float32),
     }
+
+
+def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if not checkpoint.lossy:
+        return ()
+    warning = f"{checkpoint.path.name} is quantized already ({', '.join(checkpoint.lossy)}): the errors of both add up"
+    _log.warning(warning)
+    return (warning,)
 
 
 def _is_up_to_date(destination: Path, checkpoint: Checkpoint, job: Mapping[str, Any]) -> bool:

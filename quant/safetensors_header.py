@@ -12,7 +12,10 @@ from .errors import QuantError
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+    **{"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+}
 
 
 class Entry(NamedTuple):
@@ -46,7 +49,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[Entry]]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise QuantError(f"{path}: __metadata__ is not a table of strings; the file is damaged")
     data_start = 8 + header_bytes
-    entries = sorted((_entry(path, name, info, data_start) for name, info in header.items()), key=lambda e: e.begin)
+    entries = sorted(
+        (_entry(path, name, info, data_start) for name, info in header.items()), key=lambda e: (e.begin, e.end)
+    )
     _check_coverage(path, entries, data_start, file_bytes)
     return metadata, entries
 
@@ -70,13 +75,13 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
 def _entry(path: Path, name: str, info: object, data_start: int) -> Entry:
     match info:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            all(type(size) is int and size > 0 for size in shape) and 0 <= begin <= end
+            all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end
         ):
             pass
         case _:
             raise QuantError(f"{path}: tensor {name}: malformed entry {str(info)[:120]}; the file is damaged")
     expected = math.prod(shape) * _ITEM_BYTES.get(dtype, 0)
-    if expected and end - begin != expected:
+    if dtype in _ITEM_BYTES and end - begin != expected:
         raise QuantError(
             f"{path}: tensor {name}: {end - begin} bytes for {dtype} {tuple(shape)}, expected {expected};"
             " the file is damaged"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_values_and_names(tmp_path, dtype, prefix):
     with open_checkpoint(path) as checkpoint:
         assert {prefix + name for name in checkpoint.tensors} == expected.keys()
         assert checkpoint.metadata == {"config": "{}"}
-        assert checkpoint.dtype == dtype
+        assert checkpoint.stored == {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
         for name, tensor in checkpoint.tensors.items():
             assert torch.equal(tensor.read().view(tensor.shape), expected[prefix + name])
         ffn = checkpoint.tensors["blocks.0.ffn.0.weight"]
@@ -75,16 +76,22 @@ def test_float_gguf_is_a_source(tmp_path):
         assert checkpoint.metadata == {"config": "{}"}
 
 
-def test_quantized_gguf_is_refused_by_tensor_and_type(tmp_path):
-    write_gguf(tmp_path / "a.gguf", QTYPES["Q8_0"])
-    with pytest.raises(QuantError, match=r"head\.modulation: dtype Q8_0 cannot be converted, only F32, F16, BF16"):
-        open_checkpoint(tmp_path / "a.gguf")
+def test_quantized_gguf_is_a_source_that_is_lossy(tmp_path):
+    weight = write_gguf(tmp_path / "a.gguf", QTYPES["Q8_0"])
+    with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
+        tensor = checkpoint.tensors["head.modulation"]
+        expected = QTYPES["Q8_0"].dequantize(QTYPES["Q8_0"].quantize(weight, effort="fast")).flatten()
+        assert torch.equal(tensor.read(), expected)
+        assert torch.equal(tensor.read(5, 41), expected[5:41])
+        assert checkpoint.lossy == ("Q8_0",)
 
 
 def test_unsupported_dtype_is_refused_by_tensor_and_dtype(tmp_path):
-    tensors = {"head.modulation": torch.zeros(4), "blocks.0.ffn.0.weight": torch.zeros(4).to(torch.float8_e4m3fn)}
+    tensors = {"head.modulation": torch.zeros(4), "blocks.0.ffn.0.weight": torch.zeros(4).to(torch.int64)}
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(QuantError, match=r"blocks\.0\.ffn\.0\.weight: dtype F8_E4M3 cannot be converted"):
+    with pytest.raises(
+        QuantError, match=r"blocks\.0\.ffn\.0\.weight: dtype I64 without ComfyUI's scales cannot be conv"
+    ):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
@@ -92,7 +99,6 @@ def test_unsupported_dtype_is_refused_by_tensor_and_dtype(tmp_path):
     ("name", "looks_like"),
     [
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a LoRA"),
-        ("condition_embedder.time_embedder.linear_1.weight", "a Wan model in Diffusers' tensor names"),
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "a text encoder"),
         ("decoder.head.0.gamma", "a VAE"),
         ("double_blocks.0.img_attn.qkv.weight", "a Flux or Hunyuan model"),
@@ -140,7 +146,7 @@ TWICE = b'{"head.modulation": %b, "head.modulation": %b}' % (json.dumps(HEAD).en
         ({"__metadata__": {"a": 1}, "a": HEAD}, "__metadata__ is not a table of strings"),
         ({"a": 3}, "tensor a: malformed entry"),
         ({"a": HEAD | {"dtype": 4}}, "tensor a: malformed entry"),
-        ({"a": HEAD | {"shape": [0, 4]}}, "tensor a: malformed entry"),
+        ({"a": HEAD | {"shape": [0, 4]}}, "tensor a: 16 bytes for F32"),
         ({"a": HEAD | {"shape": [-2, -2]}}, "tensor a: malformed entry"),
         ({"a": HEAD | {"shape": [2.0, 2]}}, "tensor a: malformed entry"),
         ({"a": HEAD | {"data_offsets": [-16, 0]}}, "tensor a: malformed entry"),
@@ -174,3 +180,87 @@ def test_impossible_header_lengths(tmp_path, content):
 def test_missing_file(tmp_path):
     with pytest.raises(QuantError, match="no such file"):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+FP8 = torch.ones(4, 8).to(torch.float8_e4m3fn)
+INT8 = torch.ones(4, 8, dtype=torch.int8)
+
+
+def marker(**config):
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"weight": INT8}, "dtype I8 without ComfyUI's scales"),
+        ({"weight": INT8, "comfy_quant": marker(format="int8_tensorwise")}, "'int8_tensorwise' but has no scale"),
+        ({"weight": FP8, "comfy_quant": marker(format="fp3"), "weight_scale": torch.ones(())}, "'fp3' is unknown"),
+        ({"weight": FP8, "comfy_quant": marker(), "weight_scale": torch.ones(())}, "format None is unknown"),
+        ({"weight": FP8, "comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "not the JSON table"),
+        (
+            {"weight": FP8, "weight_scale": torch.ones(3)},
+            r"F32 of shape \(3,\), expected one number or \(4, 1\)",
+        ),
+        ({"weight": FP8, "weight_scale": torch.ones(1, dtype=torch.uint8)}, "scale is U8"),
+        ({"weight": FP8, "weight_scale_inv": torch.ones(1, 1)}, "scaled in blocks by weight_scale_inv"),
+        ({"weight": INT8, "weight_scale": torch.ones(())}, "I8 in format float8_e4m3fn, expected F32"),
+        (
+            {"weight": FP8, "comfy_quant": marker(format="nvfp4"), "weight_scale": torch.ones(())},
+            "F8_E4M3 of shape .* in format nvfp4, expected U8",
+        ),
+        (
+            {"weight": FP8.repeat(1, 4), "comfy_quant": marker(format="mxfp8"), "weight_scale": torch.ones(3)},
+            "12 bytes of block scales, expected 512",
+        ),
+        (
+            {
+                "weight": INT8,
+                "comfy_quant": marker(format="int8_tensorwise", convrot=True, convrot_groupsize=8),
+                "weight_scale": torch.ones(()),
+            },
+            "convrot_groupsize is 8, expected a power of 4 that divides 8 columns",
+        ),
+        (
+            {"weight": FP8, "weight_scale": torch.ones(()), "pre_quant_scale": torch.ones(3)},
+            "_scale has shape",
+        ),
+        ({"weight": torch.zeros(0, 4)}, "dimension of size 0"),
+    ],
+)
+def test_damaged_quantized_layers(tmp_path, parts, message):
+    tensors = {f"blocks.0.ffn.0.{name}": value for name, value in parts.items()}
+    save_file(tensors | {"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=r"tensor blocks\.0\.ffn\.0\.\w+: .*" + message):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"layers": 3}', '{"layers": {"a": 3}}'])
+def test_damaged_quantization_metadata(tmp_path, text):
+    tensors = {"head.modulation": torch.zeros(1, 2, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": text})
+    with pytest.raises(QuantError, match="metadata _quantization_metadata is malformed"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_block_scales_need_comfy_kitchen(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
+    tensors = {
+        "head.modulation": torch.zeros(1, 2, 2),
+        "blocks.0.ffn.0.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn),
+        "blocks.0.ffn.0.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
+        "blocks.0.ffn.0.comfy_quant": marker(format="mxfp8"),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=r"ffn\.0\.weight: mxfp8 is decoded by the package comfy-kitchen"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_factor_of_the_inputs_is_folded(tmp_path):
+    factor = torch.rand(8)
+    tensors = {"weight": FP8, "weight_scale": torch.tensor(2.0), "pre_quant_scale": factor}
+    tensors = {f"blocks.0.ffn.0.{name}": value for name, value in tensors.items()}
+    save_file(tensors | {"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        weight = checkpoint.tensors["blocks.0.ffn.0.weight"].read().view(4, 8)
+        assert torch.equal(weight, (2 * factor).expand(4, 8))

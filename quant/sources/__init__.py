@@ -1,0 +1,1 @@
+"""Where weights come from: files of any supported layout, as tensors under ComfyUI's names."""

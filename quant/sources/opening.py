@@ -1,0 +1,137 @@
+"""Opens files and folders of any supported layout as lists of stored tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import QuantError
+from ..gguf_header import read_header
+from ..safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
+from .files import HashedFile
+from .tensors import StoredTensor
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
+_PICKLE_MAGICS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+
+
+class Opened(NamedTuple):
+    """The files of a source and their tensors, in the order they are best read."""
+
+    files: list[HashedFile]
+    metadata: Mapping[str, Any]
+    """Of a GGUF all its keys, else the `__metadata__` of safetensors."""
+    tensors: list[StoredTensor]
+    is_gguf: bool
+
+
+def open_files(path: Path) -> Opened:
+    """Opens a safetensors file, a GGUF (with all its parts), or a sharded folder or its index.
+
+    Raises:
+        QuantError: no such file, a pickle, a damaged header, a missing shard or a tensor that is in two.
+    """
+    if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
+        return _open_shards(path)
+    if not path.is_file():
+        raise QuantError(f"{path}: no such file; give the path of a .safetensors checkpoint")
+    try:
+        magic = _magic(path)
+        return _open_gguf(path) if magic[:4] == b"GGUF" else _open_safetensors([path])
+    except OSError as error:
+        raise QuantError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _magic(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        magic = file.read(8)
+    # A small safetensors header length can look like a pickle's first bytes.
+    is_pickle = magic.startswith(_PICKLE_MAGICS) and int.from_bytes(magic, "little") > MAX_HEADER_BYTES
+    if is_pickle or path.suffix.lower() in _PICKLE_SUFFIXES:
+        raise QuantError(
+            f"{path}: a PyTorch pickle ({path.suffix or 'no suffix'}), which can run code when opened;"
+            " save it as .safetensors and convert that"
+        )
+    return magic
+
+
+def _open_gguf(path: Path) -> Opened:
+    header = read_header(path)
+    files = {part.path: HashedFile(part.path) for part in header.parts}
+    tensors = [
+        StoredTensor(t.name, t.qtype.name, t.shape, t.offset, t.nbytes, files[t.path]) for t in header.tensors.values()
+    ]
+    order = {part: number for number, part in enumerate(files)}
+    tensors.sort(key=lambda tensor: (order[tensor.file.path], tensor.offset))
+    return Opened(list(files.values()), header.metadata, tensors, is_gguf=True)
+
+
+def _open_safetensors(paths: list[Path]) -> Opened:
+    files: list[HashedFile] = []
+    metadata: dict[str, str] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for path in paths:
+        of_file, entries = read_safetensors_header(path)
+        metadata |= of_file
+        files.append(HashedFile(path))
+        for e in entries:
+            if e.name in tensors:
+                raise QuantError(
+                    f"{path}: tensor {e.name}: is in {tensors[e.name].file.path.name} too; download the shards again"
+                )
+            tensors[e.name] = StoredTensor(e.name, e.dtype, e.shape, e.begin, e.end - e.begin, files[-1])
+    return Opened(files, metadata, list(tensors.values()), is_gguf=False)
+
+
+def _open_shards(path: Path) -> Opened:
+    index = _find_index(path) if path.is_dir() else path
+    listed = _read_index(index)
+    shards = [index.parent / name for name in sorted(set(listed.values()))]
+    for shard in shards:
+        if not shard.is_file():
+            raise QuantError(f"{shard}: missing, one of the {len(shards)} shards in {index.name}; download it too")
+    opened = _open_safetensors(shards)
+    found = {tensor.name: tensor.file.path.name for tensor in opened.tensors}
+    for name in {**listed, **found}:
+        if listed.get(name) != found.get(name):
+            raise QuantError(
+                f"{index}: tensor {name}: listed in {listed.get(name, 'no shard')}, found in"
+                f" {found.get(name, 'no shard')}; download the index and the shards again"
+            )
+    return opened
+
+
+def _find_index(folder: Path) -> Path:
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) != 1:
+        raise QuantError(
+            f"{folder}: {len(indexes)} files *{INDEX_SUFFIX} in it, expected one; give the path of a file instead"
+        )
+    return indexes[0]
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Names of shards by tensor name."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+        if twice is not None:
+            raise ValueError(f"{twice} is listed twice")
+        return dict(pairs)
+
+    try:
+        listed = json.loads(index.read_bytes(), object_pairs_hook=unique)["weight_map"]
+        shards = {str(name): str(shard) for name, shard in listed.items()}
+    except OSError as error:
+        raise QuantError(f"{index}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise QuantError(f"{index}: not an index of shards ({error}); download it again") from error
+    outside = next((shard for shard in shards.values() if Path(shard).name != shard), None)
+    if outside is not None or not shards:
+        raise QuantError(f"{index}: shard {outside!r:.80}, expected names of files beside the index; download it again")
+    return shards
