@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from .errors import QuantError
 from .provenance import source_metadata
 from .sources.files import SourceFiles, SourceIdentity
 from .sources.layers import QUANTIZATION_METADATA, Format, declared_formats, source_tensors
@@ -86,16 +85,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _named(path: Path, opened: Opened) -> dict[str, StoredTensor]:
     """The tensors of the transformer by their names in the file, with their new ones; what lies outside is left out."""
     naming = find_naming(path, {tensor.name for tensor in opened.tensors})
-    stored: dict[str, StoredTensor] = {}
-    names: set[str] = set()
-    for tensor in opened.tensors:
-        if tensor.name.startswith(naming.prefix):
-            name = naming.rename(tensor.name[len(naming.prefix) :])
-            if name in names:
-                raise QuantError(f"{path}: tensor {name}: is there twice, once as {tensor.name}; remove one")
-            names.add(name)
-            stored[tensor.name] = replace(tensor, name=name)
-    return stored
+    return {
+        tensor.name: replace(tensor, name=naming.rename(tensor.name[len(naming.prefix) :]))
+        for tensor in opened.tensors
+        if tensor.name.startswith(naming.prefix)
+    }
 
 
 def _by_new_name(formats: Mapping[str, Format], stored: Mapping[str, StoredTensor]) -> dict[str, Format]:

@@ -1,0 +1,136 @@
+"""Checkpoints of several files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wanquant.quant import QTYPES, QuantError, convert, open_gguf
+from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+@pytest.fixture
+def state(tmp_path):
+    return load_file(write_tiny_wan(tmp_path / "whole.safetensors", layers=1))
+
+
+def write_shards(folder, state, n_shards=3, **listed):
+    """Writes shards and their index; `listed` overrides the index."""
+    folder.mkdir()
+    weight_map = {}
+    for number in range(n_shards):
+        name = f"diffusion_pytorch_model-{number + 1:05d}-of-{n_shards:05d}.safetensors"
+        shard = {key: state[key] for key in list(state)[number::n_shards]}
+        save_file(shard, folder / name)
+        weight_map |= dict.fromkeys(shard, name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map | listed}))
+    return folder
+
+
+@pytest.mark.parametrize("given", ["folder", "index"])
+def test_shards_are_one_checkpoint(tmp_path, state, given):
+    folder = write_shards(tmp_path / "model", state)
+    with open_checkpoint(folder / INDEX if given == "index" else folder) as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+        for name, tensor in checkpoint.tensors.items():
+            assert torch.equal(tensor.read().view(tensor.shape), state[name])
+        shards = sorted(folder.glob("*.safetensors"))
+        digests = "".join(hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards)
+        assert checkpoint.file.sha256() == hashlib.sha256(digests.encode()).hexdigest()
+        assert checkpoint.identity.size == sum(shard.stat().st_size for shard in shards)
+
+
+def test_shards_convert_as_the_whole(tmp_path, state):
+    folder = write_shards(tmp_path / "model", state)
+    sharded = convert(folder, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    convert(tmp_path / "whole.safetensors", tmp_path / "b.gguf", "Q8_0", effort="fast")
+    whole = open_gguf(tmp_path / "b.gguf").tensors
+    for name, tensor in open_gguf(tmp_path / "a.gguf").tensors.items():
+        assert torch.equal(tensor.data, whole[name].data)
+    assert convert(folder, tmp_path / "a.gguf", "Q8_0", effort="fast").reused
+    assert sharded.source_bytes == sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
+
+
+def test_missing_shard(tmp_path, state):
+    folder = write_shards(tmp_path / "model", state)
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(QuantError, match=r"00002-of-00003\.safetensors: missing, one of the 3 shards"):
+        open_checkpoint(folder)
+
+
+def test_tensor_in_two_shards(tmp_path, state):
+    folder = write_shards(tmp_path / "model", state)
+    second = sorted(folder.glob("*.safetensors"))[1]
+    save_file(load_file(second) | {"head.modulation": state["head.modulation"]}, second)
+    with pytest.raises(QuantError, match=r"tensor head\.modulation: is in .*0000\d-of-00003.safetensors too"):
+        open_checkpoint(folder)
+
+
+def test_index_that_lists_a_tensor_twice(tmp_path, state):
+    folder = write_shards(tmp_path / "model", state)
+    text = (folder / INDEX).read_text()
+    name = "diffusion_pytorch_model-00001-of-00003.safetensors"
+    (folder / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"head.modulation": "{name}", '))
+    with pytest.raises(QuantError, match=r"not an index of shards \(head\.modulation is listed twice\)"):
+        open_checkpoint(folder)
+
+
+def test_index_that_does_not_fit_the_shards(tmp_path, state):
+    name = "diffusion_pytorch_model-00001-of-00003.safetensors"
+    folder = write_shards(tmp_path / "model", state, **{"blocks.9.ffn.0.weight": name})
+    with pytest.raises(QuantError, match=r"tensor blocks\.9\.ffn\.0\.weight: listed in .*, found in no shard"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}'])
+def test_damaged_index(tmp_path, text):
+    (tmp_path / INDEX).write_text(text)
+    with pytest.raises(QuantError, match=r"index\.json: (not an index|shard None)"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "a/b"])
+def test_index_does_not_lead_elsewhere(tmp_path, shard):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(QuantError, match="expected names of files beside the index"):
+        open_checkpoint(tmp_path)
+
+
+def test_folder_without_index(tmp_path):
+    with pytest.raises(QuantError, match=r"0 files \*\.safetensors\.index\.json in it, expected one"):
+        open_checkpoint(tmp_path)
+
+
+def test_split_gguf_is_a_source(tmp_path, state):
+    names = list(state)
+    parts = [names[::2], names[1::2]]
+    for number, part in enumerate(parts):
+        specs = [TensorSpec(name, QTYPES["F32"], tuple(state[name].shape)) for name in part]
+        split = {"split.no": number, "split.count": 2, "split.tensors.count": len(names)}
+        path = tmp_path / f"wan-{number + 1:05d}-of-00002.gguf"
+        with GGUFWriter(path, {"general.architecture": "wan"} | split, specs) as writer:
+            for spec in specs:
+                writer.write(spec.name, QTYPES["F32"].quantize(state[spec.name].float()))
+    with open_checkpoint(tmp_path / "wan-00001-of-00002.gguf") as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+        for name, tensor in checkpoint.tensors.items():
+            assert torch.equal(tensor.read().view(tensor.shape), state[name].float())
+
+
+def test_requantizing_a_gguf_keeps_shapes_and_warns(tmp_path, state):
+    convert(tmp_path / "whole.safetensors", tmp_path / "a.gguf", "Q8_0", effort="fast")
+    report = convert(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_K_M", effort="fast")
+    assert report.warnings == ("a.gguf is quantized already (Q8_0): the errors of both add up",)
+    assert report.warnings[0] in report.text()
+    tensors = open_gguf(tmp_path / "b.gguf").tensors
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: tuple(t.shape) for n, t in state.items()}
+    weight = state["blocks.0.ffn.0.weight"].float()
+    assert (tensors["blocks.0.ffn.0.weight"].dequantize() - weight).norm() / weight.norm() < 0.1
