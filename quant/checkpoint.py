@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .provenance import source_metadata
 from .sources.files import SourceFiles, SourceIdentity
 from .sources.layers import QUANTIZATION_METADATA, Format, declared_formats, source_tensors
-from .sources.names import find_naming
+from .sources.names import T5, Naming, find_naming
 from .sources.opening import Opened, open_files
+from .sources.t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
 from .sources.tensors import SourceTensor, StoredTensor
 
 __all__ = ["Checkpoint", "SourceTensor", "open_checkpoint"]
@@ -25,6 +27,10 @@ class Checkpoint:
 
     identity: SourceIdentity
     metadata: Mapping[str, str]
+    """What the host's detection of the model reads: the `__metadata__` of safetensors."""
+    architecture: str
+    gguf_metadata: Mapping[str, Any]
+    """Keys that a GGUF of this architecture has."""
     tensors: Mapping[str, SourceTensor]
     file: SourceFiles = field(repr=False, compare=False)
 
@@ -58,38 +64,50 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a Wan checkpoint.
+    """Opens a Wan transformer, a module that is added to one, or a T5 text encoder.
 
     Args:
         path: safetensors (plain, FP8, or in ComfyUI's quantized formats), a folder of shards or its index, or a GGUF.
 
     Raises:
-        QuantError: no such file, a pickle, a damaged or missing part, not a Wan model, or an unsupported format.
+        QuantError: no such file, a pickle, a damaged or missing part, another model, or an unsupported format.
     """
     path = Path(path)
     opened = open_files(path)
     files = SourceFiles(opened.files)
     try:
+        naming = find_naming(path, {tensor.name for tensor in opened.tensors})
         metadata = source_metadata(opened.metadata) if opened.is_gguf else dict(opened.metadata)
-        stored = _named(path, opened)
+        stored = _named(naming, opened)
         formats = _by_new_name(declared_formats(path, metadata), stored)
         metadata.pop(QUANTIZATION_METADATA, None)
         tensors = {tensor.name: tensor for tensor in source_tensors(list(stored.values()), formats)}
+        gguf_metadata = _gguf_metadata(path, opened, tensors) if naming.architecture == T5 else {}
     except BaseException:
         files.close()
         raise
     identity = SourceIdentity(path, tuple(file.identity for file in opened.files))
-    return Checkpoint(identity, metadata, tensors, files)
+    return Checkpoint(identity, metadata, naming.architecture, gguf_metadata, tensors, files)
 
 
-def _named(path: Path, opened: Opened) -> dict[str, StoredTensor]:
-    """The tensors of the transformer by their names in the file, with their new ones; what lies outside is left out."""
-    naming = find_naming(path, {tensor.name for tensor in opened.tensors})
-    return {
-        tensor.name: replace(tensor, name=naming.rename(tensor.name[len(naming.prefix) :]))
-        for tensor in opened.tensors
-        if tensor.name.startswith(naming.prefix)
-    }
+def _named(naming: Naming, opened: Opened) -> dict[str, StoredTensor]:
+    """The tensors of the model by their names in the file, with their new ones; what lies outside is left out."""
+    named: dict[str, StoredTensor] = {}
+    taken = set()
+    for tensor in opened.tensors:
+        name = naming.rename(tensor.name[len(naming.prefix) :]) if tensor.name.startswith(naming.prefix) else None
+        # Transformers writes a tied embedding under each of its names.
+        if name is not None and name not in taken:
+            taken.add(name)
+            named[tensor.name] = replace(tensor, name=name)
+    return named
+
+
+def _gguf_metadata(path: Path, opened: Opened, tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
+    if opened.is_gguf:
+        return kept_metadata(opened.metadata)
+    spiece = next((tensor.peek().numpy().tobytes() for tensor in opened.tensors if tensor.name == SPIECE_TENSOR), None)
+    return t5_metadata(path, {name: tensor.shape for name, tensor in tensors.items()}, spiece)
 
 
 def _by_new_name(formats: Mapping[str, Format], stored: Mapping[str, StoredTensor]) -> dict[str, Format]:

@@ -218,7 +218,7 @@ def _job_metadata(
 ) -> dict[str, Any]:
     """All metadata of the file; the last two values are placeholders until every tensor is written."""
     return {
-        "general.architecture": "wan",
+        "general.architecture": checkpoint.architecture,
         "general.quantization_version": 2,
         "general.file_type": recipe.file_type,
         "general.name": checkpoint.path.stem,
@@ -230,6 +230,7 @@ def _job_metadata(
         "wanquant.source_name": checkpoint.path.name,
         "wanquant.source_size": np.uint64(checkpoint.identity.size),
         "wanquant.source_dtype": checkpoint.stored,
+        **checkpoint.gguf_metadata,
         **carried_metadata(checkpoint.metadata),
         SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
         SOURCE_SHA256: "0" * 64,

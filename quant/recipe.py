@@ -28,10 +28,11 @@ class Recipe:
 
 
 # The value projections and the second FFN matrix lose most by quantization, so the mixes spend their bits there.
-_VALUE = r".*\.(self|cross)_attn\.v\.weight"
-_DOWN = r".*\.ffn\.2\.weight"
-_FIRST_VALUE = r"blocks\.0\.\w+\.v\.weight"
-_FIRST_VALUES = r"blocks\.[01]\.\w+\.v\.weight"
+# Names are those of Wan and of llama.cpp's T5.
+_VALUE = r".*\.((self|cross)_attn\.v|attn_v)\.weight"
+_DOWN = r".*\.(ffn\.2|ffn_down)\.weight"
+_FIRST_VALUE = r"(blocks\.0\.\w+\.v|enc\.blk\.0\.attn_v)\.weight"
+_FIRST_VALUES = r"(blocks\.[01]\.\w+\.v|enc\.blk\.[01]\.attn_v)\.weight"
 
 # Source: llama.cpp src/llama.cpp llama_tensor_get_type at tag b3962, as the published Wan files were made.
 RECIPES = {
@@ -57,8 +58,10 @@ RECIPES = {
     )
 }
 
-# Not Linear modules: the host reads these matrices as plain parameters.
-_RAW_PARAMETERS = re.compile(r"(^|\.)(motion_encoder|trainable_cond_mask)\.")
+# Not Linear modules: the host reads these matrices as plain parameters, or gathers from a few rows.
+_RAW_PARAMETERS = re.compile(r"(^|\.)(motion_encoder|trainable_cond_mask|attn_rel_b)\.")
+# Each row stands for a token, and no sum over columns averages its errors away.
+_EMBEDDING, _EMBEDDING_TYPE = "token_embd.weight", "Q6_K"
 # Small and read by every block.
 _PROTECTED = re.compile(r"(^|\.)(text_embedding|time_embedding|time_projection|img_emb|head)\.")
 _SMALL = 1024
@@ -135,6 +138,8 @@ def _wanted_type(recipe: Recipe, name: str, tensor: TensorInfo) -> str:
         return "F32"
     if _PROTECTED.search(name):
         return recipe.base if recipe.base in ("F16", "BF16") else _sixteen_bit(tensor)
+    if name == _EMBEDDING and QTYPES[recipe.base].bits_per_weight < QTYPES[_EMBEDDING_TYPE].bits_per_weight:
+        return _EMBEDDING_TYPE
     return next((qtype for pattern, qtype in recipe.overrides if re.fullmatch(pattern, name)), recipe.base)
 
 

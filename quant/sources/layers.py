@@ -31,7 +31,8 @@ _COMPANIONS = re.compile(
     r"(?P<layer>.+)\."
     r"(comfy_quant|weight_scale|weight_scale_2|scale_weight|pre_quant_scale|input_scale|scale_input|weight_scale_inv)"
 )
-_MARKERS = ("scaled_fp8",)
+MARKER = "scaled_fp8"
+"""A tensor without meaning of its own, in files of the time before `comfy_quant`."""
 
 
 def declared_formats(path: Path, metadata: Mapping[str, str]) -> dict[str, Format]:
@@ -56,7 +57,7 @@ def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, Format]
     """
     parts = {tensor.name: tensor for tensor in stored}
     for tensor in stored:
-        if tensor.name in _MARKERS or _COMPANIONS.fullmatch(tensor.name):
+        if tensor.name == MARKER or _COMPANIONS.fullmatch(tensor.name):
             continue
         layer = _layer(tensor, parts, formats)
         yield _unscaled(tensor) if layer is None else _fold(layer)

@@ -99,7 +99,7 @@ def test_unsupported_dtype_is_refused_by_tensor_and_dtype(tmp_path):
     ("name", "looks_like"),
     [
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a LoRA"),
-        ("encoder.block.0.layer.0.SelfAttention.q.weight", "a text encoder"),
+        ("encoder.layers.0.mlp.weight", "a text encoder"),
         ("decoder.head.0.gamma", "a VAE"),
         ("double_blocks.0.img_attn.qkv.weight", "a Flux or Hunyuan model"),
         ("x", "something else"),
@@ -107,7 +107,7 @@ def test_unsupported_dtype_is_refused_by_tensor_and_dtype(tmp_path):
 )
 def test_other_models_are_refused_by_what_they_look_like(tmp_path, name, looks_like):
     save_file({name: torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(QuantError, match=f"not a Wan model.*looks like {looks_like}; only Wan is supported"):
+    with pytest.raises(QuantError, match=f"not a Wan model.*looks like {looks_like}; only Wan and its"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 

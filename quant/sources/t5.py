@@ -1,0 +1,104 @@
+"""The T5 text encoders (umT5 for Wan): llama.cpp's names and metadata.
+
+Source: the PyPI package gguf 0.19, constants.py MODEL_ARCH.T5ENCODER and Keys; names of github.com/Wan-Video/Wan2.1
+wan/modules/t5.py @ fc124fd.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import QuantError
+from .renaming import rename, rules
+from .sentencepiece import parse_vocabulary
+
+SPIECE_TENSOR = "spiece_model"
+SPIECE_KEY = "tokenizer.ggml.spiece_model"
+"""UINT8 array: the sentencepiece model as the host's tokenizer takes it."""
+
+_KEPT_KEYS = ("tokenizer.", "t5encoder.")
+_CONTEXT_LENGTH = 512
+_EPSILON = 1e-6
+
+_TRANSFORMERS = rules(
+    (r"(shared|encoder\.embed_tokens)\.", "token_embd."),
+    (r"encoder\.final_layer_norm\.", "enc.output_norm."),
+    (r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
+    (r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.", r"enc.blk.\1.attn_rel_b."),
+    (r"encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"enc.blk.\1.attn_norm."),
+    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"enc.blk.\1.ffn_gate."),
+    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi(_1)?\.", r"enc.blk.\1.ffn_up."),
+    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"enc.blk.\1.ffn_down."),
+    (r"encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"enc.blk.\1.ffn_norm."),
+)
+_WAN = rules(
+    (r"token_embedding\.", "token_embd."),
+    (r"norm\.", "enc.output_norm."),
+    (r"blocks\.(\d+)\.attn\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
+    (r"blocks\.(\d+)\.pos_embedding\.embedding\.", r"enc.blk.\1.attn_rel_b."),
+    (r"blocks\.(\d+)\.norm1\.", r"enc.blk.\1.attn_norm."),
+    (r"blocks\.(\d+)\.ffn\.gate\.0\.", r"enc.blk.\1.ffn_gate."),
+    (r"blocks\.(\d+)\.ffn\.fc1\.", r"enc.blk.\1.ffn_up."),
+    (r"blocks\.(\d+)\.ffn\.fc2\.", r"enc.blk.\1.ffn_down."),
+    (r"blocks\.(\d+)\.norm2\.", r"enc.blk.\1.ffn_norm."),
+)
+_LLAMA = rules((r"(token_embd|enc)\.", r"\1."))
+
+NAMINGS: Mapping[str, Callable[[str], str | None]] = {
+    "encoder.block.0.layer.0.SelfAttention.q.weight": partial(rename, table=_TRANSFORMERS),
+    "blocks.0.attn.q.weight": partial(rename, table=_WAN),
+    "enc.blk.0.attn_q.weight": partial(rename, table=_LLAMA),
+}
+"""Renaming to llama.cpp's names, by a tensor that tells the naming. A decoder stays behind."""
+
+
+def t5_metadata(path: Path, shapes: Mapping[str, tuple[int, ...]], spiece: bytes | None) -> dict[str, Any]:
+    """GGUF metadata of a text encoder.
+
+    Args:
+        shapes: of its tensors, under llama.cpp's names.
+        spiece: the sentencepiece model; a file spiece.model beside `path` serves when it is None.
+
+    Raises:
+        QuantError: no tokenizer, or tensors that are missing.
+    """
+    beside = path.with_name("spiece.model")
+    if spiece is None and beside.is_file():
+        spiece = beside.read_bytes()
+    if spiece is None:
+        raise QuantError(
+            f"{path}: holds no tokenizer (tensor {SPIECE_TENSOR}), without which the text encoder cannot be used;"
+            " take ComfyUI's file of the encoder, or put spiece.model beside this one"
+        )
+    try:
+        return _dimensions(shapes) | parse_vocabulary(spiece, shapes["token_embd.weight"][0]) | {SPIECE_KEY: spiece}
+    except KeyError as error:
+        raise QuantError(f"{path}: tensor {error.args[0]}: missing; the text encoder is not complete") from None
+    except QuantError as error:
+        raise QuantError(f"{path}: {error}") from None
+
+
+def kept_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a GGUF made from another GGUF takes over."""
+    return {key: value for key, value in metadata.items() if key.startswith(_KEPT_KEYS)}
+
+
+def _dimensions(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    buckets, heads = shapes["enc.blk.0.attn_rel_b.weight"]
+    blocks = [int(match[1]) for name in shapes if (match := re.match(r"enc\.blk\.(\d+)\.", name))]
+    return {
+        "t5encoder.context_length": _CONTEXT_LENGTH,
+        "t5encoder.embedding_length": shapes["token_embd.weight"][1],
+        "t5encoder.feed_forward_length": shapes["enc.blk.0.ffn_up.weight"][0],
+        "t5encoder.block_count": max(blocks) + 1,
+        "t5encoder.attention.head_count": heads,
+        "t5encoder.attention.key_length": shapes["enc.blk.0.attn_k.weight"][0] // heads,
+        "t5encoder.attention.value_length": shapes["enc.blk.0.attn_v.weight"][0] // heads,
+        "t5encoder.attention.layer_norm_epsilon": _EPSILON,
+        "t5encoder.attention.layer_norm_rms_epsilon": _EPSILON,
+        "t5encoder.attention.relative_buckets_count": buckets,
+    }
