@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("4d", "5d"),
         help="4d (default) is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper",
     )
+    _add_modules(command)
     command.add_argument("--overwrite", action="store_true", help="replace a file that was made in another way")
 
     command = _add(commands, "inspect", _inspect, "list the types, sizes and metadata of a GGUF")
@@ -67,7 +68,20 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "verify", _verify, "measure the error of a GGUF against its source")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("source", type=Path, metavar="SRC")
+    _add_modules(command)
     return parser
+
+
+def _add_modules(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--module",
+        action="append",
+        default=[],
+        type=Path,
+        dest="modules",
+        metavar="FILE",
+        help="a separate module (VACE, ...) that is merged onto the source; repeat it for more",
+    )
 
 
 def _add(
@@ -98,6 +112,7 @@ def _convert(options: argparse.Namespace) -> Report:
             device=options.device,
             overwrite=options.overwrite,
             five_d=options.patch_embedding == "5d",
+            modules=options.modules,
             progress=progress,
         )
 
@@ -107,7 +122,7 @@ def _inspect(options: argparse.Namespace) -> Report:
 
 
 def _verify(options: argparse.Namespace) -> Report:
-    return verify(options.file, options.source)
+    return verify(options.file, options.source, options.modules)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .errors import QuantError
 from .provenance import source_metadata
 from .sources.files import SourceFiles, SourceIdentity
 from .sources.layers import QUANTIZATION_METADATA, Format, declared_formats, source_tensors
+from .sources.modules import check_module
 from .sources.names import T5, Naming, find_naming
 from .sources.opening import Opened, open_files
 from .sources.t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
@@ -26,6 +28,8 @@ class Checkpoint:
     """An open source. `tensors` are in file order, under ComfyUI's names without prefix."""
 
     identity: SourceIdentity
+    name: str
+    """Of the file or folder, and of the modules merged onto it."""
     metadata: Mapping[str, str]
     """What the host's detection of the model reads: the `__metadata__` of safetensors."""
     architecture: str
@@ -63,16 +67,27 @@ class Checkpoint:
         self.file.close()
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, modules: Sequence[str | Path] = ()) -> Checkpoint:
     """Opens a Wan transformer, a module that is added to one, or a T5 text encoder.
 
     Args:
         path: safetensors (plain, FP8, or in ComfyUI's quantized formats), a folder of shards or its index, or a GGUF.
+        modules: files of add-on modules (VACE and the like) whose tensors are merged onto the checkpoint's.
 
     Raises:
         QuantError: no such file, a pickle, a damaged or missing part, another model, or an unsupported format.
     """
-    path = Path(path)
+    base = _open(Path(path))
+    try:
+        for module in modules:
+            base = _merged(base, _open(Path(module)))
+    except BaseException:
+        base.file.close()
+        raise
+    return base
+
+
+def _open(path: Path) -> Checkpoint:
     opened = open_files(path)
     files = SourceFiles(opened.files)
     try:
@@ -87,7 +102,23 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         files.close()
         raise
     identity = SourceIdentity(path, tuple(file.identity for file in opened.files))
-    return Checkpoint(identity, metadata, naming.architecture, gguf_metadata, tensors, files)
+    return Checkpoint(identity, path.name, metadata, naming.architecture, gguf_metadata, tensors, files)
+
+
+def _merged(base: Checkpoint, module: Checkpoint) -> Checkpoint:
+    try:
+        check_module(base, module)
+    except QuantError:
+        module.file.close()
+        raise
+    return replace(
+        base,
+        identity=replace(base.identity, parts=base.identity.parts + module.identity.parts),
+        name=f"{base.name} + {module.name}",
+        metadata={**module.metadata, **base.metadata},
+        tensors={**base.tensors, **module.tensors},
+        file=SourceFiles([*base.file.parts, *module.file.parts]),
+    )
 
 
 def _named(naming: Naming, opened: Opened) -> dict[str, StoredTensor]:

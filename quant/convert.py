@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def convert(
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     five_d: bool = False,
+    modules: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Converts a Wan checkpoint to GGUF; the destination appears complete or not at all.
@@ -106,6 +107,7 @@ def convert(
         importance: (n,) weight of each input column in the squared error, by tensor name.
         device: where encoding runs.
         overwrite: replace a destination that holds anything else.
+        modules: files of add-on modules (VACE and the like) that become part of the model.
         five_d: store the patch embedding in its 5 dimensions, for loaders that do not read it flattened.
 
     Raises:
@@ -115,7 +117,7 @@ def convert(
     source, destination, device = Path(source), Path(destination), _usable_device(device)
     _check_paths(source, destination)
     chosen = find_recipe(recipe)
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, modules) as checkpoint:
         warnings = _warnings(checkpoint)
         job = _job_metadata(checkpoint, chosen, effort, importance, five_d)
         reused = destination.exists() and _is_up_to_date(destination, checkpoint, job)
@@ -227,7 +229,7 @@ def _job_metadata(
         "wanquant.effort": effort,
         "wanquant.importance": fingerprint(importance),
         FIVE_D: five_d,
-        "wanquant.source_name": checkpoint.path.name,
+        "wanquant.source_name": checkpoint.name,
         "wanquant.source_size": np.uint64(checkpoint.identity.size),
         "wanquant.source_dtype": checkpoint.stored,
         **checkpoint.gguf_metadata,
@@ -241,7 +243,7 @@ def _job_metadata(
 def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
     if not checkpoint.lossy:
         return ()
-    warning = f"{checkpoint.path.name} is quantized already ({', '.join(checkpoint.lossy)}): the errors of both add up"
+    warning = f"{checkpoint.name} is quantized already ({', '.join(checkpoint.lossy)}): the errors of both add up"
     _log.warning(warning)
     return (warning,)
 

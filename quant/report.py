@@ -67,6 +67,8 @@ class FileReport:
         architecture = self.metadata.get("general.architecture", "unnamed")
         if any(tensor.name.endswith("head.modulation") for tensor in self.tensors):
             return "Wan diffusion model"
+        if architecture == "wan":
+            return "module for a Wan diffusion model"
         if architecture == "t5encoder":
             return "T5 text encoder"
         return f"not a Wan diffusion model: general.architecture is {architecture}"

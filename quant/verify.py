@@ -75,14 +75,14 @@ class Verification:
         }
 
 
-def verify(gguf: str | Path, source: str | Path) -> Verification:
-    """Dequantizes every tensor and compares it to the source, slice by slice.
+def verify(gguf: str | Path, source: str | Path, modules: Sequence[str | Path] = ()) -> Verification:
+    """Dequantizes every tensor and compares it to the source (and its modules), slice by slice.
 
     Raises:
         QuantError: a file that cannot be read, a shape that differs, or nothing in common.
     """
     packed = open_gguf(gguf).tensors
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, modules) as checkpoint:
         names = [name for name in checkpoint.tensors if name in packed]
         if not names:
             raise QuantError(f"{gguf}: has no tensor of {source}; give the checkpoint that it was made from")

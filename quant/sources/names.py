@@ -5,23 +5,17 @@ Source: comfy/ldm/wan/model.py, ComfyUI 0.30.0, whose names are those of github.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import QuantError
 from . import diffusers, t5
-from .layers import MARKER
+from .modules import is_module
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "model.")
 
 _WAN_KEY = "head.modulation"
-_MODULE_NAME = re.compile(
-    r"(vace_blocks|vace_patch_embedding|control_adapter|ref_conv|face_adapter|face_encoder|motion_encoder"
-    r"|pose_patch_embedding|casual_audio_encoder|audio_injector|audio_proj|cond_encoder|trainable_cond_mask)\..+"
-)
-
 WAN, T5 = "wan", "t5encoder"
 """Values of `general.architecture`."""
 
@@ -59,15 +53,10 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
         if key in names:
             return Naming("", rename, T5)
     for prefix in PREFIXES:
-        if names and all(_is_of_module(name, prefix) for name in names):
+        if is_module(names, prefix):
             return Naming(prefix, str)
     looks = next((what for keys, what in _LOOKS_LIKE if any(key in n for n in names for key in keys)), "something else")
     raise QuantError(
         f"{path}: not a Wan model (no tensor {_WAN_KEY}): it looks like {looks};"
         " only Wan and its text encoder are supported"
     )
-
-
-def _is_of_module(name: str, prefix: str) -> bool:
-    bare = name.removeprefix(prefix)
-    return bare == MARKER or (name.startswith(prefix) and _MODULE_NAME.fullmatch(bare) is not None)

@@ -1,0 +1,55 @@
+"""Modules that people publish as separate files and add to a transformer: VACE, control adapters, audio."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import QuantError
+from .layers import MARKER
+from .tensors import SourceTensor
+
+_MODULE_NAME = re.compile(
+    r"(vace_blocks|vace_patch_embedding|control_adapter|ref_conv|face_adapter|face_encoder|motion_encoder"
+    r"|pose_patch_embedding|casual_audio_encoder|audio_injector|audio_proj|cond_encoder|trainable_cond_mask"
+    r"|blocks\.\d+\.(audio_cross_attn|norm_x))\..+"
+)
+
+
+class _Source(Protocol):
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]: ...
+
+
+def is_module(names: Collection[str], prefix: str) -> bool:
+    """Whether these are the tensors of an add-on module and nothing else."""
+    return len(names) > 0 and all(_is_of_module(name, prefix) for name in names)
+
+
+def check_module(base: _Source, module: _Source) -> None:
+    """Refuses a module that cannot be added to this transformer.
+
+    Raises:
+        QuantError: no module, a tensor that both have, or a block of another size than the transformer's.
+    """
+    if not is_module(module.tensors.keys(), ""):
+        other = next(name for name in module.tensors if not _is_of_module(name, ""))
+        raise QuantError(f"{module.path}: no add-on module (it has tensor {other}); give it as the source itself")
+    for name, tensor in module.tensors.items():
+        if name in base.tensors:
+            raise QuantError(f"{module.path}: tensor {name}: is in {base.path.name} too; it has this module already")
+        twin = base.tensors.get(re.sub(r"^vace_blocks\.\d+\.", "blocks.0.", name))
+        if twin is not None and twin.shape != tensor.shape:
+            raise QuantError(
+                f"{module.path}: tensor {name}: shape {tensor.shape}, but {twin.shape} in the blocks of"
+                f" {base.path.name}; take the module of this model's size"
+            )
+
+
+def _is_of_module(name: str, prefix: str) -> bool:
+    bare = name.removeprefix(prefix)
+    return bare == MARKER or (name.startswith(prefix) and _MODULE_NAME.fullmatch(bare) is not None)
