@@ -239,9 +239,9 @@ def _check_types(host: Host) -> int:
 
 def _bench(version: str | None, name: str | None, arguments: list[str]) -> int:
     """Run one benchmark; without a name, list them with the first lines of their docstrings."""
-    paths = {path.stem: path for path in sorted((ROOT / "bench").glob("*.py"))}
+    paths = {path.stem.replace("_", "-"): path for path in sorted((ROOT / "bench").glob("*.py"))}
     if name in paths:
-        return _run_module(setup(version), f"bench.{name}", *arguments)
+        return _run_module(setup(version), f"bench.{paths[name].stem}", *arguments)
     if name:
         raise DevError(f"there is no benchmark {name!r}; there are {', '.join(paths)}")
     for stem, path in paths.items():

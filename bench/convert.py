@@ -19,6 +19,15 @@ from ..tests.tiny_wan import write_random_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def machine() -> str:
+    """Processor, cores, threads, system and torch in one line."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    processor = names[0] if info.exists() and names else platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{processor}, {os.cpu_count()} cores, {threads} threads, {platform.system()}, torch {torch.__version__}"
+
+
 def resident(pid: int) -> dict[str, int]:
     """Bytes of anonymous memory and of all resident pages of a process (Linux)."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
@@ -64,11 +73,10 @@ def main() -> None:
         source.parent.mkdir(parents=True, exist_ok=True)
         write_random_checkpoint(source, wan_shapes(options.size))
     rows = [convert(source, recipe, options.effort) for recipe in options.recipes]
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     if options.json:
-        print(json.dumps({"machine": machine, "rows": rows}, indent=2))
+        print(json.dumps({"machine": machine(), "rows": rows}, indent=2))
         return
-    print(f"{machine}; peak memory in GiB")
+    print(f"{machine()}; peak memory in GiB")
     print(f"{'recipe':8} {'effort':6} {'GiB in':>7} {'GiB out':>8} {'seconds':>8} {'anonymous':>10} {'resident':>9}")
     for row in rows:
         print(

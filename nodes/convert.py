@@ -62,6 +62,15 @@ class WanQuantConvert(io.ComfyNode):
                     tooltip="best searches for the lowest error; fast is several times quicker.",
                 ),
                 io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True),
+                io.Float.Input(
+                    "target_size",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,  # graphs saved before it was added lack it
+                    tooltip="GiB of the file: the types are chosen for the lowest error in that size. 0: the recipe's.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="path", tooltip="Connect to the path of Load Diffusion Model (GGUF)."),
@@ -71,17 +80,29 @@ class WanQuantConvert(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, source: str, recipe: str, folder: str, output_name: str, **_: object) -> str:
-        target = os.path.join(destinations().get(folder, folder), output_name or _default_name(source, recipe))
+    def fingerprint_inputs(
+        cls, source: str, recipe: str, folder: str, output_name: str, target_size: float = 0.0, **_: object
+    ) -> str:
+        name = output_name or _default_name(source, recipe, target_size)
+        target = os.path.join(destinations().get(folder, folder), name)
         written = os.stat(target).st_mtime_ns if os.path.exists(target) else "missing"
         return f"{stat_token(MODELS, source)} {target} {written}"
 
     @classmethod
     def execute(
-        cls, source: str, recipe: str, folder: str, output_name: str, overwrite: bool, effort: Effort, device: str
+        cls,
+        source: str,
+        recipe: str,
+        folder: str,
+        output_name: str,
+        overwrite: bool,
+        effort: Effort,
+        device: str,
+        target_size: float = 0.0,
     ) -> io.NodeOutput:
         source_path = folder_paths.get_full_path_or_raise(MODELS, source)
-        target = output_path(destinations()[folder], output_name or _default_name(source, recipe), ".gguf")
+        name = output_name or _default_name(source, recipe, target_size)
+        target = output_path(destinations()[folder], name, ".gguf")
         chosen = comfy.model_management.get_torch_device() if device == "default" else torch.device(device)
         comfy.model_management.free_memory(_ENCODER_BYTES, chosen)
         bar = comfy.utils.ProgressBar(1)
@@ -94,6 +115,7 @@ class WanQuantConvert(io.ComfyNode):
             source_path,
             target,
             recipe,
+            target_size=target_size or None,
             effort=effort,
             device=chosen,
             overwrite=overwrite,
@@ -103,5 +125,5 @@ class WanQuantConvert(io.ComfyNode):
         return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, cls))
 
 
-def _default_name(source: str, recipe: str) -> str:
-    return f"{os.path.splitext(source)[0]}-{recipe}.gguf"
+def _default_name(source: str, recipe: str, target_size: float) -> str:
+    return f"{os.path.splitext(source)[0]}-{f'{target_size:g}GiB' if target_size else recipe}.gguf"

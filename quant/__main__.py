@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("source", type=Path, metavar="SRC")
     command.add_argument("destination", type=Path, metavar="DST")
     recipes = ", ".join(RECIPES)
-    command.add_argument("--recipe", default="Q4_K_M", type=str.upper, choices=RECIPES, metavar="NAME", help=recipes)
+    mix = command.add_mutually_exclusive_group()
+    mix.add_argument("--recipe", default="Q4_K_M", type=str.upper, choices=RECIPES, metavar="NAME", help=recipes)
+    mix.add_argument("--target-size", type=float, metavar="GiB", help="the mix of least error in this file size")
     command.add_argument("--effort", default="best", choices=get_args(Effort), help="best (default) or fast")
     command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
     command.add_argument(
@@ -108,6 +110,7 @@ def _convert(options: argparse.Namespace) -> Report:
             options.source,
             options.destination,
             options.recipe,
+            target_size=options.target_size,
             effort=options.effort,
             device=options.device,
             overwrite=options.overwrite,

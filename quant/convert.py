@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import budget
 from .checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from .errors import QuantError
 from .gguf_header import read_header
@@ -24,6 +25,7 @@ from .provenance import (
     RELATIVE_ERROR,
     SOURCE_MTIME,
     SOURCE_SHA256,
+    TARGET_SIZE,
     VERSION,
     carried_metadata,
     fingerprint,
@@ -41,6 +43,9 @@ _log = logging.getLogger(__name__)
 # Bounds the float32 temporaries of a slice and the time between two reports; accelerators prefer few launches.
 _SLICE_WEIGHTS = {"cpu": 1 << 20}
 _SLICE_WEIGHTS_DEFAULT = 1 << 23
+
+# LLAMA_FTYPE_GUESSED of llama.cpp's include/llama.h: the tensors tell.
+_MIXED = 1024
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ def convert(
     destination: str | Path,
     recipe: str = "Q4_K_M",
     *,
+    target_size: float | None = None,
     effort: Effort = "best",
     importance: Mapping[str, Tensor] | None = None,
     device: str | torch.device = "cpu",
@@ -103,6 +109,7 @@ def convert(
         source: what `open_checkpoint` takes; one that is quantized already makes a second error, which is logged.
         destination: path of a .gguf file. One that holds the result of the same job already is left as it is.
         recipe: a key of `RECIPES`.
+        target_size: GiB that the file takes at most; the types are then chosen for the least error, by no recipe.
         effort: "best" searches for the smallest squared error, "fast" rounds.
         importance: (n,) weight of each input column in the squared error, by tensor name.
         device: where encoding runs.
@@ -111,22 +118,22 @@ def convert(
         five_d: store the patch embedding in its 5 dimensions, for loaders that do not read it flattened.
 
     Raises:
-        QuantError: an unusable source, destination, recipe or device.
+        QuantError: an unusable source, destination, recipe, size or device.
     """
     started = time.monotonic()
     source, destination, device = Path(source), Path(destination), _usable_device(device)
     _check_paths(source, destination)
-    chosen = find_recipe(recipe)
+    chosen, target_bytes = find_recipe(recipe), _target_bytes(target_size)
     with open_checkpoint(source, modules) as checkpoint:
         warnings = _warnings(checkpoint)
-        job = _job_metadata(checkpoint, chosen, effort, importance, five_d)
+        job = _job_metadata(checkpoint, chosen, target_bytes, effort, importance, five_d)
         reused = destination.exists() and _is_up_to_date(destination, checkpoint, job)
         if destination.exists() and not reused and not overwrite:
             raise QuantError(f"{destination}: exists, made in another way; choose another name or allow overwriting")
-        planned = plan(chosen, checkpoint.tensors)
+        planned = Plan({}, ()) if target_bytes else plan(chosen, checkpoint.tensors)
         if not reused:
             conversion = _Conversion(checkpoint, effort, importance or {}, device, progress)
-            planned = conversion.within_range(planned)
+            planned = conversion.within_range(conversion.plan_for_size(job) if target_bytes else planned)
             destination = conversion.write(destination, job, planned, overwrite)
     return ConversionReport(
         **vars(inspect(destination)),
@@ -147,6 +154,14 @@ class _Conversion:
     device: torch.device
     progress: Progress | None
     done_bytes: int = 0
+
+    def plan_for_size(self, job: Mapping[str, Any]) -> Plan:
+        """The types of the least error in the size that the job names."""
+        tensors = self.checkpoint.tensors
+        fronts = budget.measure(
+            tensors, self.importance, self.effort, self.device, lambda tensor: self._report(tensor, 0)
+        )
+        return budget.plan_for_size(int(job[TARGET_SIZE]), tensors, job, fronts, five_d=job[FIVE_D])
 
     def within_range(self, planned: Plan) -> Plan:
         """Replaces F16 by BF16 for tensors with values that F16 cannot hold."""
@@ -216,16 +231,22 @@ class _Conversion:
 
 
 def _job_metadata(
-    checkpoint: Checkpoint, recipe: Recipe, effort: Effort, importance: Mapping[str, Tensor] | None, five_d: bool
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    target_bytes: int,
+    effort: Effort,
+    importance: Mapping[str, Tensor] | None,
+    five_d: bool,
 ) -> dict[str, Any]:
     """All metadata of the file; the last two values are placeholders until every tensor is written."""
     return {
         "general.architecture": checkpoint.architecture,
         "general.quantization_version": 2,
-        "general.file_type": recipe.file_type,
+        "general.file_type": _MIXED if target_bytes else recipe.file_type,
         "general.name": checkpoint.path.stem,
         "wanquant.version": VERSION,
-        "wanquant.recipe": recipe.name,
+        "wanquant.recipe": "" if target_bytes else recipe.name,
+        TARGET_SIZE: np.uint64(target_bytes),
         "wanquant.effort": effort,
         "wanquant.importance": fingerprint(importance),
         FIVE_D: five_d,
@@ -266,6 +287,15 @@ def _check_paths(source: Path, destination: Path) -> None:
         raise QuantError(f"{destination}: not a .gguf name; choose a destination that ends in .gguf")
     if source.exists() and destination.exists() and source.samefile(destination):
         raise QuantError(f"{destination}: is the source itself; choose another destination")
+
+
+def _target_bytes(target_size: float | None) -> int:
+    """0 without a target."""
+    if target_size is None:
+        return 0
+    if not 0 < target_size < math.inf:
+        raise QuantError(f"target size {target_size} GiB: not a size; choose one above 0")
+    return int(target_size * GIB)
 
 
 def _usable_device(device: str | torch.device) -> torch.device:

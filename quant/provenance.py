@@ -16,11 +16,13 @@ RELATIVE_ERROR = "wanquant.relative_error"
 """FLOAT32 array in tensor order: |dequantized - source| / |source|."""
 FIVE_D = "wanquant.five_d"
 """BOOL: tensors of more than 4 dimensions are stored as they are, not flattened."""
+TARGET_SIZE = "wanquant.target_size"
+"""UINT64: bytes that the file was to take at most; 0 for a recipe."""
 SOURCE_SHA256 = "wanquant.source_sha256"
 SOURCE_MTIME = "wanquant.source_mtime_ns"
 
 _SOURCE_METADATA = "wanquant.source_metadata."
-_SAME_JOB = ("version", "recipe", "effort", "importance", "five_d", "source_name", "source_size")
+_SAME_JOB = ("version", "recipe", "target_size", "effort", "importance", "five_d", "source_name", "source_size")
 
 
 def source_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:

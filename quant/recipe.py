@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -61,13 +61,16 @@ RECIPES = {
 # Not Linear modules: the host reads these matrices as plain parameters, or gathers from a few rows.
 _RAW_PARAMETERS = re.compile(r"(^|\.)(motion_encoder|trainable_cond_mask|attn_rel_b)\.")
 # Each row stands for a token, and no sum over columns averages its errors away.
-_EMBEDDING, _EMBEDDING_TYPE = "token_embd.weight", "Q6_K"
+EMBEDDING, EMBEDDING_TYPE = "token_embd.weight", "Q6_K"
 # Small and read by every block.
 _PROTECTED = re.compile(r"(^|\.)(text_embedding|time_embedding|time_projection|img_emb|head)\.")
 _SMALL = 1024
 
 # Source: llama.cpp src/llama-quant.cpp, tensors whose rows are no multiple of the block size.
 _FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+Treatment = Literal["exact", "protected", "quantized"]
 
 
 class TensorInfo(Protocol):
@@ -104,16 +107,12 @@ def find_recipe(name: str) -> Recipe:
 
 
 def plan(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Plan:
-    """Gives each tensor its type.
-
-    Only 2-D weights of Linear and Embedding modules are quantized. Whatever is no matrix stays F32, which every
-    loader reads as a plain parameter; protected matrices keep 16 bits.
-    """
+    """Gives each tensor the recipe's type, as far as its `treatment` and its rows allow."""
     types: dict[str, QuantType] = {}
     fallbacks: list[Fallback] = []
     for name, tensor in tensors.items():
         wanted = _wanted_type(recipe, name, tensor)
-        types[name] = got = _fitting_type(wanted, tensor)
+        types[name] = got = fitting_type(wanted, tensor)
         if got.name != wanted:
             reason = f"rows of {tensor.shape[-1]} weights are not a multiple of {QTYPES[wanted].block_size}"
             fallbacks.append(Fallback(name, wanted, got.name, reason))
@@ -121,36 +120,53 @@ def plan(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Plan:
 
 
 def predicted_size(
-    types: Mapping[str, QuantType], tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Any] | None = None
+    types: Mapping[str, QuantType],
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    five_d: bool = False,
 ) -> int:
     """Bytes of the GGUF file that holds these tensors and this metadata, exactly."""
     specs = [TensorSpec(name, qtype, tensors[name].shape) for name, qtype in types.items()]
-    return GGUFWriter("unwritten.gguf", metadata or {}, specs).nbytes
+    return GGUFWriter("unwritten.gguf", metadata or {}, specs, five_d=five_d).nbytes
 
 
-def _wanted_type(recipe: Recipe, name: str, tensor: TensorInfo) -> str:
+def treatment(name: str, tensor: TensorInfo) -> Treatment:
+    """What may be done to a tensor.
+
+    Only 2-D weights of Linear and Embedding modules are quantized. Whatever is no matrix stays F32, which every
+    loader reads as a plain parameter; protected matrices keep 16 bits, or 8 where size is what counts.
+    """
     if (
         len(tensor.shape) != 2
         or math.prod(tensor.shape) <= _SMALL
         or not name.endswith(".weight")
         or _RAW_PARAMETERS.search(name)
     ):
-        return "F32"
-    if _PROTECTED.search(name):
-        return recipe.base if recipe.base in ("F16", "BF16") else _sixteen_bit(tensor)
-    if name == _EMBEDDING and QTYPES[recipe.base].bits_per_weight < QTYPES[_EMBEDDING_TYPE].bits_per_weight:
-        return _EMBEDDING_TYPE
-    return next((qtype for pattern, qtype in recipe.overrides if re.fullmatch(pattern, name)), recipe.base)
+        return "exact"
+    return "protected" if _PROTECTED.search(name) else "quantized"
 
 
-def _fitting_type(wanted: str, tensor: TensorInfo) -> QuantType:
+def fitting_type(wanted: str, tensor: TensorInfo) -> QuantType:
+    """The wanted type, or the one that replaces it where its blocks do not divide the rows."""
     columns = tensor.shape[-1]
     for name in (wanted, _FALLBACK.get(wanted, wanted)):
         if columns % QTYPES[name].block_size == 0:
             return QTYPES[name]
-    return QTYPES[_sixteen_bit(tensor)]
+    return QTYPES[sixteen_bit(tensor)]
 
 
-def _sixteen_bit(tensor: TensorInfo) -> str:
+def sixteen_bit(tensor: TensorInfo) -> str:
     """BF16 stays BF16; F32 becomes F16, which has three more bits of precision where the range allows it."""
     return "BF16" if tensor.dtype == torch.bfloat16 else "F16"
+
+
+def _wanted_type(recipe: Recipe, name: str, tensor: TensorInfo) -> str:
+    kind = treatment(name, tensor)
+    if kind == "exact":
+        return "F32"
+    if kind == "protected":
+        return recipe.base if recipe.base in ("F16", "BF16") else sixteen_bit(tensor)
+    if name == EMBEDDING and QTYPES[recipe.base].bits_per_weight < QTYPES[EMBEDDING_TYPE].bits_per_weight:
+        return EMBEDDING_TYPE
+    return next((qtype for pattern, qtype in recipe.overrides if re.fullmatch(pattern, name)), recipe.base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import runpy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -45,8 +45,13 @@ def write_random_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     metadata: Mapping[str, str] | None = None,
+    draw: Callable[[str, tuple[int, ...], torch.Generator], Tensor] | None = None,
 ) -> Path:
-    """Writes tensors of these shapes one at a time, so that memory does not grow with the file."""
+    """Writes tensors of these shapes one at a time, so that memory does not grow with the file.
+
+    Args:
+        draw: what makes the values, `random_tensor` if none is given.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
@@ -58,7 +63,7 @@ def write_random_checkpoint(
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, shape in shapes.items():
-            tensor = random_tensor(name, shape, generator).to(dtype)
+            tensor = (draw or random_tensor)(name, shape, generator).to(dtype)
             file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
     return Path(path)
 

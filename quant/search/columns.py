@@ -34,18 +34,42 @@ class Columns:
         relative = torch.where(mean > 0, importance / mean, torch.ones_like(importance)).clamp_(min=_LEAST_IMPORTANCE)
         return cls(x, relative.view(-1, size).t().contiguous())
 
+    def of_blocks(self, blocks: Tensor, sub_blocks: int) -> Columns:
+        """The columns of the blocks of these indices, each of which has `sub_blocks`."""
+
+        def part(values: Tensor) -> Tensor:
+            return values.view(len(values), -1, sub_blocks)[:, blocks].flatten(1)
+
+        return Columns(part(self.x), None if self.w is None else part(self.w))
+
+    def extreme(self) -> Tensor:
+        """The weight of the largest magnitude in each column, (n,)."""
+        low, high = self.x.amin(0), self.x.amax(0)
+        return torch.where(high + low > 0, high, low)
+
     def sum(self, values: Tensor) -> Tensor:
         """(size, n) -> the weighted sum of each column, (n,)."""
-        return (values if self.w is None else values * self.w).sum(0)
+        return total(values if self.w is None else values * self.w)
 
     def weight(self) -> Tensor:
         """The weighted count of each column, (n,)."""
-        return torch.full_like(self.x[0], len(self.x)) if self.w is None else self.w.sum(0)
+        return torch.full_like(self.x[0], len(self.x)) if self.w is None else total(self.w)
 
     def products(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """The weighted sums of q * x and of q * q, each (n,)."""
         wq = q if self.w is None else q * self.w
-        return (wq * self.x).sum(0), (wq * q).sum(0)
+        return total(wq * self.x), total(wq * q)
+
+
+def total(values: Tensor) -> Tensor:
+    """(2**k, n) -> the sum of each column, (n,), which does not depend on the other columns or on threads.
+
+    `Tensor.sum` adds the columns of a vector register in another order than those left over.
+    """
+    while len(values) > 1:
+        half = len(values) // 2
+        values = values[:half] + values[half:]
+    return values[0]
 
 
 def inverse(values: Tensor) -> Tensor:

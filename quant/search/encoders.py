@@ -11,7 +11,7 @@ from ..bits import half_bytes, pack_bits
 from ..iq4 import KVALUES, pack_iq4_nl, pack_iq4_xs
 from ..kquants import pack_q2_k, pack_q3_k, pack_q4_k, pack_q5_k, pack_q6_k
 from .columns import Columns
-from .fit import Search, fit
+from .fit import Search, fit, refine
 from .levels import Codebook, Integers, Levels
 from .scale import search_scale, search_scale_and_min
 
@@ -29,12 +29,14 @@ class _Effort:
 
 
 _FAST = _Effort(peaks=6, starts=1, rounds=2)
-_BEST = _Effort(peaks=9, starts=3, rounds=3)
-_BEST_ALONE = _Effort(peaks=17, starts=1, rounds=3)
+_BEST = _Effort(peaks=13, starts=3, rounds=3)
+_BEST_WITH_MIN = _Effort(peaks=9, starts=3, rounds=3)
+_BEST_ALONE = _Effort(peaks=24, starts=1, rounds=3)
+_BEST_ALONE_WITH_MIN = _Effort(peaks=40, starts=1, rounds=3)
 
 
 def best_q2_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q2_k(*_affine(blocks, importance, 16, 3, Integers(0, 15), _BEST))
+    return pack_q2_k(*_affine(blocks, importance, 16, 3, Integers(0, 15), _BEST_WITH_MIN))
 
 
 def fast_q2_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -50,7 +52,7 @@ def fast_q3_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
 
 
 def best_q4_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q4_k(*_affine(blocks, importance, 32, 15, Integers(0, 63), _BEST))
+    return pack_q4_k(*_affine(blocks, importance, 32, 15, Integers(0, 63), _BEST_WITH_MIN))
 
 
 def fast_q4_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -58,7 +60,7 @@ def fast_q4_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
 
 
 def best_q5_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q5_k(*_affine(blocks, importance, 32, 31, Integers(0, 63), _BEST))
+    return pack_q5_k(*_affine(blocks, importance, 32, 31, Integers(0, 63), _BEST_WITH_MIN))
 
 
 def fast_q5_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -97,7 +99,7 @@ def best_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
 
 
 def best_q4_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, dmin, _, _, codes = _affine(blocks, importance, 32, 15, _ONE, _BEST_ALONE)
+    d, dmin, _, _, codes = _affine(blocks, importance, 32, 15, _ONE, _BEST_ALONE_WITH_MIN)
     return torch.cat((half_bytes(torch.stack((d, -dmin), 1)), pack_bits(codes, 4, run=16)), 1)
 
 
@@ -107,7 +109,7 @@ def best_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
 
 
 def best_q5_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, dmin, _, _, codes = _affine(blocks, importance, 32, 31, _ONE, _BEST_ALONE)
+    d, dmin, _, _, codes = _affine(blocks, importance, 32, 31, _ONE, _BEST_ALONE_WITH_MIN)
     return torch.cat((half_bytes(torch.stack((d, -dmin), 1)), _five_bits(codes)), 1)
 
 
@@ -121,12 +123,16 @@ def _affine(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """d, dmin, scales, mins and codes in [0, largest] of sub-blocks of `size`, whose scales and mins are `integers`."""
     columns, levels = Columns.of(blocks, importance, size), Integers(0, largest)
-    peaks = [largest, *_peaks(largest, effort.peaks)]
+    peaks = [largest, *_peaks(largest, effort.peaks, max(1.0, largest / 10))]
     scale, minimum = search_scale_and_min(columns, levels, peaks, signed=integers == _ONE)
     starts = range(integers.high, integers.high - effort.starts, -1)
     shape = (len(blocks), blocks.shape[1] // size)
     search = Search(integers, integers, starts, effort.rounds)
-    found = fit(columns, levels, scale.view(shape), minimum.view(shape), search)
+    first = fit(columns, levels, scale.view(shape), minimum.view(shape), search)
+    # Where the mins may have either sign, weights of one sign may still be best with none.
+    low, high = columns.x.amin(0).clamp_(max=0), columns.x.amax(0).clamp_(min=0)
+    from_zero = ((high - low).view(shape) / largest, -low.view(shape))
+    found = refine(columns, levels, first, [from_zero], search)
     codes = found.nearest(columns, levels)[0].t().reshape(blocks.shape)
     return found.d, found.dmin, found.scales, found.mins, codes
 
@@ -135,19 +141,21 @@ def _signed(
     blocks: Tensor, importance: Tensor | None, size: int, levels: Levels, peak: int, integers: Integers, effort: _Effort
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d, scales and codes of sub-blocks of `size` without a min, whose scales are `integers`."""
-    columns, peaks = Columns.of(blocks, importance, size), _peaks(peak, effort.peaks)
+    columns, peaks = Columns.of(blocks, importance, size), _peaks(peak, effort.peaks, max(1.0, peak / 5))
     both = [-peak, *peaks, *(-value for value in peaks)]
     scale = search_scale(columns, levels, both, stored=integers == _ONE).view(len(blocks), -1)
     search = Search(integers, _NONE, (integers.low, integers.high)[: effort.starts], effort.rounds)
-    found = fit(columns, levels, scale, torch.zeros_like(scale), search)
+    zeros = torch.zeros_like(scale)
+    largest = columns.extreme().view_as(scale)
+    starts = [(largest / anchor, zeros) for anchor in levels.anchors()]
+    found = refine(columns, levels, fit(columns, levels, scale, zeros, search), starts, search)
     codes = levels.codes(found.nearest(columns, levels)[0]).t().reshape(blocks.shape)
     return found.d, found.scales, codes
 
 
-def _peaks(largest: int, count: int) -> list[float]:
+def _peaks(largest: int, count: int, reach: float) -> list[float]:
     """`count` real numbers around the largest level, more of them below: less clipping costs less than more."""
-    reach = max(1.0, largest / 10)
-    return [largest + reach * (1.5 * index / (count - 1) - 1) for index in range(count)]
+    return [largest + reach * (1.7 * index / (count - 1) - 1) for index in range(count)]
 
 
 def _five_bits(codes: Tensor) -> Tensor:

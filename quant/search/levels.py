@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,9 @@ class Levels(Protocol):
 
     def codes(self, levels: Tensor) -> Tensor:
         """The code of each level, as the type's `pack` takes it."""
+
+    def anchors(self) -> Sequence[int]:
+        """Levels where the largest weight may fall."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,9 @@ class Integers:
     def codes(self, levels: Tensor) -> Tensor:
         return levels
 
+    def anchors(self) -> Sequence[int]:
+        return self.low, self.low + 1
+
 
 @dataclass(frozen=True)
 class Codebook:
@@ -46,6 +53,9 @@ class Codebook:
 
     def codes(self, levels: Tensor) -> Tensor:
         return _look_up(_codes(self.values, levels.device), levels + 128)
+
+    def anchors(self) -> Sequence[int]:
+        return self.values
 
 
 @functools.cache

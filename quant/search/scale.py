@@ -25,14 +25,14 @@ def search_scale(columns: Columns, levels: Levels, peaks: Sequence[float], *, st
         peaks: candidates for the level, in real numbers and of either sign, where the largest weight falls.
         stored: the scale is a block's d, a float16, which decides between roundings of like quality.
     """
-    low, high = columns.x.amin(0), columns.x.amax(0)
-    unit = inverse(torch.where(high + low > 0, high, low))
+    unit = inverse(columns.extreme())
     errors, scales = [], []
     for peak in peaks:
         q = levels.nearest(columns.x * (unit * peak))
         xq, qq = columns.products(q)
         scale = float16(xq * inverse(qq)) if stored else xq * inverse(qq)
-        errors.append(columns.sum(torch.addcmul(columns.x, q, scale, value=-1).square_()))
+        # The squared error less sum w x^2, which is the same for all.
+        errors.append(scale * (scale * qq - 2 * xq))
         scales.append(scale)
     return least(errors, scales)[0]
 

@@ -18,7 +18,7 @@ _OPERATIONS = """
     __lshift__ __rshift__ bitwise_and bitwise_or
     abs add addcmul clamp div floor log2 mul nan_to_num neg pow reciprocal remainder round rsub sub trunc
     amax amin any argmax argmin eq ge gt le lt max maximum mean min minimum prod sum
-    embedding gather index index_select masked_fill where _local_scalar_dense
+    embedding gather index index_put index_select masked_fill nonzero where _local_scalar_dense
 """
 ALLOWED = frozenset(_OPERATIONS.split())
 _SHIFTS = ("__lshift__", "__rshift__")

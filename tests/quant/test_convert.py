@@ -65,7 +65,7 @@ def test_relative_errors_are_recorded(tmp_path, source):
 def test_predicted_size_is_exact(tmp_path, source):
     report = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
     with open_checkpoint(source) as checkpoint:
-        job = convert_module._job_metadata(checkpoint, RECIPES["Q8_0"], "fast", None, five_d=False)
+        job = convert_module._job_metadata(checkpoint, RECIPES["Q8_0"], 0, "fast", None, five_d=False)
         types = plan(RECIPES["Q8_0"], checkpoint.tensors).types
         assert predicted_size(types, checkpoint.tensors, job) == report.nbytes
 

@@ -1,0 +1,79 @@
+"""Total error at the size of each recipe: the recipe against types chosen for that size."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..quant.convert import convert
+from ..quant.verify import verify
+from ..quant.wan import WanSize, transformer_shapes
+from ..tests.tiny_wan import write_random_checkpoint
+from .convert import machine
+
+GIB = 1 << 30
+# Every layer of a 1.3B model, narrower: the measurement takes minutes, not hours.
+SIZE = WanSize(512, 2048, 30)
+
+
+def realistic(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Heavy-tailed weights whose columns and tensors differ in size, as those of trained transformers do."""
+    weight = torch.randn(shape, generator=generator)
+    if len(shape) != 2:
+        return weight.mul_(0.02)
+    degrees = 4 + 12 * float(torch.rand(1, generator=generator))
+    chi_square = torch.randn((int(degrees), *shape), generator=generator).square_().mean(0)
+    columns = torch.randn(shape[1], generator=generator).mul_(0.3).exp_()
+    spread = float(torch.randn(1, generator=generator).mul_(0.3).exp_())
+    return weight.div_(chi_square.sqrt_()).mul_(columns).mul_(spread * shape[1] ** -0.5)
+
+
+def compare(source: Path, recipe: str, effort: str) -> dict[str, object]:
+    """File sizes in MiB, and the error of both files: |dequantized - source|^2 over |source|^2, in all tensors."""
+    destination = source.with_suffix(".gguf")
+    rows = {}
+    for name, size in ((recipe, None), ("target size", 0.0)):
+        size = None if size is None else rows[recipe][0] / GIB
+        report = convert(source, destination, recipe, target_size=size, effort=effort, overwrite=True)
+        rows[name] = report.nbytes, verify(destination, source).by_role[-1]
+    (nbytes, error), (sized_nbytes, sized_error) = rows.values()
+    return {
+        "recipe": recipe,
+        "mib": round(nbytes / 2**20, 2),
+        "sized_mib": round(sized_nbytes / 2**20, 2),
+        "used": round(sized_nbytes / nbytes, 5),
+        "sqnr_db": round(error.sqnr_db, 2),
+        "sized_sqnr_db": round(sized_error.sqnr_db, 2),
+        "error_ratio": round(sized_error.noise / error.noise, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--recipes", nargs="+", default=["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"])
+    parser.add_argument("--effort", default="best", choices=["fast", "best"])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "wan.safetensors"
+        write_random_checkpoint(source, transformer_shapes(SIZE), draw=realistic)
+        rows = [compare(source, recipe, options.effort) for recipe in options.recipes]
+    if options.json:
+        print(json.dumps({"machine": machine(), "effort": options.effort, "rows": rows}, indent=2))
+        return
+    print(f"{machine()}; effort {options.effort}; SQNR over all tensors")
+    print(f"{'recipe':8} {'MiB':>8} {'chosen':>8} {'SQNR dB':>8} {'chosen':>8} {'error':>8}")
+    for row in rows:
+        print(
+            f"{row['recipe']:8} {row['mib']:8} {row['sized_mib']:8} {row['sqnr_db']:8} {row['sized_sqnr_db']:8}"
+            f" {100 * (row['error_ratio'] - 1):+7.1f}%"
+        )
+
+
+if __name__ == "__main__":
+    main()
