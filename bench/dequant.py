@@ -1,0 +1,157 @@
+"""Decode a 5120 x 5120 weight to bfloat16 on the CPU: every type, against memcpy, libggml and, given one, a peer.
+
+Columns: milliseconds of the best path and of the torch operations alone, into an output that exists; GB/s of output;
+the best path's speed over that of a copy of as many bytes, of libggml (which writes float32), and of the peer (as its
+Linear calls it, float16 arithmetic). Then kernels a call and bytes moved for each weight, counted by a dispatch mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import runpy
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..quant import QTYPES, QuantType
+from ..quant.kernels import eager
+from ..quant.kernels.op import dequantize_into
+
+PLAIN = ("F32", "F16", "BF16")
+Peer = Callable[[Tensor], Tensor]
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the operations that compute, and the bytes of the tensors that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs, outputs = tensors((args, kwargs)), tensors(result)
+        storages = {t.untyped_storage().data_ptr() for t in inputs}
+        views = all(t.untyped_storage().data_ptr() in storages for t in outputs)
+        if not views or func._schema.is_mutable:
+            self.kernels += 1
+            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in inputs + outputs)
+        return result
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def our_traffic(qtype: QuantType, packed: Tensor) -> dict[str, float]:
+    """Of the operator where a fused kernel stands behind it, else of the torch operations."""
+    from ..quant.kernels.triton_formats import FORMATS
+
+    if qtype.name in FORMATS:
+        return traffic(lambda: qtype.dequantize(packed, torch.bfloat16))
+    return traffic(lambda: qtype.decode(packed.view(-1, qtype.type_size)).to(torch.bfloat16))
+
+
+def traffic(decode: Callable[[], Tensor]) -> dict[str, float]:
+    with Traffic() as count:
+        weight = decode()
+    return {"kernels": count.kernels, "bytes": round(count.bytes / weight.numel(), 2)}
+
+
+def fastest(seconds: float, *calls: Callable[[], object]) -> list[float]:
+    """Milliseconds of the quickest run of each, in turns, so that all meet the same load of the machine."""
+    times: list[list[float]] = [[] for _ in calls]
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times[0]) < 3:
+        for call, seen in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            seen.append(time.perf_counter() - started)
+    return [min(seen) * 1e3 for seen in times]
+
+
+def peer_of(path: Path, qtype: QuantType, shape: tuple[int, int]) -> Peer | None:
+    """ComfyUI-GGUF's decoding with its default settings; None for a type that it leaves to numpy."""
+    module = runpy.run_path(str(path / "dequant.py"))
+    number = GGMLQuantizationType(qtype.ggml_type)
+    if number not in module["dequantize_functions"]:
+        return None
+    return lambda packed: module["dequantize"](packed, number, shape, None).to(torch.bfloat16)
+
+
+def libggml_of(qtype: QuantType, packed: Tensor) -> Callable[[], object]:
+    from ..quant.kernels import libggml
+
+    weights = torch.empty(qtype.unpacked_shape(tuple(packed.shape)))
+    to_float = libggml.type_traits(qtype).to_float
+    return lambda: to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
+
+
+def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> dict[str, object]:
+    packed = torch.randint(0, 64, qtype.packed_shape((size, size)), dtype=torch.uint8)
+    out, source = torch.empty(2, size, size, dtype=torch.bfloat16).unbind()
+    peer = peer_of(path, qtype, (size, size)) if path else None
+    calls: list[Callable[[], object]] = [
+        lambda: dequantize_into(packed, qtype.name, out),
+        lambda: eager.dequantize(qtype, packed, out),
+        lambda: out.copy_(source),
+        libggml_of(qtype, packed),
+    ]
+    best, operations, copy, libggml, *others = fastest(seconds, *calls, *([lambda: peer(packed)] if peer else []))
+    row: dict[str, object] = {
+        "type": qtype.name,
+        "ms": round(best, 1),
+        "torch_ms": round(operations, 1),
+        "gb_s": round(out.nbytes / best / 1e6, 2),
+        "of_memcpy": round(copy / best, 2),
+        "of_libggml": round(libggml / best, 2),
+        "ours": our_traffic(qtype, packed),
+    }
+    if peer:
+        row |= {"of_peer": round(others[0] / best, 1), "torch_of_peer": round(others[0] / operations, 1)}
+        row["peer"] = traffic(lambda: peer(packed))
+    return row
+
+
+def machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
+    parser.add_argument("--types", nargs="+", default=[name for name in QTYPES if name not in PLAIN], choices=QTYPES)
+    parser.add_argument("--size", type=int, default=5120)
+    parser.add_argument("--seconds", type=float, default=2, help="to measure each type")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [measure(QTYPES[name], options.size, options.seconds, options.peer) for name in options.types]
+    if options.json:
+        print(json.dumps({"machine": machine(), "size": options.size, "rows": rows}, indent=1))
+        return
+    print(f"{machine()}; {options.size} x {options.size} to bfloat16")
+    columns = ("ms", "torch_ms", "gb_s", "of_memcpy", "of_libggml", "of_peer", "torch_of_peer")
+    print("| type | " + " | ".join(columns) + " | kernels, bytes | peer's |")
+    print("|---" * (len(columns) + 3) + "|")
+    for row in rows:
+        counts = [", ".join(str(v) for v in dict(row.get(key) or {}).values()) for key in ("ours", "peer")]  # type: ignore[call-overload]
+        print(f"| {row['type']} | " + " | ".join(str(row.get(c, "")) for c in columns) + f" | {' | '.join(counts)} |")
+
+
+if __name__ == "__main__":
+    main()
