@@ -1,0 +1,184 @@
+"""The Triton kernels on a GPU: right, and at which part of the memory's bandwidth. A script of its own.
+
+    python bench/gpu_dequant.py results.jsonl [--minutes 5]
+    TRITON_INTERPRET=1 python bench/gpu_dequant.py --selftest        (no GPU: the same correctness check, interpreted)
+
+Needs torch, triton and numpy, no ComfyUI and no gguf. Writes a JSON line for each case as soon as it is measured: the
+machine; for each type and dtype whether the bits are those of the torch operations, whatever the output held; ceilings
+(copy, bfloat16 product); microseconds and share of the copy's bandwidth; a Linear of 5120 x 13824 at four numbers of
+tokens against a resident bfloat16 weight, with peak memory. It stops when the minutes are over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear
+
+ROOT = Path(__file__).resolve().parent.parent
+# Packages without their __init__, so that only the formats are imported.
+for name, folder in (("wanquant", ROOT), ("wanquant.quant", ROOT / "quant")):
+    if name not in sys.modules:
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = [str(folder)]
+
+from wanquant.quant.kernels import triton_kernel  # noqa: E402
+from wanquant.quant.qtype import QTYPES  # noqa: E402
+
+if TYPE_CHECKING:
+    from wanquant.quant.qtype import QuantType
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))
+TOKENS = (512, 8190, 32760, 75600)
+Row = dict[str, object]
+
+
+def random_blocks(qtype: QuantType, shape: tuple[int, ...], device: str, seed: int = 0) -> Tensor:
+    """uint8, every byte at random: scales are NaN or infinite in about one block of 30."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, qtype.packed_shape(shape), dtype=torch.uint8, generator=generator).to(device)
+
+
+def same_bits(qtype: QuantType, n_blocks: int, dtype: torch.dtype, device: str) -> bool:
+    """Except that any NaN is any other."""
+    packed = random_blocks(qtype, (n_blocks, qtype.block_size), device)
+    out = torch.full((n_blocks, qtype.block_size), 7, dtype=dtype, device=device)
+    triton_kernel.launch(qtype, packed, out)
+    expected = qtype.decode(packed).to(dtype)
+    integers = torch.int32 if dtype is torch.float32 else torch.int16
+    steps = (out.view(integers).long() - expected.view(integers).long()).abs()
+    # Triton's interpreter truncates to bfloat16 where hardware rounds.
+    allowed = 1 if device == "cpu" and dtype is torch.bfloat16 else 0
+    return bool(((steps <= allowed) | (out.isnan() & expected.isnan())).all())
+
+
+def correctness(device: str) -> Iterator[Row]:
+    tile = triton_kernel.TILE
+    for name in triton_kernel.FORMATS:
+        qtype = QTYPES[name]
+        blocks = (1, tile // qtype.block_size, 3 * tile // qtype.block_size + 1)
+        for dtype in DTYPES:
+            same = all(same_bits(qtype, n, dtype, device) for n in blocks)
+            yield {"case": "correct", "type": name, "dtype": str(dtype), "same_bits": same}
+
+
+def median_us(call: Callable[[], object]) -> float:
+    return float(triton.testing.do_bench(call, warmup=25, rep=200, return_mode="median")) * 1e3
+
+
+def rotating(call: Callable[[Tensor], object], arguments: list[Tensor]) -> Callable[[], object]:
+    """Each call with the next of the arguments, which together exceed the cache."""
+    turn = iter(range(1 << 62))
+    return lambda: call(arguments[next(turn) % len(arguments)])
+
+
+def ceilings() -> Row:
+    source, target = torch.empty(2, 1 << 29, dtype=torch.uint8, device="cuda").random_().unbind()
+    a, b = torch.randn(2, 8192, 8192, dtype=torch.bfloat16, device="cuda").unbind()
+    copy, product = median_us(lambda: target.copy_(source)), median_us(lambda: a @ b)
+    return {
+        "case": "ceilings",
+        "copy_gb_s": round(2e-3 * source.nbytes / copy),
+        "tflops": round(2e-6 * 8192**3 / product),
+    }
+
+
+def speed(qtype: QuantType, shape: tuple[int, int], copy_gb_s: float) -> Row:
+    packed = [random_blocks(qtype, shape, "cuda", seed) for seed in range(4)]
+    out = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    us = median_us(rotating(lambda blocks: triton_kernel.launch(qtype, blocks, out), packed))
+    gb_s = 1e-3 * (packed[0].nbytes + out.nbytes) / us
+    row: Row = {"case": "dequantize", "type": qtype.name, "shape": shape, "us": round(us, 1), "gb_s": round(gb_s)}
+    return row | {"of_copy": round(gb_s / copy_gb_s, 3)}
+
+
+def layer(qtype: QuantType, tokens: int) -> Row:
+    """A Linear as `GGUFOps.Linear` runs it, against the same with a bfloat16 weight at hand."""
+    shape = (13824, 5120)
+    packed = random_blocks(qtype, shape, "cuda") & 191  # finite scales: a product of NaN takes less power
+    x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device="cuda")
+    weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+    def ours() -> Tensor:
+        scratch = torch.empty_like(weight)
+        triton_kernel.launch(qtype, packed, scratch)
+        return linear(x, scratch)
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours()
+    peak = torch.cuda.max_memory_allocated() - before
+    first, mine, second = median_us(lambda: linear(x, weight)), median_us(ours), median_us(lambda: linear(x, weight))
+    row: Row = {
+        "case": "linear",
+        "type": qtype.name,
+        "tokens": tokens,
+        "us": round(mine, 1),
+        "bf16_us": round(first, 1),
+    }
+    return row | {"bf16_again_us": round(second, 1), "peak_mib": round(peak / 2**20, 1)}
+
+
+def measurements() -> Iterator[Row]:
+    """Most telling first."""
+    yield (limits := ceilings())
+    copy_gb_s = float(str(limits["copy_gb_s"]))
+    for shape in SHAPES:
+        yield from (speed(QTYPES[name], shape, copy_gb_s) for name in triton_kernel.FORMATS)
+    yield from (layer(QTYPES[name], tokens) for tokens in TOKENS for name in ("Q8_0", "Q4_K", "Q6_K", "Q5_0"))
+
+
+def machine() -> Row:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    return {"case": "machine", "gpu": gpu, "time": time.strftime("%Y-%m-%d %H:%M")} | versions
+
+
+def write(rows: Iterator[Row], file: TextIO, deadline: float) -> bool:
+    """Row by row to the disk; whether all were right."""
+    right = True
+    for row in rows:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        if file.fileno() > 2:
+            os.fsync(file.fileno())
+        right &= bool(row.get("same_bits", True))
+        if time.monotonic() > deadline:
+            break
+    return right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, help="JSON lines; standard output if not given")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--selftest", action="store_true", help="only the bits, also in the interpreter")
+    options = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    if not gpu and not options.selftest:
+        print("no CUDA device: try TRITON_INTERPRET=1 and --selftest")
+        return 0
+    deadline = time.monotonic() + 60 * options.minutes
+    with options.results.open("a") if options.results else open(sys.stdout.fileno(), "w", closefd=False) as file:
+        write(iter([machine()]), file, deadline)
+        right = write(correctness("cuda" if gpu else "cpu"), file, deadline)
+        if not options.selftest:
+            right &= write(measurements(), file, deadline)
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
