@@ -1,4 +1,4 @@
-"""`python wanquant.py inspect | convert | verify`: what `python -m quant` does, from any folder and any Python."""
+"""`python wanquant.py inspect | convert | ...`: what `python -m quant` does, from any folder and any Python."""
 
 from __future__ import annotations
 

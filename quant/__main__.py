@@ -1,21 +1,23 @@
-"""The command line: `python -m quant inspect | convert | verify`."""
+"""The command line: `python -m quant inspect | convert | verify | restore`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .convert import convert
+from .convert import Progress, convert
 from .errors import QuantError
 from .qtype import Effort
 from .recipe import RECIPES
 from .report import inspect
+from .restore import DTYPES, restore
 from .verify import verify
 
 
@@ -67,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     command = _add(commands, "inspect", _inspect, "list the types, sizes and metadata of a GGUF")
     command.add_argument("file", type=Path, metavar="FILE")
 
+    command = _add(commands, "restore", _restore, "make a dequantized safetensors file from a GGUF")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("destination", type=Path, metavar="DST")
+    command.add_argument("--dtype", default="BF16", type=str.upper, choices=DTYPES, help="BF16 (default), F16 or F32")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
     command = _add(commands, "verify", _verify, "measure the error of a GGUF against its source")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("source", type=Path, metavar="SRC")
@@ -98,7 +106,8 @@ def _add(
     return command
 
 
-def _convert(options: argparse.Namespace) -> Report:
+@contextmanager
+def _bar() -> Iterator[Progress]:
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024, delay=0.5, file=sys.stderr) as bar:
 
         def progress(done: int, total: int, name: str) -> None:
@@ -106,6 +115,16 @@ def _convert(options: argparse.Namespace) -> Report:
             bar.set_postfix_str(name, refresh=False)
             bar.update(done - bar.n)
 
+        yield progress
+
+
+def _restore(options: argparse.Namespace) -> Report:
+    with _bar() as progress:
+        return restore(options.file, options.destination, options.dtype, overwrite=options.overwrite, progress=progress)
+
+
+def _convert(options: argparse.Namespace) -> Report:
+    with _bar() as progress:
         return convert(
             options.source,
             options.destination,

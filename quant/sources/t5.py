@@ -48,6 +48,18 @@ _WAN = rules(
 )
 _LLAMA = rules((r"(token_embd|enc)\.", r"\1."))
 
+_TO_TRANSFORMERS = rules(
+    (r"token_embd\.", "shared."),
+    (r"enc\.output_norm\.", "encoder.final_layer_norm."),
+    (r"enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (r"enc\.blk\.(\d+)\.attn_rel_b\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+    (r"enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+)
+
 NAMINGS: Mapping[str, Callable[[str], str | None]] = {
     "encoder.block.0.layer.0.SelfAttention.q.weight": partial(rename, table=_TRANSFORMERS),
     "blocks.0.attn.q.weight": partial(rename, table=_WAN),
@@ -80,6 +92,11 @@ def t5_metadata(path: Path, shapes: Mapping[str, tuple[int, ...]], spiece: bytes
         raise QuantError(f"{path}: tensor {error.args[0]}: missing; the text encoder is not complete") from None
     except QuantError as error:
         raise QuantError(f"{path}: {error}") from None
+
+
+def transformers_name(name: str) -> str:
+    """The name that ComfyUI reads of a text encoder's tensor; any other name as it is."""
+    return rename(name, _TO_TRANSFORMERS) or name
 
 
 def kept_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, convert, open_gguf
 from wanquant.quant.report import inspect
+from wanquant.quant.restore import restore
 from wanquant.quant.sources.t5 import SPIECE_KEY
 
 SPIECE = Path(comfy.text_encoders.__path__[0]) / "t5_pile_tokenizer" / "tokenizer.model"
@@ -172,3 +173,12 @@ def test_bad_encoders(source, tmp_path, changes, message):
     with pytest.raises(QuantError, match=message):
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf")
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_restored_encoder_is_the_hosts_again(source, state, spiece, tmp_path):
+    gguf = convert(source, tmp_path / "a.gguf", "BF16").path
+    restored = load_file(restore(gguf, tmp_path / "a.safetensors").path)
+    assert restored.keys() == state.keys() | {"spiece_model"}
+    assert torch.equal(restored.pop("spiece_model"), spiece)
+    for name, value in restored.items():
+        assert torch.equal(value.float(), state[name].float())
