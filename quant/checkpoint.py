@@ -12,6 +12,7 @@ from typing import Any
 
 from .errors import QuantError
 from .provenance import source_metadata
+from .sources.animate import host_tensors
 from .sources.files import SourceFiles, SourceIdentity
 from .sources.layers import QUANTIZATION_METADATA, Format, declared_formats, source_tensors
 from .sources.modules import check_module
@@ -96,7 +97,7 @@ def _open(path: Path) -> Checkpoint:
         stored = _named(naming, opened)
         formats = _by_new_name(declared_formats(path, metadata), stored)
         metadata.pop(QUANTIZATION_METADATA, None)
-        tensors = {tensor.name: tensor for tensor in source_tensors(list(stored.values()), formats)}
+        tensors = {tensor.name: tensor for tensor in host_tensors(source_tensors(list(stored.values()), formats))}
         gguf_metadata = _gguf_metadata(path, opened, tensors) if naming.architecture == T5 else {}
     except BaseException:
         files.close()

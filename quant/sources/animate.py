@@ -1,0 +1,93 @@
+"""Wan Animate under the names of Diffusers, which splits a matrix and flattens biases besides.
+
+Source: huggingface/diffusers scripts/convert_wan_to_diffusers.py @ 58eb52c, the other way round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+from .renaming import rules
+from .tensors import SourceTensor
+
+_CONVOLUTIONS = "motion_encoder.enc.net_app.convs"
+_BIAS = ".bias"
+_HALVES = (".linear1_k.", ".linear1_v.")
+_BOTH = ".linear1_kv."
+
+RULES = (
+    *rules(
+        (r"(pose_patch_embedding\.|face_encoder\.(?:out_proj\.|padding_tokens$))", r"\1"),
+        (r"face_encoder\.(conv1_local|conv2|conv3)\.", r"face_encoder.\1.conv."),
+        (r"motion_encoder\.motion_network\.", "motion_encoder.enc.fc."),
+        (r"motion_encoder\.motion_synthesis_weight$", "motion_encoder.dec.direction.weight"),
+        (r"motion_encoder\.conv_in\.weight", f"{_CONVOLUTIONS}.0.0.weight"),
+        (r"motion_encoder\.conv_in\.act_fn\.", f"{_CONVOLUTIONS}.0.1."),
+        (r"motion_encoder\.conv_out\.", f"{_CONVOLUTIONS}.8."),
+        (r"face_adapter\.(\d+)\.norm_([qk])\.", r"face_adapter.fuser_blocks.\1.\2_norm."),
+        (r"face_adapter\.(\d+)\.to_([qkv])\.", r"face_adapter.fuser_blocks.\1.linear1_\2."),
+        (r"face_adapter\.(\d+)\.to_out\.", r"face_adapter.fuser_blocks.\1.linear2."),
+    ),
+    *(
+        rule
+        for number in range(7)
+        for rule in rules(
+            (rf"motion_encoder\.res_blocks\.{number}\.conv1\.weight", f"{_CONVOLUTIONS}.{number + 1}.conv1.0.weight"),
+            (rf"motion_encoder\.res_blocks\.{number}\.conv1\.act_fn\.", f"{_CONVOLUTIONS}.{number + 1}.conv1.1."),
+            (rf"motion_encoder\.res_blocks\.{number}\.conv2\.weight", f"{_CONVOLUTIONS}.{number + 1}.conv2.1.weight"),
+            (rf"motion_encoder\.res_blocks\.{number}\.conv2\.act_fn\.", f"{_CONVOLUTIONS}.{number + 1}.conv2.2."),
+            (rf"motion_encoder\.res_blocks\.{number}\.conv_skip\.", f"{_CONVOLUTIONS}.{number + 1}.skip.1."),
+        )
+    ),
+)
+
+
+@dataclass(frozen=True)
+class JoinedTensor(SourceTensor):
+    """Two tensors of one dtype, the rows of the second after those of the first."""
+
+    first: SourceTensor
+    second: SourceTensor
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        stop = self._stop(stop)
+        middle = math.prod(self.first.shape)
+        parts = []
+        if start < middle:
+            parts.append(self.first.read(start, min(stop, middle)))
+        if stop > middle:
+            parts.append(self.second.read(max(start, middle) - middle, stop - middle))
+        return torch.cat(parts)
+
+
+def host_tensors(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
+    """Joins keys and values, and gives biases of convolutions the four dimensions that the host has."""
+    keys: dict[str, SourceTensor] = {}
+    for tensor in tensors:
+        name = tensor.name
+        half = next((half for half in _HALVES if half in name), None)
+        if half is not None:
+            joined = name.replace(half, _BOTH)
+            other = keys.pop(joined, None)
+            if other is None:
+                keys[joined] = tensor
+            else:
+                key, value = (other, tensor) if half == _HALVES[1] else (tensor, other)
+                yield _joined(joined, key, value)
+        elif name.startswith(_CONVOLUTIONS) and name.endswith(_BIAS) and len(tensor.shape) == 1:
+            yield replace(tensor, shape=(1, *tensor.shape, 1, 1))
+        else:
+            yield tensor
+    for tensor in keys.values():
+        raise QuantError(f"tensor {tensor.name}: its other half ({' or '.join(_HALVES)}) is missing; download it again")
+
+
+def _joined(name: str, key: SourceTensor, value: SourceTensor) -> JoinedTensor:
+    shape = (key.shape[0] + value.shape[0], *key.shape[1:])
+    return JoinedTensor(name, key.dtype, shape, key.stored, key, value)
