@@ -7,17 +7,20 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .convert import Progress, convert
+from .convert import ConversionReport, convert_all
 from .errors import QuantError
+from .job import Job
 from .qtype import Effort
 from .recipe import RECIPES
 from .report import inspect
 from .restore import DTYPES, restore
+from .stream import Progress
 from .verify import verify
 
 
@@ -26,6 +29,19 @@ class Report(Protocol):
 
     def text(self) -> str: ...
     def json(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Of several files made at once."""
+
+    reports: Sequence[ConversionReport]
+
+    def text(self) -> str:
+        return "\n\n".join(report.text() for report in self.reports)
+
+    def json(self) -> dict[str, Any]:
+        return {"files": [report.json() for report in self.reports]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _add(commands, "convert", _convert, "make a GGUF from a safetensors checkpoint")
     command.add_argument("source", type=Path, metavar="SRC")
-    command.add_argument("destination", type=Path, metavar="DST")
-    recipes = ", ".join(RECIPES)
+    command.add_argument("destination", type=Path, metavar="DST", help="a .gguf file, or a folder for one or several")
     mix = command.add_mutually_exclusive_group()
-    mix.add_argument("--recipe", default="Q4_K_M", type=str.upper, choices=RECIPES, metavar="NAME", help=recipes)
+    recipes = ", ".join(RECIPES)
+    mix.add_argument(
+        "--recipe", default=["Q4_K_M"], type=_recipes, metavar="NAME[,NAME...]", help=f"Q4_K_M, or some of {recipes}"
+    )
     mix.add_argument("--target-size", type=float, metavar="GiB", help="the mix of least error in this file size")
     command.add_argument("--effort", default="best", choices=get_args(Effort), help="best (default) or fast")
     command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
@@ -125,11 +143,9 @@ def _restore(options: argparse.Namespace) -> Report:
 
 def _convert(options: argparse.Namespace) -> Report:
     with _bar() as progress:
-        return convert(
+        reports = convert_all(
             options.source,
-            options.destination,
-            options.recipe,
-            target_size=options.target_size,
+            _jobs(options),
             effort=options.effort,
             device=options.device,
             overwrite=options.overwrite,
@@ -137,6 +153,28 @@ def _convert(options: argparse.Namespace) -> Report:
             modules=options.modules,
             progress=progress,
         )
+    return reports[0] if len(reports) == 1 else Reports(reports)
+
+
+def _recipes(text: str) -> list[str]:
+    names = text.upper().split(",")
+    unknown = [name for name in names if name not in RECIPES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown recipe {unknown[0]}; choose from {', '.join(RECIPES)}")
+    return names
+
+
+def _jobs(options: argparse.Namespace) -> list[Job]:
+    """One file for each recipe, or one of the target size."""
+    size, destination = options.target_size, options.destination
+    mixes = [f"{size:g}GiB"] if size else options.recipe
+    if destination.is_dir():
+        paths = [destination / f"{options.source.stem}-{mix}.gguf" for mix in mixes]
+    elif len(mixes) == 1:
+        paths = [destination]
+    else:
+        raise QuantError(f"{destination}: not a folder, and there are {len(mixes)} recipes; give a folder that exists")
+    return [Job(path, recipe, size) for path, recipe in zip(paths, options.recipe, strict=True)]
 
 
 def _inspect(options: argparse.Namespace) -> Report:

@@ -1,51 +1,30 @@
-"""Streaming conversion of a checkpoint to GGUF: one slice of a tensor in memory at a time."""
+"""Conversion of a checkpoint to GGUF files: what is to be made, whether it is there already, and the report."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import budget
-from .checkpoint import Checkpoint, SourceTensor, open_checkpoint
+from .checkpoint import Checkpoint, open_checkpoint
 from .errors import QuantError
-from .gguf_header import read_header
 from .gguf_writer import GGUFWriter, TensorSpec
-from .provenance import (
-    FIVE_D,
-    RELATIVE_ERROR,
-    SOURCE_MTIME,
-    SOURCE_SHA256,
-    TARGET_SIZE,
-    VERSION,
-    carried_metadata,
-    fingerprint,
-    is_same_job,
-)
-from .qtype import QTYPES, Effort, QuantType
-from .recipe import Fallback, Plan, Recipe, find_recipe, plan
+from .job import Job, is_up_to_date, job_metadata
+from .provenance import FIVE_D
+from .qtype import QTYPES, Effort
+from .recipe import Fallback, Plan, find_recipe, plan
 from .report import GIB, FileReport, inspect
-
-Progress = Callable[[int, int, str], None]
-"""Called with source bytes done, source bytes in all and the tensor's name; may raise anything to stop."""
+from .stream import Progress, Stream
 
 _log = logging.getLogger(__name__)
-
-# Bounds the float32 temporaries of a slice and the time between two reports; accelerators prefer few launches.
-_SLICE_WEIGHTS = {"cpu": 1 << 20}
-_SLICE_WEIGHTS_DEFAULT = 1 << 23
-
-# LLAMA_FTYPE_GUESSED of llama.cpp's include/llama.h: the tensors tell.
-_MIXED = 1024
 
 
 @dataclass(frozen=True)
@@ -120,145 +99,106 @@ def convert(
     Raises:
         QuantError: an unusable source, destination, recipe, size or device.
     """
+    (report,) = convert_all(
+        source,
+        [Job(Path(destination), recipe, target_size)],
+        effort=effort,
+        importance=importance,
+        device=device,
+        overwrite=overwrite,
+        five_d=five_d,
+        modules=modules,
+        progress=progress,
+    )
+    return report
+
+
+def convert_all(
+    source: str | Path,
+    jobs: Sequence[Job],
+    *,
+    effort: Effort = "best",
+    importance: Mapping[str, Tensor] | None = None,
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+    five_d: bool = False,
+    modules: Sequence[str | Path] = (),
+    progress: Progress | None = None,
+) -> list[ConversionReport]:
+    """Like `convert`, for several files in one pass over the source."""
     started = time.monotonic()
-    source, destination, device = Path(source), Path(destination), _usable_device(device)
-    _check_paths(source, destination)
-    chosen, target_bytes = find_recipe(recipe), _target_bytes(target_size)
+    source, device = Path(source), _usable_device(device)
+    for job in jobs:
+        _check_paths(source, job.destination)
     with open_checkpoint(source, modules) as checkpoint:
         warnings = _warnings(checkpoint)
-        job = _job_metadata(checkpoint, chosen, target_bytes, effort, importance, five_d)
-        reused = destination.exists() and _is_up_to_date(destination, checkpoint, job)
-        if destination.exists() and not reused and not overwrite:
-            raise QuantError(f"{destination}: exists, made in another way; choose another name or allow overwriting")
-        planned = Plan({}, ()) if target_bytes else plan(chosen, checkpoint.tensors)
-        if not reused:
-            conversion = _Conversion(checkpoint, effort, importance or {}, device, progress)
-            planned = conversion.within_range(conversion.plan_for_size(job) if target_bytes else planned)
-            destination = conversion.write(destination, job, planned, overwrite)
-    return ConversionReport(
-        **vars(inspect(destination)),
-        source=source,
-        source_bytes=checkpoint.identity.size,
-        fallbacks=planned.fallbacks,
-        warnings=warnings,
-        seconds=time.monotonic() - started,
-        reused=reused,
-    )
+        stream = Stream(checkpoint, effort, importance or {}, device, progress)
+        tasks = [_Task(job, job_metadata(checkpoint, job, effort, importance, five_d)) for job in jobs]
+        new = [task for task in tasks if not task.is_up_to_date(checkpoint, overwrite)]
+        _plan(stream, new)
+        writers = [task.writer(checkpoint, overwrite) for task in new]
+        paths = dict(zip(map(id, new), stream.write(writers) if new else (), strict=True))
+    seconds = time.monotonic() - started
+    return [
+        ConversionReport(
+            **vars(inspect(paths.get(id(task), task.job.destination))),
+            source=source,
+            source_bytes=checkpoint.identity.size,
+            fallbacks=task.planned.fallbacks,
+            warnings=warnings,
+            seconds=seconds,
+            reused=id(task) not in paths,
+        )
+        for task in tasks
+    ]
 
 
 @dataclass
-class _Conversion:
-    checkpoint: Checkpoint
-    effort: Effort
-    importance: Mapping[str, Tensor]
-    device: torch.device
-    progress: Progress | None
-    done_bytes: int = 0
+class _Task:
+    """A job in the making."""
 
-    def plan_for_size(self, job: Mapping[str, Any]) -> Plan:
-        """The types of the least error in the size that the job names."""
-        tensors = self.checkpoint.tensors
-        fronts = budget.measure(
-            tensors, self.importance, self.effort, self.device, lambda tensor: self._report(tensor, 0)
-        )
-        return budget.plan_for_size(int(job[TARGET_SIZE]), tensors, job, fronts, five_d=job[FIVE_D])
+    job: Job
+    metadata: dict[str, Any]
+    planned: Plan = field(default_factory=lambda: Plan({}, ()))
 
-    def within_range(self, planned: Plan) -> Plan:
-        """Replaces F16 by BF16 for tensors with values that F16 cannot hold."""
-        types, fallbacks = dict(planned.types), list(planned.fallbacks)
-        for name, tensor in self.checkpoint.tensors.items():
-            if types[name].name == "F16" and tensor.dtype != torch.float16 and not self._fits_f16(tensor):
-                types[name] = QTYPES["BF16"]
-                fallbacks.append(Fallback(name, "F16", "BF16", "values beyond the range of F16"))
-        return Plan(types, tuple(fallbacks))
+    def is_up_to_date(self, checkpoint: Checkpoint, overwrite: bool) -> bool:
+        destination = self.job.destination
+        reused = destination.exists() and is_up_to_date(destination, checkpoint, self.metadata)
+        if destination.exists() and not reused and not overwrite:
+            raise QuantError(f"{destination}: exists, made in another way; choose another name or allow overwriting")
+        return reused
 
-    def write(self, destination: Path, job: Mapping[str, Any], planned: Plan, overwrite: bool) -> Path:
-        """Returns the path that the file got."""
-        tensors = self.checkpoint.tensors
-        specs = [TensorSpec(name, qtype, tensors[name].shape) for name, qtype in planned.types.items()]
+    def writer(self, checkpoint: Checkpoint, overwrite: bool) -> GGUFWriter:
+        destination, shapes = self.job.destination, checkpoint.tensors
         if destination.exists() and not _is_replaceable(destination):
             _log.warning("%s is in use by a program: the new file gets a name beside it", destination)
-        with GGUFWriter(destination, job, specs, overwrite=overwrite, five_d=job[FIVE_D]) as writer:
-            errors = np.zeros(len(specs), np.float32)
-            for index, spec in enumerate(specs):
-                packed, errors[index] = self._encode(tensors[spec.name], spec.qtype)
-                writer.write(spec.name, packed)
-            self.checkpoint.identity.check_unchanged()
-            return writer.close({RELATIVE_ERROR: errors, SOURCE_SHA256: self.checkpoint.file.sha256()})
-
-    def _encode(self, tensor: SourceTensor, qtype: QuantType) -> tuple[Tensor, float]:
-        """Returns uint8 (rows, row_bytes) and the relative error."""
-        columns = tensor.shape[-1]
-        importance = self.importance.get(tensor.name)
-        importance = None if importance is None else importance.to(self.device)
-        packed = torch.empty(qtype.packed_shape((math.prod(tensor.shape) // columns, columns)), dtype=torch.uint8)
-        signal = noise = 0.0
-        for start, stop, weight in self._slices(tensor):
-            energy = weight.square().sum().item()
-            if not math.isfinite(energy):
-                raise QuantError(
-                    f"{self.checkpoint.path}: tensor {tensor.name}: holds NaN or infinity; the file is damaged"
-                )
-            encoded = qtype.quantize(weight, importance, self.effort)
-            packed[start:stop] = encoded.cpu()
-            signal += energy
-            noise += qtype.dequantize(encoded).sub_(weight).square_().sum().item()
-            self._report(tensor, weight.numel() * tensor.dtype.itemsize)
-        return packed, math.sqrt(noise / signal) if signal else 0.0
-
-    def _slices(self, tensor: SourceTensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Yields row numbers and float32 (rows, columns) on the device."""
-        columns = tensor.shape[-1]
-        rows = math.prod(tensor.shape) // columns
-        step = max(1, _SLICE_WEIGHTS.get(self.device.type, _SLICE_WEIGHTS_DEFAULT) // columns)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            values = tensor.read(start * columns, stop * columns)
-            yield start, stop, values.to(self.device).float().view(-1, columns)
-
-    def _fits_f16(self, tensor: SourceTensor) -> bool:
-        largest = torch.finfo(torch.float16).max
-        for _, _, weight in self._slices(tensor):
-            self._report(tensor, 0)
-            if not weight.abs().amax() <= largest:
-                return False
-        return True
-
-    def _report(self, tensor: SourceTensor, nbytes: int) -> None:
-        self.done_bytes += nbytes
-        if self.progress is not None:
-            self.progress(self.done_bytes, self.checkpoint.nbytes, tensor.name)
+        specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in self.planned.types.items()]
+        return GGUFWriter(destination, self.metadata, specs, overwrite=overwrite, five_d=self.metadata[FIVE_D])
 
 
-def _job_metadata(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    target_bytes: int,
-    effort: Effort,
-    importance: Mapping[str, Tensor] | None,
-    five_d: bool,
-) -> dict[str, Any]:
-    """All metadata of the file; the last two values are placeholders until every tensor is written."""
-    return {
-        "general.architecture": checkpoint.architecture,
-        "general.quantization_version": 2,
-        "general.file_type": _MIXED if target_bytes else recipe.file_type,
-        "general.name": checkpoint.path.stem,
-        "wanquant.version": VERSION,
-        "wanquant.recipe": "" if target_bytes else recipe.name,
-        TARGET_SIZE: np.uint64(target_bytes),
-        "wanquant.effort": effort,
-        "wanquant.importance": fingerprint(importance),
-        FIVE_D: five_d,
-        "wanquant.source_name": checkpoint.name,
-        "wanquant.source_size": np.uint64(checkpoint.identity.size),
-        "wanquant.source_dtype": checkpoint.stored,
-        **checkpoint.gguf_metadata,
-        **carried_metadata(checkpoint.metadata),
-        SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
-        SOURCE_SHA256: "0" * 64,
-        RELATIVE_ERROR: np.zeros(len(checkpoint.tensors), np.float32),
-    }
+def _plan(stream: Stream, tasks: Sequence[_Task]) -> None:
+    """Gives every task its types; those of a size share the errors measured."""
+    tensors, fronts = stream.checkpoint.tensors, None
+    for task in tasks:
+        if task.job.target_size is None:
+            planned = plan(find_recipe(task.job.recipe), tensors)
+        else:
+            fronts = fronts or budget.measure(
+                tensors, stream.importance, stream.effort, stream.device, lambda tensor: stream.report(tensor, 0)
+            )
+            nbytes, five_d = task.job.target_bytes, task.metadata[FIVE_D]
+            planned = budget.plan_for_size(nbytes, tensors, task.metadata, fronts, five_d=five_d)
+        task.planned = _within_range(stream, planned)
+
+
+def _within_range(stream: Stream, planned: Plan) -> Plan:
+    """Replaces F16 by BF16 for tensors with values that F16 cannot hold."""
+    types, fallbacks = dict(planned.types), list(planned.fallbacks)
+    for name, tensor in stream.checkpoint.tensors.items():
+        if types[name].name == "F16" and tensor.dtype != torch.float16 and not stream.fits_f16(tensor):
+            types[name] = QTYPES["BF16"]
+            fallbacks.append(Fallback(name, "F16", "BF16", "values beyond the range of F16"))
+    return Plan(types, tuple(fallbacks))
 
 
 def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -269,33 +209,11 @@ def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
     return (warning,)
 
 
-def _is_up_to_date(destination: Path, checkpoint: Checkpoint, job: Mapping[str, Any]) -> bool:
-    try:
-        existing = read_header(destination).metadata
-    except QuantError:
-        return False
-    if not is_same_job(existing, job):
-        return False
-    # A copied or touched source has another time but the same content.
-    return (
-        existing.get(SOURCE_MTIME) == int(job[SOURCE_MTIME]) or existing.get(SOURCE_SHA256) == checkpoint.file.sha256()
-    )
-
-
 def _check_paths(source: Path, destination: Path) -> None:
     if destination.suffix.lower() != ".gguf":
         raise QuantError(f"{destination}: not a .gguf name; choose a destination that ends in .gguf")
     if source.exists() and destination.exists() and source.samefile(destination):
         raise QuantError(f"{destination}: is the source itself; choose another destination")
-
-
-def _target_bytes(target_size: float | None) -> int:
-    """0 without a target."""
-    if target_size is None:
-        return 0
-    if not 0 < target_size < math.inf:
-        raise QuantError(f"target size {target_size} GiB: not a size; choose one above 0")
-    return int(target_size * GIB)
 
 
 def _usable_device(device: str | torch.device) -> torch.device:

@@ -73,7 +73,7 @@ class GGUFWriter:
         self.nbytes = len(self._header) + sum(self._padded(spec.nbytes) for spec in self.tensors)
         """Size of the finished file."""
         self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite)
-        self._n_written = 0
+        self._n_written = self._n_bytes = 0
         self._is_closed = False
 
     def __enter__(self) -> GGUFWriter:
@@ -98,18 +98,21 @@ class GGUFWriter:
         Args:
             packed: uint8, on any device, as many bytes as the declared shape takes in its type.
         """
-        spec = self.tensors[self._n_written] if self._n_written < len(self.tensors) else None
-        if spec is None or spec.name != name:
-            expected = spec.name if spec else "no more"
-            raise QuantError(f"{self.path}: got tensor {name}, expected {expected}; keep the declared order")
-        if packed.dtype != torch.uint8 or packed.numel() != spec.nbytes:
-            raise QuantError(
-                f"{self.path}: tensor {name}: {packed.numel()} items of {packed.dtype}, expected {spec.nbytes} bytes as"
-                f" torch.uint8; quantize it to {spec.qtype.name} {spec.shape}"
-            )
+        spec = self._next(name)
+        if self._n_bytes or packed.numel() != spec.nbytes:
+            raise self._misfit(spec, packed)
+        self.write_part(name, packed)
+
+    def write_part(self, name: str, packed: Tensor) -> None:
+        """Appends bytes of the next declared tensor, which is complete once all of its bytes are there."""
+        spec = self._next(name)
+        self._n_bytes += packed.numel()
+        if packed.dtype != torch.uint8 or self._n_bytes > spec.nbytes:
+            raise self._misfit(spec, packed)
         self._file.write(packed.cpu().contiguous().numpy().data)
-        self._file.write(bytes(self._padded(spec.nbytes) - spec.nbytes))
-        self._n_written += 1
+        if self._n_bytes == spec.nbytes:
+            self._file.write(bytes(self._padded(spec.nbytes) - spec.nbytes))
+            self._n_written, self._n_bytes = self._n_written + 1, 0
 
     def close(self, metadata: Mapping[str, Any] | None = None) -> Path:
         """Puts the complete file in place.
@@ -126,6 +129,19 @@ class GGUFWriter:
             self._rewrite_header(metadata)
         self._is_closed = True
         return self._file.commit()
+
+    def _next(self, name: str) -> TensorSpec:
+        spec = self.tensors[self._n_written] if self._n_written < len(self.tensors) else None
+        if spec is None or spec.name != name:
+            expected = spec.name if spec else "no more"
+            raise QuantError(f"{self.path}: got tensor {name}, expected {expected}; keep the declared order")
+        return spec
+
+    def _misfit(self, spec: TensorSpec, packed: Tensor) -> QuantError:
+        return QuantError(
+            f"{self.path}: tensor {spec.name}: {packed.numel()} items of {packed.dtype}, expected {spec.nbytes} bytes"
+            f" as torch.uint8; quantize it to {spec.qtype.name} {spec.shape}"
+        )
 
     def _rewrite_header(self, metadata: Mapping[str, Any]) -> None:
         for key, value in metadata.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,9 @@ from .sources.layers import source_tensors
 from .sources.opening import Opened, open_files
 from .sources.t5 import SPIECE_KEY, SPIECE_TENSOR, transformers_name
 from .sources.tensors import SourceTensor
+from .stream import Progress
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-Progress = Callable[[int, int, str], None]
 
 _NAMES = {torch.uint8: "U8"} | {dtype: name for name, dtype in DTYPES.items()}
 _SLICE_WEIGHTS = 1 << 22

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import shutil
 
@@ -12,17 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanquant.quant import QTYPES, QuantError
+from wanquant.quant import QTYPES, QuantError, stream
 from wanquant.quant.checkpoint import open_checkpoint
-from wanquant.quant.convert import convert
+from wanquant.quant.convert import convert, convert_all
 from wanquant.quant.gguf_file import open_gguf
+from wanquant.quant.job import Job, job_metadata
 from wanquant.quant.provenance import VERSION, source_metadata
 from wanquant.quant.recipe import RECIPES, plan, predicted_size
 from wanquant.tests.conftest import ROOT
 from wanquant.tests.tiny_wan import write_tiny_wan
-
-# The package's name for it is the function.
-convert_module = importlib.import_module("wanquant.quant.convert")
 
 PATCH_EMBEDDING = "patch_embedding.weight"
 FFN = "blocks.0.ffn.0.weight"
@@ -65,7 +62,7 @@ def test_relative_errors_are_recorded(tmp_path, source):
 def test_predicted_size_is_exact(tmp_path, source):
     report = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
     with open_checkpoint(source) as checkpoint:
-        job = convert_module._job_metadata(checkpoint, RECIPES["Q8_0"], 0, "fast", None, five_d=False)
+        job = job_metadata(checkpoint, Job(tmp_path, "Q8_0"), "fast", None, five_d=False)
         types = plan(RECIPES["Q8_0"], checkpoint.tensors).types
         assert predicted_size(types, checkpoint.tensors, job) == report.nbytes
 
@@ -106,7 +103,7 @@ def test_version_is_the_packs():
 
 def test_slices_do_not_change_the_result(tmp_path, source, monkeypatch):
     whole = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast").destination.read_bytes()
-    monkeypatch.setitem(convert_module.__dict__["_SLICE_WEIGHTS"], "cpu", 1000)
+    monkeypatch.setitem(stream._SLICE_WEIGHTS, "cpu", 1000)
     sliced = convert(source, tmp_path / "b.gguf", "Q4_0", effort="fast").destination.read_bytes()
     assert len(whole) == len(sliced)
     file = open_gguf(tmp_path / "a.gguf")
@@ -172,6 +169,35 @@ def test_progress_counts_source_bytes(tmp_path, source):
     assert list(done) == sorted(done) and done[-1] == nbytes
     assert set(totals) == {nbytes}
     assert set(names) == state_dict(source).keys()
+
+
+def test_several_files_in_one_pass_equal_single_ones(tmp_path, source):
+    recipes = ("Q8_0", "Q4_K_M", "Q2_K")
+    calls = []
+    jobs = [Job(tmp_path / f"{recipe}.gguf", recipe) for recipe in recipes]
+    reports = convert_all(source, jobs, effort="fast", progress=lambda *call: calls.append(call))
+    for recipe, report in zip(recipes, reports, strict=True):
+        single = convert(source, tmp_path / "single.gguf", recipe, effort="fast", overwrite=True)
+        assert report.destination.read_bytes() == single.destination.read_bytes()
+    assert calls[-1][0] == calls[-1][1], "every source byte counts once"
+    (tmp_path / "Q4_K_M.gguf").unlink()
+    assert [report.reused for report in convert_all(source, jobs, effort="fast")] == [True, False, True]
+
+
+@pytest.mark.parametrize("slices", [0, 3])
+def test_disk_that_fills_midway_leaves_nothing(tmp_path, source, monkeypatch, slices):
+    calls = []
+
+    def write_part(_writer, name, _packed):
+        calls.append(name)
+        if len(calls) > slices:
+            raise QuantError("no space left")
+
+    monkeypatch.setattr(stream.GGUFWriter, "write_part", write_part)
+    with pytest.raises(QuantError, match="no space left"):
+        convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    assert not list(tmp_path.iterdir())
+    assert len(calls) == slices + 1, "nothing is written after a failure"
 
 
 def test_destination_in_use_on_windows(tmp_path, source, monkeypatch, caplog):

@@ -67,12 +67,33 @@ def test_text_and_json(source, converted, capsys, command):
     assert len(json.loads(capsys.readouterr().out)["tensors"]) == 42
 
 
+def test_several_recipes_into_a_folder(source, tmp_path, capsys):
+    options = ["--recipe", "q8_0,Q4_0", "--effort", "fast"]
+    assert main(["convert", str(source), str(tmp_path), *options, "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [file["metadata"]["wanquant.recipe"] for file in files] == ["Q8_0", "Q4_0"]
+    assert {path.name for path in tmp_path.iterdir()} == {"wan-Q8_0.gguf", "wan-Q4_0.gguf"}
+    assert main(["convert", str(source), str(tmp_path), *options]) == 0
+    assert capsys.readouterr().out.count("is up to date already") == 2
+    assert main(["convert", str(source), str(tmp_path / "a.gguf"), *options]) == 1
+    assert "there are 2 recipes; give a folder" in capsys.readouterr().err
+
+
+def test_target_size(source, tmp_path, capsys):
+    assert main(["convert", str(source), str(tmp_path), "--target-size", "0.004", "--effort", "fast", "--json"]) == 0
+    file = json.loads(capsys.readouterr().out)
+    assert 0.9 * 0.004 * 2**30 <= file["bytes"] <= 0.004 * 2**30  # one block only, so large steps
+    assert [path.name for path in tmp_path.iterdir()] == ["wan-0.004GiB.gguf"]
+
+
 def test_refused_conversion(source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "a.bin")]) == 1
     assert capsys.readouterr().err.endswith("choose a destination that ends in .gguf\n")
 
 
-@pytest.mark.parametrize("arguments", [[], ["paint"], ["convert", "a", "b", "--recipe", "Q9"], ["inspect"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [[], ["paint"], ["convert", "a", "b", "--recipe", "Q8_0,Q9"], ["inspect"]], ids=str
+)
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
