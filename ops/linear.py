@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from ..quant import QTYPES
 from .layout import dense, is_packed
+from .matmul import packed_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -83,7 +84,7 @@ class GGUFOps(comfy.ops.manual_cast):
 
         def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
             weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True, compute_dtype=input.dtype)
-            output: Tensor = linear(input, dense(weight, input.dtype), bias)
+            output: Tensor = (packed_linear if is_packed(weight) else linear)(input, weight, bias)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 
