@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import QuantError
 from ..qtype import QTYPES
 from . import eager
 from .optional import OptionalPath
@@ -19,7 +20,17 @@ _library.define("dequantize(Tensor packed, str qtype, ScalarType dtype) -> Tenso
 
 
 def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
-    """Decode uint8 (..., n_blocks * type_size), of any strides, into `out`, contiguous, of as many weights."""
+    """Decode uint8 (..., n_blocks * type_size), of any strides, into `out`, contiguous, of as many weights.
+
+    Raises:
+        QuantError: other bytes or another output than that, which compiled code would read or write past their ends.
+    """
+    weights = QTYPES[qtype].unpacked_shape((packed.numel(),))[0]
+    if packed.dtype is not torch.uint8 or out.numel() != weights or not out.is_contiguous():
+        raise QuantError(
+            f"{qtype}: {packed.numel()} x {packed.dtype} into {out.numel()} weights of strides {out.stride()},"
+            f" expected torch.uint8 into {weights} contiguous weights"
+        )
     if packed.numel():
         path = _PATHS.get(packed.device.type)
         if not (path and path.dequantize(QTYPES[qtype], packed, out)):

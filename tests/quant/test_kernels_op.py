@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanquant.quant import QTYPES, QuantType
+from wanquant.quant import QTYPES, QuantError, QuantType
 from wanquant.quant.kernels import op
 from wanquant.quant.kernels.optional import OptionalPath
 from wanquant.tests.quant.samples import random_blocks
@@ -92,3 +92,19 @@ def test_out_of_memory_is_no_reason_to_leave_a_path(monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         with pytest.raises(torch.OutOfMemoryError):
             QTYPES["Q8_0"].dequantize(random_blocks(QTYPES["Q8_0"], 1))
+
+
+@pytest.mark.parametrize(
+    ("packed", "out"),
+    [
+        (torch.zeros(2, 34, dtype=torch.uint8), torch.empty(2, 64)),
+        (torch.zeros(2, 34, dtype=torch.uint8), torch.empty(32, 2).t()),
+        (torch.zeros(2, 34, dtype=torch.int8), torch.empty(2, 32)),
+        (torch.zeros(2, 33, dtype=torch.uint8), torch.empty(2, 32)),
+        (torch.zeros(0, 34, dtype=torch.uint8), torch.empty(1, 32)),
+    ],
+    ids=["output too long", "output with strides", "not bytes", "cut", "nothing"],
+)
+def test_what_would_be_read_or_written_past_its_end_is_refused(packed: Tensor, out: Tensor) -> None:
+    with pytest.raises(QuantError, match="Q8_0"):
+        op.dequantize_into(packed, "Q8_0", out)
