@@ -57,10 +57,16 @@ def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, Format]
     """
     parts = {tensor.name: tensor for tensor in stored}
     for tensor in stored:
-        if tensor.name == MARKER or _COMPANIONS.fullmatch(tensor.name):
+        if _COMPANIONS.fullmatch(tensor.name) or _is_marker(tensor):
             continue
         layer = _layer(tensor, parts, formats)
         yield _unscaled(tensor) if layer is None else _fold(layer)
+
+
+def _is_marker(tensor: StoredTensor) -> bool:
+    """Whether the name is all that the tensor tells: some makers note the kind of model with one that is empty."""
+    empty = tensor.nbytes == 0 and not tensor.name.endswith((".weight", ".bias"))
+    return empty or tensor.name == MARKER
 
 
 def _unscaled(tensor: StoredTensor) -> SourceTensor:

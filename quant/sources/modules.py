@@ -1,4 +1,8 @@
-"""Modules that people publish as separate files and add to a transformer: VACE, control adapters, audio."""
+"""Modules that people publish as separate files and add to a transformer: VACE, control adapters, audio, identity.
+
+Source: kijai/ComfyUI-WanVideoWrapper nodes_model_loading.py loadmodel @ 3317577;
+comfy/ldm/wan/model.py, ComfyUI 0.30.0.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from .tensors import SourceTensor
 _MODULE_NAME = re.compile(
     r"(vace_blocks|vace_patch_embedding|control_adapter|ref_conv|face_adapter|face_encoder|motion_encoder"
     r"|pose_patch_embedding|casual_audio_encoder|audio_injector|audio_proj|cond_encoder|trainable_cond_mask"
-    r"|blocks\.\d+\.(audio_cross_attn|norm_x))\..+"
+    r"|proj_model|blocks\.\d+\.(audio_cross_attn|norm_x|motion_attn|self_attn\.ref_adapter"
+    r"|cross_attn\.(ip_adapter|k_proj|v_proj)))\..+"
 )
 
 

@@ -264,3 +264,36 @@ def test_factor_of_the_inputs_is_folded(tmp_path):
     with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
         weight = checkpoint.tensors["blocks.0.ffn.0.weight"].read().view(4, 8)
         assert torch.equal(weight, (2 * factor).expand(4, 8))
+
+
+def test_empty_markers_are_left_out(tmp_path):
+    tensors = {"head.modulation": torch.zeros(1, 2, 2), "model_type.Wan2_1-FLF2V-14B-720P": torch.zeros(0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        assert list(checkpoint.tensors) == ["head.modulation"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vace_blocks.0.before_proj.weight",
+        "vace_patch_embedding.weight",
+        "control_adapter.conv.weight",
+        "blocks.0.audio_cross_attn.kv_linear.weight",
+        "blocks.0.cross_attn.ip_adapter.registers",
+        "blocks.0.self_attn.ref_adapter.to_k_ref.weight",
+        "proj_model.proj.weight",
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "diffusion_model."])
+def test_modules_are_known_by_their_tensors(tmp_path, name, prefix):
+    save_file(
+        {prefix + name: torch.zeros(2, 2), prefix + "vace_blocks.1.after_proj.bias": torch.zeros(2)}, tmp_path / "a"
+    )
+    with open_checkpoint(tmp_path / "a") as checkpoint:
+        assert checkpoint.tensors.keys() == {name, "vace_blocks.1.after_proj.bias"}
+    save_file(
+        {prefix + name: torch.zeros(2, 2), prefix + "blocks.0.self_attn.q.weight": torch.zeros(2)}, tmp_path / "b"
+    )
+    with pytest.raises(QuantError, match="not a Wan model"):
+        open_checkpoint(tmp_path / "b")
