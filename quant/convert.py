@@ -135,7 +135,8 @@ def convert_all(
         stream = Stream(checkpoint, effort, importance or {}, device, progress)
         tasks = [_Task(job, job_metadata(checkpoint, job, effort, importance, five_d)) for job in jobs]
         new = [task for task in tasks if not task.is_up_to_date(checkpoint, overwrite)]
-        _plan(stream, new)
+        with checkpoint.file.glancing():
+            _plan(stream, new)
         writers = [task.writer(checkpoint, overwrite) for task in new]
         paths = dict(zip(map(id, new), stream.write(writers) if new else (), strict=True))
     seconds = time.monotonic() - started

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,13 @@ class HashedFile:
             raise QuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
         self._hash = hashlib.sha256()
         self._hashed = 0
+        self.hashes = True
+        """Off: reading ahead does not hash, and so read, all that lies before."""
 
     def read(self, offset: int, nbytes: int) -> Tensor:
         """uint8 (nbytes,), a fresh tensor."""
+        if not self.hashes:
+            return self.peek(offset, nbytes)
         if offset > self._hashed:
             self._hash_until(offset)
         data = self.peek(offset, nbytes)
@@ -57,7 +62,9 @@ class HashedFile:
 
     def _hash_until(self, offset: int) -> None:
         while self._hashed < offset:
-            self.read(self._hashed, min(offset - self._hashed, _HASH_CHUNK_BYTES))
+            chunk = self.peek(self._hashed, min(offset - self._hashed, _HASH_CHUNK_BYTES))
+            self._hash.update(chunk.numpy().data)
+            self._hashed += len(chunk)
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,17 @@ class SourceFiles:
         """Hex digest of the file; of the files' digests, in order, where there are several."""
         digests = [part.sha256() for part in self.parts]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    @contextmanager
+    def glancing(self) -> Iterator[None]:
+        """For reading here and there before the files are read in order."""
+        for part in self.parts:
+            part.hashes = False
+        try:
+            yield
+        finally:
+            for part in self.parts:
+                part.hashes = True
 
     def close(self) -> None:
         for part in self.parts:
