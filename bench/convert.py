@@ -1,4 +1,4 @@
-"""Convert a checkpoint of true Wan 1.3B shapes: speed and peak memory."""
+"""Speed and error of every encoder beside ggml's, then whole conversions: seconds and peak memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,23 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from ..quant.wan import wan_shapes
-from ..tests.tiny_wan import write_random_checkpoint
+from ..quant.qtype import QTYPES, Effort
+from ..quant.wan import SIZES, transformer_shapes
+from ..tests.libggml import LibGGML, load
+from ..tests.tiny_wan import write_random_checkpoint, write_sparse_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# Few enough to be measured in a minute, enough for an error of three digits.
+SHAPE = (256, 5120)
 
 
 def machine() -> str:
@@ -32,6 +41,46 @@ def resident(pid: int) -> dict[str, int]:
     """Bytes of anonymous memory and of all resident pages of a process (Linux)."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM") if key in fields}
+
+
+def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, Any]:
+    """Million weights a second, and the squared error relative to ggml's, on one thread."""
+    array = weight.numpy()
+    packed, seconds = timed(lambda: libggml.quantize(name, array))
+    expected = squared_error(libggml.dequantize(name, packed), array)
+    row: dict[str, Any] = {"type": name, "ggml_mws": round(weight.numel() / seconds / 1e6, 1)}
+    efforts: tuple[Effort, ...] = ("fast", "best")
+    for effort in efforts:
+        ours, seconds = timed(lambda effort=effort: QTYPES[name].quantize(weight, effort=effort))
+        error = squared_error(libggml.dequantize(name, ours.numpy()), array)
+        row[f"{effort}_mws"] = round(weight.numel() / seconds / 1e6, 1)
+        row[f"{effort}_error"] = round(error / expected - 1, 4)
+    return row
+
+
+def timed(encode: Callable[[], Any]) -> tuple[Any, float]:
+    """What it returns, and the least processor time of three runs, which other programs disturb least."""
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        result = encode()
+        times.append(time.process_time() - started)
+    return result, min(times)
+
+
+def squared_error(decoded: NDArray[np.float32], weight: NDArray[np.float32]) -> float:
+    return float(np.square(decoded.astype(np.float64) - weight).sum())
+
+
+def encoder_rows() -> list[dict[str, Any]]:
+    """On Gaussian weights, as trained layers nearly are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    weight = 0.02 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    libggml = load()
+    rows = [encoder_row(name, weight, libggml) for name in TYPES]
+    torch.set_num_threads(threads)
+    return rows
 
 
 def convert(source: Path, recipe: str, effort: str) -> dict[str, object]:
@@ -50,35 +99,54 @@ def convert(source: Path, recipe: str, effort: str) -> dict[str, object]:
     seconds = time.monotonic() - started
     if process.returncode:
         raise SystemExit(f"conversion failed with exit code {process.returncode}")
+    nbytes = destination.stat().st_size
+    destination.unlink()
     return {
         "recipe": recipe,
         "effort": effort,
         "source_gib": round(source.stat().st_size / 2**30, 3),
-        "gib": round(destination.stat().st_size / 2**30, 3),
+        "gib": round(nbytes / 2**30, 3),
         "seconds": round(seconds, 1),
         "peak_anonymous_gib": round(peak_anonymous / 2**30, 3),
         "peak_resident_gib": round(peak_resident / 2**30, 3),
     }
 
 
+def write_source(size: str, blocks: int | None) -> Path:
+    """A checkpoint of true shapes, of some blocks only if asked; those of 14B are zeros in a sparse file."""
+    shapes = SIZES[size]._replace(layers=blocks) if blocks else SIZES[size]
+    source = ROOT / "out" / "bench" / f"wan-{size}{f'-{blocks}-blocks' if blocks else ''}.safetensors"
+    if not source.exists():
+        source.parent.mkdir(parents=True, exist_ok=True)
+        write = write_sparse_checkpoint if "14B" in size else write_random_checkpoint
+        write(source, transformer_shapes(shapes))
+    return source
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--size", default="1.3B", help="1.3B, 5B or 14B")
-    parser.add_argument("--recipes", nargs="+", default=["Q8_0", "Q4_K_M"])
+    parser.add_argument("--size", default="1.3B", choices=SIZES)
+    parser.add_argument("--blocks", type=int, help="convert a model of fewer blocks")
+    parser.add_argument("--recipes", nargs="*", default=["Q8_0", "Q4_K_M"], help="none: the encoders only")
     parser.add_argument("--effort", default="fast", choices=["fast", "best"])
     options = parser.parse_args()
-    source = ROOT / "out" / "bench" / f"wan-{options.size}.safetensors"
-    if not source.exists():
-        source.parent.mkdir(parents=True, exist_ok=True)
-        write_random_checkpoint(source, wan_shapes(options.size))
-    rows = [convert(source, recipe, options.effort) for recipe in options.recipes]
+    encoders = encoder_rows()
+    files = [convert(write_source(options.size, options.blocks), recipe, options.effort) for recipe in options.recipes]
     if options.json:
-        print(json.dumps({"machine": machine(), "rows": rows}, indent=2))
+        print(json.dumps({"machine": machine(), "encoders": encoders, "files": files}, indent=2))
         return
-    print(f"{machine()}; peak memory in GiB")
+    print(f"{machine()}\n\nMillion weights a second of one thread, and squared error against ggml's")
+    print(f"{'type':8} {'ggml':>7} {'fast':>7} {'best':>7} {'fast error':>11} {'best error':>11} {'time of best':>13}")
+    for row in encoders:
+        print(
+            f"{row['type']:8} {row['ggml_mws']:7} {row['fast_mws']:7} {row['best_mws']:7}"
+            f" {100 * row['fast_error']:+10.1f}% {100 * row['best_error']:+10.1f}%"
+            f" {row['ggml_mws'] / row['best_mws']:12.1f}x"
+        )
+    print(f"\nConversion of {options.size}; peak memory in GiB")
     print(f"{'recipe':8} {'effort':6} {'GiB in':>7} {'GiB out':>8} {'seconds':>8} {'anonymous':>10} {'resident':>9}")
-    for row in rows:
+    for row in files:
         print(
             f"{row['recipe']:8} {row['effort']:6} {row['source_gib']:7} {row['gib']:8} {row['seconds']:8}"
             f" {row['peak_anonymous_gib']:10} {row['peak_resident_gib']:9}"

@@ -1,101 +1,118 @@
-"""Draws a file report: where the bytes are, and how exact each tensor is. Needs Pillow."""
+"""Draws a file report: bytes by role and type, then bytes and error of every layer by block. Needs matplotlib."""
 
 from __future__ import annotations
 
+import io
+import math
+import re
+from collections.abc import Callable, Mapping
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from .report import GIB, MIB, FileReport, TensorSummary, sqnr_db
 
 if TYPE_CHECKING:
-    from PIL.ImageFont import FreeTypeFont
+    from matplotlib.axes import Axes
 
-    ImageFontLike = ImageFont.ImageFont | FreeTypeFont
-
-_WIDTH, _MARGIN, _LABELS = 1024, 32, 150
-_ROW, _PLOT, _LEGEND = 34, 240, 30
-# Drawn larger and reduced, which smooths edges that Pillow draws hard.
-_SCALE = 2
-_INK, _PALE, _GRID, _PAPER = "#1c2430", "#667085", "#e4e7ec", "#ffffff"
+_DPI, _WIDTH = 100, 10.24
+_ROW, _HEAD, _GAP = 0.26, 0.9, 0.75
 # Okabe and Ito's palette, told apart with any colour vision.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 _ROLES = ("self_attn", "cross_attn", "ffn", "embedding", "head", "other")
+_LAYER = re.compile(r"(?:(\w+)_)?blocks\.(\d+)\.(.+)\.weight")
+
+Layers = Mapping[str, Mapping[int, TensorSummary]]
+"""The matrix of each layer role in each block."""
 
 
 def draw(report: FileReport) -> Image.Image:
     """RGB, 1024 pixels wide."""
     roles = [role for role in _ROLES if any(tensor.role == role for tensor in report.tensors)]
-    inexact = [(index, tensor) for index, tensor in enumerate(report.tensors) if tensor.relative_error]
-    top = _MARGIN + 66
-    bottom = top + len(roles) * _ROW + _LEGEND + 20
-    height = bottom + (_PLOT + 60 if inexact else 0) + 12
-    canvas = _Canvas(
-        height, {total.qtype: colour for total, colour in zip(report.by_type, cycle(_COLOURS), strict=False)}
-    )
-    size = f"{report.nbytes / GIB:.3f} GiB, {report.bits_per_weight:.2f} bits per weight, {len(report.tensors)} tensors"
-    canvas.text(_MARGIN, _MARGIN - 8, report.path.name, 22)
-    canvas.text(_MARGIN, _MARGIN + 24, f"{size} - {report.kind}", 14, _PALE)
-    _draw_bytes(canvas, report, roles, top)
-    _draw_legend(canvas, report, bottom - _LEGEND)
-    if inexact:
-        _draw_errors(canvas, inexact, len(report.tensors), bottom + 36)
-    return canvas.image.resize((_WIDTH, height), Image.Resampling.LANCZOS)
+    layers = _layers(report)
+    maps: list[tuple[str, Callable[[TensorSummary], float]]] = []
+    if layers:
+        maps.append(("MiB by layer and block", lambda tensor: tensor.nbytes / MIB))
+    if any(tensor.relative_error for layer in layers.values() for tensor in layer.values()):
+        maps.append(("signal to quantization noise in dB: higher is better", _sqnr))
+    # Figure, not pyplot, which keeps every figure and picks a window system.
+    heights = [_ROW * 1.4 * len(roles), *(_ROW * len(layers) for _ in maps)]
+    height = _HEAD + sum(heights) + _GAP * len(heights)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
+    figure.text(0.02, 1 - 0.3 / height, report.path.name, fontsize=15, va="center")
+    figure.text(0.02, 1 - 0.6 / height, _summary(report), fontsize=10, va="center", color="#667085")
+    top = height - _HEAD
+    axes = []
+    for part in heights:
+        axes.append(figure.add_axes((0.17, (top - part) / height, 0.74, part / height)))
+        top -= part + _GAP
+    _draw_bytes(axes[0], report, roles)
+    for axis, (title, value) in zip(axes[1:], maps, strict=True):
+        _draw_map(figure, axis, layers, title, value)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return Image.open(png).convert("RGB")
 
 
-class _Canvas:
-    """Pillow's drawing in final pixels."""
-
-    def __init__(self, height: int, colours: dict[str, str]) -> None:
-        self.image = Image.new("RGB", (_WIDTH * _SCALE, height * _SCALE), _PAPER)
-        self.colours = colours
-        self._draw = ImageDraw.Draw(self.image)
-
-    def text(self, x: float, y: float, text: str, size: int = 14, fill: str = _INK, anchor: str = "la") -> None:
-        font: ImageFontLike = ImageFont.load_default(size * _SCALE)
-        self._draw.text((x * _SCALE, y * _SCALE), text, fill, font, anchor)
-
-    def box(self, x: float, y: float, width: float, height: float, fill: str) -> None:
-        if width * _SCALE >= 1:
-            corners = (x * _SCALE, y * _SCALE, (x + width) * _SCALE - 1, (y + height) * _SCALE - 1)
-            self._draw.rectangle(corners, fill)
-
-    def dot(self, x: float, y: float, fill: str) -> None:
-        self._draw.circle((x * _SCALE, y * _SCALE), 3 * _SCALE, fill)
+def _summary(report: FileReport) -> str:
+    size = f"{report.nbytes / GIB:.3f} GiB, {report.bits_per_weight:.2f} bits per weight"
+    return f"{size}, {len(report.tensors)} tensors - {report.kind}"
 
 
-def _draw_bytes(canvas: _Canvas, report: FileReport, roles: list[str], top: int) -> None:
+def _layers(report: FileReport) -> Layers:
+    layers: dict[str, dict[int, TensorSummary]] = {}
+    for tensor in report.tensors:
+        match = _LAYER.fullmatch(tensor.name)
+        if match and len(tensor.shape) == 2:
+            prefix, block, role = match.groups()
+            layers.setdefault(f"{prefix} {role}" if prefix else role, {})[int(block)] = tensor
+    return layers
+
+
+def _sqnr(tensor: TensorSummary) -> float:
+    return math.nan if not tensor.relative_error else sqnr_db(tensor.relative_error)
+
+
+def _draw_bytes(axis: Axes, report: FileReport, roles: list[str]) -> None:
     """One bar for each role, made of its types."""
-    totals = {role: sum(t.nbytes for t in report.tensors if t.role == role) for role in roles}
-    per_pixel = max(totals.values()) / (_WIDTH - _LABELS - _MARGIN - 100)
-    for row, role in enumerate(roles):
-        x, y = float(_LABELS), top + row * _ROW
-        canvas.text(_LABELS - 12, y + 11, role, anchor="rm")
-        for qtype, colour in canvas.colours.items():
-            width = sum(t.nbytes for t in report.tensors if t.role == role and t.qtype == qtype) / per_pixel
-            canvas.box(x, y, width, 22, colour)
-            x += width
-        canvas.text(x + 8, y + 11, f"{totals[role] / MIB:,.1f} MiB", fill=_PALE, anchor="lm")
+    left = np.zeros(len(roles))
+    for total, colour in zip(report.by_type, cycle(_COLOURS), strict=False):
+        group = [tensor for tensor in report.tensors if tensor.qtype == total.qtype]
+        width = np.array([sum(t.nbytes for t in group if t.role == role) / MIB for role in roles])
+        axis.barh(roles, width, left=left, color=colour, label=f"{total.qtype} x {total.count}")
+        left += width
+    for row, mib in enumerate(left):
+        axis.annotate(f"{mib:,.1f} MiB", (mib, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axis.set_xlim(0, 1.15 * max(left))
+    axis.invert_yaxis()
+    axis.tick_params(left=False, bottom=False, labelbottom=False)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.legend(
+        loc="upper left",
+        bbox_to_anchor=(-0.01, 0),
+        ncols=6,
+        frameon=False,
+        fontsize=9,
+        handlelength=1,
+    )
 
 
-def _draw_legend(canvas: _Canvas, report: FileReport, y: int) -> None:
-    for column, total in enumerate(report.by_type):
-        x = _LABELS + 104 * column
-        canvas.box(x, y, 12, 12, canvas.colours[total.qtype])
-        canvas.text(x + 18, y + 6, f"{total.qtype} x {total.count}", 13, anchor="lm")
-
-
-def _draw_errors(canvas: _Canvas, tensors: list[tuple[int, TensorSummary]], count: int, top: int) -> None:
-    """Signal to noise ratio of each tensor, in the order of the file."""
-    ratios = [sqnr_db(tensor.relative_error or 0.0) for _, tensor in tensors]
-    low, high = 5 * ((min(ratios) - 2) // 5), 5 * ((max(ratios) + 2) // 5 + 1)
-    canvas.text(_MARGIN, top - 30, "Signal to quantization noise in dB of each tensor, in file order; higher is better")
-    step = 5 if high - low <= 40 else 10
-    for mark in range(int(low), int(high) + 1, step):
-        y = top + _PLOT * (high - mark) / (high - low)
-        canvas.box(_LABELS, y, _WIDTH - _LABELS - _MARGIN, 1, _GRID)
-        canvas.text(_LABELS - 12, y, str(mark), 13, _PALE, anchor="rm")
-    for (index, tensor), ratio in zip(tensors, ratios, strict=True):
-        centre = _LABELS + (_WIDTH - _LABELS - _MARGIN) * (index + 0.5) / count
-        canvas.dot(centre, top + _PLOT * (high - ratio) / (high - low), canvas.colours[tensor.qtype])
+def _draw_map(figure: Figure, axis: Axes, layers: Layers, title: str, value: Callable[[TensorSummary], float]) -> None:
+    """A row for each layer role, a column for each block; what has no value stays white."""
+    blocks = 1 + max(block for layer in layers.values() for block in layer)
+    values = np.full((len(layers), blocks), math.nan)
+    for row, layer in enumerate(layers.values()):
+        for block, tensor in layer.items():
+            values[row, block] = value(tensor)
+    image = axis.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_yticks(range(len(layers)), list(layers), fontsize=9)
+    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axis.tick_params(left=False, labelsize=9)
+    axis.spines[:].set_visible(False)
+    box = axis.get_position()
+    figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.015, box.y0, 0.015, box.height))).ax.tick_params(labelsize=8)

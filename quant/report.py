@@ -125,7 +125,7 @@ class FileReport:
 
     def image(self) -> Image:
         """A picture of where the bytes and the errors are."""
-        # Pillow is the host's, and only pictures need it.
+        # Only pictures need matplotlib, which takes a while to load.
         from .chart import draw
 
         return draw(self)

@@ -52,6 +52,31 @@ def write_random_checkpoint(
     Args:
         draw: what makes the values, `random_tensor` if none is given.
     """
+    header, _ = _header(shapes, dtype, metadata)
+    generator = torch.Generator().manual_seed(seed)
+    with open(path, "wb") as file:
+        file.write(header)
+        for name, shape in shapes.items():
+            tensor = (draw or random_tensor)(name, shape, generator).to(dtype)
+            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+    return Path(path)
+
+
+def write_sparse_checkpoint(
+    path: str | Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Writes zeros of these shapes as a hole, which takes no disk."""
+    header, nbytes = _header(shapes, dtype, None)
+    with open(path, "wb") as file:
+        file.write(header)
+        file.truncate(len(header) + nbytes)
+    return Path(path)
+
+
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str] | None
+) -> tuple[bytes, int]:
+    """The beginning of a safetensors file, and how many bytes follow it."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
@@ -59,13 +84,7 @@ def write_random_checkpoint(
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
-    generator = torch.Generator().manual_seed(seed)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name, shape in shapes.items():
-            tensor = (draw or random_tensor)(name, shape, generator).to(dtype)
-            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
-    return Path(path)
+    return len(header).to_bytes(8, "little") + header, end
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from wanquant.quant import QTYPES
+from wanquant.quant import QTYPES, chart
 from wanquant.quant.convert import convert
 from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
 from wanquant.quant.report import inspect
+from wanquant.tests.conftest import ROOT
 from wanquant.tests.tiny_wan import write_tiny_wan
 
 
@@ -63,3 +66,18 @@ def test_image(which, request):
     image = subject.image() if which == "converted" else inspect(subject).image()
     assert image.mode == "RGB" and image.width == 1024
     assert len(image.getcolors(1 << 20)) > 10
+
+
+def test_image_shows_every_layer_of_every_block(converted, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(chart, "_draw_map", lambda _figure, _axis, layers, title, value: drawn.update({title: layers}))
+    converted.image()
+    assert len(drawn) == 2, "bytes and error"
+    for layers in drawn.values():
+        assert list(layers)[:2] == ["self_attn.q", "self_attn.k"] and list(layers)[-1] == "ffn.2"
+        assert {len(layer) for layer in layers.values()} == {4}
+
+
+def test_only_pictures_load_the_plotting_library():
+    code = "import sys, quant, quant.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
