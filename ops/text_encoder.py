@@ -15,24 +15,13 @@ from torch import Tensor
 
 from ..quant import QuantError
 from ..quant.gguf_header import Header
-from ..quant.tokenizer import sentencepiece_model
+from ..quant.sentencepiece import sentencepiece_model
+from ..quant.sources.t5 import transformers_name
 from .linear import GGUFOps
 from .loader import host_tensor
 from .mapping import open_mapped
 from .patcher import with_packed_patches
 
-# llama.cpp's names of a T5 encoder -> the host's. Source: gguf 0.19 constants.py TENSOR_NAMES, MODEL_ARCH.T5ENCODER.
-_NAMES = (
-    (r"token_embd\.", "shared."),
-    (r"enc\.output_norm\.", "encoder.final_layer_norm."),
-    (r"enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
-    (r"enc\.blk\.(\d+)\.attn_rel_b\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
-    (r"enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-    (r"enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
-)
 _EMBEDDING = "shared.weight"
 _QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
 
@@ -55,7 +44,8 @@ def load_text_encoder(
     """
     header, data = open_mapped(path)
     state_dict = {
-        _host_name(record.name): host_tensor(record, data(record), torch.bfloat16) for record in header.tensors.values()
+        transformers_name(record.name): host_tensor(record, data(record), torch.bfloat16)
+        for record in header.tensors.values()
     }
     if _QUERY not in state_dict or _EMBEDDING not in state_dict:
         architecture = header.metadata.get("general.architecture", "not given")
@@ -76,15 +66,6 @@ def load_text_encoder(
 
 def _load_patcher(*args: Any, disable_dynamic: bool = False) -> ModelPatcher:  # noqa: ANN401
     return load_text_encoder(*args, disable_dynamic=disable_dynamic).patcher
-
-
-def _host_name(name: str) -> str:
-    """The host's name of a tensor; the host's own names are kept."""
-    for pattern, replacement in _NAMES:
-        renamed, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            return renamed
-    return name
 
 
 def _config(state_dict: dict[str, Tensor]) -> dict[str, int]:

@@ -18,10 +18,11 @@ from .atomic_file import AtomicFile
 from .errors import QuantError
 from .provenance import source_metadata
 from .report import GIB
+from .sentencepiece import SPIECE_KEY
 from .sources.files import SourceFiles
 from .sources.layers import source_tensors
 from .sources.opening import Opened, open_files
-from .sources.t5 import SPIECE_KEY, SPIECE_TENSOR, transformers_name
+from .sources.t5 import SPIECE_TENSOR, transformers_name
 from .sources.tensors import SourceTensor
 from .stream import Progress
 

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
+from ..sentencepiece import SPIECE_KEY, parse_vocabulary
 from .renaming import rename, rules
-from .sentencepiece import parse_vocabulary
 
 SPIECE_TENSOR = "spiece_model"
-SPIECE_KEY = "tokenizer.ggml.spiece_model"
-"""UINT8 array: the sentencepiece model as the host's tokenizer takes it."""
 
 _KEPT_KEYS = ("tokenizer.", "t5encoder.")
 _CONTEXT_LENGTH = 512

@@ -14,7 +14,7 @@ from wanquant.ops.layout import is_packed
 from wanquant.ops.text_encoder import load_text_encoder
 from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
-from wanquant.quant.tokenizer import SPIECE_KEY
+from wanquant.quant.sentencepiece import SPIECE_KEY, parse_vocabulary, sentencepiece_model
 
 WIDTH, HEADS, BLOCKS, FFN = 64, 2, 24, 10240  # the host knows umt5-xxl by its 24 blocks and its FFN
 TEXTS = [
@@ -76,26 +76,6 @@ def weights(spiece):
     return tensors
 
 
-def vocabulary(spiece):
-    """What llama.cpp's converter stores of a sentencepiece model."""
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_proto=spiece)
-    ids = range(processor.get_piece_size())
-    kinds = [2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 1 for i in ids]
-    return {
-        "tokenizer.ggml.model": "t5",
-        "tokenizer.ggml.tokens": [processor.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": np.array([processor.get_score(i) for i in ids], np.float32),
-        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
-        "tokenizer.ggml.unknown_token_id": 2,
-        "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.ggml.padding_token_id": 0,
-        "tokenizer.ggml.add_space_prefix": True,
-        "tokenizer.ggml.remove_extra_whitespaces": True,
-    }
-
-
 def write(path, weights, metadata, names, qtype="Q8_0"):
     tensors = {names(host, llama): weight for host, (llama, weight) in weights.items()}
     types = {n: QTYPES[qtype if w.ndim == 2 and w.shape[1] % 32 == 0 else "F32"] for n, w in tensors.items()}
@@ -109,7 +89,7 @@ def write(path, weights, metadata, names, qtype="Q8_0"):
 @pytest.fixture(scope="module")
 def llama_file(tmp_path_factory, weights, spiece):
     path = tmp_path_factory.mktemp("llama") / "umt5.gguf"
-    return write(path, weights, vocabulary(spiece), lambda host, llama: llama)
+    return write(path, weights, parse_vocabulary(spiece, processor(spiece).get_piece_size()), lambda host, llama: llama)
 
 
 @pytest.fixture(scope="module")
@@ -123,20 +103,25 @@ def tokens(clip, text):
     return [token for token, _ in row]
 
 
-def test_embedded_tokenizer_is_sentencepiece_itself(own_file, spiece):
-    clip = load_text_encoder(own_file, comfy.sd.CLIPType.WAN)
-    reference = sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
-    for text in TEXTS:
-        expected = reference.encode(text)
-        assert tokens(clip, text)[: len(expected)] == expected
+def processor(spiece):
+    return sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
 
 
-def test_tokenizer_rebuilt_from_the_vocabulary_agrees(llama_file, spiece):
-    clip = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN)
-    reference = sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
-    for text in (TEXTS[0], TEXTS[2]):  # without its character map, plain text is what a vocabulary can promise
-        expected = reference.encode(text)
-        assert tokens(clip, text)[: len(expected)] == expected
+@pytest.mark.parametrize("file", ["own_file", "llama_file"], ids=["embedded", "rebuilt"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_are_those_of_sentencepiece(file, text, request, spiece):
+    clip = load_text_encoder(request.getfixturevalue(file), comfy.sd.CLIPType.WAN)
+    expected = processor(spiece).encode(text)
+    assert tokens(clip, text)[: len(expected)] == expected
+
+
+def test_vocabulary_survives_both_ways(spiece):
+    size = processor(spiece).get_piece_size()
+    vocabulary = parse_vocabulary(spiece, size)
+    assert vocabulary["tokenizer.ggml.tokens"] == [processor(spiece).id_to_piece(i) for i in range(size)]
+    again = parse_vocabulary(sentencepiece_model(vocabulary), size)
+    assert again.keys() == vocabulary.keys()
+    assert all(np.array_equal(again[key], value) for key, value in vocabulary.items())
 
 
 def test_prompt_is_encoded_as_by_the_dense_encoder(llama_file, own_file, weights, spiece, sqnr):
