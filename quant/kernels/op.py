@@ -14,10 +14,6 @@ _fused = OptionalPath("triton_kernel", "fused kernels")
 # By device type; ROCm's is cuda.
 _PATHS = {"cuda": _fused, "xpu": _fused, "cpu": OptionalPath("libggml", "ggml's C code")}
 
-# Not torch.library.custom_op: its wrappers import torch._dynamo at the first call, which takes seconds.
-_library = torch.library.Library("wanquant", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("dequantize(Tensor packed, str qtype, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
-
 
 def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
     """Decode uint8 (..., n_blocks * type_size), of any strides, into `out`, contiguous, of as many weights.
@@ -47,5 +43,16 @@ def _fake(packed: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
     return packed.new_empty(QTYPES[qtype].unpacked_shape(tuple(packed.shape)), dtype=dtype)
 
 
-_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("wanquant::dequantize", _fake, lib=_library)
+def _register() -> torch.library.Library | None:
+    """The operator lives as long as what this returns; a second copy of the pack in a process finds it in place."""
+    if hasattr(torch.ops.wanquant, "dequantize"):
+        return None
+    # Not torch.library.custom_op: its wrappers import torch._dynamo at the first call, which takes seconds.
+    library = torch.library.Library("wanquant", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define("dequantize(Tensor packed, str qtype, ScalarType dtype) -> Tensor")  # type: ignore[no-untyped-call]
+    library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake("wanquant::dequantize", _fake, lib=library)
+    return library
+
+
+_library = _register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 
@@ -28,6 +29,19 @@ def test_fake_tensors_decode_to_the_right_shape() -> None:
     packed = torch.empty(3, 5, 288, dtype=torch.uint8, device="meta")
     weight = QTYPES["Q4_K"].dequantize(packed, torch.float16)
     assert (weight.shape, weight.dtype, weight.device.type) == ((3, 5, 512), torch.float16, "meta")
+
+
+def test_second_copy_of_the_pack_shares_the_operator() -> None:
+    copy = types.ModuleType("second_copy")
+    copy.__path__ = sys.modules["wanquant"].__path__
+    sys.modules["second_copy"] = copy
+    try:
+        quant = importlib.import_module("second_copy.quant")
+        packed = random_blocks(QTYPES["Q4_K"], 2)
+        assert torch.equal(quant.QTYPES["Q4_K"].dequantize(packed), QTYPES["Q4_K"].dequantize(packed))
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "second_copy"]:
+            del sys.modules[name]
 
 
 def optional_path(monkeypatch: pytest.MonkeyPatch, dequantize) -> OptionalPath:
