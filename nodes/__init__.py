@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare_latents import WanQuantCompareLatents
 from .convert import WanQuantConvert
 from .folders import register_folders
 from .inspect import WanQuantInspect
@@ -29,4 +30,5 @@ class WanQuantExtension(ComfyExtension):
             WanQuantSaveConditioning,
             WanQuantLoadConditioning,
             WanQuantPreviewDecode,
+            WanQuantCompareLatents,
         ]

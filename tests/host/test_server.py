@@ -13,6 +13,7 @@ from wanquant.tests.tiny_wan import write_tiny_wan
 pytestmark = pytest.mark.host
 
 NODES = [
+    "WanQuantCompareLatents",
     "WanQuantConvert",
     "WanQuantExpertPairLoader",
     "WanQuantInspect",

@@ -1,4 +1,4 @@
-"""The converter node in a real server: reuse, refusal, and the nodes that read what it wrote."""
+"""Nodes in a real server: reuse and refusal of conversions, and the nodes that show something."""
 
 from __future__ import annotations
 
@@ -53,4 +53,12 @@ def test_info_shows_text_and_picture(server: HostServer, target: Path):
     convert(server)
     shown = server.run({"info": node("WanQuantInspect", model_name=target.name)})["info"]
     assert "Wan diffusion model" in shown["text"][0]
+    assert server.fetch("/view", **shown["images"][0]).startswith(b"\x89PNG")
+
+
+def test_latents_are_compared(server: HostServer):
+    empty = node("EmptyHunyuanLatentVideo", width=64, height=64, length=5, batch_size=1)
+    compare = node("WanQuantCompareLatents", reference=["empty", 0], compared=["empty", 0])
+    shown = server.run({"empty": empty, "compare": compare})["compare"]
+    assert "PSNR inf dB" in shown["text"][0]
     assert server.fetch("/view", **shown["images"][0]).startswith(b"\x89PNG")

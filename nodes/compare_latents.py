@@ -1,0 +1,42 @@
+"""WanQuantCompareLatents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..ops.compare import compare_latents
+from .pictures import picture_tensor, text_and_picture
+
+
+class WanQuantCompareLatents(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantCompareLatents",
+            display_name="Compare Latents",
+            category="WanQuant/latent",
+            description="How far one latent is from another of the same seed: PSNR, cosine, and where they differ.",
+            search_aliases=["psnr", "quality", "difference", "quantization error"],
+            is_output_node=True,
+            inputs=[
+                io.Latent.Input("reference", tooltip="The LATENT of the full-precision run."),
+                io.Latent.Input("compared", tooltip="The LATENT of the same seed with the quantized model."),
+            ],
+            outputs=[
+                io.Float.Output(display_name="psnr"),
+                io.Float.Output(display_name="cosine"),
+                io.Image.Output(display_name="plot"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, reference: dict[str, Any], compared: dict[str, Any]) -> io.NodeOutput:
+        # Only pictures need matplotlib, which takes a while to load.
+        from ..ops.compare_chart import draw
+
+        comparison = compare_latents(reference["samples"], compared["samples"])
+        picture = picture_tensor(draw(comparison))
+        shown = text_and_picture(comparison.text(), picture, cls)
+        return io.NodeOutput(comparison.psnr, comparison.cosine, picture, ui=shown)
