@@ -38,6 +38,8 @@ def is_quantized(name):
 def quantized(state, name):
     """The state dict as the host stores it, without markers, and the configuration of each layer."""
     kind, arguments, options = FORMATS[name]
+    if kind not in QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI has no {kind}, which came later")
     stored, layers = {}, {}
     for key, value in state.items():
         if not is_quantized(key):
