@@ -89,7 +89,7 @@ def convert(
         destination: path of a .gguf file. One that holds the result of the same job already is left as it is.
         recipe: a key of `RECIPES`.
         target_size: GiB that the file takes at most; the types are then chosen for the least error, by no recipe.
-        effort: "best" searches for the smallest squared error, "fast" rounds.
+        effort: "best" searches for the smallest squared error, "fast" less far, or not at all where ggml does not.
         importance: (n,) weight of each input column in the squared error, by tensor name.
         device: where encoding runs.
         overwrite: replace a destination that holds anything else.
