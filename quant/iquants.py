@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import gguf.quants
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
@@ -101,6 +100,9 @@ def _grid(name: str, rows: Tensor) -> Tensor:
 
 @cache
 def _grid_table(name: str, device: torch.device) -> Tensor:
+    # Not at the top: the package takes as long to import as all of this one, and few files have these types.
+    import gguf.quants
+
     source = getattr(gguf.quants, name)
     source.init_grid()
     return torch.from_numpy(source.grid).view(source.grid_shape).to(device)

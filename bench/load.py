@@ -1,0 +1,154 @@
+"""What the pack adds to ComfyUI's start, and what a GGUF takes from the disk to the first forward pass."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dev import ROOT, checkout
+from ..quant.gguf_writer import GGUFWriter, TensorSpec
+from ..quant.qtype import QTYPES
+from ..quant.wan import SIZES, Shape, transformer_shapes
+from .convert import machine
+
+START_UP_MS = 150.0
+"""What the pack may add."""
+# Large, or slow to start: not needed until a node runs.
+LATE = {"gguf", "matplotlib", "triton", "sentencepiece", "_dynamo", "_inductor"}
+# What ComfyUI has loaded before its custom nodes, then the pack as ComfyUI loads it: the entry point and all schemas.
+# Compiled as after a first start, with the results in a folder of their own.
+START = """
+import asyncio, compileall, importlib.util, json, runpy, sys, tempfile, time
+comfyui, root = sys.argv[1:]
+sys.path.insert(0, comfyui)
+runpy.run_path(root + "/tests/host_shims.py")["install"]()
+from comfy.cli_args import args
+args.cpu = True
+import nodes, comfy_extras.nodes_wan
+from comfy_api.latest import ComfyExtension, io
+cache = tempfile.TemporaryDirectory()
+sys.pycache_prefix = cache.name
+for folder in ("quant", "ops", "nodes"):
+    compileall.compile_dir(f"{root}/{folder}", quiet=1)
+before = set(sys.modules)
+started = time.process_time()
+spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
+sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+async def load():
+    extension = await pack.comfy_entrypoint()
+    await extension.on_load()
+    for node in await extension.get_node_list():
+        node.GET_SCHEMA()
+asyncio.run(load())
+seconds = time.process_time() - started
+print(json.dumps({"ms": round(1000 * seconds, 1), "modules": sorted(set(sys.modules) - before)}))
+"""
+
+
+def start_up() -> dict[str, Any]:
+    """Processor time in ms that the pack adds to the host's start, and the modules it loads."""
+    command = [sys.executable, "-c", START, str(checkout()), str(ROOT)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def late_modules(modules: list[str]) -> set[str]:
+    """Those that should have waited."""
+    return {name for name in modules if LATE & set(name.split(".")) and not name.startswith("pack")}
+
+
+def write_model(path: Path, size: str, layers: int) -> Path:
+    """A Q8_0 file of true shapes; its rows repeat one row of noise, so that writing it is quick."""
+    shapes = transformer_shapes(SIZES[size]._replace(layers=layers))
+    specs = [
+        TensorSpec(name, QTYPES["Q8_0" if _is_matrix(name, shape) else "F32"], shape) for name, shape in shapes.items()
+    ]
+    with GGUFWriter(path, {"general.architecture": "wan"}, specs, overwrite=True) as writer:
+        for spec in specs:
+            row = spec.qtype.quantize(0.02 * torch.randn(spec.shape[-1]), effort="fast")
+            writer.write(spec.name, row.expand(spec.qtype.packed_shape(spec.shape)).contiguous())
+    return path
+
+
+def _is_matrix(name: str, shape: Shape) -> bool:
+    return len(shape) == 2 and name.endswith(".weight")
+
+
+def from_disk(path: Path) -> dict[str, float]:
+    """Seconds to read the file, to load it, and of the first two forward passes; not cached before all but the last."""
+    from ..ops.loader import load_diffusion_model
+
+    read = timed(path, lambda: _read(path))
+    patchers: list[Any] = []
+    load = timed(path, lambda: patchers.append(load_diffusion_model(path)))
+    model = patchers[0].model.diffusion_model
+    inputs = torch.randn(1, model.in_dim, 1, 2, 2), torch.tensor([500.0]), torch.randn(1, 1, 4096)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(*inputs)
+
+    return {"read": read, "load": load, "first_forward": timed(path, forward), "second_forward": timed(None, forward)}
+
+
+def timed(cold: Path | None, work: Callable[[], object]) -> float:
+    """Seconds of `work`, after the file `cold` was dropped from the page cache."""
+    if cold:
+        with cold.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def _read(path: Path) -> None:
+    buffer = bytearray(16 << 20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--size", default="14B", choices=SIZES)
+    parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the file; 22 are 8 GiB at 14B")
+    options = parser.parse_args()
+    folder = ROOT / "out" / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = [start_up()["ms"] for _ in range(3)]
+    runpy.run_path(str(ROOT / "tests" / "host_shims.py"))["install"]()
+    sys.path.insert(0, str(checkout()))
+    from comfy.cli_args import args
+
+    args.cpu = not torch.accelerator.is_available()
+    path = write_model(folder / f"load-{options.size}-{options.blocks}.gguf", options.size, options.blocks)
+    gib = path.stat().st_size / 2**30
+    seconds = from_disk(path)
+    path.unlink()
+    # What the second pass takes too is arithmetic; the rest is loading.
+    loading = seconds["load"] + seconds["first_forward"] - seconds["second_forward"]
+    if options.json:
+        result = {"machine": machine(), "start_up_ms": starts, "gib": gib, "loading": loading, **seconds}
+        print(json.dumps(result, indent=2))
+        return
+    print(f"{machine()}\nComfyUI's start: {min(starts)} ms more of processor time (at most {START_UP_MS:.0f})")
+    print(f"{gib:.2f} GiB in Q8_0, seconds: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in seconds.items()))
+    print(f"loading to the first forward, arithmetic not counted: {loading / seconds['read']:.2f} x reading the file")
+
+
+if __name__ == "__main__":
+    main()
