@@ -5,7 +5,17 @@ from __future__ import annotations
 from .convert import ConversionReport, convert
 from .errors import QuantError
 from .gguf_file import open_gguf
+from .importance_file import read_importance, write_importance
 from .kernels import op as op  # registers torch.ops.wanquant.dequantize
 from .qtype import QTYPES, QuantType
 
-__all__ = ["QTYPES", "ConversionReport", "QuantError", "QuantType", "convert", "open_gguf"]
+__all__ = [
+    "QTYPES",
+    "ConversionReport",
+    "QuantError",
+    "QuantType",
+    "convert",
+    "open_gguf",
+    "read_importance",
+    "write_importance",
+]

@@ -15,6 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .convert import ConversionReport, convert_all
 from .errors import QuantError
+from .importance_file import read_importance
 from .job import Job
 from .qtype import Effort
 from .recipe import RECIPES
@@ -73,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe", default=["Q4_K_M"], type=_recipes, metavar="NAME[,NAME...]", help=f"Q4_K_M, or some of {recipes}"
     )
     mix.add_argument("--target-size", type=float, metavar="GiB", help="the mix of least error in this file size")
+    command.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="an importance matrix: errors go to the columns that matter least"
+    )
     command.add_argument("--effort", default="best", choices=get_args(Effort), help="best (default) or fast")
     command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
     command.add_argument(
@@ -147,6 +151,7 @@ def _convert(options: argparse.Namespace) -> Report:
             options.source,
             _jobs(options),
             effort=options.effort,
+            importance=read_importance(options.imatrix) if options.imatrix else None,
             device=options.device,
             overwrite=options.overwrite,
             five_d=options.patch_embedding == "5d",

@@ -17,6 +17,7 @@ from . import budget
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import QuantError
 from .gguf_writer import GGUFWriter, TensorSpec
+from .importance import check_importance
 from .job import Job, is_up_to_date, job_metadata
 from .provenance import FIVE_D
 from .qtype import QTYPES, Effort
@@ -90,14 +91,14 @@ def convert(
         recipe: a key of `RECIPES`.
         target_size: GiB that the file takes at most; the types are then chosen for the least error, by no recipe.
         effort: "best" searches for the smallest squared error, "fast" less far, or not at all where ggml does not.
-        importance: (n,) weight of each input column in the squared error, by tensor name.
+        importance: (n,) weight of each input column in the squared error, by tensor name: see `read_importance`.
         device: where encoding runs.
         overwrite: replace a destination that holds anything else.
         modules: files of add-on modules (VACE and the like) that become part of the model.
         five_d: store the patch embedding in its 5 dimensions, for loaders that do not read it flattened.
 
     Raises:
-        QuantError: an unusable source, destination, recipe, size or device.
+        QuantError: an unusable source, destination, recipe, size or device, or the importance of another model.
     """
     (report,) = convert_all(
         source,
@@ -131,7 +132,7 @@ def convert_all(
     for job in jobs:
         _check_paths(source, job.destination)
     with open_checkpoint(source, modules) as checkpoint:
-        warnings = _warnings(checkpoint)
+        warnings = _warnings(checkpoint, check_importance(importance, checkpoint.tensors) if importance else ())
         stream = Stream(checkpoint, effort, importance or {}, device, progress)
         tasks = [_Task(job, job_metadata(checkpoint, job, effort, importance, five_d)) for job in jobs]
         new = [task for task in tasks if not task.is_up_to_date(checkpoint, overwrite)]
@@ -202,12 +203,16 @@ def _within_range(stream: Stream, planned: Plan) -> Plan:
     return Plan(types, tuple(fallbacks))
 
 
-def _warnings(checkpoint: Checkpoint) -> tuple[str, ...]:
-    if not checkpoint.lossy:
-        return ()
-    warning = f"{checkpoint.name} is quantized already ({', '.join(checkpoint.lossy)}): the errors of both add up"
-    _log.warning(warning)
-    return (warning,)
+def _warnings(checkpoint: Checkpoint, unknown: Sequence[str]) -> tuple[str, ...]:
+    warnings = []
+    if checkpoint.lossy:
+        stored = ", ".join(checkpoint.lossy)
+        warnings.append(f"{checkpoint.name} is quantized already ({stored}): the errors of both add up")
+    if unknown:
+        warnings.append(f"the importance matrix lacks {len(unknown)} matrices, the first is {unknown[0]}")
+    for warning in warnings:
+        _log.warning(warning)
+    return tuple(warnings)
 
 
 def _check_paths(source: Path, destination: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint
 from .errors import QuantError
 from .gguf_header import read_header
+from .importance import Importance
 from .provenance import (
     FIVE_D,
     RELATIVE_ERROR,
@@ -72,6 +73,7 @@ def job_metadata(
         "wanquant.source_dtype": checkpoint.stored,
         **checkpoint.gguf_metadata,
         **carried_metadata(checkpoint.metadata),
+        **(importance.metadata if isinstance(importance, Importance) else {}),
         SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
         SOURCE_SHA256: "0" * 64,
         RELATIVE_ERROR: np.zeros(len(checkpoint.tensors), np.float32),

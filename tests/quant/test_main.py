@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
 
 from wanquant.quant.__main__ import main
+from wanquant.quant.importance import Importance
+from wanquant.quant.importance_file import write_importance
 from wanquant.tests.conftest import ROOT
 from wanquant.tests.tiny_wan import write_tiny_wan
 
@@ -84,6 +88,17 @@ def test_target_size(source, tmp_path, capsys):
     file = json.loads(capsys.readouterr().out)
     assert 0.9 * 0.004 * 2**30 <= file["bytes"] <= 0.004 * 2**30  # one block only, so large steps
     assert [path.name for path in tmp_path.iterdir()] == ["wan-0.004GiB.gguf"]
+
+
+def test_importance_matrix(source, tmp_path, capsys):
+    importance = Importance({"blocks.0.ffn.0.weight": torch.rand(256)}, {"blocks.0.ffn.0.weight": 1.0}, 1)
+    path = write_importance(tmp_path / "i.gguf", importance)
+    options = ["--recipe", "Q4_0", "--effort", "fast", "--imatrix", str(path), "--json"]
+    assert main(["convert", str(source), str(tmp_path / "a.gguf"), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["metadata"]["quantize.imatrix.file"] == "i.gguf"
+    write_importance(path, replace(importance, sums={"blocks.0.ffn.0.weight": torch.rand(64)}), overwrite=True)
+    assert main(["convert", str(source), str(tmp_path / "b.gguf"), *options]) == 1
+    assert "i.gguf: tensor blocks.0.ffn.0.weight: (64,) columns" in capsys.readouterr().err
 
 
 def test_refused_conversion(source, tmp_path, capsys):
