@@ -1,0 +1,6 @@
+"""Wan's transformer in little memory: the host's model and weights, its blocks computed piece by piece."""
+
+from .apply import apply_lean
+from .plan import LeanPlan
+
+__all__ = ["LeanPlan", "apply_lean"]

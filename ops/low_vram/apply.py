@@ -1,0 +1,135 @@
+"""Makes the host run its Wan blocks lean, through its own wrappers and block replacements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ldm.wan.model as wan
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor
+
+from .block import LeanBlock, is_lean_block
+from .plan import LeanPlan
+
+PlanChooser = Callable[[torch.Size], LeanPlan | None]
+"""From the shape of a latent, (batch, channels, frames, height, width); None for the host's own forward."""
+
+_KEY = "wanquant.low_vram"
+
+
+def apply_lean(model: ModelPatcher, plan: LeanPlan | PlanChooser) -> ModelPatcher:
+    """A clone whose Wan blocks run as `plan` says, and whose prompts run one after the other.
+
+    A chooser is asked before each forward of the transformer, and before each step of the sampler (there the channels
+    are the latent's alone), with the batch that they get. What any other model does is unchanged.
+    """
+    choose = (lambda _: plan) if isinstance(plan, LeanPlan) else plan
+    patched = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.DIFFUSION_MODEL, _LeanForward(choose)),
+        (WrappersMP.CALC_COND_BATCH, _OneByOne(choose)),
+    ):
+        patched.remove_wrappers_with_key(kind, _KEY)
+        patched.add_wrapper_with_key(kind, _KEY, wrapper)
+    return patched
+
+
+@dataclass(frozen=True)
+class _OneByOne:
+    """Positive and negative prompt in forwards of their own; the host batches them where it sees enough memory."""
+
+    choose: PlanChooser
+
+    def __call__(
+        self,
+        executor: WrapperExecutor,
+        model: BaseModel,
+        conds: list[Any],
+        x: Tensor,
+        timestep: Tensor,
+        options: dict[str, Any],
+    ) -> list[Tensor]:
+        if self.choose(x.shape) is None:
+            together: list[Tensor] = executor(model, conds, x, timestep, options)
+            return together
+        return [out for cond in conds for out in executor(model, [cond], x, timestep, options)]
+
+
+@dataclass(frozen=True)
+class _LeanForward:
+    """Puts lean blocks in the place of the host's for one forward, around what other nodes put there."""
+
+    choose: PlanChooser
+
+    def __call__(
+        self,
+        executor: WrapperExecutor,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        clip_fea: Tensor | None = None,
+        time_dim_concat: Tensor | None = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: object,
+    ) -> Tensor:
+        model, options = executor.class_obj, transformer_options or {}
+        plan = self.choose(x.shape) if isinstance(model, wan.WanModel) else None
+        if plan is not None:
+            plan.check(model.num_heads)
+            image_tokens = None if clip_fea is None else clip_fea.shape[-2]
+            options = _with_lean_blocks(model, _Run(plan, image_tokens), options)
+        out: Tensor = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+        return out
+
+
+@dataclass
+class _Run:
+    """One forward."""
+
+    plan: LeanPlan
+    image_tokens: int | None
+    began: bool = False
+    """A lean block has run: what comes next is its output."""
+
+
+def _with_lean_blocks(model: wan.WanModel, run: _Run, options: dict[str, Any]) -> dict[str, Any]:
+    replace = options.get("patches_replace", {})
+    present = replace.get("dit", {})
+    lean = {
+        ("double_block", i): _Replacement(block, run, present.get(("double_block", i)))
+        for i, block in enumerate(model.blocks)
+        if is_lean_block(block)
+    }
+    return options | {"patches_replace": replace | {"dit": present | lean}}
+
+
+@dataclass(frozen=True)
+class _Replacement:
+    """Of a block, as the host calls it."""
+
+    block: wan.WanAttentionBlock
+    run: _Run
+    outer: Callable[..., dict[str, Any]] | None
+    """The replacement that another node put there: it decides, and has ours for the original."""
+
+    def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        if self.outer is None:
+            return self._lean(args)
+        return self.outer(args, extra | {"original_block": self._lean})
+
+    def _lean(self, args: dict[str, Any]) -> dict[str, Any]:
+        options, x = args["transformer_options"], args["img"]
+        x = x.contiguous() if self._owns_input(options) else x.clone(memory_format=torch.contiguous_format)
+        self.run.began = True
+        lean = LeanBlock(self.block, self.run.plan, self.run.image_tokens, options)
+        return {"img": lean(x, args["vec"], args["pe"], args["txt"])}
+
+    def _owns_input(self, options: dict[str, Any]) -> bool:
+        """Whether nobody can hold the block's input for later: neither the host, as VACE does, nor another node."""
+        seen = options.get("patches", {})
+        return self.run.began and not (self.outer or seen.get("double_block") or seen.get("attn2_patch"))

@@ -1,0 +1,143 @@
+"""One Wan block, computed chunk by chunk and written over its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.ldm.wan.model as wan
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from .attention import LeanAttention, chunks, is_lean_attention
+from .plan import LeanPlan
+from .weights import is_untouched, projection
+
+_CROSS_ATTENTIONS = (wan.WanT2VCrossAttention, wan.WanI2VCrossAttention)
+
+
+def is_lean_block(block: torch.nn.Module) -> bool:
+    """Whether this is the host's plain block. What other nodes did to its parts is honoured, to all of it is not."""
+    return type(block) is wan.WanAttentionBlock and is_untouched(block)
+
+
+@dataclass(frozen=True)
+class LeanBlock:
+    """`WanAttentionBlock.forward`; whatever a patch is to see whole exists whole.
+
+    Source: comfy/ldm/wan/model.py, ComfyUI 0.30.0.
+    """
+
+    block: wan.WanAttentionBlock
+    plan: LeanPlan
+    image_tokens: int | None
+    """How many tokens at the beginning of the context are CLIP's."""
+    options: dict[str, Any]
+    """The host's transformer_options."""
+
+    def __call__(self, x: Tensor, e: Tensor, freqs: Tensor, context: Tensor) -> Tensor:
+        """The block's output, in the memory of `x` unless a patch returns another tensor.
+
+        Args:
+            x: (batch, tokens, dim), contiguous, written to.
+            e: (batch, 6, dim), or (batch, frames, 6, dim).
+            freqs: rotary embedding, (1, tokens, 1, head size / 2, 2, 2).
+            context: (batch, context tokens, dim).
+        """
+        attention, ffn = _modulation(self.block, e, x)
+        self._self_attention(x, attention, freqs)
+        self._cross_attention(x, context)
+        for patch in self.options.get("patches", {}).get("attn2_patch", ()):
+            x = patch({"x": x, "transformer_options": self.options})
+        self._ffn(x, ffn)
+        return x
+
+    def _self_attention(self, x: Tensor, modulation: _Modulation, freqs: Tensor) -> None:
+        attn, norm = self.block.self_attn, self.block.norm1
+
+        def source(chunk: slice) -> Tensor:
+            return modulation.apply(norm(x[:, chunk]), chunk)
+
+        if is_lean_attention(attn) and not self.options.get("patches", {}).get("attn1_patch"):
+            y = LeanAttention(attn, source, freqs, x, self.plan, self.options).output()
+            project = projection(attn.o, x)
+        else:
+            y = attn(source(slice(0, x.shape[1])), freqs, transformer_options=self.options)
+            project = torch.nn.Identity()
+        for chunk in self._chunks(x):
+            x[:, chunk].addcmul_(project(y[:, chunk]), modulation.gate[chunk])
+
+    def _cross_attention(self, x: Tensor, context: Tensor) -> None:
+        attn, norm = self.block.cross_attn, self.block.norm3
+        if type(attn) not in _CROSS_ATTENTIONS or not is_untouched(attn):
+            x += attn(norm(x), context, context_img_len=self.image_tokens, transformer_options=self.options)
+            return
+        sources = self._context_keys(attn, context)
+        query, project = projection(attn.q, x), projection(attn.o, x)
+        for chunk in self._chunks(x):
+            q = attn.norm_q(query(norm(x[:, chunk])))
+            y = [
+                wan.optimized_attention(q, k, v, heads=attn.num_heads, transformer_options=self.options)
+                for k, v in sources
+            ]
+            x[:, chunk] += project(sum(y[1:], y[0]))
+
+    def _context_keys(self, attn: wan.WanSelfAttention, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the text, and those of the image if the model has any."""
+        if type(attn) is wan.WanT2VCrossAttention:
+            return [(attn.norm_k(attn.k(context)), attn.v(context))]
+        image, text = context[:, : self.image_tokens], context[:, self.image_tokens :]
+        return [
+            (attn.norm_k(attn.k(text)), attn.v(text)),
+            (attn.norm_k_img(attn.k_img(image)), attn.v_img(image)),
+        ]
+
+    def _ffn(self, x: Tensor, modulation: _Modulation) -> None:
+        ffn, norm = self.block.ffn, self.block.norm2
+        layers = [projection(layer, x) for layer in ffn] if is_untouched(ffn) else [ffn]
+        for chunk in self._chunks(x):
+            y = modulation.apply(norm(x[:, chunk]), chunk)
+            for layer in layers:
+                y = layer(y)
+            x[:, chunk].addcmul_(y, modulation.gate[chunk])
+
+    def _chunks(self, x: Tensor) -> list[slice]:
+        return list(chunks(x.shape[1], self.plan.token_chunk))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """One of the block's six modulation vectors for each token, made only for the tokens asked for."""
+
+    vectors: Tensor
+    """(batch, 1 or frames, dim)."""
+    tokens: int
+
+    def __getitem__(self, chunk: slice) -> Tensor:
+        frames = self.vectors.shape[1]
+        if frames == 1:
+            return self.vectors
+        each = -(-self.tokens // frames)
+        return self.vectors[:, torch.arange(chunk.start, chunk.stop, device=self.vectors.device) // each]
+
+
+@dataclass(frozen=True)
+class _Modulation:
+    """Of the self-attention or of the FFN."""
+
+    shift: _Rows
+    scale: _Rows
+    gate: _Rows
+
+    def apply(self, normalized: Tensor, chunk: slice) -> Tensor:
+        """The chunk, written over its normalized self."""
+        return torch.addcmul(self.shift[chunk], normalized, 1 + self.scale[chunk], out=normalized)
+
+
+def _modulation(block: wan.WanAttentionBlock, e: Tensor, x: Tensor) -> tuple[_Modulation, _Modulation]:
+    """Of the self-attention and of the FFN."""
+    own = comfy.model_management.cast_to(block.modulation, dtype=x.dtype, device=x.device)
+    parts = (own + e).chunk(6, dim=1) if e.ndim < 4 else (own.unsqueeze(0) + e).unbind(2)
+    rows = [_Rows(part, x.shape[1]) for part in parts]
+    return _Modulation(*rows[:3]), _Modulation(*rows[3:])
