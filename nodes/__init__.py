@@ -13,12 +13,14 @@ from .load_diffusion_model import WanQuantLoader
 from .load_expert_pair import WanQuantExpertPairLoader
 from .load_text_encoder import WanQuantTextEncoderLoader
 from .preview_decode import WanQuantPreviewDecode
+from .replacements import register_replacements
 from .save_conditioning import WanQuantSaveConditioning
 
 
 class WanQuantExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_folders()
+        await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

@@ -6,14 +6,13 @@ import os
 
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..quant.convert import convert
 from ..quant.qtype import Effort
 from ..quant.recipe import RECIPES
-from .folders import MODELS, destinations, output_path, source_names, stat_token
+from .folders import MODELS, check_names, destinations, model_path, output_path, portable, source_names, stat_token
 from .pictures import picture_tensor, text_and_picture
 
 # What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
@@ -80,11 +79,14 @@ class WanQuantConvert(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, source: str | None = None) -> bool | str:
+        return check_names(MODELS, source)
+
+    @classmethod
     def fingerprint_inputs(
         cls, source: str, recipe: str, folder: str, output_name: str, target_size: float = 0.0, **_: object
     ) -> str:
-        name = output_name or _default_name(source, recipe, target_size)
-        target = os.path.join(destinations().get(folder, folder), name)
+        target = os.path.join(destinations().get(folder, folder), _name(output_name, source, recipe, target_size))
         written = os.stat(target).st_mtime_ns if os.path.exists(target) else "missing"
         return f"{stat_token(MODELS, source)} {target} {written}"
 
@@ -100,9 +102,8 @@ class WanQuantConvert(io.ComfyNode):
         device: str,
         target_size: float = 0.0,
     ) -> io.NodeOutput:
-        source_path = folder_paths.get_full_path_or_raise(MODELS, source)
-        name = output_name or _default_name(source, recipe, target_size)
-        target = output_path(destinations()[folder], name, ".gguf")
+        source_path = model_path(MODELS, source)
+        target = output_path(destinations()[folder], _name(output_name, source, recipe, target_size), ".gguf")
         chosen = comfy.model_management.get_torch_device() if device == "default" else torch.device(device)
         comfy.model_management.free_memory(_ENCODER_BYTES, chosen)
         bar = comfy.utils.ProgressBar(1)
@@ -125,5 +126,7 @@ class WanQuantConvert(io.ComfyNode):
         return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, cls))
 
 
-def _default_name(source: str, recipe: str, target_size: float) -> str:
-    return f"{os.path.splitext(source)[0]}-{f'{target_size:g}GiB' if target_size else recipe}.gguf"
+def _name(output_name: str, source: str, recipe: str, target_size: float) -> str:
+    """Of the file to write: the one that was typed, or the source's with what is made of it."""
+    default = f"{os.path.splitext(source)[0]}-{f'{target_size:g}GiB' if target_size else recipe}.gguf"
+    return portable(output_name or default)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import unicodedata
 from pathlib import Path
 
 import folder_paths
@@ -39,9 +41,53 @@ def source_names() -> list[str]:
     return [name for name in folder_paths.get_filename_list(MODELS) if name.endswith(".safetensors")]
 
 
+def model_path(folder: str, name: str) -> str:
+    """Full path of a listed file, by its name in a graph that may have been saved on another system.
+
+    Raises:
+        QuantError: no such file, with the nearest name there is.
+    """
+    path = _find(folder, name)
+    if path is None:
+        raise QuantError(_absence(folder, name))
+    return path
+
+
+def check_names(folder: str, *names: str | None) -> bool | str:
+    """What `validate_inputs` answers: True, or why a name leads to no file. A linked name, still unknown, is None.
+
+    Declaring a combo in `validate_inputs` takes its check over from the host, which knows the separators of one system.
+    """
+    return next((_absence(folder, name) for name in names if name is not None and _find(folder, name) is None), True)
+
+
+def _find(folder: str, name: str) -> str | None:
+    listed = folder_paths.get_filename_list(folder)
+    same = (other for other in listed if portable(other) == portable(name))
+    known = name if name in listed else next(same, None)
+    return known and folder_paths.get_full_path(folder, known)
+
+
+def portable(name: str) -> str:
+    """A name as Linux writes it: Windows has another separator, macOS decomposes accents."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+
+
+def _absence(folder: str, name: str) -> str:
+    where = " or ".join(folder_paths.get_folder_paths(folder))
+    listed = {portable(other): other for other in folder_paths.get_filename_list(folder)}
+    if portable(name) in listed:
+        return f"{name!r} in {where} is a link that leads nowhere: repair it, or choose another file"
+    # The same file often lies in another subfolder.
+    by_stem = {Path(other).name.lower(): listed[other] for other in listed}
+    near = difflib.get_close_matches(Path(portable(name)).name.lower(), by_stem, n=1)
+    hint = f"the nearest name there is {by_stem[near[0]]!r}" if near else "no file there has a similar name"
+    return f"{name!r} is not in {where}, and {hint}: choose a file, or put this one there and press R to refresh"
+
+
 def stat_token(folder: str, name: str) -> str:
     """Changes whenever the file does: what a node's cache is keyed by."""
-    path = folder_paths.get_full_path(folder, name)
+    path = _find(folder, name)
     if path is None:
         return "missing"
     stat = os.stat(path)
@@ -63,8 +109,9 @@ def output_path(folder: str, name: str, suffix: str) -> str:
     """Full path of a file to be written below `folder`; its folder is made.
 
     Raises:
-        QuantError: `name` leads out of the folder or names another kind of file.
+        QuantError: `name` leads out of the folder or names another kind of file, or its folder cannot be made.
     """
+    name = portable(name)
     path = os.path.abspath(os.path.join(folder, name))
     # Resolved, so that a symbolic link below the folder leads out too.
     inside = Path(path).resolve().is_relative_to(Path(folder).resolve())
@@ -72,5 +119,8 @@ def output_path(folder: str, name: str, suffix: str) -> str:
         raise QuantError(f"output name {name!r}: leads out of {folder}; give a name below that folder")
     if not path.endswith(suffix):
         raise QuantError(f"output name {name!r}: does not end in {suffix}; give a name like model{suffix}")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except OSError as error:
+        raise QuantError(f"{path}: its folder cannot be made: {error.strerror}; choose another one") from None
     return path

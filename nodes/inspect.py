@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..quant.report import inspect
-from .folders import GGUF, stat_token
+from .folders import GGUF, check_names, model_path, stat_token
 from .pictures import picture_tensor, text_and_picture
 
 
@@ -25,11 +25,15 @@ class WanQuantInspect(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_name: str | None = None) -> bool | str:
+        return check_names(GGUF, model_name)
+
+    @classmethod
     def fingerprint_inputs(cls, model_name: str) -> str:
         return stat_token(GGUF, model_name)
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
-        report = inspect(folder_paths.get_full_path_or_raise(GGUF, model_name))
+        report = inspect(model_path(GGUF, model_name))
         text, picture = report.text(), picture_tensor(report.image())
         return io.NodeOutput(text, picture, ui=text_and_picture(text, picture, cls))

@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ops.conditioning import load_conditioning
-from .folders import CONDITIONING, stat_token
+from .folders import CONDITIONING, check_names, model_path, stat_token
 
 
 class WanQuantLoadConditioning(io.ComfyNode):
@@ -29,9 +29,13 @@ class WanQuantLoadConditioning(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name: str | None = None) -> bool | str:
+        return check_names(CONDITIONING, name)
+
+    @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
         return stat_token(CONDITIONING, name)
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_conditioning(folder_paths.get_full_path_or_raise(CONDITIONING, name)))
+        return io.NodeOutput(load_conditioning(model_path(CONDITIONING, name)))

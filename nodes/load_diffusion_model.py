@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loader import load_diffusion_model
-from .folders import GGUF, stat_token
+from .folders import GGUF, check_names, model_path, stat_token
 
 DTYPES = {"default": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -50,11 +50,8 @@ class WanQuantLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None, path: str | None = "") -> bool | str:
-        # Declaring model_name takes its check over from the host, which would refuse an empty or stale list even
-        # where a linked path (None at this point) makes the name irrelevant.
-        if path != "" or model_name in folder_paths.get_filename_list(GGUF):
-            return True
-        return f"{model_name!r} is not in models/diffusion_models: press R to refresh, or convert a model first"
+        # A linked path, None at this point, makes a stale name irrelevant.
+        return path != "" or check_names(GGUF, model_name)
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str = "", path: str | None = "", **_: object) -> str:
@@ -62,5 +59,5 @@ class WanQuantLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str, path: str = "") -> io.NodeOutput:
-        path = path or folder_paths.get_full_path_or_raise(GGUF, model_name)
+        path = path or model_path(GGUF, model_name)
         return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype]))

@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ops.loader import load_diffusion_model
-from .folders import GGUF, stat_token
+from .folders import GGUF, check_names, model_path, stat_token
 from .load_diffusion_model import DTYPES, dtype_input
 
 
@@ -29,10 +29,14 @@ class WanQuantExpertPairLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, high_noise_name: str | None = None, low_noise_name: str | None = None) -> bool | str:
+        return check_names(GGUF, high_noise_name, low_noise_name)
+
+    @classmethod
     def fingerprint_inputs(cls, high_noise_name: str, low_noise_name: str, **_: object) -> str:
         return f"{stat_token(GGUF, high_noise_name)} {stat_token(GGUF, low_noise_name)}"
 
     @classmethod
     def execute(cls, high_noise_name: str, low_noise_name: str, compute_dtype: str) -> io.NodeOutput:
-        paths = (folder_paths.get_full_path_or_raise(GGUF, name) for name in (high_noise_name, low_noise_name))
+        paths = (model_path(GGUF, name) for name in (high_noise_name, low_noise_name))
         return io.NodeOutput(*(load_diffusion_model(path, dtype=DTYPES[compute_dtype]) for path in paths))

@@ -7,7 +7,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..ops.text_encoder import load_text_encoder
-from .folders import GGUF_ENCODERS, stat_token
+from .folders import GGUF_ENCODERS, check_names, model_path, stat_token
 
 # Wan first: it is what the pack is for. The others take the same kind of file.
 TYPES = ("wan", "sd3", "mochi", "ltxv", "pixart", "chroma")
@@ -34,11 +34,15 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, encoder_name: str | None = None) -> bool | str:
+        return check_names(GGUF_ENCODERS, encoder_name)
+
+    @classmethod
     def fingerprint_inputs(cls, encoder_name: str, **_: object) -> str:
         return stat_token(GGUF_ENCODERS, encoder_name)
 
     @classmethod
     def execute(cls, encoder_name: str, type: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(GGUF_ENCODERS, encoder_name)
+        path = model_path(GGUF_ENCODERS, encoder_name)
         clip_type = comfy.sd.CLIPType[type.upper()]
         return io.NodeOutput(load_text_encoder(path, clip_type, folder_paths.get_folder_paths("embeddings")))

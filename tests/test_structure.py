@@ -58,5 +58,5 @@ def test_requirements_equal_pyproject():
 
 
 def test_help_page_for_every_node():
-    ids = {m for p in (ROOT / "nodes").glob("*.py") for m in re.findall(r'node_id="(\w+)"', p.read_text())}
+    ids = {m for p in (ROOT / "nodes").glob("*.py") for m in re.findall(r'\bnode_id="(\w+)"', p.read_text())}
     assert ids == {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}

@@ -7,7 +7,15 @@ import os
 import folder_paths
 import pytest
 
-from wanquant.nodes.folders import destinations, output_path, register_folders, source_names, stat_token
+from wanquant.nodes.folders import (
+    check_names,
+    destinations,
+    model_path,
+    output_path,
+    register_folders,
+    source_names,
+    stat_token,
+)
 from wanquant.quant import QuantError
 
 
@@ -78,3 +86,99 @@ def test_token_follows_the_file(models):
         path.write_bytes(content)
         tokens.append(stat_token("unet_gguf", "a.gguf"))
     assert len(set(tokens)) == 3
+
+
+@pytest.fixture
+def library(models):
+    """A models folder with files in a subfolder, of a name with an accent, and links that lead nowhere."""
+    folder = models / "diffusion_models"
+    (folder / "wan").mkdir()
+    for name in ("wan/x-Q4_K_M.gguf", "\u00e9t\u00e9-\u6a21\u578b.gguf"):
+        (folder / name).touch()
+    (folder / "self.gguf").symlink_to(folder / "self.gguf")
+    (folder / "loop").symlink_to(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("wan/x-Q4_K_M.gguf", "wan/x-Q4_K_M.gguf"),
+        ("wan\\x-Q4_K_M.gguf", "wan/x-Q4_K_M.gguf"),
+        ("loop/wan/x-Q4_K_M.gguf", "wan/x-Q4_K_M.gguf"),
+        ("e\u0301te\u0301-\u6a21\u578b.gguf", "\u00e9t\u00e9-\u6a21\u578b.gguf"),
+    ],
+    ids=["own", "windows", "loop", "decomposed"],
+)
+def test_names_of_other_systems_resolve(library, name, file):
+    assert check_names("unet_gguf", name) is True
+    assert os.path.samefile(model_path("unet_gguf", name), library / file)
+    assert stat_token("unet_gguf", name) != "missing"
+
+
+@pytest.mark.parametrize("listed", ["wan\\x.gguf"], ids=["windows"])
+def test_names_saved_on_linux_resolve_where_the_list_has_backslashes(library, monkeypatch, listed):
+    monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: [listed])
+    assert check_names("unet_gguf", "wan/y.gguf") is not True
+    monkeypatch.setattr(folder_paths, "get_full_path", lambda folder, name: f"C:\\models\\{name}")
+    assert model_path("unet_gguf", "wan/x.gguf") == "C:\\models\\wan\\x.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("elsewhere/X-Q4_K_M.gguf", "the nearest name there is "),
+        ("x-Q4_K_S.gguf", "the nearest name there is "),
+        ("quite-different.safetensors", "no file there has a similar name"),
+        ("self.gguf", "a link that leads nowhere"),
+        ("n" * 300 + ".gguf", "no file there has a similar name"),
+        ("", "no file there has a similar name"),
+    ],
+    ids=["other_folder", "similar", "nothing_similar", "link_to_itself", "long", "empty"],
+)
+def test_missing_file_names_the_nearest_and_the_folder(library, name, hint):
+    answer = check_names("unet_gguf", name)
+    assert hint in answer
+    assert str(library) in answer
+    assert ("wan/x-Q4_K_M.gguf" in answer) == ("nearest" in hint)
+    with pytest.raises(QuantError, match="choose"):
+        model_path("unet_gguf", name)
+
+
+def test_linked_name_is_not_checked_yet(library):
+    assert check_names("unet_gguf", None, "wan/x-Q4_K_M.gguf") is True
+
+
+def test_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(QuantError, match="File exists; choose another one"):
+        output_path(str(tmp_path), "file/x.gguf", ".gguf")
+    with pytest.raises(QuantError, match="File name too long; choose another one"):
+        output_path(str(tmp_path), f"{'n' * 300}/x.gguf", ".gguf")
+
+
+def test_output_name_typed_on_windows(tmp_path):
+    assert output_path(str(tmp_path), "wan\\model.gguf", ".gguf") == str(tmp_path / "wan" / "model.gguf")
+
+
+def register_as_comfyui_gguf_does():
+    """Its way with the folder keys that both packs use: the host's own list, and .gguf alone."""
+    for key, of_host in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
+        folder_paths.folder_names_and_paths[key] = (folder_paths.folder_names_and_paths[of_host][0], {".gguf"})
+
+
+@pytest.mark.parametrize("other_first", [True, False])
+def test_comfyui_gguf_beside_us(models, monkeypatch, other_first):
+    monkeypatch.delitem(folder_paths.folder_names_and_paths, "unet_gguf")
+    steps = [register_as_comfyui_gguf_does, register_folders]
+    for step in steps if other_first else reversed(steps):
+        step()
+    (models / "diffusion_models" / "a.gguf").touch()
+    for key, of_host in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
+        paths, extensions = folder_paths.folder_names_and_paths[key]
+        assert paths is folder_paths.folder_names_and_paths[of_host][0], "one list, so that folders added later count"
+        assert extensions == {".gguf"}
+    assert folder_paths.get_filename_list("unet_gguf") == ["a.gguf"]
+    assert ".gguf" not in folder_paths.folder_names_and_paths["diffusion_models"][1], (
+        "the host's loaders cannot read it"
+    )

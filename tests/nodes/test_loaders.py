@@ -12,7 +12,7 @@ from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
 
 def test_linked_path_makes_the_name_irrelevant(models):
     assert WanQuantLoader.validate_inputs(model_name="stale.gguf", path=None) is True
-    assert "not in models/diffusion_models" in WanQuantLoader.validate_inputs(model_name="stale.gguf")
+    assert "press R to refresh" in WanQuantLoader.validate_inputs(model_name="stale.gguf")
     (models / "diffusion_models" / "a.gguf").touch()
     assert WanQuantLoader.validate_inputs(model_name="a.gguf") is True
 

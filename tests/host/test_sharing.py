@@ -1,0 +1,69 @@
+"""Graphs from elsewhere: saved on another system, made with another pack, naming files that are not here."""
+
+from __future__ import annotations
+
+import pytest
+
+from wanquant.quant import convert
+from wanquant.tests.host.graphs import node
+from wanquant.tests.host.server import Graph, GraphError, HostServer
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+pytestmark = pytest.mark.host
+
+UNET, ADVANCED, CLIP = "UnetLoaderGGUF", "UnetLoaderGGUFAdvanced", "CLIPLoaderGGUF"
+ADVANCED_WIDGETS = {"dequant_dtype": "target", "patch_dtype": "float16", "patch_on_device": True}
+
+
+@pytest.fixture(scope="module")
+def model(server: HostServer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name, as Windows writes it, of a GGUF in a subfolder."""
+    source = write_tiny_wan(tmp_path_factory.mktemp("shared") / "wan.safetensors", layers=1)
+    (server.models / "diffusion_models" / "shared").mkdir()
+    convert(source, server.models / "diffusion_models" / "shared" / "wan.gguf", "Q8_0", effort="fast")
+    return "shared\\wan.gguf"
+
+
+def run(server: HostServer, loader: Graph) -> dict[str, object]:
+    """What the host shows of a graph that loads a model."""
+    sigmas = node("BasicScheduler", model=["loader", 0], scheduler="simple", steps=2, denoise=1.0)
+    show = node("PreviewAny", source=["sigmas", 0])
+    return server.run({"loader": {**loader, "_meta": {"title": ""}}, "sigmas": sigmas, "show": show})["show"]
+
+
+def test_name_saved_on_windows(server: HostServer, model: str):
+    assert "tensor" in str(run(server, node("WanQuantLoader", model_name=model, compute_dtype="default")))
+
+
+@pytest.mark.parametrize("loader", [node(UNET), node(ADVANCED, **ADVANCED_WIDGETS)], ids=[UNET, ADVANCED])
+def test_prompt_made_with_comfyui_gguf_runs(server: HostServer, model: str, loader: Graph):
+    loader = {**loader, "inputs": {**loader["inputs"], "unet_name": model}}
+    assert "tensor" in str(run(server, loader))
+
+
+def test_missing_file_is_told_with_the_nearest(server: HostServer, model: str):
+    with pytest.raises(GraphError, match="refused") as refusal:
+        run(server, node(UNET, unet_name="downloads\\wan.gguf"))
+    (error,) = refusal.value.details["node_errors"]["loader"]["errors"][:1]
+    assert "the nearest name there is 'shared/wan.gguf'" in error["details"]
+    assert str(server.models / "diffusion_models") in error["details"]
+
+
+def test_text_encoder_of_comfyui_gguf_is_replaced(server: HostServer):
+    loader = {**node(CLIP, clip_name="umt5.gguf", type="wan"), "_meta": {"title": ""}}
+    prompt = node("CLIPTextEncode", clip=["loader", 0], text="a red ball")
+    with pytest.raises(GraphError, match="refused") as refusal:
+        server.run({"loader": loader, "prompt": prompt, "show": node("PreviewAny", source=["prompt", 0])})
+    refused = refusal.value.details["node_errors"]["loader"]
+    assert refused["class_type"] == "WanQuantTextEncoderLoader"
+    assert "'umt5.gguf' is not in" in str(refused["errors"])
+
+
+def test_canvas_is_told_every_old_widget(server: HostServer):
+    offered = server.get("/node_replacements")
+    widgets = {old: offered[old][0]["old_widget_ids"] for old in (UNET, ADVANCED, CLIP)}
+    assert widgets == {
+        UNET: ["unet_name"],
+        ADVANCED: ["unet_name", *ADVANCED_WIDGETS],
+        CLIP: ["clip_name", "type"],
+    }
