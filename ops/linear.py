@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from ..quant import QTYPES
 from .layout import dense, is_packed
-from .matmul import packed_linear
+from .matmul import WeightFunction, packed_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,7 +23,7 @@ class GGUFModule(torch.nn.Module):
 
     weight: Any
     """Packed blocks, or a plain tensor where the file has one."""
-    weight_function: list[Callable[[Tensor], Tensor]]
+    weight_function: list[WeightFunction]
     """The host's: applied in turn to the decoded weight at every use."""
     weight_lowvram_function: object
     """The host's with dynamic VRAM: what it would round into the packed blocks."""
@@ -60,6 +60,30 @@ class GGUFModule(torch.nn.Module):
         comfy.ops._quantized_apply(self, fn, recurse)
         return self
 
+    def cast(self, like: Tensor) -> tuple[Tensor, Tensor | None, list[WeightFunction], Any]:
+        """The host's `cast_bias_weight`, which decodes the whole weight for a LoRA, without that.
+
+        Returns:
+            Weight, bias, and the weight functions still to be applied, on the device of `like`: there are some only
+            for a weight that is still packed (`DecodedRows` applies them). A weight that is not has the dtype of
+            `like`. Last, what `comfy.ops.uncast_bias_weight(self, weight, bias, stream)` wants after the last use.
+        """
+        functions = self.weight_function
+        # A compiled graph has the weight whole anyway, and must not write to the module.
+        if not functions or not is_packed(self.weight) or torch.compiler.is_compiling():
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, like, offloadable=True, compute_dtype=like.dtype)
+            return weight, bias, [], stream
+        self.weight_function = []
+        try:
+            weight, bias, stream = comfy.ops.cast_bias_weight(self, like, offloadable=True, compute_dtype=like.dtype)
+        finally:
+            self.weight_function = functions
+        if is_packed(weight):
+            return weight, bias, functions, stream
+        for function in functions:
+            weight = function(weight)
+        return weight, bias, [], stream
+
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
         """The host calls this before it patches a weight; the result is dense and may be written to."""
         return dense(weight, weight.dtype)
@@ -83,8 +107,9 @@ class GGUFOps(comfy.ops.manual_cast):
             self._declare(dtype, shapes | ({"bias": (out_features,)} if bias else {}))
 
         def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-            weight, bias, stream = comfy.ops.cast_bias_weight(self, input, offloadable=True, compute_dtype=input.dtype)
-            output: Tensor = (packed_linear if is_packed(weight) else linear)(input, weight, bias)
+            weight, bias, functions, stream = self.cast(input)
+            packed = is_packed(weight)
+            output = packed_linear(input, weight, bias, functions) if packed else linear(input, weight, bias)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 

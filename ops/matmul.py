@@ -1,8 +1,10 @@
-"""A Linear's product with a packed weight, decoded a tile of rows at a time."""
+"""A Linear's product with a packed weight, decoded and patched a tile of rows at a time."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
+from math import lcm
 
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -11,6 +13,10 @@ from torch.nn.functional import linear
 
 from ..quant.kernels.op import dequantize_into
 from .layout import dense
+from .patches import OnTheFly, PatchRows
+
+WeightFunction = Callable[[Tensor], Tensor]
+"""The host's: whole decoded weight -> weight. Ours, `OnTheFly`, also patches some of its rows."""
 
 TILE_BYTES = 64 << 20
 """Of decoded weight at any time, whatever the size of the layer."""
@@ -27,9 +33,10 @@ class _Scratch(threading.local):
 
     def tile(self, rows: int, like: Tensor) -> Tensor:
         """(rows, like's columns) of like's dtype and device; valid until the next call."""
-        if like.device.type != "cpu":  # torch's allocator there keeps memory, in the order of the stream
-            return like.new_empty(rows, like.shape[-1])
         n_bytes = rows * like.shape[-1] * like.itemsize
+        # torch's allocator elsewhere keeps memory, in the order of the stream; here only a tile's.
+        if like.device.type != "cpu" or n_bytes > TILE_BYTES:
+            return like.new_empty(rows, like.shape[-1])
         if len(self._bytes) < n_bytes:
             self._bytes = torch.empty(n_bytes, dtype=torch.uint8)
         return self._bytes[:n_bytes].view(like.dtype).view(rows, -1)
@@ -38,8 +45,40 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def packed_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
-    """`linear(x, dense(weight), bias)` in memory for the output and one tile.
+class DecodedRows:
+    """Rows of a packed weight, decoded and patched when they are asked for; for one use of the weight."""
+
+    def __init__(self, weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> None:
+        """
+        Args:
+            weight: (rows, columns), on the device of `like`.
+            functions: applied in turn, each to the result of the one before.
+            like: its dtype and device are those of the rows.
+        """
+        self._weight = weight
+        self._patches = [_patch_rows(function, like) for function in functions]
+        whole = len(weight)
+        self.row_multiple = lcm(1, *(f.row_multiple if isinstance(f, OnTheFly) else whole for f in functions))
+        """Rows can be had from multiples of this, and as many; all at once where a function needs the whole weight."""
+
+    def decode(self, start: int, out: Tensor) -> Tensor:
+        """As many rows from `start` as `out`, contiguous, has. Writes to it and returns it, or what a function made."""
+        dequantize_into(self._weight._qdata[start : start + len(out)], self._weight.params.qtype, out)
+        for patch in self._patches:
+            out = patch(out, start)
+        return out
+
+
+def _patch_rows(function: WeightFunction, like: Tensor) -> PatchRows:
+    if isinstance(function, OnTheFly):
+        return function.bind(like.device, like.dtype)
+    return lambda weight, _: function(weight)
+
+
+def packed_linear(
+    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, functions: Sequence[WeightFunction] = ()
+) -> Tensor:
+    """`linear(x, dense(weight), bias)`, in memory for the output and one tile; the weight after `functions`.
 
     Args:
         x: floating point, (..., columns).
@@ -48,25 +87,23 @@ def packed_linear(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Te
     """
     # A compiled graph plans its own memory, and a backward pass needs the weight that was multiplied with.
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-        whole: Tensor = linear(x, dense(weight, x.dtype), bias)
-        return whole
+        whole = dense(weight, x.dtype)
+        for function in functions:
+            whole = function(whole)
+        return linear(x, whole, bias)
     rows, columns = weight.shape
-    step = min(rows, max(_ROWS, TILE_BYTES // (columns * x.itemsize) // _ROWS * _ROWS))
+    decoded = DecodedRows(weight, functions, x)
+    multiple = lcm(_ROWS, decoded.row_multiple)
+    step = min(rows, max(multiple, TILE_BYTES // (columns * x.itemsize) // multiple * multiple))
     tile = _scratch.tile(step, x)
     if step == rows:
-        return linear(x, _decoded(weight, 0, tile), bias)
+        return linear(x, decoded.decode(0, tile), bias)
     flat, out = x.reshape(-1, columns), x.new_empty(*x.shape[:-1], rows)
     for start in range(0, rows, step):
-        part = _decoded(weight, start, tile[: rows - start]).t()
+        part = decoded.decode(start, tile[: rows - start]).t()
         columns_out = out.view(-1, rows)[:, start : start + step]
         if bias is None:
             torch.mm(flat, part, out=columns_out)
         else:
             torch.addmm(bias[start : start + step], flat, part, out=columns_out)
     return out
-
-
-def _decoded(weight: QuantizedTensor, start: int, tile: Tensor) -> Tensor:
-    """The rows of the weight from `start`, as many as `tile` holds."""
-    dequantize_into(weight._qdata[start : start + len(tile)], weight.params.qtype, tile)
-    return tile

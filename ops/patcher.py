@@ -2,103 +2,24 @@
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
 from comfy.hooks import HookGroup
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import CallbacksMP
-from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
 from ..quant import QuantError
 from .layout import is_packed
 from .linear import GGUFModule, gguf_modules, packed_modules
-
-Patch = tuple[Any, ...]
-"""The host's: (strength, adapter or diff, strength of the model, offset, function)."""
+from .patch_rows import Patch
+from .patches import OnTheFly
 
 _KEY = "wanquant"
-
-
-@dataclass
-class _LowRank:
-    """weight += scale * up @ down; up (out, rank), down (rank, in)."""
-
-    up: Tensor
-    down: Tensor
-    scale: float
-
-    def add_to(self, weight: Tensor) -> None:
-        if self.scale != 0:
-            up, down = (comfy.model_management.cast_to_device(t, weight.device, weight.dtype) for t in self.factors)
-            weight.addmm_(up, down, alpha=self.scale)
-
-    @property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return self.up, self.down
-
-    @classmethod
-    def of(cls, patch: Patch, shape: torch.Size) -> _LowRank | None:
-        """The patch as one matrix product, or None if it is anything but a plain LoRA of the whole weight."""
-        strength, adapter, strength_model, offset, function = patch
-        if type(adapter) is not LoRAAdapter or strength_model != 1 or offset is not None or function is not None:
-            return None
-        up, down, alpha, *rest = adapter.weights
-        if any(part is not None for part in rest) or up.ndim != 2 or (up.shape[0], down.shape[-1]) != tuple(shape):
-            return None
-        return cls(up, down, strength * (alpha / down.shape[0] if alpha is not None else 1.0))
-
-
-class OnTheFly:
-    """A weight function: applies the patches of one packed weight to its decoded copy, in the compute dtype."""
-
-    def __init__(self, key: str, patches: list[Patch], module: GGUFModule) -> None:
-        self.key, self.patches = key, list(patches)
-        # A reference would be a cycle, and a model of gigabytes would wait for the garbage collector.
-        self.module: GGUFModule = weakref.proxy(module)  # type: ignore[assignment]
-        self._steps = [_LowRank.of(patch, module.weight.shape) or patch for patch in patches]
-        self._moved_bytes = 0
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """`weight` is written to: it must be a private copy."""
-        for step in self._steps:
-            if isinstance(step, _LowRank):
-                step.add_to(weight)
-            else:
-                original = {self.key: [(self.module.weight, None)]}
-                weight = comfy.lora.calculate_weight([step], weight, self.key, weight.dtype, original)
-        return weight
-
-    def applies(self, patches: list[Patch]) -> bool:
-        return len(patches) == len(self.patches) and all(a is b for a, b in zip(patches, self.patches, strict=True))
-
-    def size(self) -> int:
-        """Bytes that `move_to` an accelerator would take there."""
-        itemsize = self.module.weight.dtype.itemsize
-        return sum(t.numel() * itemsize for step in self._low_rank() for t in step.factors)
-
-    def move_to(self, device: torch.device) -> int:
-        """Keep the LoRA factors on `device`. The host's protocol: returns the bytes taken there, or given back by
-        a move to the CPU, where the factors are the LoRA file's own again."""
-        if comfy.model_management.is_device_cpu(device):
-            freed, self._moved_bytes = self._moved_bytes, 0
-            self._steps = [_LowRank.of(patch, self.module.weight.shape) or patch for patch in self.patches]
-            return freed
-        dtype = self.module.weight.dtype
-        for step in self._low_rank():
-            step.up, step.down = (comfy.model_management.cast_to_device(t, device, dtype) for t in step.factors)
-        self._moved_bytes = self.size()
-        return self._moved_bytes
-
-    def _low_rank(self) -> list[_LowRank]:
-        return [step for step in self._steps if isinstance(step, _LowRank)]
 
 
 class PackedPatcher(ModelPatcher):

@@ -42,6 +42,40 @@ def t2v(tiny_wan, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def state(t2v):
+    """The tensors of the checkpoint that `t2v` was converted from."""
+    from safetensors.torch import load_file
+
+    return load_file(t2v[0])
+
+
+@pytest.fixture
+def model(t2v):
+    """The patcher of `t2v`, computing in float32."""
+    import torch
+
+    from wanquant.ops.loader import load_diffusion_model
+
+    return load_diffusion_model(t2v[1], dtype=torch.float32)
+
+
+@pytest.fixture
+def decoded(t2v, model):
+    """The host's own dense model, with the values of the packed one: what is left to differ is the patching."""
+    import comfy.sd
+    import torch
+
+    from wanquant.ops.layout import is_packed
+
+    sd = {
+        name.removeprefix("diffusion_model."): t.dequantize() if is_packed(t) else t
+        for name, t in model.model.state_dict().items()
+        if name.startswith("diffusion_model.")
+    }
+    return comfy.sd.load_diffusion_model_state_dict(sd, {"dtype": torch.float32})
+
+
+@pytest.fixture(scope="session")
 def sqnr():
     def sqnr(reference, value):
         """Signal to quantization noise ratio in dB."""

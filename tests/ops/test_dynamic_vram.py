@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from wanquant.ops.layout import is_packed
 from wanquant.ops.linear import packed_modules
 from wanquant.ops.loader import load_diffusion_model
-from wanquant.ops.patcher import OnTheFly
+from wanquant.ops.patches import OnTheFly
 from wanquant.quant import QTYPES
 
 CPU = torch.device("cpu")

@@ -12,111 +12,12 @@ import comfy.utils
 import pytest
 import torch
 from comfy.model_patcher import LowVramPatch
-from comfy.weight_adapter import LoRAAdapter
-from safetensors.torch import load_file
 
 from wanquant.ops.layout import is_packed
 from wanquant.ops.linear import packed_modules
-from wanquant.ops.loader import load_diffusion_model
-from wanquant.ops.patcher import OnTheFly
-from wanquant.quant import QTYPES, QuantError
-
-CPU = torch.device("cpu")
-LAYERS = ("self_attn.q", "self_attn.o", "cross_attn.v", "ffn.0", "ffn.2")
-KEY = "diffusion_model.blocks.0.ffn.0.weight"
-
-
-def lora(state, *, rank=8, seed=0, bias=False, **extra):
-    """A LoRA as published for Wan, on five layers of each block."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, weight in state.items():
-        if name.startswith("blocks.") and any(name.endswith(f".{layer}.weight") for layer in LAYERS):
-            stem = "diffusion_model." + name.removesuffix(".weight")
-            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator) / 16
-            tensors[f"{stem}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator) / 16
-            tensors[f"{stem}.alpha"] = torch.tensor(float(rank) / 2)
-            if bias:
-                tensors[f"{stem}.diff_b"] = torch.randn(weight.shape[0], generator=generator)
-            for suffix, make in extra.items():
-                tensors[f"{stem}.{suffix}"] = make(weight)
-    return tensors
-
-
-def with_lora(patcher, tensors, strength=1.0):
-    return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)[0]
-
-
-def load(patcher, memory=None):
-    """As the host's memory manager does: everything, or what fits in `memory` bytes."""
-    patcher.patch_model(CPU, load_weights=False)
-    patcher.partially_load(CPU, 1 << 40 if memory is None else memory)
-    return patcher
-
-
-def forward(patcher):
-    generator = torch.Generator().manual_seed(1)
-    x, text = (torch.randn(shape, generator=generator) for shape in [(1, 16, 2, 8, 8), (1, 7, 4096)])
-    with torch.no_grad():
-        return patcher.model.diffusion_model(x, torch.tensor([500.0]), text)
-
-
-def functions(patcher):
-    return [f for _, module in packed_modules(patcher.model) for f in module.weight_function]
-
-
-def blocks(patcher):
-    return {key: module.weight._qdata.clone() for key, module in packed_modules(patcher.model)}
-
-
-@pytest.fixture(scope="module")
-def state(t2v):
-    return load_file(t2v[0])
-
-
-@pytest.fixture
-def model(t2v):
-    return load_diffusion_model(t2v[1], dtype=torch.float32)
-
-
-@pytest.fixture
-def decoded(t2v, model):
-    """The host's own dense model, with the values of the packed one: what is left to differ is the patching."""
-    sd = {
-        name.removeprefix("diffusion_model."): t.dequantize() if is_packed(t) else t
-        for name, t in model.model.state_dict().items()
-        if name.startswith("diffusion_model.")
-    }
-    return comfy.sd.load_diffusion_model_state_dict(sd, {"dtype": torch.float32})
-
-
-@pytest.mark.parametrize("memory", [None, 1], ids=["loaded", "low_vram"])
-@pytest.mark.parametrize("strength", [1.0, -0.7, 0.0])
-def test_equals_the_dense_model_with_the_lora(strength, memory, model, decoded, state):
-    tensors = lora(state, bias=True)
-    expected = forward(load(with_lora(decoded, tensors, strength)))
-    patched = load(with_lora(model, tensors, strength), memory)
-    torch.testing.assert_close(forward(patched), expected, atol=2e-4, rtol=2e-4)
-    assert len(functions(patched)) == 10
-
-
-@pytest.mark.parametrize(
-    "extra",
-    [
-        {"dora_scale": lambda w: torch.rand(w.shape[0], 1) + 0.5},
-        {"diff": lambda w: torch.randn(w.shape) / 50},
-        {"set_weight": lambda w: torch.randn(w.shape) / 16},
-    ],
-    ids=["dora", "diff", "set_weight"],
-)
-def test_other_adapters_take_the_hosts_way(extra, model, decoded, state):
-    tensors = lora(state, **extra)
-    if "dora_scale" not in extra:
-        tensors = {key: value for key, value in tensors.items() if key.endswith(tuple(extra))}
-    expected = forward(load(with_lora(decoded, tensors)))
-    patched = load(with_lora(model, tensors))
-    assert len(functions(patched)) == 10
-    torch.testing.assert_close(forward(patched), expected, atol=2e-4, rtol=2e-4)
+from wanquant.ops.patches import OnTheFly
+from wanquant.quant import QuantError
+from wanquant.tests.ops.patching import CPU, KEY, blocks, forward, functions, load, lora, with_lora
 
 
 def test_weights_stay_packed_and_nothing_dense_is_kept(model, state):
@@ -127,31 +28,6 @@ def test_weights_stay_packed_and_nothing_dense_is_kept(model, state):
     assert comfy.model_management.module_size(patched.model) == size
     after = blocks(patched)
     assert all(torch.equal(after[key], before[key]) for key in before)
-
-
-def test_opposite_loras_cancel(model, state):
-    expected = forward(load(model))
-    tensors = lora(state)
-    both = load(with_lora(with_lora(model, tensors, 1.0), tensors, -1.0))
-    torch.testing.assert_close(forward(both), expected, atol=2e-5, rtol=2e-5)
-
-
-def test_strength_zero_is_exact(model, state):
-    expected = forward(load(model))
-    assert torch.equal(forward(load(with_lora(model, lora(state), 0.0))), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_compute_dtype(dtype, t2v, state):
-    """The patched weight is within two roundings of the exact one."""
-    patched = load(with_lora(load_diffusion_model(t2v[1], dtype=dtype), lora(state)))
-    _, module = next((key, m) for key, m in packed_modules(patched.model) if key == KEY)
-    weight = module.weight_function[0](module.weight.dequantize())
-    stem = KEY.removesuffix(".weight")
-    exact = QTYPES["Q8_0"].dequantize(module.weight._qdata)
-    exact += 0.5 * lora(state)[f"{stem}.lora_B.weight"] @ lora(state)[f"{stem}.lora_A.weight"]
-    assert weight.dtype == dtype
-    torch.testing.assert_close(weight.float(), exact, rtol=2 * torch.finfo(dtype).eps, atol=4e-3)
 
 
 def test_unloading_restores_the_base_exactly(model, state):
@@ -259,17 +135,6 @@ def test_a_clone_of_the_plain_class_becomes_ours_when_it_loads(model, state):
     assert torch.equal(forward(stray), expected)
 
 
-def test_the_hosts_bypass_lora(model, state):
-    """Added to activations, not weights; the host finds our layers as it finds its own."""
-    expected = forward(load(with_lora(model, lora(state))))
-    model.detach()
-    bypass, _ = comfy.sd.load_bypass_lora_for_models(model, None, lora(state), 1.0, 0)
-    load(bypass)
-    bypass.inject_model()
-    torch.testing.assert_close(forward(bypass), expected, atol=2e-4, rtol=2e-4)
-    bypass.eject_model()
-
-
 def test_patches_added_after_loading_wait_for_the_next_load(model, state):
     patched = load(with_lora(model, lora(state)))
     expected = forward(patched)
@@ -282,52 +147,6 @@ def test_patches_added_after_loading_wait_for_the_next_load(model, state):
 def test_saving_is_refused(model):
     with pytest.raises(QuantError, match="cannot be saved as safetensors"):
         model.state_dict_for_saving()
-
-
-# Hooks: the host switches LoRAs between conditionings during sampling.
-
-
-def hook_group(patcher, tensors, strength=1.0):
-    group = comfy.hooks.create_hook_lora(lora=tensors, strength_model=strength, strength_clip=0)
-    patcher.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
-    return group
-
-
-@pytest.mark.parametrize("mode", list(comfy.hooks.EnumHookMode), ids=lambda mode: mode.name)
-def test_hooks(mode, model, state):
-    base = forward(load(model))
-    expected = forward(load(with_lora(model, lora(state, bias=True), 0.5)))
-    patched = model.clone()
-    patched.set_hook_mode(mode)
-    group = hook_group(patched, lora(state, bias=True), 0.5)
-    load(patched)
-    for _ in range(2):
-        patched.apply_hooks(group)
-        torch.testing.assert_close(forward(patched), expected, atol=1e-5, rtol=1e-5)
-        patched.apply_hooks(None)
-        torch.testing.assert_close(forward(patched), base)
-    patched.cleanup()
-    assert functions(patched) == []
-
-
-def test_hooks_add_to_the_loras_of_the_model(model, state):
-    first, second = lora(state, seed=1), lora(state, seed=2)
-    expected = forward(load(with_lora(with_lora(model, first), second)))
-    patched = with_lora(model, first)
-    group = hook_group(patched, second)
-    load(patched)
-    patched.apply_hooks(group)
-    torch.testing.assert_close(forward(patched), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_model_as_lora_hook(model, state):
-    """A difference to another model's weights, which needs this model's own."""
-    target = torch.randn(512, 256)
-    patched = model.clone()
-    patched.add_patches({KEY: ("model_as_lora", (target,))}, 1.0)
-    load(patched)
-    _, module = next((key, m) for key, m in packed_modules(patched.model) if key == KEY)
-    torch.testing.assert_close(module.weight_function[0](module.weight.dequantize()), target)
 
 
 # No accelerator here: a second CPU "device" that the host takes for one shows what is accounted and moved.
@@ -376,13 +195,3 @@ def test_tiny_layer_that_dynamic_vram_makes_resident(model, state):
     patched.sync()
     assert not is_packed(comfy.utils.get_attr(patched.model, KEY))
     torch.testing.assert_close(forward(patched), expected, atol=2e-4, rtol=2e-4)
-
-
-def test_low_rank_recognition(model):
-    up, down = torch.randn(512, 4), torch.randn(4, 256)
-    module = dict(packed_modules(model.model))[KEY]
-    adapter = LoRAAdapter(set(), (up, down, 8.0, None, None, None))
-    plain = (1.0, adapter, 1.0, None, None)
-    assert OnTheFly(KEY, [plain], module).size() == (512 + 256) * 4 * 4
-    for other in ((1.0, adapter, 0.5, None, None), (1.0, adapter, 1.0, (0, 0, 512), None)):
-        assert OnTheFly(KEY, [other], module).size() == 0
