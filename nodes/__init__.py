@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .collect_importance import WanQuantCollectImportance
 from .compare_latents import WanQuantCompareLatents
 from .convert import WanQuantConvert
 from .folders import register_folders
@@ -15,6 +16,7 @@ from .load_text_encoder import WanQuantTextEncoderLoader
 from .preview_decode import WanQuantPreviewDecode
 from .replacements import register_replacements
 from .save_conditioning import WanQuantSaveConditioning
+from .save_importance import WanQuantSaveImportance
 
 
 class WanQuantExtension(ComfyExtension):
@@ -33,4 +35,6 @@ class WanQuantExtension(ComfyExtension):
             WanQuantLoadConditioning,
             WanQuantPreviewDecode,
             WanQuantCompareLatents,
+            WanQuantCollectImportance,
+            WanQuantSaveImportance,
         ]

@@ -6,17 +6,30 @@ import os
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import io
 
+from ..quant import read_importance
 from ..quant.convert import convert
 from ..quant.qtype import Effort
 from ..quant.recipe import RECIPES
-from .folders import MODELS, check_names, destinations, model_path, output_path, portable, source_names, stat_token
+from .folders import (
+    IMPORTANCE,
+    MODELS,
+    check_names,
+    destinations,
+    model_path,
+    output_path,
+    portable,
+    source_names,
+    stat_token,
+)
 from .pictures import picture_tensor, text_and_picture
 
 # What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
 _ENCODER_BYTES = 1 << 30
+_NONE = "none"
 
 
 class WanQuantConvert(io.ComfyNode):
@@ -70,6 +83,19 @@ class WanQuantConvert(io.ComfyNode):
                     optional=True,  # graphs saved before it was added lack it
                     tooltip="GiB of the file: the types are chosen for the lowest error in that size. 0: the recipe's.",
                 ),
+                io.Combo.Input(
+                    "importance",
+                    options=[_NONE, *folder_paths.get_filename_list(IMPORTANCE)],
+                    default=_NONE,
+                    optional=True,
+                    tooltip="An importance matrix of this model: errors go where they count least.",
+                ),
+                io.String.Input(
+                    "importance_path",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Connect the path of Save Importance Matrix; importance is then ignored.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="path", tooltip="Connect to the path of Load Diffusion Model (GGUF)."),
@@ -79,16 +105,27 @@ class WanQuantConvert(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source: str | None = None) -> bool | str:
-        return check_names(MODELS, source)
+    def validate_inputs(
+        cls, source: str | None = None, importance: str | None = _NONE, importance_path: str | None = ""
+    ) -> bool | str:
+        found = check_names(MODELS, source)
+        ignored = importance == _NONE or importance_path != ""  # a linked path is None at this point
+        return found if found is not True or ignored else check_names(IMPORTANCE, importance)
 
     @classmethod
     def fingerprint_inputs(
-        cls, source: str, recipe: str, folder: str, output_name: str, target_size: float = 0.0, **_: object
+        cls,
+        source: str,
+        recipe: str,
+        folder: str,
+        output_name: str,
+        target_size: float = 0.0,
+        importance: str = _NONE,
+        **_: object,
     ) -> str:
         target = os.path.join(destinations().get(folder, folder), _name(output_name, source, recipe, target_size))
         written = os.stat(target).st_mtime_ns if os.path.exists(target) else "missing"
-        return f"{stat_token(MODELS, source)} {target} {written}"
+        return f"{stat_token(MODELS, source)} {stat_token(IMPORTANCE, importance)} {target} {written}"
 
     @classmethod
     def execute(
@@ -101,9 +138,13 @@ class WanQuantConvert(io.ComfyNode):
         effort: Effort,
         device: str,
         target_size: float = 0.0,
+        importance: str = _NONE,
+        importance_path: str = "",
     ) -> io.NodeOutput:
         source_path = model_path(MODELS, source)
         target = output_path(destinations()[folder], _name(output_name, source, recipe, target_size), ".gguf")
+        if importance != _NONE:
+            importance_path = importance_path or model_path(IMPORTANCE, importance)
         chosen = comfy.model_management.get_torch_device() if device == "default" else torch.device(device)
         comfy.model_management.free_memory(_ENCODER_BYTES, chosen)
         bar = comfy.utils.ProgressBar(1)
@@ -118,6 +159,7 @@ class WanQuantConvert(io.ComfyNode):
             recipe,
             target_size=target_size or None,
             effort=effort,
+            importance=read_importance(importance_path) if importance_path else None,
             device=chosen,
             overwrite=overwrite,
             progress=progress,

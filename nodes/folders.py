@@ -17,11 +17,12 @@ ENCODERS = "text_encoders"
 GGUF = "unet_gguf"
 GGUF_ENCODERS = "clip_gguf"
 CONDITIONING = "conditioning"
+IMPORTANCE = "importance"
 OUTPUT = "output"
 
 
 def register_folders() -> None:
-    """Make the host list .gguf files beside its own diffusion models, and saved conditionings."""
+    """Make the host list .gguf files beside its own diffusion models, saved conditionings and importance matrices."""
     for name, gguf_name in ((MODELS, GGUF), (ENCODERS, GGUF_ENCODERS)):
         shared, _ = folder_paths.folder_names_and_paths[name]
         paths, extensions = folder_paths.folder_names_and_paths.get(gguf_name, (shared, set()))
@@ -30,10 +31,8 @@ def register_folders() -> None:
             shared = [*paths, *(path for path in shared if path not in paths)]
         folder_paths.folder_names_and_paths[gguf_name] = (shared, {*extensions, ".gguf"})
     parents = (folder_paths.models_dir, folder_paths.get_output_directory())
-    folder_paths.folder_names_and_paths[CONDITIONING] = (
-        [os.path.join(p, CONDITIONING) for p in parents],
-        {".safetensors"},
-    )
+    for name, suffixes in ((CONDITIONING, {".safetensors"}), (IMPORTANCE, {".gguf", ".dat"})):
+        folder_paths.folder_names_and_paths[name] = ([os.path.join(p, name) for p in parents], suffixes)
 
 
 def source_names() -> list[str]:

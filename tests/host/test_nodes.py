@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from wanquant.tests.host.graphs import conversion, node
+from wanquant.ops.conditioning import save_conditioning
+from wanquant.tests.host.graphs import PROMPT, STEPS, conversion, node, video
 from wanquant.tests.host.server import GraphError, HostServer
 from wanquant.tests.tiny_wan import write_tiny_wan
 
@@ -54,6 +56,21 @@ def test_info_shows_text_and_picture(server: HostServer, target: Path):
     shown = server.run({"info": node("WanQuantInspect", model_name=target.name)})["info"]
     assert "Wan diffusion model" in shown["text"][0]
     assert server.fetch("/view", **shown["images"][0]).startswith(b"\x89PNG")
+
+
+def test_importance_is_collected_and_used(server: HostServer, target: Path):
+    save_conditioning([[0.1 * torch.randn(1, 16, 4096), {}]], str(server.models / "conditioning" / PROMPT))
+    model = video({"loader": node("UNETLoader", unet_name=NAME, weight_dtype="default")}, "importance")
+    sampled = {key: model[key] for key in ("loader", "prompt", "empty", "sampler")}
+    sampled["empty"]["inputs"] |= {"width": 64, "height": 64, "length": 5}
+    sampled["model"] = node("WanQuantCollectImportance", model=["loader", 0], steps="alike")
+    save = node("WanQuantSaveImportance", importance=["model", 1], name="job.gguf", latent=["sampler", 0])
+    graph = {**sampled, "save": save}
+    assert f"over {STEPS} evaluations" in server.run(graph)["save"]["text"][0]
+    again = {**graph, **conversion("Q4_0", source=NAME, overwrite=True, importance_path=["save", 0])}
+    shown = server.run(again)
+    assert f"over {STEPS} evaluations" in shown["save"]["text"][0], "cached sampling adds nothing"
+    assert "quantize.imatrix.file: job.gguf" in shown["convert"]["text"][0]
 
 
 def test_latents_are_compared(server: HostServer):

@@ -13,6 +13,7 @@ from wanquant.tests.tiny_wan import write_tiny_wan
 pytestmark = pytest.mark.host
 
 NODES = [
+    "WanQuantCollectImportance",
     "WanQuantCompareLatents",
     "WanQuantConvert",
     "WanQuantExpertPairLoader",
@@ -21,6 +22,7 @@ NODES = [
     "WanQuantLoader",
     "WanQuantPreviewDecode",
     "WanQuantSaveConditioning",
+    "WanQuantSaveImportance",
     "WanQuantTextEncoderLoader",
 ]
 

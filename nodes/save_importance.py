@@ -1,0 +1,54 @@
+"""WanQuantSaveImportance."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..quant import write_importance
+from ..quant.importance import Collector
+from .collect_importance import ImportanceIO
+from .folders import IMPORTANCE, output_path
+
+
+class WanQuantSaveImportance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantSaveImportance",
+            display_name="Save Importance Matrix",
+            category="WanQuant/convert",
+            description="Writes what Collect Importance Matrix has measured so far as a file for Convert to GGUF, in"
+            " llama.cpp's layout.",
+            search_aliases=["imatrix", "export imatrix"],
+            is_output_node=True,
+            inputs=[
+                ImportanceIO.Input("importance"),
+                io.String.Input(
+                    "name",
+                    default="importance.gguf",
+                    tooltip="File name below output/importance. A file of that name is replaced.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The sampler's result, so that saving waits for it. Leave it unconnected to save what an"
+                    " interrupted run has collected.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="Connect to importance_path of Convert to GGUF.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> float:
+        return float("nan")  # the same handle holds more after each run
+
+    @classmethod
+    def execute(cls, importance: Collector, name: str, latent: object = None) -> io.NodeOutput:
+        collected = importance.result()
+        path = output_path(os.path.join(folder_paths.get_output_directory(), IMPORTANCE), name, ".gguf")
+        written = str(write_importance(path, collected, overwrite=True))
+        text = f"{len(collected)} matrices over {collected.samples} evaluations of the model"
+        return io.NodeOutput(written, ui=ui.PreviewText(f"Saved {name}: {text}"))
