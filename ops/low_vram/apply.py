@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from .block import LeanBlock, is_lean_block
+from .edges import lean_edges
 from .plan import LeanPlan
+from .variants import variant
 
 PlanChooser = Callable[[torch.Size], LeanPlan | None]
 """From the shape of a latent, (batch, channels, frames, height, width); None for the host's own forward."""
@@ -81,10 +84,17 @@ class _LeanForward:
         plan = self.choose(x.shape) if isinstance(model, wan.WanModel) else None
         if plan is not None:
             plan.check(model.num_heads)
-            image_tokens = None if clip_fea is None else clip_fea.shape[-2]
-            options = _with_lean_blocks(model, _Run(plan, image_tokens), options)
-        out: Tensor = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+            run = _Run(plan, _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref")), not variant(model).keeps_input)
+            options = _with_lean_blocks(model, run, options)
+        with nullcontext() if plan is None else lean_edges(model, x.dtype):
+            out: Tensor = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
         return out
+
+
+def _image_tokens(model: wan.WanModel, *images: object) -> int | None:
+    """How many of CLIP's tokens the host puts before the text, by its own count."""
+    counts = [image.shape[-2] for image in images if isinstance(image, Tensor)]
+    return sum(counts) if counts or hasattr(model, "img_emb_refimage") else None
 
 
 @dataclass
@@ -93,8 +103,8 @@ class _Run:
 
     plan: LeanPlan
     image_tokens: int | None
-    began: bool = False
-    """A lean block has run: what comes next is its output."""
+    owns_tokens: bool
+    """Nobody reads the coming block's input again but the block."""
 
 
 def _with_lean_blocks(model: wan.WanModel, run: _Run, options: dict[str, Any]) -> dict[str, Any]:
@@ -124,12 +134,9 @@ class _Replacement:
 
     def _lean(self, args: dict[str, Any]) -> dict[str, Any]:
         options, x = args["transformer_options"], args["img"]
-        x = x.contiguous() if self._owns_input(options) else x.clone(memory_format=torch.contiguous_format)
-        self.run.began = True
+        seen = options.get("patches", {})
+        owns = self.run.owns_tokens and not (self.outer or seen.get("double_block") or seen.get("attn2_patch"))
+        x = x.contiguous() if owns else x.clone(memory_format=torch.contiguous_format)
+        self.run.owns_tokens = True
         lean = LeanBlock(self.block, self.run.plan, self.run.image_tokens, options)
         return {"img": lean(x, args["vec"], args["pe"], args["txt"])}
-
-    def _owns_input(self, options: dict[str, Any]) -> bool:
-        """Whether nobody can hold the block's input for later: neither the host, as VACE does, nor another node."""
-        seen = options.get("patches", {})
-        return self.run.began and not (self.outer or seen.get("double_block") or seen.get("attn2_patch"))

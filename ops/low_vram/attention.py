@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,12 +12,9 @@ import torch
 from comfy.ldm.flux.math import apply_rope1
 from torch import Tensor
 
+from .modulation import chunks
 from .plan import LeanPlan
 from .weights import Projection, RowProjection, hold, is_known_linear, is_untouched, projection
-
-
-def chunks(tokens: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def is_lean_attention(attn: wan.WanSelfAttention) -> bool:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.ldm.wan.model as wan
-import comfy.model_management
 import torch
 from torch import Tensor
 
-from .attention import LeanAttention, chunks, is_lean_attention
+from .attention import LeanAttention, is_lean_attention
+from .modulation import Modulation, chunks
 from .plan import LeanPlan
 from .weights import is_untouched, projection
 
@@ -45,19 +45,19 @@ class LeanBlock:
             freqs: rotary embedding, (1, tokens, 1, head size / 2, 2, 2).
             context: (batch, context tokens, dim).
         """
-        attention, ffn = _modulation(self.block, e, x)
-        self._self_attention(x, attention, freqs)
+        modulation = Modulation.of(self.block, e if e.ndim == 4 else e.unsqueeze(1), x)
+        self._self_attention(x, modulation, freqs)
         self._cross_attention(x, context)
         for patch in self.options.get("patches", {}).get("attn2_patch", ()):
             x = patch({"x": x, "transformer_options": self.options})
-        self._ffn(x, ffn)
+        self._ffn(x, modulation)
         return x
 
-    def _self_attention(self, x: Tensor, modulation: _Modulation, freqs: Tensor) -> None:
+    def _self_attention(self, x: Tensor, modulation: Modulation, freqs: Tensor) -> None:
         attn, norm = self.block.self_attn, self.block.norm1
 
         def source(chunk: slice) -> Tensor:
-            return modulation.apply(norm(x[:, chunk]), chunk)
+            return modulation.shift_and_scale(norm(x[:, chunk]), 0, chunk)
 
         if is_lean_attention(attn) and not self.options.get("patches", {}).get("attn1_patch"):
             y = LeanAttention(attn, source, freqs, x, self.plan, self.options).output()
@@ -66,7 +66,7 @@ class LeanBlock:
             y = attn(source(slice(0, x.shape[1])), freqs, transformer_options=self.options)
             project = torch.nn.Identity()
         for chunk in self._chunks(x):
-            x[:, chunk].addcmul_(project(y[:, chunk]), modulation.gate[chunk])
+            x[:, chunk].addcmul_(project(y[:, chunk]), modulation.vector(2, chunk))
 
     def _cross_attention(self, x: Tensor, context: Tensor) -> None:
         attn, norm = self.block.cross_attn, self.block.norm3
@@ -93,51 +93,14 @@ class LeanBlock:
             (attn.norm_k_img(attn.k_img(image)), attn.v_img(image)),
         ]
 
-    def _ffn(self, x: Tensor, modulation: _Modulation) -> None:
+    def _ffn(self, x: Tensor, modulation: Modulation) -> None:
         ffn, norm = self.block.ffn, self.block.norm2
         layers = [projection(layer, x) for layer in ffn] if is_untouched(ffn) else [ffn]
         for chunk in self._chunks(x):
-            y = modulation.apply(norm(x[:, chunk]), chunk)
+            y = modulation.shift_and_scale(norm(x[:, chunk]), 3, chunk)
             for layer in layers:
                 y = layer(y)
-            x[:, chunk].addcmul_(y, modulation.gate[chunk])
+            x[:, chunk].addcmul_(y, modulation.vector(5, chunk))
 
     def _chunks(self, x: Tensor) -> list[slice]:
         return list(chunks(x.shape[1], self.plan.token_chunk))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """One of the block's six modulation vectors for each token, made only for the tokens asked for."""
-
-    vectors: Tensor
-    """(batch, 1 or frames, dim)."""
-    tokens: int
-
-    def __getitem__(self, chunk: slice) -> Tensor:
-        frames = self.vectors.shape[1]
-        if frames == 1:
-            return self.vectors
-        each = -(-self.tokens // frames)
-        return self.vectors[:, torch.arange(chunk.start, chunk.stop, device=self.vectors.device) // each]
-
-
-@dataclass(frozen=True)
-class _Modulation:
-    """Of the self-attention or of the FFN."""
-
-    shift: _Rows
-    scale: _Rows
-    gate: _Rows
-
-    def apply(self, normalized: Tensor, chunk: slice) -> Tensor:
-        """The chunk, written over its normalized self."""
-        return torch.addcmul(self.shift[chunk], normalized, 1 + self.scale[chunk], out=normalized)
-
-
-def _modulation(block: wan.WanAttentionBlock, e: Tensor, x: Tensor) -> tuple[_Modulation, _Modulation]:
-    """Of the self-attention and of the FFN."""
-    own = comfy.model_management.cast_to(block.modulation, dtype=x.dtype, device=x.device)
-    parts = (own + e).chunk(6, dim=1) if e.ndim < 4 else (own.unsqueeze(0) + e).unbind(2)
-    rows = [_Rows(part, x.shape[1]) for part in parts]
-    return _Modulation(*rows[:3]), _Modulation(*rows[3:])
