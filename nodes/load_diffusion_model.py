@@ -7,9 +7,10 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loader import load_diffusion_model
-from .folders import GGUF, check_names, model_path, stat_token
+from .folders import GGUF, MODELS, check_names, model_path, source_names, stat_token
 
 DTYPES = {"default": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+NO_MODULE = "none"
 
 
 def dtype_input() -> io.Combo.Input:
@@ -44,20 +45,41 @@ class WanQuantLoader(io.ComfyNode):
                     force_input=True,
                     tooltip="Connect the path of Convert to GGUF to load what it wrote; model_name is then ignored.",
                 ),
+                io.Combo.Input(
+                    "module_name",
+                    options=[NO_MODULE, *sorted((*folder_paths.get_filename_list(GGUF), *source_names()))],
+                    default=NO_MODULE,
+                    optional=True,  # graphs saved before it was added lack it
+                    advanced=True,
+                    tooltip="A file in models/diffusion_models that extends the model, such as a VACE module: .gguf,"
+                    " or .safetensors in F32, F16 or BF16.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str | None = None, path: str | None = "") -> bool | str:
+    def validate_inputs(
+        cls, model_name: str | None = None, path: str | None = "", module_name: str | None = NO_MODULE
+    ) -> bool | str:
         # A linked path, None at this point, makes a stale name irrelevant.
-        return path != "" or check_names(GGUF, model_name)
+        base = path != "" or check_names(GGUF, model_name)
+        return base if base is not True or module_name == NO_MODULE else check_names(_folder(module_name), module_name)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str = "", path: str | None = "", **_: object) -> str:
-        return path or stat_token(GGUF, model_name)
+    def fingerprint_inputs(
+        cls, model_name: str = "", path: str | None = "", module_name: str = NO_MODULE, **_: object
+    ) -> str:
+        return f"{path or stat_token(GGUF, model_name)} {stat_token(_folder(module_name), module_name)}"
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str, path: str = "") -> io.NodeOutput:
+    def execute(
+        cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NO_MODULE
+    ) -> io.NodeOutput:
         path = path or model_path(GGUF, model_name)
-        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype]))
+        module = None if module_name == NO_MODULE else model_path(_folder(module_name), module_name)
+        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], module=module))
+
+
+def _folder(module_name: str | None) -> str:
+    return MODELS if module_name and module_name.endswith(".safetensors") else GGUF

@@ -14,11 +14,13 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..quant import QuantError
-from ..quant.gguf_header import Header, TensorRecord
+from ..quant.gguf_header import Header, TensorRecord, read_header
 from ..quant.provenance import source_metadata
+from ..quant.sources.modules import is_module
 from .layout import pack, with_dtype
 from .linear import GGUFOps, packed_modules
-from .mapping import open_mapped
+from .mapping import map_files
+from .modules import with_module
 from .patcher import with_packed_patches
 
 logger = logging.getLogger(__name__)
@@ -29,28 +31,37 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Source: comfy/ldm/wan/model_animate.py EqualLinear, comfy/ldm/wan/model.py WanModel_S2V, ComfyUI 0.30.0.
 _NO_LINEAR = ("motion_encoder.", "trainable_cond_mask.")
 
+# How tensors start, what such a file is, and what to do with it.
 _FOREIGN = (
-    (("enc.blk.", "dec.blk."), "a T5 text encoder"),
-    (("v.blk.", "mm.", "v.patch_embd"), "a vision projector (mmproj)"),
-    (("blk.", "token_embd."), "a language model or text encoder"),
-    (("encoder.downsamples.", "decoder.upsamples.", "decoder.up."), "a VAE"),
+    (("enc.blk.", "encoder.block."), "a T5 text encoder", "load it with Load Text Encoder (GGUF)"),
+    (("v.blk.", "mm.", "v.patch_embd"), "a vision projector (mmproj)", "choose another file"),
+    (("blk.", "token_embd."), "a language model or text encoder", "choose another file"),
+    (("encoder.downsamples.", "decoder.upsamples.", "decoder.up."), "a VAE", "load its .safetensors with Load VAE"),
 )
 
 
 def load_diffusion_model(
-    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    module: str | os.PathLike[str] | None = None,
+    disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Load a GGUF diffusion model for the host; weights stay packed until they are used.
 
     Args:
         dtype: of the arithmetic; the host chooses for the device when None.
+        module: a GGUF or safetensors file with what a Wan transformer can be extended by (VACE and the like).
         disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
 
     Raises:
-        QuantError: not a well-formed GGUF, or not a diffusion model that this host knows.
+        QuantError: not a well-formed GGUF, no diffusion model that this host knows, or a module that does not fit it.
     """
-    header, data = open_mapped(path)
+    header = read_header(path)
     _refuse_foreign(header)
+    if module is not None:
+        header = with_module(header, module)
+    data = map_files(header.parts)
     # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
     state_dict = {r.name: host_tensor(r, data(r), dtype or torch.bfloat16) for r in header.tensors.values()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
@@ -62,7 +73,7 @@ def load_diffusion_model(
     if patcher is None:
         raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
     _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
-    patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype), ())
+    patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype, module=module), ())
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, lambda _: header.check_unchanged())
     if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
         logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)
@@ -98,15 +109,17 @@ def _refuse_foreign(header: Header) -> None:
         raise _not_a_model(header, "an importance matrix")
     if header.metadata.get("general.type") == "adapter":
         raise _not_a_model(header, "a LoRA")
-    for prefixes, what in _FOREIGN:
+    if is_module(header.tensors, ""):
+        raise _not_a_model(header, "an add-on module", "choose it as the module_name, with the model it is for")
+    for prefixes, what, remedy in _FOREIGN:
         if any(name.startswith(prefixes) for name in header.tensors):
-            raise _not_a_model(header, what)
+            raise _not_a_model(header, what, remedy)
 
 
-def _not_a_model(header: Header, what: str) -> QuantError:
+def _not_a_model(header: Header, what: str, remedy: str = "choose another file") -> QuantError:
     architecture = header.metadata.get("general.architecture", "not given")
     names = ", ".join(list(header.tensors)[:3]) or "none"
     return QuantError(
         f"{header.path}: {what} (general.architecture {architecture}; tensors {names}, ...);"
-        " expected a diffusion model such as Wan; choose another file"
+        f" expected a diffusion model such as Wan; {remedy}"
     )

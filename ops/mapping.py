@@ -1,4 +1,4 @@
-"""Tensor data of a GGUF, mapped the way the host's memory manager wants it."""
+"""Tensor data of files, mapped the way the host's memory manager wants it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,33 @@ import comfy.memory_management
 import torch
 from torch import Tensor
 
-from ..quant.gguf_file import open_gguf
-from ..quant.gguf_header import Header, TensorRecord, read_header
+from ..quant.gguf_file import map_private
+from ..quant.gguf_header import FileIdentity, TensorRecord
 
 TensorData = Callable[[TensorRecord], Tensor]
 """A record's bytes, uint8 (*stored_shape[:-1], row_bytes), mapped and not copied."""
 
 
-def open_mapped(path: str | os.PathLike[str]) -> tuple[Header, TensorData]:
-    """Open a GGUF for the host, with dynamic VRAM through its own map, else through a private one that can be pinned.
+def map_files(parts: Sequence[FileIdentity]) -> TensorData:
+    """Map files of any format: with dynamic VRAM through the host's own map, else through a private one, to be pinned.
 
     Raises:
-        QuantError: the file is no well-formed GGUF.
+        QuantError: a file cannot be mapped, or is no longer the one whose records were read.
     """
-    if not comfy.memory_management.aimdo_enabled:
-        file = open_gguf(path)
-        return file, lambda record: file.tensors[record.name].data
-    header = read_header(path)
-    maps = {part.path: _HostMap(part.path) for part in header.parts}
-    header.check_unchanged()
-    return header, lambda record: maps[record.path].data(record)
+    aimdo = comfy.memory_management.aimdo_enabled
+    maps = {part.path: _HostMap(part.path) if aimdo else _PrivateMap(part) for part in parts}
+    for part in parts:
+        part.check_unchanged()
+    return lambda record: maps[record.path].data(record)
+
+
+class _PrivateMap:
+    def __init__(self, part: FileIdentity) -> None:
+        self._bytes = map_private(part)
+
+    def data(self, record: TensorRecord) -> Tensor:
+        packed = self._bytes[record.offset : record.offset + record.nbytes]
+        return packed.view(record.qtype.packed_shape(record.stored_shape or (1,)))
 
 
 class _HostMap:

@@ -14,12 +14,12 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..quant import QuantError
-from ..quant.gguf_header import Header
+from ..quant.gguf_header import Header, read_header
 from ..quant.sentencepiece import sentencepiece_model
 from ..quant.sources.t5 import transformers_name
 from .linear import GGUFOps
 from .loader import host_tensor
-from .mapping import open_mapped
+from .mapping import map_files
 from .patcher import with_packed_patches
 
 _EMBEDDING = "shared.weight"
@@ -42,7 +42,8 @@ def load_text_encoder(
     Raises:
         QuantError: not a well-formed GGUF, or not a T5 encoder with its tokenizer.
     """
-    header, data = open_mapped(path)
+    header = read_header(path)
+    data = map_files(header.parts)
     state_dict = {
         transformers_name(record.name): host_tensor(record, data(record), torch.bfloat16)
         for record in header.tensors.values()

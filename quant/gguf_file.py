@@ -48,7 +48,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         QuantError: the file is no well-formed GGUF (see `read_header`), or cannot be mapped.
     """
     header = read_header(path)
-    mappings = {part.path: _map_private(part) for part in header.parts}
+    mappings = {part.path: map_private(part) for part in header.parts}
     # The header was read before the file was mapped: both must be of the same file.
     header.check_unchanged()
     tensors = {
@@ -57,7 +57,12 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     return GGUFFile(header.path, header.metadata, tensors, header.parts)
 
 
-def _map_private(part: FileIdentity) -> Tensor:
+def map_private(part: FileIdentity) -> Tensor:
+    """uint8, (file size,): writing to it does not change the file.
+
+    Raises:
+        QuantError: the system refuses.
+    """
     # Pages must be writable and private: CUDA refuses to pin read-only ones in place.
     try:
         return torch.from_file(os.fspath(part.path), shared=False, size=part.size, dtype=torch.uint8)

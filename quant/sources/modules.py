@@ -43,7 +43,7 @@ def check_module(base: _Source, module: _Source) -> None:
     """
     if not is_module(module.tensors.keys(), ""):
         other = next(name for name in module.tensors if not _is_of_module(name, ""))
-        raise QuantError(f"{module.path}: no add-on module (it has tensor {other}); give it as the source itself")
+        raise QuantError(f"{module.path}: no add-on module (it has tensor {other}); choose the file of one")
     for name, tensor in module.tensors.items():
         if name in base.tensors:
             raise QuantError(f"{module.path}: tensor {name}: is in {base.path.name} too; it has this module already")

@@ -33,3 +33,16 @@ def test_pair_keeps_its_order_and_dtype(models, t2v):
     assert loaded[0].model is not loaded[1].model
     inits = [patcher.cached_patcher_init[0].args[0] for patcher in loaded]
     assert [str(path).rsplit("/", 1)[-1] for path in inits] == ["high.gguf", "low.gguf"]
+
+
+def test_module_is_found_by_its_kind_and_checked(models):
+    folder = models / "diffusion_models"
+    for name in ("base.gguf", "vace.gguf", "vace.safetensors"):
+        (folder / name).touch()
+    for module in ("none", "vace.gguf", "vace.safetensors"):
+        assert WanQuantLoader.validate_inputs(model_name="base.gguf", module_name=module) is True
+    assert "nearest name" in WanQuantLoader.validate_inputs(model_name="base.gguf", module_name="vce.safetensors")
+    assert "nearest name" in WanQuantLoader.validate_inputs(path=None, module_name="vce.gguf")
+    before = WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors")
+    (folder / "vace.safetensors").write_bytes(b"1")
+    assert WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors") != before
