@@ -21,6 +21,8 @@ class WanSize(NamedTuple):
     out_dim: int = 16
     image: bool = False
     """Wan 2.1 image-to-video: a second cross attention on CLIP vision features."""
+    vace_layers: int = 0
+    """Blocks for control videos."""
 
 
 SIZES = {
@@ -31,7 +33,9 @@ SIZES = {
 }
 """Wan 2.1 T2V 1.3B and 14B (also each Wan 2.2 A14B expert), Wan 2.2 TI2V 5B, Wan 2.1 I2V 14B."""
 
-_TEXT_DIM, _TIME_DIM, _IMAGE_DIM = 4096, 256, 1280
+VACE_14B = SIZES["14B"]._replace(vace_layers=8)
+
+_TEXT_DIM, _TIME_DIM, _IMAGE_DIM, _CONTROL_DIM = 4096, 256, 1280, 96
 
 _ROLES = (
     ("self_attn", r"blocks\.\d+\.self_attn\.[qkvo]\.weight"),
@@ -63,6 +67,11 @@ def transformer_shapes(size: WanSize) -> dict[str, Shape]:
     if size.image:
         shapes |= _norm("img_emb.proj.0", _IMAGE_DIM) | _linear("img_emb.proj.1", _IMAGE_DIM, _IMAGE_DIM)
         shapes |= _linear("img_emb.proj.3", _IMAGE_DIM, dim) | _norm("img_emb.proj.4", dim)
+    for layer in range(size.vace_layers):
+        shapes |= _block(f"vace_blocks.{layer}", size) | _linear(f"vace_blocks.{layer}.after_proj", dim, dim)
+    if size.vace_layers:
+        shapes |= _linear("vace_blocks.0.before_proj", dim, dim)
+        shapes |= {"vace_patch_embedding.weight": (dim, _CONTROL_DIM, 1, 2, 2), "vace_patch_embedding.bias": (dim,)}
     return shapes
 
 

@@ -114,8 +114,9 @@ class LeanAttention:
 
     def _attend(self, queries: Tensor, k: Tensor, v: Tensor) -> None:
         """Write a group's output over its queries."""
-        # An override may tell tokens apart by their position, so it gets all of them.
-        whole = "optimized_attention_override" in self.options
+        # An override may tell tokens apart by their position, so it gets all of them unless it says otherwise.
+        override = self.options.get("optimized_attention_override")
+        whole = override is not None and not getattr(override, "takes_some_queries", False)
         heads = self.width // self.attn.head_dim
         for chunk in [slice(None)] if whole else self.chunks:
             queries[:, chunk] = wan.optimized_attention(

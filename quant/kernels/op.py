@@ -27,7 +27,9 @@ def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
             f"{qtype}: {packed.numel()} x {packed.dtype} into {out.numel()} weights of strides {out.stride()},"
             f" expected torch.uint8 into {weights} contiguous weights"
         )
-    if packed.numel():
+    if packed.is_meta:
+        torch.ops.wanquant.decode(packed, qtype, out)
+    elif packed.numel():
         path = _PATHS.get(packed.device.type)
         if not (path and path.dequantize(QTYPES[qtype], packed, out)):
             eager.dequantize(QTYPES[qtype], packed, out)
@@ -53,6 +55,9 @@ def _register() -> torch.library.Library | None:
     library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     # Not register_fake, which looks for its caller in all loaded modules: a fifth of a second within ComfyUI.
     library.impl("dequantize", _fake, "Meta")  # type: ignore[no-untyped-call]
+    # What a count of memory on meta tensors sees of a fused kernel: it allocates nothing.
+    library.define("decode(Tensor packed, str qtype, Tensor(a!) out) -> ()")  # type: ignore[no-untyped-call]
+    library.impl("decode", lambda packed, qtype, out: None, "Meta")  # type: ignore[no-untyped-call]
     return library
 
 
