@@ -1,0 +1,115 @@
+"""Seconds of a sampling step at true 1.3B layer shapes on the CPU: packed, dense bfloat16, and a peer's packed.
+
+Each recipe's model and the dense one take the same step in turns, in one process, and the least time of each counts.
+Few blocks stand for all thirty: every block costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..dev import checkout
+from ..quant.convert import convert
+from ..tests.host_shims import install
+from .convert import machine, write_source
+from .dequant import fastest
+
+Step = Callable[[], object]
+SIZE, CHANNELS, TEXT = "1.3B", 16, (512, 4096)
+
+
+def import_host() -> None:
+    """ComfyUI on the CPU, wherever the pack was cloned."""
+    install()
+    sys.path.insert(0, str(checkout()))
+    from comfy.cli_args import args
+
+    args.cpu = True
+
+
+def step_of(patcher: Any, latent: torch.Size) -> Step:
+    """One forward of the diffusion model, its weights loaded."""
+    model = patcher.patch_model(torch.device("cpu"), lowvram_model_memory=0).diffusion_model
+    generator = torch.Generator().manual_seed(0)
+    x, text = (torch.randn(s, generator=generator).bfloat16() for s in (latent, (1, *TEXT)))
+    return partial(torch.inference_mode()(model), x, torch.tensor([500.0]), text)
+
+
+def dense_model(source: Path) -> Any:
+    import comfy.sd
+    import comfy.utils
+
+    return comfy.sd.load_diffusion_model_state_dict(comfy.utils.load_torch_file(str(source)), {"dtype": torch.bfloat16})
+
+
+def packed_model(file: Path) -> Any:
+    from ..ops.loader import load_diffusion_model
+
+    return load_diffusion_model(file, dtype=torch.bfloat16)
+
+
+def peer_model(checkout: Path, file: Path) -> Any:
+    """As ComfyUI-GGUF's Unet Loader loads it, with its default settings."""
+    import comfy.sd
+
+    if "peer" not in sys.modules:
+        sys.modules["peer"] = types.ModuleType("peer")
+        sys.modules["peer"].__path__ = [str(checkout)]
+    loader, ops = (importlib.import_module(f"peer.{name}") for name in ("loader", "ops"))
+    options = {"custom_operations": ops.GGMLOps(), "dtype": torch.bfloat16}
+    return comfy.sd.load_diffusion_model_state_dict(loader.gguf_sd_loader(str(file)), options)
+
+
+def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer: Path | None) -> dict[str, object]:
+    file = source.with_name(f"{source.stem}-{recipe}.gguf")
+    convert(source, file, recipe, effort="fast")
+    models = [packed_model(file), dense_model(source), *([peer_model(peer, file)] if peer else [])]
+    ours, dense, *others = fastest(seconds, *(step_of(model, latent) for model in models))
+    row: dict[str, object] = {"recipe": recipe, "tokens": latent[2:].numel() // 4}
+    row |= {"seconds": round(ours / 1e3, 2), "of_bf16": round(ours / dense, 3)}
+    if others:
+        row["peer_of_bf16"] = round(others[0] / dense, 3)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
+    parser.add_argument("--recipes", nargs="+", default=["Q8_0", "Q6_K", "Q5_0", "Q4_K_M", "Q4_0"])
+    parser.add_argument("--frames", nargs="+", type=int, default=[1, 3], help="latent frames of 832 x 480 pixels")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20, help="to measure each recipe")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    import_host()
+    source = write_source(SIZE, options.blocks)
+    rows = [
+        measure(source, recipe, torch.Size((1, CHANNELS, frames, 60, 104)), options.seconds, options.peer)
+        for frames in options.frames
+        for recipe in options.recipes
+    ]
+    if options.json:
+        print(json.dumps({"machine": machine(), "blocks": options.blocks, "rows": rows}, indent=1))
+        return
+    print(f"{machine()}; {options.blocks} blocks of {SIZE}")
+    columns = ("recipe", "tokens", "seconds", "of_bf16", "peer_of_bf16")
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()
