@@ -54,6 +54,14 @@ class WanQuantLoader(io.ComfyNode):
                     tooltip="A file in models/diffusion_models that extends the model, such as a VACE module: .gguf,"
                     " or .safetensors in F32, F16 or BF16.",
                 ),
+                io.Boolean.Input(
+                    "int8",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Multiply in 8-bit integers: faster on many GPUs, at about 1.4 % error in each layer's"
+                    " output. With it off, results do not depend on the GPU's integer arithmetic.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -74,11 +82,11 @@ class WanQuantLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NO_MODULE
+        cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NO_MODULE, int8: bool = False
     ) -> io.NodeOutput:
         path = path or model_path(GGUF, model_name)
         module = None if module_name == NO_MODULE else model_path(_folder(module_name), module_name)
-        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], module=module))
+        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], module=module, int8=int8))
 
 
 def _folder(module_name: str | None) -> str:

@@ -93,6 +93,8 @@ class GGUFOps(comfy.ops.manual_cast):
     """The host's `operations` for a model from a GGUF file."""
 
     class Linear(GGUFModule, comfy.ops.manual_cast.Linear):
+        multiply = staticmethod(packed_linear)
+
         def __init__(
             self,
             in_features: int,
@@ -109,7 +111,7 @@ class GGUFOps(comfy.ops.manual_cast):
         def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
             weight, bias, functions, stream = self.cast(input)
             packed = is_packed(weight)
-            output = packed_linear(input, weight, bias, functions) if packed else linear(input, weight, bias)
+            output = self.multiply(input, weight, bias, functions) if packed else linear(input, weight, bias)
             comfy.ops.uncast_bias_weight(self, weight, bias, stream)
             return output
 

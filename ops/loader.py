@@ -17,6 +17,7 @@ from ..quant import QuantError
 from ..quant.gguf_header import Header, TensorRecord, read_header
 from ..quant.provenance import source_metadata
 from ..quant.sources.modules import is_module
+from .int8 import int8_ops
 from .layout import pack, with_dtype
 from .linear import GGUFOps, packed_modules
 from .mapping import map_files
@@ -45,6 +46,7 @@ def load_diffusion_model(
     *,
     dtype: torch.dtype | None = None,
     module: str | os.PathLike[str] | None = None,
+    int8: bool = False,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Load a GGUF diffusion model for the host; weights stay packed until they are used.
@@ -52,10 +54,12 @@ def load_diffusion_model(
     Args:
         dtype: of the arithmetic; the host chooses for the device when None.
         module: a GGUF or safetensors file with what a Wan transformer can be extended by (VACE and the like).
+        int8: multiply many tokens in 8-bit integers (`int8_linear`).
         disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
 
     Raises:
-        QuantError: not a well-formed GGUF, no diffusion model that this host knows, or a module that does not fit it.
+        QuantError: not a well-formed GGUF, no diffusion model that this host knows, a module that does not
+            fit it, or no int8 in this host.
     """
     header = read_header(path)
     _refuse_foreign(header)
@@ -66,14 +70,14 @@ def load_diffusion_model(
     state_dict = {r.name: host_tensor(r, data(r), dtype or torch.bfloat16) for r in header.tensors.values()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
-        {"custom_operations": GGUFOps} | ({"dtype": dtype} if dtype else {}),
+        {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": dtype} if dtype else {}),
         metadata=source_metadata(header.metadata),
         disable_dynamic=disable_dynamic,
     )
     if patcher is None:
         raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
     _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
-    patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype, module=module), ())
+    patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype, module=module, int8=int8), ())
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, lambda _: header.check_unchanged())
     if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
         logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import lcm
 
 import torch
@@ -75,6 +75,20 @@ def _patch_rows(function: WeightFunction, like: Tensor) -> PatchRows:
     return lambda weight, _: function(weight)
 
 
+def decoded_tiles(
+    weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a packed weight after `functions`, of dtype and device of `like`; each tile valid until the next."""
+    rows, columns = weight.shape
+    decoded = DecodedRows(weight, functions, like)
+    multiple = lcm(_ROWS, decoded.row_multiple)
+    step = min(rows, max(multiple, TILE_BYTES // (columns * like.itemsize) // multiple * multiple))
+    tile = _scratch.tile(step, like)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        yield part, decoded.decode(start, tile[: part.stop - start])
+
+
 def packed_linear(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None, functions: Sequence[WeightFunction] = ()
 ) -> Tensor:
@@ -92,18 +106,11 @@ def packed_linear(
             whole = function(whole)
         return linear(x, whole, bias)
     rows, columns = weight.shape
-    decoded = DecodedRows(weight, functions, x)
-    multiple = lcm(_ROWS, decoded.row_multiple)
-    step = min(rows, max(multiple, TILE_BYTES // (columns * x.itemsize) // multiple * multiple))
-    tile = _scratch.tile(step, x)
-    if step == rows:
-        return linear(x, decoded.decode(0, tile), bias)
     flat, out = x.reshape(-1, columns), x.new_empty(*x.shape[:-1], rows)
-    for start in range(0, rows, step):
-        part = decoded.decode(start, tile[: rows - start]).t()
-        columns_out = out.view(-1, rows)[:, start : start + step]
+    for part, tile in decoded_tiles(weight, functions, x):
+        product = out.view(-1, rows)[:, part]
         if bias is None:
-            torch.mm(flat, part, out=columns_out)
+            torch.mm(flat, tile.t(), out=product)
         else:
-            torch.addmm(bias[start : start + step], flat, part, out=columns_out)
+            torch.addmm(bias[part], flat, tile.t(), out=product)
     return out
