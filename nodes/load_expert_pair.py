@@ -5,6 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
+from ..ops.experts import share_memory
 from ..ops.loader import load_diffusion_model
 from .folders import GGUF, check_names, model_path, stat_token
 from .load_diffusion_model import DTYPES, dtype_input
@@ -18,7 +19,7 @@ class WanQuantExpertPairLoader(io.ComfyNode):
             node_id="WanQuantExpertPairLoader",
             display_name="Load Wan 2.2 Experts (GGUF)",
             category="WanQuant/loaders",
-            description="Loads the two experts of a Wan 2.2 14B model. Both stay on disk until ComfyUI needs them.",
+            description="Loads the two experts of a Wan 2.2 14B model; only the one that is sampled is in memory.",
             search_aliases=["gguf", "wan 2.2", "high noise", "low noise", "A14B"],
             inputs=[
                 io.Combo.Input("high_noise_name", options=names, tooltip="The expert for the first steps."),
@@ -39,4 +40,6 @@ class WanQuantExpertPairLoader(io.ComfyNode):
     @classmethod
     def execute(cls, high_noise_name: str, low_noise_name: str, compute_dtype: str) -> io.NodeOutput:
         paths = (model_path(GGUF, name) for name in (high_noise_name, low_noise_name))
-        return io.NodeOutput(*(load_diffusion_model(path, dtype=DTYPES[compute_dtype]) for path in paths))
+        experts = [load_diffusion_model(path, dtype=DTYPES[compute_dtype]) for path in paths]
+        share_memory(*experts)
+        return io.NodeOutput(*experts)

@@ -28,6 +28,9 @@ class GGUFModule(torch.nn.Module):
     weight_lowvram_function: object
     """The host's with dynamic VRAM: what it would round into the packed blocks."""
 
+    _mapped: tuple[torch.nn.Parameter, ...] = ()
+    """The packed weight as it was loaded, while another device has a copy; in a tuple, torch does not count it in."""
+
     def _declare(self, dtype: torch.dtype | None, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
         self._missing_dtype = dtype
@@ -56,9 +59,18 @@ class GGUFModule(torch.nn.Module):
         unexpected_keys += [key for key in state_dict if key.startswith(prefix) and key not in known]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if is_packed(self.weight):
+            self._keep_mapped(fn(torch.empty(0, device=self.weight.device)).device)
         # torch's own version swaps the data of a parameter in place, which a wrapper tensor does not support.
         comfy.ops._quantized_apply(self, fn, recurse)
         return self
+
+    def _keep_mapped(self, target: torch.device) -> None:
+        """Before a move: blocks do not change, so those that return to main memory are the mapped ones, not a copy."""
+        if target.type != "cpu" and self.weight.device.type == "cpu":
+            self._mapped = (self.weight,)
+        elif target.type == "cpu" and self._mapped:
+            (self.weight,), self._mapped = self._mapped, ()
 
     def cast(self, like: Tensor) -> tuple[Tensor, Tensor | None, list[WeightFunction], Any]:
         """The host's `cast_bias_weight`, which decodes the whole weight for a LoRA, without that.

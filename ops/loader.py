@@ -20,7 +20,7 @@ from ..quant.sources.modules import is_module
 from .int8 import int8_ops
 from .layout import pack, with_dtype
 from .linear import GGUFOps, packed_modules
-from .mapping import map_files
+from .mapping import map_files, watch
 from .modules import with_module
 from .patcher import with_packed_patches
 
@@ -78,7 +78,7 @@ def load_diffusion_model(
         raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
     _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
     patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype, module=module, int8=int8), ())
-    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, lambda _: header.check_unchanged())
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
     if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
         logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)
     return with_packed_patches(patcher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 import warnings
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..quant.gguf_file import map_private
-from ..quant.gguf_header import FileIdentity, TensorRecord
+from ..quant.gguf_header import FileIdentity, Header, TensorRecord
+
+logger = logging.getLogger(__name__)
 
 TensorData = Callable[[TensorRecord], Tensor]
 """A record's bytes, uint8 (*stored_shape[:-1], row_bytes), mapped and not copied."""
@@ -41,6 +44,25 @@ class _PrivateMap:
     def data(self, record: TensorRecord) -> Tensor:
         packed = self._bytes[record.offset : record.offset + record.nbytes]
         return packed.view(record.qtype.packed_shape(record.stored_shape or (1,)))
+
+
+def watch(header: Header) -> Callable[[object], None]:
+    """A callback for before each run, which says once in the log that a loaded file was deleted or replaced.
+
+    Its mapping serves on then. It raises QuantError when the file itself was written to: the weights are others now.
+    """
+    told: set[Path] = set()
+
+    def check(_: object) -> None:
+        for part in header.parts:
+            what = part.displaced()
+            if what and part.path not in told:
+                told.add(part.path)
+                logger.warning(
+                    "%s was %s; what was loaded from it stays in use until it is loaded again", part.path, what
+                )
+
+    return check
 
 
 class _HostMap:

@@ -19,7 +19,7 @@ from ..quant.sentencepiece import sentencepiece_model
 from ..quant.sources.t5 import transformers_name
 from .linear import GGUFOps
 from .loader import host_tensor
-from .mapping import map_files
+from .mapping import map_files, watch
 from .patcher import with_packed_patches
 
 _EMBEDDING = "shared.weight"
@@ -60,7 +60,7 @@ def load_text_encoder(
         [state_dict], embedding_directory, clip_type, options, disable_dynamic=disable_dynamic
     )
     clip.patcher = with_packed_patches(clip.patcher)
-    clip.patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, lambda _: header.check_unchanged())
+    clip.patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
     clip.patcher.cached_patcher_init = (partial(_load_patcher, path, clip_type, embedding_directory), ())
     return clip
 

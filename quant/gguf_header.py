@@ -79,6 +79,21 @@ class FileIdentity:
         if FileIdentity.of(self.path) != self:
             raise QuantError(f"{self.path}: the file was changed or replaced since it was loaded; load the model again")
 
+    def displaced(self) -> str | None:
+        """What became of the path, if it was renamed over or deleted: a mapping of the file is still what it was.
+
+        Raises:
+            QuantError: the file itself was written to, and with it the mapping.
+        """
+        try:
+            now = FileIdentity.of(self.path)
+        except QuantError:
+            return "deleted"
+        if (now.device, now.inode) != (self.device, self.inode):
+            return "replaced by another"
+        self.check_unchanged()
+        return None
+
 
 @dataclass(frozen=True)
 class Header:

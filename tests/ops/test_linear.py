@@ -74,6 +74,19 @@ def test_nothing_is_allocated_before_loading_and_nothing_copied_by_it():
     assert linear(weight).weight._qdata.data_ptr() == weight._qdata.data_ptr()
 
 
+def test_blocks_that_return_to_main_memory_are_those_that_were_loaded():
+    """The meta device stands in for an accelerator: what comes back from it has no values, so it must not be used."""
+    weight = packed_weight("Q4_0")
+    module = linear(weight)
+    expected = weight._qdata.clone()
+    for _ in range(2):
+        assert module.to("meta").weight.device.type == "meta"
+        assert len(list(module.parameters())) == 1
+        module._apply(lambda t: torch.zeros_like(t, device="cpu") if t.is_meta else t)
+        assert module.weight._qdata.data_ptr() == weight._qdata.data_ptr()
+    assert torch.equal(module.weight._qdata, expected)
+
+
 def test_plain_weights_are_accepted():
     weight = torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16)
     module, x = linear(weight), torch.randn(3, COLUMNS)

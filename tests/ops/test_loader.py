@@ -148,15 +148,42 @@ def test_uses_whichever_patcher_the_host_has_now(t2v, monkeypatch):
     assert not isinstance(load_diffusion_model(t2v[1], disable_dynamic=True), OtherPatcher)
 
 
-def test_changed_file_is_refused_before_a_run(tmp_path, state, write_gguf):
+@pytest.fixture
+def loaded(tmp_path, state, write_gguf):
+    """A patcher and the file that it was loaded from."""
     path = write_gguf(tmp_path / "a.gguf", state, as_city96)
-    patcher = load_diffusion_model(path).clone()
+    return load_diffusion_model(path), path
+
+
+def test_file_deleted_or_replaced_serves_on(loaded, state, write_gguf, caplog):
+    patcher, path = loaded[0].clone(), loaded[1]
+    expected = forward(patcher)
     patcher.pre_run()
-    (tmp_path / "new.gguf").write_bytes(path.read_bytes())
-    os.replace(tmp_path / "new.gguf", path)
+    path.unlink()
+    for _ in range(2):
+        patcher.pre_run()
+    (message,) = (record.getMessage() for record in caplog.records if "a.gguf" in record.getMessage())
+    assert "was deleted; what was loaded from it stays in use" in message
+    write_gguf(path, {name: 2 * tensor for name, tensor in state.items()}, as_city96)
+    patcher.pre_run()
+    assert torch.equal(forward(patcher), expected)
+    assert not torch.equal(forward(load_diffusion_model(path)), expected)
+
+
+def test_replaced_file_is_told(loaded, caplog):
+    patcher, path = loaded
+    other = path.with_name("new.gguf")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+    patcher.pre_run()
+    assert "a.gguf was replaced by another; what was loaded from it" in caplog.text
+
+
+def test_file_that_was_written_to_is_refused_before_a_run(loaded):
+    patcher, path = loaded
+    os.utime(path, ns=(1, 1))
     with pytest.raises(QuantError, match=r"a\.gguf: the file was changed or replaced since it was loaded"):
         patcher.pre_run()
-    forward(patcher)  # the old file is still mapped
 
 
 @pytest.mark.parametrize(
