@@ -17,6 +17,7 @@ from .preview_decode import WanQuantPreviewDecode
 from .replacements import register_replacements
 from .save_conditioning import WanQuantSaveConditioning
 from .save_importance import WanQuantSaveImportance
+from .save_model import WanQuantSaveModel
 
 
 class WanQuantExtension(ComfyExtension):
@@ -37,4 +38,5 @@ class WanQuantExtension(ComfyExtension):
             WanQuantCompareLatents,
             WanQuantCollectImportance,
             WanQuantSaveImportance,
+            WanQuantSaveModel,
         ]

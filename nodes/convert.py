@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import os
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
-import torch
 from comfy_api.latest import io
 
 from ..quant import read_importance
 from ..quant.convert import convert
 from ..quant.qtype import Effort
-from ..quant.recipe import RECIPES
+from . import encoding
 from .folders import (
     IMPORTANCE,
-    MODELS,
     check_names,
     destinations,
     model_path,
     output_path,
     portable,
+    source_folder,
     source_names,
+    source_stem,
     stat_token,
 )
-from .pictures import picture_tensor, text_and_picture
 
-# What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
-_ENCODER_BYTES = 1 << 30
 _NONE = "none"
+_FLAT, _DEEP = "4d", "5d"
 
 
 class WanQuantConvert(io.ComfyNode):
@@ -44,45 +40,23 @@ class WanQuantConvert(io.ComfyNode):
             search_aliases=["quantize", "gguf", "compress model"],
             is_output_node=True,
             inputs=[
-                io.Combo.Input("source", options=source_names(), tooltip="A .safetensors Wan checkpoint."),
                 io.Combo.Input(
-                    "recipe",
-                    options=list(RECIPES),
-                    default="Q4_K_M",
-                    tooltip="Size against quality: Q8_0 nearly lossless, Q4_K_M the usual choice, Q2_K the smallest.",
+                    "source",
+                    options=source_names(),
+                    tooltip="A Wan checkpoint: .safetensors, the first of its shards, or .gguf.",
                 ),
-                io.Combo.Input(
-                    "folder",
-                    options=list(destinations()),
-                    default=MODELS,
-                    advanced=True,
-                    tooltip="Where the file goes: a model folder, or output for ComfyUI's output folder.",
-                ),
+                encoding.recipe_input(),
+                encoding.folder_input(),
                 io.String.Input(
                     "output_name",
                     default="",
                     tooltip="Name of the .gguf file; empty: the source's name and the recipe.",
                 ),
-                io.Boolean.Input(
-                    "overwrite", default=False, tooltip="Replace a file of that name that was made in another way."
-                ),
-                io.Combo.Input(
-                    "effort",
-                    options=["best", "fast"],
-                    default="best",
-                    advanced=True,
-                    tooltip="best searches for the lowest error; fast is several times quicker.",
-                ),
-                io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True),
-                io.Float.Input(
-                    "target_size",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    optional=True,  # graphs saved before it was added lack it
-                    tooltip="GiB of the file: the types are chosen for the lowest error in that size. 0: the recipe's.",
-                ),
+                encoding.overwrite_input(),
+                encoding.effort_input(),
+                encoding.device_input(),
+                # Those from here on are optional: graphs saved before they were added lack them.
+                encoding.target_size_input(),
                 io.Combo.Input(
                     "importance",
                     options=[_NONE, *folder_paths.get_filename_list(IMPORTANCE)],
@@ -96,21 +70,41 @@ class WanQuantConvert(io.ComfyNode):
                     force_input=True,
                     tooltip="Connect the path of Save Importance Matrix; importance is then ignored.",
                 ),
+                io.Combo.Input(
+                    "module",
+                    options=[_NONE, *source_names()],
+                    default=_NONE,
+                    optional=True,
+                    advanced=True,
+                    tooltip="A separate module (VACE and the like) that becomes part of the file.",
+                ),
+                io.Combo.Input(
+                    "patch_embedding",
+                    options=[_FLAT, _DEEP],
+                    default=_FLAT,
+                    optional=True,
+                    advanced=True,
+                    tooltip="4d is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper.",
+                ),
             ],
-            outputs=[
-                io.String.Output(display_name="path", tooltip="Connect to the path of Load Diffusion Model (GGUF)."),
-                io.Image.Output(display_name="report"),
-                io.String.Output(display_name="summary"),
-            ],
+            outputs=encoding.report_outputs(),
         )
 
     @classmethod
     def validate_inputs(
-        cls, source: str | None = None, importance: str | None = _NONE, importance_path: str | None = ""
+        cls,
+        source: str | None = None,
+        importance: str | None = _NONE,
+        importance_path: str | None = "",
+        module: str | None = _NONE,
     ) -> bool | str:
-        found = check_names(MODELS, source)
-        ignored = importance == _NONE or importance_path != ""  # a linked path is None at this point
-        return found if found is not True or ignored else check_names(IMPORTANCE, importance)
+        named = [(source_folder(source), source)]
+        if module != _NONE:
+            named.append((source_folder(module), module))
+        if importance != _NONE and importance_path == "":  # a linked path is None at this point
+            named.append((IMPORTANCE, importance))
+        answers = (check_names(folder, name) for folder, name in named)
+        return next((answer for answer in answers if answer is not True), True)
 
     @classmethod
     def fingerprint_inputs(
@@ -121,11 +115,14 @@ class WanQuantConvert(io.ComfyNode):
         output_name: str,
         target_size: float = 0.0,
         importance: str = _NONE,
+        module: str = _NONE,
         **_: object,
     ) -> str:
-        target = os.path.join(destinations().get(folder, folder), _name(output_name, source, recipe, target_size))
+        name = _name(output_name, source, module, recipe, target_size)
+        target = os.path.join(destinations().get(folder, folder), name)
         written = os.stat(target).st_mtime_ns if os.path.exists(target) else "missing"
-        return f"{stat_token(MODELS, source)} {stat_token(IMPORTANCE, importance)} {target} {written}"
+        read = [(source_folder(source), source), (source_folder(module), module), (IMPORTANCE, importance)]
+        return " ".join((*(stat_token(where, what) for where, what in read), target, str(written)))
 
     @classmethod
     def execute(
@@ -140,35 +137,31 @@ class WanQuantConvert(io.ComfyNode):
         target_size: float = 0.0,
         importance: str = _NONE,
         importance_path: str = "",
+        module: str = _NONE,
+        patch_embedding: str = _FLAT,
     ) -> io.NodeOutput:
-        source_path = model_path(MODELS, source)
-        target = output_path(destinations()[folder], _name(output_name, source, recipe, target_size), ".gguf")
+        name = _name(output_name, source, module, recipe, target_size)
+        target = output_path(destinations()[folder], name, ".gguf")
         if importance != _NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
-        chosen = comfy.model_management.get_torch_device() if device == "default" else torch.device(device)
-        comfy.model_management.free_memory(_ENCODER_BYTES, chosen)
-        bar = comfy.utils.ProgressBar(1)
-
-        def progress(done: int, total: int, _name: str) -> None:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            bar.update_absolute(done, total)
-
         report = convert(
-            source_path,
+            model_path(source_folder(source), source),
             target,
             recipe,
             target_size=target_size or None,
             effort=effort,
             importance=read_importance(importance_path) if importance_path else None,
-            device=chosen,
+            device=encoding.encoder_device(device),
             overwrite=overwrite,
-            progress=progress,
+            five_d=patch_embedding == _DEEP,
+            modules=[] if module == _NONE else [model_path(source_folder(module), module)],
+            progress=encoding.progress_bar(),
         )
-        picture, summary = picture_tensor(report.image()), report.text()
-        return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, cls))
+        return encoding.shown(report, cls)
 
 
-def _name(output_name: str, source: str, recipe: str, target_size: float) -> str:
+def _name(output_name: str, source: str, module: str, recipe: str, target_size: float) -> str:
     """Of the file to write: the one that was typed, or the source's with what is made of it."""
-    default = f"{os.path.splitext(source)[0]}-{f'{target_size:g}GiB' if target_size else recipe}.gguf"
-    return portable(output_name or default)
+    added = [] if module == _NONE else [os.path.basename(source_stem(module))]
+    parts = (source_stem(source), *added, f"{target_size:g}GiB" if target_size else recipe)
+    return portable(output_name) or "-".join(parts) + ".gguf"

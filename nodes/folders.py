@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -19,6 +20,8 @@ GGUF_ENCODERS = "clip_gguf"
 CONDITIONING = "conditioning"
 IMPORTANCE = "importance"
 OUTPUT = "output"
+
+_SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.(safetensors|gguf)$)")
 
 
 def register_folders() -> None:
@@ -36,8 +39,20 @@ def register_folders() -> None:
 
 
 def source_names() -> list[str]:
-    """Checkpoints that can be converted."""
-    return [name for name in folder_paths.get_filename_list(MODELS) if name.endswith(".safetensors")]
+    """Checkpoints that can be converted: of one in several files the first, which stands for all."""
+    dense = [name for name in folder_paths.get_filename_list(MODELS) if name.endswith(".safetensors")]
+    shards = [(name, _SHARD.search(name)) for name in (*dense, *folder_paths.get_filename_list(GGUF))]
+    return [name for name, shard in shards if shard is None or int(shard[1]) == 1]
+
+
+def source_folder(name: str | None) -> str:
+    """The kind of folder that lists a checkpoint."""
+    return GGUF if name is not None and name.endswith(".gguf") else MODELS
+
+
+def source_stem(name: str) -> str:
+    """A checkpoint's name, subfolder included, without the suffix and the number of a shard."""
+    return _SHARD.sub("", portable(name)).removesuffix(".safetensors").removesuffix(".gguf")
 
 
 def model_path(folder: str, name: str) -> str:

@@ -98,7 +98,7 @@ class PackedPatcher(ModelPatcher):
     def model_state_dict_for_saving(self, *_: object, **__: object) -> NoReturn:
         raise QuantError(
             "a GGUF model cannot be saved as safetensors, its weights are packed blocks;"
-            " merge LoRAs into the original checkpoint and convert that"
+            " write it, LoRAs merged, with Save Model as GGUF"
         )
 
     def _is_packed(self, key: str) -> bool:

@@ -72,7 +72,8 @@ def open_checkpoint(path: str | Path, modules: Sequence[str | Path] = ()) -> Che
     """Opens a Wan transformer, a module that is added to one, or a T5 text encoder.
 
     Args:
-        path: safetensors (plain, FP8, or in ComfyUI's quantized formats), a folder of shards or its index, or a GGUF.
+        path: safetensors (plain, FP8, or in ComfyUI's quantized formats), a folder of shards,
+            its index or one of them, or a GGUF.
         modules: files of add-on modules (VACE and the like) whose tensors are merged onto the checkpoint's.
 
     Raises:

@@ -70,7 +70,7 @@ class ConversionReport(FileReport):
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     destination: str | Path,
     recipe: str = "Q4_K_M",
     *,
@@ -86,7 +86,8 @@ def convert(
     """Converts a Wan checkpoint to GGUF; the destination appears complete or not at all.
 
     Args:
-        source: what `open_checkpoint` takes; one that is quantized already makes a second error, which is logged.
+        source: what `open_checkpoint` takes, or gave and is closed here; one that is quantized already makes a second
+            error, which is logged.
         destination: path of a .gguf file. One that holds the result of the same job already is left as it is.
         recipe: a key of `RECIPES`.
         target_size: GiB that the file takes at most; the types are then chosen for the least error, by no recipe.
@@ -115,7 +116,7 @@ def convert(
 
 
 def convert_all(
-    source: str | Path,
+    source: str | Path | Checkpoint,
     jobs: Sequence[Job],
     *,
     effort: Effort = "best",
@@ -128,10 +129,10 @@ def convert_all(
 ) -> list[ConversionReport]:
     """Like `convert`, for several files in one pass over the source."""
     started = time.monotonic()
-    source, device = Path(source), _usable_device(device)
-    for job in jobs:
-        _check_paths(source, job.destination)
-    with open_checkpoint(source, modules) as checkpoint:
+    device = _usable_device(device)
+    with source if isinstance(source, Checkpoint) else open_checkpoint(source, modules) as checkpoint:
+        for job in jobs:
+            _check_paths(checkpoint.path, job.destination)
         warnings = _warnings(checkpoint, check_importance(importance, checkpoint.tensors) if importance else ())
         stream = Stream(checkpoint, effort, importance or {}, device, progress)
         tasks = [_Task(job, job_metadata(checkpoint, job, effort, importance, five_d)) for job in jobs]
@@ -144,7 +145,7 @@ def convert_all(
     return [
         ConversionReport(
             **vars(inspect(paths.get(id(task), task.job.destination))),
-            source=source,
+            source=checkpoint.path,
             source_bytes=checkpoint.identity.size,
             fallbacks=task.planned.fallbacks,
             warnings=warnings,

@@ -88,7 +88,8 @@ def is_up_to_date(destination: Path, checkpoint: Checkpoint, job: Mapping[str, A
         return False
     if not is_same_job(existing, job):
         return False
-    # A copied or touched source has another time but the same content.
+    # A copied or touched source has another time but the same content; one in memory has no time.
     return (
-        existing.get(SOURCE_MTIME) == int(job[SOURCE_MTIME]) or existing.get(SOURCE_SHA256) == checkpoint.file.sha256()
+        existing.get(SOURCE_MTIME) == int(job[SOURCE_MTIME]) != 0
+        or existing.get(SOURCE_SHA256) == checkpoint.file.sha256()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from .tensors import StoredTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -30,11 +32,13 @@ class Opened(NamedTuple):
 
 
 def open_files(path: Path) -> Opened:
-    """Opens a safetensors file, a GGUF (with all its parts), or a sharded folder or its index.
+    """Opens a safetensors file, a GGUF (with all its parts), or a sharded folder, its index or one of its shards.
 
     Raises:
         QuantError: no such file, a pickle, a damaged header, a missing shard or a tensor that is in two.
     """
+    index = path.with_name(_SHARD.sub(INDEX_SUFFIX, path.name)) if _SHARD.search(path.name) else path
+    path = index if index.is_file() else path
     if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
     if not path.is_file():

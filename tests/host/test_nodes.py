@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from wanquant.ops.conditioning import save_conditioning
+from wanquant.quant import open_gguf
 from wanquant.tests.host.graphs import PROMPT, STEPS, conversion, node, video
 from wanquant.tests.host.server import GraphError, HostServer
 from wanquant.tests.tiny_wan import write_tiny_wan
@@ -71,6 +73,23 @@ def test_importance_is_collected_and_used(server: HostServer, target: Path):
     shown = server.run(again)
     assert f"over {STEPS} evaluations" in shown["save"]["text"][0], "cached sampling adds nothing"
     assert "quantize.imatrix.file: job.gguf" in shown["convert"]["text"][0]
+
+
+def test_model_with_lora_is_saved(server: HostServer, target: Path):
+    stem = "diffusion_model.blocks.0.ffn.0"
+    factors = {f"{stem}.lora_A.weight": torch.randn(4, 256), f"{stem}.lora_B.weight": torch.randn(1024, 4)}
+    (server.models / "loras").mkdir(exist_ok=True)
+    save_file(factors, server.models / "loras" / "job.safetensors")
+    convert(server, overwrite=True)
+    loader = node("WanQuantLoader", model_name=target.name, compute_dtype="default")
+    lora = node("LoraLoaderModelOnly", model=["loader", 0], lora_name="job.safetensors", strength_model=0.5)
+    settings = {"recipe": "Q4_0", "folder": "diffusion_models", "overwrite": False, "effort": "fast", "device": "cpu"}
+    save = node("WanQuantSaveModel", model=["lora", 0], name="job-merged.gguf", **settings)
+    text = server.run({"loader": loader, "lora": lora, "save": save})["save"]["text"][0]
+    assert "written in" in text and "MODEL is quantized already (Q4_0)" in text
+    saved, base = (open_gguf(target.with_name(name)).tensors for name in ("job-merged.gguf", target.name))
+    difference = {name: (saved[name].dequantize() - base[name].dequantize()).abs().max() for name in saved}
+    assert max(difference, key=difference.get) == "blocks.0.ffn.0.weight"
 
 
 def test_latents_are_compared(server: HostServer):

@@ -23,6 +23,7 @@ NODES = [
     "WanQuantPreviewDecode",
     "WanQuantSaveConditioning",
     "WanQuantSaveImportance",
+    "WanQuantSaveModel",
     "WanQuantTextEncoderLoader",
 ]
 

@@ -24,7 +24,7 @@ def test_gguf_files_are_listed_beside_the_hosts_own_models(models):
     (models / "diffusion_models" / "wan" / "a.gguf").touch()
     (models / "diffusion_models" / "b.safetensors").touch()
     assert folder_paths.get_filename_list("unet_gguf") == [os.path.join("wan", "a.gguf")]
-    assert source_names() == ["b.safetensors"]
+    assert source_names() == ["b.safetensors", os.path.join("wan", "a.gguf")]
 
 
 def test_folders_of_other_packs_are_kept(models, tmp_path):

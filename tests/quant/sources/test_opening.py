@@ -35,10 +35,10 @@ def write_shards(folder, state, n_shards=3, **listed):
     return folder
 
 
-@pytest.mark.parametrize("given", ["folder", "index"])
+@pytest.mark.parametrize("given", ["", INDEX, "diffusion_pytorch_model-00002-of-00003.safetensors"])
 def test_shards_are_one_checkpoint(tmp_path, state, given):
     folder = write_shards(tmp_path / "model", state)
-    with open_checkpoint(folder / INDEX if given == "index" else folder) as checkpoint:
+    with open_checkpoint(folder / given) as checkpoint:
         assert checkpoint.tensors.keys() == state.keys()
         for name, tensor in checkpoint.tensors.items():
             assert torch.equal(tensor.read().view(tensor.shape), state[name])

@@ -1,0 +1,100 @@
+"""What the nodes that write GGUF files share: their folder and device choices, and the progress bar."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..quant.convert import ConversionReport
+from ..quant.recipe import RECIPES
+from ..quant.stream import Progress
+from .folders import MODELS, destinations
+from .pictures import picture_tensor, text_and_picture
+
+# What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
+_ENCODER_BYTES = 1 << 30
+
+
+def recipe_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "recipe",
+        options=list(RECIPES),
+        default="Q4_K_M",
+        tooltip="Size against quality: Q8_0 nearly lossless, Q4_K_M the usual choice, Q2_K the smallest.",
+    )
+
+
+def folder_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "folder",
+        options=list(destinations()),
+        default=MODELS,
+        advanced=True,
+        tooltip="Where the file goes: a model folder, or output for ComfyUI's output folder.",
+    )
+
+
+def overwrite_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "overwrite", default=False, tooltip="Replace a file of that name that was made in another way."
+    )
+
+
+def effort_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "effort",
+        options=["best", "fast"],
+        default="best",
+        advanced=True,
+        tooltip="best searches for the lowest error; fast is several times quicker.",
+    )
+
+
+def device_input() -> io.Combo.Input:
+    return io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True)
+
+
+def target_size_input() -> io.Float.Input:
+    return io.Float.Input(
+        "target_size",
+        default=0.0,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        optional=True,  # graphs saved before it was added lack it
+        tooltip="GiB of the file: the types are chosen for the lowest error in that size. 0: the recipe's.",
+    )
+
+
+def report_outputs() -> list[io.Output]:
+    return [
+        io.String.Output(display_name="path", tooltip="Connect to the path of Load Diffusion Model (GGUF)."),
+        io.Image.Output(display_name="report"),
+        io.String.Output(display_name="summary"),
+    ]
+
+
+def encoder_device(choice: str) -> torch.device:
+    """The device of a `device_input`, with room made for the encoder."""
+    device = comfy.model_management.get_torch_device() if choice == "default" else torch.device(choice)
+    comfy.model_management.free_memory(_ENCODER_BYTES, device)
+    return device
+
+
+def progress_bar() -> Progress:
+    """For one conversion; the user can interrupt it."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def progress(done: int, total: int, _name: str) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return progress
+
+
+def shown(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:
+    """What `report_outputs` declares, and the same below the node."""
+    picture, summary = picture_tensor(report.image()), report.text()
+    return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, node))

@@ -1,0 +1,70 @@
+"""WanQuantSaveModel."""
+
+from __future__ import annotations
+
+import os
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..ops.merged import merged_checkpoint
+from ..quant.convert import convert
+from ..quant.qtype import Effort
+from . import encoding
+from .folders import destinations, output_path
+
+
+class WanQuantSaveModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantSaveModel",
+            display_name="Save Model as GGUF",
+            category="WanQuant/convert",
+            description="Writes a MODEL with its LoRAs merged as one GGUF. Each weight is merged in full precision and"
+            " encoded once.",
+            search_aliases=["merge lora", "bake lora", "export gguf", "model save"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan model from any loader, with or without LoRAs."),
+                io.String.Input("name", default="merged.gguf", tooltip="Name of the .gguf file."),
+                encoding.recipe_input(),
+                encoding.folder_input(),
+                encoding.overwrite_input(),
+                encoding.effort_input(),
+                encoding.device_input(),
+                encoding.target_size_input(),
+            ],
+            outputs=encoding.report_outputs(),
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str, folder: str, **_: object) -> str:
+        target = os.path.join(destinations().get(folder, folder), name)
+        return f"{target} {os.stat(target).st_mtime_ns if os.path.exists(target) else 'missing'}"
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        name: str,
+        recipe: str,
+        folder: str,
+        overwrite: bool,
+        effort: Effort,
+        device: str,
+        target_size: float = 0.0,
+    ) -> io.NodeOutput:
+        target = output_path(destinations()[folder], name, ".gguf")
+        chosen = encoding.encoder_device(device)
+        report = convert(
+            merged_checkpoint(model, chosen),
+            target,
+            recipe,
+            target_size=target_size or None,
+            effort=effort,
+            device=chosen,
+            overwrite=overwrite,
+            progress=encoding.progress_bar(),
+        )
+        return encoding.shown(report, cls)
