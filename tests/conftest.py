@@ -6,7 +6,14 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update", action="store_true", help="write workflows/, subgraphs/ and the pictures anew")
+
 
 package = types.ModuleType("wanquant")
 package.__path__ = [str(ROOT)]

@@ -8,15 +8,28 @@ import pytest
 
 from wanquant.dev import checkout
 from wanquant.tests.host.server import HostServer
+from wanquant.tests.ops.conftest import HOST  # noqa: F401 (puts the host on sys.path)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[HostServer]:
     if not checkout().is_dir():
         pytest.skip(f"no ComfyUI at {checkout()}: run `python3 dev.py setup`, or set COMFYUI_PATH")
     base = tmp_path_factory.mktemp("host")
-    with HostServer(base, folder="renamed-pack.2", log=base / "comfyui.log") as running:
+    # The folder's name is in the pictures.
+    folder = "ComfyUI-WanQuant" if pytestconfig.getoption("update") else "renamed-pack.2"
+    with HostServer(base, folder=folder, log=base / "comfyui.log") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def tiny_models(server: HostServer) -> None:
+    """Puts the files that the templates ask for into the server's folders."""
+    # Only here, as it imports the host.
+    from wanquant.tests.host.tiny_models import write_models, write_picture
+
+    write_models(server.models)
+    write_picture(server.base / "input" / "example.png")
 
 
 @pytest.hookimpl(wrapper=True)

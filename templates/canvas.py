@@ -1,0 +1,218 @@
+"""Graphs written as nodes in titled boxes -> the canvas's own file format, laid out in columns.
+
+Source: the workflow JSON schema 0.4 of the ComfyUI frontend, https://docs.comfy.org/specs/workflow_json_0.4.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Schemas = dict[str, Any]
+"""What the server says under /object_info: class -> inputs, outputs."""
+Json = dict[str, Any]
+
+_SOCKET, _WIDGET, _TITLE = 20, 24, 30  # heights of one row, in the canvas's units
+_GAP, _MARGIN, _BOX_TITLE = 20, 15, 45
+_WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
+# Nodes that show text or pictures need more room than their rows.
+_SIZES = {
+    "CLIPTextEncode": (420, 170),
+    "LoadImage": (310, 330),
+    "SaveImage": (480, 500),
+    "SaveVideo": (480, 420),
+    "WanQuantCompareLatents": (560, 440),
+    "WanQuantConvert": (440, 620),
+    "WanQuantLowVRAM": (330, 220),
+}
+_WIDTH = 330
+_BOX_COLOR, _NOTE_COLORS = "#3f789e", {"color": "#432", "bgcolor": "#000"}
+
+
+class Model(NamedTuple):
+    """A file that the host can download by itself; `directory` is a folder below models."""
+
+    name: str
+    url: str
+    directory: str
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node as the API takes it: an input that is a list [id, slot] is a link, any other a widget's value.
+
+    A widget that is not named has the host's default.
+    """
+
+    class_type: str
+    inputs: dict[str, Any]
+    title: str = ""
+    models: tuple[Model, ...] = ()
+    color: dict[str, str] = field(default_factory=dict)
+
+
+class Box(NamedTuple):
+    """A titled group of nodes below each other: id -> node. Without a title no frame is drawn."""
+
+    title: str
+    nodes: dict[str, Node]
+
+
+Columns = Sequence[Sequence[Box]]
+"""Boxes below each other, in columns from left to right."""
+
+
+def node(class_type: str, /, *, title: str = "", models: Sequence[Model] = (), **inputs: Any) -> Node:
+    """One node; see `Node`."""
+    return Node(class_type, inputs, title, tuple(models))
+
+
+def note(text: str) -> Box:
+    """A sheet of Markdown."""
+    return Box("", {"note": Node("MarkdownNote", {"": text}, "Read me", color=_NOTE_COLORS)})
+
+
+def workflow(name: str, columns: Columns, schemas: Schemas) -> Json:
+    """The file that the canvas opens; the same graph always gives the same file."""
+    places, groups = _layout(columns, schemas)
+    ids = {item: index for index, item in enumerate(places, start=1)}
+    nodes, links = [], []
+    for order, (item_id, item) in enumerate(_nodes(columns)):
+        sockets = _sockets(item, schemas)
+        for slot, socket in enumerate(sockets):
+            if source := item.inputs.get(socket["name"]):
+                socket["link"] = len(links) + 1
+                links.append([socket["link"], ids[source[0]], source[1], ids[item_id], slot, socket["type"]])
+        nodes.append(_node(ids[item_id], order, item, places[item_id], sockets, schemas))
+    for entry in nodes:
+        for slot, output in enumerate(entry["outputs"]):
+            output["links"] = [link[0] for link in links if link[1:3] == [entry["id"], slot]]
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"wanquant/{name}")),
+        "revision": 0,
+        "last_node_id": len(nodes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": links,
+        "groups": groups,
+        "config": {},
+        "extra": {"workflowRendererVersion": "LG"},
+        "version": 0.4,
+    }
+
+
+def _nodes(columns: Columns) -> Iterator[tuple[str, Node]]:
+    for column in columns:
+        for box in column:
+            yield from box.nodes.items()
+
+
+def _inputs(class_type: str, schemas: Schemas) -> Iterator[tuple[str, str, Json, bool]]:
+    """(name, type, options, optional) of every input in the host's order."""
+    declared = schemas.get(class_type, {"input": {}})["input"]
+    for section in ("required", "optional"):
+        for name, (kind, *options) in declared.get(section, {}).items():
+            yield name, kind if isinstance(kind, str) else "COMBO", options[0] if options else {}, section == "optional"
+
+
+def _sockets(item: Node, schemas: Schemas) -> list[Json]:
+    """The inputs that are links: those that are never widgets, and widgets that the graph links."""
+    found = []
+    for name, kind, options, optional in _inputs(item.class_type, schemas):
+        if not _is_widget(kind, options):
+            found.append({"name": name, "type": kind, "link": None} | ({"shape": 7} if optional else {}))
+        elif isinstance(item.inputs.get(name), list):
+            found.append({"name": name, "type": kind, "widget": {"name": name}, "link": None})
+    return found
+
+
+def _is_widget(kind: str, options: Json) -> bool:
+    return kind in _WIDGET_TYPES and not options.get("forceInput")
+
+
+def widgets(class_type: str, schemas: Schemas) -> list[tuple[str, Any]]:
+    """(name, default) of the values of a node in the order in which a file keeps them.
+
+    The canvas adds two of its own, which are not inputs: what becomes of a seed after the run, and the upload button.
+    """
+    found: list[tuple[str, Any]] = []
+    for name, kind, options, _ in _inputs(class_type, schemas):
+        if _is_widget(kind, options):
+            found.append((name, options.get("default")))
+            found += [("control_after_generate", "randomize")] if options.get("control_after_generate") else []
+            found += [("upload", "image")] if options.get("image_upload") else []
+    return found
+
+
+def _widget_values(item: Node, schemas: Schemas) -> list[Any]:
+    """Values by position."""
+    if item.class_type not in schemas:
+        return list(item.inputs.values())
+    values = {name: value for name, value in item.inputs.items() if not isinstance(value, list)}
+    return [values.get(name, default) for name, default in widgets(item.class_type, schemas)]
+
+
+def _node(number: int, order: int, item: Node, place: list[int], sockets: list[Json], schemas: Schemas) -> Json:
+    schema = schemas.get(item.class_type, {"output": [], "output_name": []})
+    outputs = [
+        {"name": name, "type": kind if isinstance(kind, str) else "COMBO"}
+        for name, kind in zip(schema["output_name"], schema["output"], strict=True)
+    ]
+    properties: Json = {"Node name for S&R": item.class_type} if item.class_type in schemas else {}
+    if item.models:
+        properties["models"] = [model._asdict() for model in item.models]
+    return {
+        "id": number,
+        "type": item.class_type,
+        "pos": place[:2],
+        "size": place[2:],
+        "flags": {},
+        "order": order,
+        "mode": 0,
+        "inputs": sockets,
+        "outputs": outputs,
+        **({"title": item.title} if item.title else {}),
+        "properties": properties,
+        "widgets_values": _widget_values(item, schemas),
+        **item.color,
+    }
+
+
+def _size(item: Node, schemas: Schemas) -> tuple[int, int]:
+    """Width and height without the title bar, as the canvas would compute them, or more."""
+    if item.class_type == "MarkdownNote":
+        lines = item.inputs[""].splitlines()
+        return 480, 60 + 18 * sum(1 + len(line) // 80 for line in lines)
+    rows = max(len(_sockets(item, schemas)), len(schemas[item.class_type]["output"]))
+    count = len(widgets(item.class_type, schemas))
+    height = _SOCKET * rows + (_WIDGET * count + 14 if count else 6)
+    width, least = _SIZES.get(item.class_type, (_WIDTH, 0))
+    return width, max(height, least)
+
+
+def _layout(columns: Columns, schemas: Schemas) -> tuple[dict[str, list[int]], list[Json]]:
+    """Place every node ([x, y, width, height]) and draw the frames."""
+    places: dict[str, list[int]] = {}
+    groups: list[Json] = []
+    x = 0
+    for column in columns:
+        width = max(_size(item, schemas)[0] for box in column for item in box.nodes.values())
+        y = 0
+        for box in column:
+            top, y = y, y + (_BOX_TITLE if box.title else 0)
+            for name, item in box.nodes.items():
+                y += _TITLE
+                places[name] = [x + _MARGIN, y, width, _size(item, schemas)[1]]
+                y += places[name][3] + _GAP
+            if box.title:
+                bounding = [x, top, width + 2 * _MARGIN, y - top]
+                groups.append(_group(len(groups) + 1, box.title, bounding))
+            y += _GAP
+        x += width + 2 * _MARGIN + _GAP
+    return places, groups
+
+
+def _group(number: int, title: str, bounding: list[int]) -> Json:
+    return {"id": number, "title": title, "bounding": bounding, "color": _BOX_COLOR, "font_size": 24, "flags": {}}

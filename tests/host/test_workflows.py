@@ -1,0 +1,62 @@
+"""Every template runs in a real server, on tiny models under the names it asks for, to a saved file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from wanquant.dev import DEFAULT_HOST, ROOT
+from wanquant.templates import models
+from wanquant.templates.canvas import workflow
+from wanquant.templates.wan import templates
+from wanquant.tests.host.server import HostServer
+from wanquant.tests.host.workflow_files import FILES, prompt, saved_files, shrunk
+
+pytestmark = pytest.mark.host
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def schemas(server: HostServer):
+    return server.get("/object_info")
+
+
+def test_files_are_those_of_the_templates(server: HostServer, schemas, pytestconfig):
+    if server.version() != DEFAULT_HOST:
+        pytest.skip(f"drawn with the nodes of ComfyUI {DEFAULT_HOST}")
+    drawn = {name: workflow(name, columns, schemas) for name, columns in templates().items()}
+    if pytestconfig.getoption("update"):
+        for name, content in drawn.items():
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            (ROOT / "workflows" / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
+    assert {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES} == drawn
+
+
+@each_file
+def test_template_runs_to_a_saved_file(path: Path, server: HostServer, schemas, tiny_models):
+    small = shrunk(json.loads(path.read_text(encoding="utf-8")), schemas)
+    written = saved_files(server.run(prompt(small, schemas)), server.output)
+    assert written
+    assert all(file.stat().st_size for file in written)
+
+
+def test_template_browser_lists_them_with_thumbnails(server: HostServer):
+    assert sorted(server.get("/workflow_templates")["renamed-pack.2"]) == sorted(path.stem for path in FILES)
+    for path in FILES:
+        base = f"/api/workflow_templates/renamed-pack.2/{path.stem}"
+        assert server.fetch(f"{base}.json") == path.read_bytes()
+        assert server.fetch(f"{base}.jpg").startswith(b"\xff\xd8")
+
+
+@each_file
+def test_read_me_names_every_file(path: Path):
+    text = path.read_text(encoding="utf-8")
+    asked = set(re.findall(r'"([^"/\s]+\.(?:gguf|safetensors))"', text))
+    (read_me,) = (node["widgets_values"][0] for node in json.loads(text)["nodes"] if node["type"] == "MarkdownNote")
+    assert asked == set(re.findall(r"\[([^\]]+)\]\(https:", read_me))
+    known = {value.url for value in vars(models).values() if isinstance(value, models.Model)}
+    known |= {file.url for pair in (models.T2V_A14B, models.I2V_A14B) for file in pair}
+    assert set(re.findall(r"\((https:[^)]+)\)", read_me)) <= known

@@ -1,0 +1,134 @@
+"""Every model file that the templates ask for, under its name: the true structure, at a size that a CPU runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.clip_model
+import comfy.ldm.wan.model as wan
+import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
+import comfy.ops
+import comfy.text_encoders.t5
+import numpy as np
+import sentencepiece
+import torch
+from PIL import Image
+from torch import nn
+
+from wanquant.quant import QTYPES, convert
+from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
+from wanquant.quant.sentencepiece import SPIECE_KEY
+from wanquant.templates import models
+from wanquant.tests.tiny_wan import random_tensor, write_random_checkpoint, write_sparse_checkpoint
+
+Shapes = dict[str, tuple[int, ...]]
+
+HOST = Path(comfy.__path__[0])
+OPERATIONS = comfy.ops.manual_cast
+TEXT_DIM = 64  # 4096 in Wan; the host reads it from the checkpoint's config
+TINY = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_dim": TEXT_DIM}
+METADATA = {"config": json.dumps({"transformer": {"text_dim": TEXT_DIM}})}
+VAE = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
+
+
+def write_models(folder: Path) -> None:
+    """Fill a models folder."""
+    for name in ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    _write_diffusion_models(folder / "diffusion_models")
+    _write_vaes(folder / "vae")
+    _write_text_encoder(folder / "text_encoders" / models.UMT5.name)
+    # The host knows CLIP Vision H at its true size only: zeros, which take no disk.
+    with (HOST / "clip_vision_config_h.json").open() as file:
+        vision = _shapes(comfy.clip_model.CLIPVisionModelProjection, json.load(file), torch.float16, None, OPERATIONS)
+    write_sparse_checkpoint(folder / "clip_vision" / models.CLIP_VISION.name, vision)
+    down, up = (f"diffusion_model.blocks.0.ffn.0.lora_{part}.weight" for part in ("down", "up"))
+    for lora in (models.LORA_HIGH, models.LORA_LOW):
+        write_random_checkpoint(folder / "loras" / lora.name, {down: (4, TINY["dim"]), up: (TINY["ffn_dim"], 4)})
+
+
+def write_picture(path: Path) -> None:
+    """The input picture of the host's own examples, in name."""
+    y, x = np.mgrid[0:96, 0:128]
+    colours = np.stack([2 * x, 2 * y, 255 - x - y], axis=-1)
+    Image.fromarray(colours.astype(np.uint8)).save(path)
+
+
+def _write_diffusion_models(folder: Path) -> None:
+    image = {"in_dim": 36}
+    vace = {"vace_layers": 1, "vace_in_dim": 96}
+    _write_wan(folder / models.T2V_1_3B.name, wan.WanModel)
+    _write_wan(folder / models.TI2V_5B.name, wan.WanModel, in_dim=48, out_dim=48)
+    for seed, file in enumerate((models.T2V_14B, *models.T2V_A14B)):
+        _write_gguf(folder / file.name, wan.WanModel, seed=seed)
+    for seed, file in enumerate(models.I2V_A14B):
+        _write_gguf(folder / file.name, wan.WanModel, seed=seed, **image)
+    _write_gguf(folder / models.I2V_14B.name, wan.WanModel, model_type="i2v", **image)
+    _write_gguf(folder / models.VACE_14B.name, wan.VaceWanModel, **vace)
+
+
+def _write_wan(path: Path, cls: Callable[..., nn.Module], seed: int = 0, **arguments: Any) -> Path:
+    shapes = _shapes(cls, **TINY, **arguments, dtype=torch.float32, operations=OPERATIONS)
+    return write_random_checkpoint(path, shapes, seed=seed, metadata=METADATA)
+
+
+def _write_gguf(path: Path, cls: Callable[..., nn.Module], seed: int = 0, **arguments: Any) -> None:
+    source = _write_wan(path.with_suffix(".tmp.safetensors"), cls, seed, **arguments)
+    convert(source, path, "Q4_K_M", effort="fast")
+    source.unlink()
+
+
+def _write_vaes(folder: Path) -> None:
+    small = _shapes(comfy.ldm.wan.vae.WanVAE, dim=8, z_dim=16, image_channels=3, conv_out_channels=3, **VAE)
+    write_random_checkpoint(folder / models.VAE_21.name, small)
+    # As with CLIP Vision.
+    write_sparse_checkpoint(folder / models.VAE_22.name, _shapes(comfy.ldm.wan.vae2_2.WanVAE, dim=160, z_dim=48, **VAE))
+
+
+def _write_text_encoder(path: Path) -> None:
+    """24 blocks with an FFN of 10240, by which the host knows umT5-XXL; all else is small."""
+    with (HOST / "text_encoders" / "umt5_config_xxl.json").open() as file:
+        config = json.load(file)
+    tokenizer = _tokenizer()
+    rows = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size()
+    config |= {"vocab_size": rows, "d_model": TEXT_DIM, "num_heads": 2, "d_kv": TEXT_DIM // 2}
+    shapes = _shapes(comfy.text_encoders.t5.T5, config, torch.float32, None, OPERATIONS)
+    specs = [TensorSpec(name, QTYPES["Q8_0" if _divides(shape) else "F32"], shape) for name, shape in shapes.items()]
+    metadata = {"general.architecture": "t5encoder", SPIECE_KEY: np.frombuffer(tokenizer, np.uint8)}
+    generator = torch.Generator().manual_seed(0)
+    with GGUFWriter(path, metadata, specs) as writer:
+        for spec in specs:
+            weight = random_tensor(spec.name, spec.shape, generator)
+            writer.write(spec.name, spec.qtype.quantize(weight, effort="fast"))
+
+
+def _divides(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and shape[1] % 32 == 0
+
+
+def _tokenizer() -> bytes:
+    """A sentencepiece model of one letter each, with umT5's special tokens."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog, 0123456789."] * 50),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _shapes(cls: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Shapes:
+    """Tensor shapes of one of the host's models, without making them."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in cls(*args, **kwargs).state_dict().items()}

@@ -1,0 +1,56 @@
+"""Workflow files of the canvas: smaller settings, and the prompt that the canvas would make of them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from wanquant.dev import ROOT
+from wanquant.templates.canvas import Json, Schemas, widgets
+from wanquant.tests.host.server import Graph
+
+FILES = sorted((ROOT / "workflows").glob("*.json"))
+SMALL = {"width": 128, "height": 64, "length": 5, "steps": 2, "target_size": 0.003}
+
+
+def shrunk(workflow: Json, schemas: Schemas) -> Json:
+    """The same graph with sizes and steps that a CPU does in a moment; experts change after the first step."""
+    small = copy.deepcopy(workflow)
+    for node in small["nodes"]:
+        values = node["widgets_values"]
+        for position, (name, _) in enumerate(_named(node, schemas)):
+            if name in ("start_at_step", "end_at_step"):
+                values[position] = values[position] if values[position] in (0, 10000) else 1
+            elif SMALL.get(name) and values[position]:
+                values[position] = SMALL[name]
+    return small
+
+
+def prompt(workflow: Json, schemas: Schemas) -> Graph:
+    """What the canvas sends when Run is pressed."""
+    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
+    graph = {}
+    for node in workflow["nodes"]:
+        if node["type"] in schemas:
+            declared = [name for section in schemas[node["type"]]["input"].values() for name in section]
+            inputs = {name: value for name, value in _named(node, schemas) if name in declared}
+            inputs |= {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry["link"]}
+            graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return graph
+
+
+def saved_files(outputs: dict[str, Any], folder: Path) -> list[Path]:
+    """Files that the output nodes of a run wrote below the output folder."""
+    entries = [entry for output in outputs.values() for kind in output.values() for entry in kind]
+    return [
+        folder / e["subfolder"] / e["filename"] for e in entries if isinstance(e, dict) and e.get("type") == "output"
+    ]
+
+
+def _named(node: Json, schemas: Schemas) -> list[tuple[str, Any]]:
+    if node["type"] not in schemas:
+        return []
+    return [
+        (name, value) for (name, _), value in zip(widgets(node["type"], schemas), node["widgets_values"], strict=False)
+    ]
