@@ -219,7 +219,8 @@ def _run_module(host: Host, module: str, *arguments: str) -> int:
 
 def _test(host: Host, pytest_arguments: list[str]) -> int:
     """Lint, types and all tests; with arguments for pytest, or on another host, pytest alone."""
-    _require(host.python, ["pytest", "ruff", "mypy", "websocket"], f"pip install {' '.join(_test_tools())}")
+    modules = ["pytest", "ruff", "mypy", "websocket", "playwright"]
+    _require(host.python, modules, f"pip install {' '.join(_test_tools())}")
     if not pytest_arguments and host.version == DEFAULT_HOST:
         lint = [("check", "."), ("format", "--check", ".")]
         if any(_run(host, "-m", "ruff", *step) for step in lint) or _check_types(host):

@@ -1,0 +1,123 @@
+"""ComfyUI's page in a real browser: files are dropped on the canvas and Run is pressed, as a person would."""
+
+from __future__ import annotations
+
+import base64
+import io
+import mimetypes
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from wanquant.tests.host.server import Graph, HostServer
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VIEW = {"width": 1800, "height": 900}
+# Text at every zoom, and nothing over the graph: the pictures are for reading.
+SETTINGS = {"LiteGraph.Canvas.MinFontSizeForLOD": 0, "Comfy.Minimap.Visible": False, "Comfy.Graph.CanvasInfo": False}
+
+_DROP = """([content, name, type]) => {
+    const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], name, {type}));
+    const canvas = document.getElementById("graph-canvas");
+    const {left, top, width, height} = canvas.getBoundingClientRect();
+    const place = {clientX: left + width / 2, clientY: top + height / 2};
+    const options = {dataTransfer: transfer, bubbles: true, cancelable: true, ...place};
+    canvas.dispatchEvent(new DragEvent("drop", options));
+}"""
+_NODES = """() => app.graph.nodes.map(node => ({
+    type: node.type,
+    known: node.type in LiteGraph.registered_node_types,
+    values: (node.widgets ?? []).map(widget => widget.value),
+    rectangle: [...node.boundingRect],
+}))"""
+
+_EXTENT = """() => {
+    const {scale, offset} = app.canvas.ds;
+    const {left, top} = app.canvas.canvas.getBoundingClientRect();
+    const groups = app.graph.groups.map(group => [...group._bounding]);
+    const boxes = [...app.graph.nodes.map(node => [...node.boundingRect]), ...groups];
+    const edge = (index, pick, border) =>
+        (pick(...boxes.map(box => box[index] + (border > 0 ? box[index + 2] : 0))) + border + offset[index]) * scale;
+    return [left + edge(0, Math.min, -20), top + edge(1, Math.min, -20),
+            left + edge(0, Math.max, 20), top + edge(1, Math.max, 20)];
+}"""
+
+
+class Canvas:
+    """The page with its graph."""
+
+    def __init__(self, page: Page, server: HostServer) -> None:
+        self.page = page
+        self.server = server
+
+    def drop(self, path: Path, content: bytes | None = None) -> None:
+        """Drop a file on the canvas and wait for the graph in it; `content` takes the place of the file's own."""
+        self.page.evaluate("app.graph.clear()")
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        encoded = base64.b64encode(path.read_bytes() if content is None else content).decode()
+        self.page.evaluate(_DROP, [encoded, path.name, kind])
+        self.page.wait_for_function("app.graph.nodes.length > 0")
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """Type, whether it is known, values of the widgets, and place of every node."""
+        return self.page.evaluate(_NODES)
+
+    def prompt(self) -> Graph:
+        """What Run would send."""
+        return self.page.evaluate("async () => (await app.graphToPrompt()).output")
+
+    def errors(self) -> str:
+        """Text of the messages that the page shows."""
+        return " ".join(self.page.get_by_text("errors found").all_inner_texts())
+
+    def run(self, timeout: float = 300) -> dict[str, Any]:
+        """Press Run and wait; what /history says of the run."""
+        with self.page.expect_response(lambda response: response.url.endswith("/prompt")) as sent:
+            self.page.get_by_test_id("queue-button").click()
+        prompt = sent.value.json()["prompt_id"]
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if finished := self.server.get(f"/history/{prompt}"):
+                return finished[prompt]
+            time.sleep(0.2)
+        raise TimeoutError(f"no result in {timeout:.0f} s")
+
+    def picture(self) -> Image.Image:
+        """The whole graph, once previews had the time to load."""
+        self.page.locator("#graph-canvas").focus()
+        self.page.keyboard.press(".")
+        self.page.wait_for_timeout(2000)
+        left, top, right, bottom = self.page.evaluate(_EXTENT)
+        clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+        return Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB")
+
+
+@contextmanager
+def open_canvas(server: HostServer) -> Iterator[Canvas]:
+    """A browser on the server's page, with the dialog of the first visit closed."""
+    with sync_playwright() as playwright:
+        # The sandbox needs privileges that containers lack; the page is our own.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport=VIEW, device_scale_factor=1.25)
+        first_visit = "Comfy.TutorialCompleted" not in server.get("/settings")
+        page.goto(server.url)
+        page.get_by_test_id("queue-button").wait_for(timeout=90_000)
+        if first_visit:
+            page.get_by_role("dialog").wait_for()
+            page.keyboard.press("Escape")
+            page.get_by_role("dialog").wait_for(state="hidden")
+        page.evaluate(
+            "async values => { for (const [name, value] of Object.entries(values))"
+            " await app.extensionManager.setting.set(name, value) }",
+            SETTINGS,
+        )
+        yield Canvas(page, server)
+        browser.close()

@@ -1,0 +1,102 @@
+"""Every template in a real browser: dropped on the canvas, run, and drawn for the documentation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wanquant.dev import ROOT
+from wanquant.tests.host.browser import CHROMIUM, Canvas, open_canvas
+from wanquant.tests.host.graphs import node
+from wanquant.tests.host.server import HostServer
+from wanquant.tests.host.workflow_files import FILES, prompt, saved_files, shrunk
+
+pytestmark = pytest.mark.host
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+# In the README and the help pages; every template's picture is also its thumbnail.
+SHOWN = {"quality_comparison": "canvas", "convert_any_wan": "convert"}
+
+
+@pytest.fixture(scope="module")
+def canvas(server: HostServer, tiny_models: None) -> Iterator[Canvas]:
+    if CHROMIUM is None:
+        message = "no browser: install chromium to test the canvas"
+        pytest.fail(message) if os.environ.get("WANQUANT_BROWSER") == "required" else pytest.skip(message)
+    with open_canvas(server) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def schemas(server: HostServer) -> dict[str, Any]:
+    return server.get("/object_info")
+
+
+@each_file
+def test_dropped_template_runs(path: Path, canvas: Canvas, server: HostServer, schemas, pytestconfig):
+    small = shrunk(json.loads(path.read_text(encoding="utf-8")), schemas)
+    canvas.drop(path, json.dumps(small).encode())
+    assert [entry["type"] for entry in canvas.nodes() if not entry["known"]] == []
+    assert canvas.errors() == ""
+    sent = canvas.prompt()
+    for item, expected in prompt(small, schemas).items():
+        assert sent[item]["class_type"] == expected["class_type"]
+        assert sent[item]["inputs"].items() >= expected["inputs"].items(), "every widget has its value"
+    result = canvas.run()
+    assert result["status"]["status_str"] == "success"
+    assert all(file.stat().st_size for file in saved_files(result["outputs"], server.output))
+    picture = canvas.picture()
+    assert _overlaps(canvas.nodes()) == []
+    if pytestconfig.getoption("update"):
+        width = 640
+        thumbnail = picture.resize((width, width * picture.height // picture.width))
+        thumbnail.save(path.with_suffix(".jpg"), quality=80)
+        if path.stem in SHOWN:
+            picture.save(ROOT / "docs" / "images" / f"{SHOWN[path.stem]}.png", optimize=True)
+
+
+def _overlaps(nodes: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    def apart(one: list[float], other: list[float]) -> bool:
+        return any(one[i] + one[i + 2] <= other[i] or other[i] + other[i + 2] <= one[i] for i in (0, 1))
+
+    pairs = itertools.combinations(nodes, 2)
+    return [(a["type"], b["type"]) for a, b in pairs if not apart(a["rectangle"], b["rectangle"])]
+
+
+PICTURE = {"picture": node("EmptyImage", width=64, height=64, batch_size=2, color=255)}
+SAVED = {
+    "png": {"save": node("SaveImage", images=["picture", 0], filename_prefix="graph")},
+    "webp": {
+        "save": node(
+            "SaveAnimatedWEBP",
+            images=["picture", 0],
+            filename_prefix="graph",
+            fps=4.0,
+            lossless=True,
+            quality=80,
+            method="default",
+        )
+    },
+    "mp4": {
+        "frames": node("CreateVideo", images=["picture", 0], fps=4.0),
+        "save": node("SaveVideo", video=["frames", 0], filename_prefix="graph", format="mp4", codec="h264"),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_saved_output_gives_the_graph_back(kind: str, canvas: Canvas, server: HostServer):
+    graph = PICTURE | SAVED[kind]
+    canvas.drop(Path("graph.json"), json.dumps(graph).encode())
+    file, *_ = saved_files(canvas.run()["outputs"], server.output)
+    assert file.suffix == f".{kind}"
+    canvas.drop(file)
+    given_back = canvas.prompt()
+    assert given_back.keys() == graph.keys()
+    for name, expected in graph.items():
+        assert given_back[name]["inputs"].items() >= expected["inputs"].items()
