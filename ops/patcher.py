@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import comfy.model_management
 import comfy.utils
@@ -16,6 +16,7 @@ from torch import Tensor
 from ..quant import QuantError
 from .layout import is_packed
 from .linear import GGUFModule, gguf_modules, packed_modules
+from .patch_fit import fitting
 from .patch_rows import Patch
 from .patches import OnTheFly
 
@@ -72,6 +73,12 @@ class PackedPatcher(ModelPatcher):
             key, device_to, inplace_update, return_weight, force_cast
         )
         return weight
+
+    def add_patches(
+        self, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
+        added: list[Any] = super().add_patches(fitting(self.model, patches), strength_patch, strength_model)
+        return added
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         super().unpatch_model(device_to, unpatch_weights)
