@@ -81,7 +81,9 @@ class _LeanForward:
         **kwargs: object,
     ) -> Tensor:
         model, options = executor.class_obj, transformer_options or {}
-        plan = self.choose(x.shape) if isinstance(model, wan.WanModel) else None
+        # Training needs the activations that lean blocks write over, and a compiled graph plans its own memory.
+        lean = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        plan = self.choose(x.shape) if lean and isinstance(model, wan.WanModel) else None
         if plan is not None:
             plan.check(model.num_heads)
             run = _Run(plan, _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref")), not variant(model).keeps_input)
@@ -118,7 +120,7 @@ def _with_lean_blocks(model: wan.WanModel, run: _Run, options: dict[str, Any]) -
     return options | {"patches_replace": replace | {"dit": present | lean}}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Replacement:
     """Of a block, as the host calls it."""
 

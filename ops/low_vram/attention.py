@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .modulation import chunks
 from .plan import LeanPlan
-from .weights import Projection, RowProjection, hold, is_known_linear, is_untouched, projection
+from .weights import Projection, RowProjection, is_known_linear, is_untouched, projection, row_weight
 
 
 def is_lean_attention(attn: wan.WanSelfAttention) -> bool:
@@ -92,7 +92,7 @@ class LeanAttention:
     def _keys_and_values(self, features: slice, value: Projection, scale: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._empty(self.width), self._empty(self.width)
         key = self._key_rows.features(features)
-        weight = hold(self.attn.norm_k, self.like)[0][features]
+        weight = row_weight(self.attn.norm_k, self.like)[features]
         for chunk in self.chunks:
             x = self.source(chunk)
             v[:, chunk] = value(x)

@@ -22,7 +22,7 @@ def is_lean_block(block: torch.nn.Module) -> bool:
     return type(block) is wan.WanAttentionBlock and is_untouched(block)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LeanBlock:
     """`WanAttentionBlock.forward`; whatever a patch is to see whole exists whole.
 

@@ -16,7 +16,7 @@ def chunks(tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Modulation:
     """Vectors for each token, of which the host gives one set for all tokens or one a frame."""
 

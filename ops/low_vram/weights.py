@@ -10,9 +10,9 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ...quant.kernels.op import dequantize_into
-from ..layout import dense, is_packed
-from ..linear import GGUFOps
+from ..layout import is_packed
+from ..linear import GGUFModule, GGUFOps
+from ..matmul import DecodedRows, WeightFunction
 
 Projection = Callable[[Tensor], Tensor]
 """(..., in features) -> (..., out features)."""
@@ -38,54 +38,66 @@ def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
     """
     if not is_known_linear(module):
         return module  # type: ignore[no-any-return]
-    weight, bias = hold(module, like)
-    return lambda x: linear(x, weight, bias)
+    weight, bias, functions, stream = _cast(module, like)
+    if is_packed(weight):
+        held = DecodedRows(weight, functions, like).decode(0, like.new_empty(weight.shape))
+    else:
+        held = _kept(module, weight, stream)
+    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    return lambda x: linear(x, held, bias)
 
 
 class RowProjection:
     """A known Linear of which some output features are used at a time: of a packed weight, no more are decoded."""
 
     def __init__(self, module: comfy.ops.CastWeightBiasOp, like: Tensor) -> None:
-        self._weight, self._bias = hold(module, like, packed=True)
-        self._like = like
+        weight, self._bias, functions, stream = _cast(module, like)
+        self._like, self._weight = like, _kept(module, weight, stream)
+        comfy.ops.uncast_bias_weight(module, weight, self._bias, stream)
+        self._decoded = DecodedRows(self._weight, functions, like) if is_packed(weight) else None
 
     def features(self, features: slice) -> Projection:
         weight, bias = self._rows(features), None if self._bias is None else self._bias[features]
         return lambda x: linear(x, weight, bias)
 
     def _rows(self, rows: slice) -> Tensor:
-        if not is_packed(self._weight):
+        size = rows.stop - rows.start
+        if self._decoded and (rows.start % self._decoded.row_multiple or size % self._decoded.row_multiple):
+            # A patch that needs the whole weight.
+            self._weight = self._decoded.decode(0, self._like.new_empty(self._weight.shape))
+            self._decoded = None
+        if self._decoded is None:
             return self._weight[rows]
-        packed: QuantizedTensor = self._weight
-        out = self._like.new_empty(rows.stop - rows.start, packed.shape[1])
-        dequantize_into(packed._qdata[rows], packed.params.qtype, out)
-        return out
+        return self._decoded.decode(rows.start, self._like.new_empty(size, self._weight.shape[1]))
 
 
-def hold(module: comfy.ops.CastWeightBiasOp, like: Tensor, *, packed: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias for the device and dtype of `like`, which stay valid while other modules are cast.
+def row_weight(norm: comfy.ops.CastWeightBiasOp, like: Tensor) -> Tensor:
+    """The weight of a norm, for the device and dtype of `like`."""
+    weight, bias, _, stream = _cast(norm, like)
+    kept = _kept(norm, weight, stream)
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return kept
 
-    Args:
-        module: one of the host's that cast their weight at every use.
-        packed: leave packed blocks packed, where no LoRA needs them decoded.
-    """
+
+def _cast(
+    module: comfy.ops.CastWeightBiasOp, like: Tensor
+) -> tuple[Tensor, Tensor | None, list[WeightFunction], tuple[object, ...] | None]:
+    """Weight, bias of its own memory, what is still to do to a packed weight, and the host's handle."""
     comfy.ops.run_every_op()
-    weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True, compute_dtype=like.dtype)
-    held = weight if packed and is_packed(weight) else _plain(weight, like.dtype)
-    if held is weight and _is_lent(module, weight, stream):
-        held = weight.clone()
-    held_bias = None if bias is None else bias.clone()
-    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
-    return held, held_bias
+    if isinstance(module, GGUFModule):
+        weight, bias, functions, stream = module.cast(like)
+    else:
+        weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True, compute_dtype=like.dtype)
+        functions = []
+    return weight, None if bias is None else bias.clone(), functions, stream
 
 
-def _plain(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decoded, whether it is packed in our layout or in one of the host's own."""
-    decoded = dense(weight, dtype)
-    return decoded.dequantize() if isinstance(decoded, QuantizedTensor) else decoded
-
-
-def _is_lent(module: comfy.ops.CastWeightBiasOp, weight: Tensor, stream: tuple[object, ...] | None) -> bool:
-    """Whether a cast weight lies in a buffer or page that the host takes back with the next casts."""
-    computed = module.weight_function or weight.dtype != module.weight.dtype
-    return not computed and (hasattr(module, "_v") or (stream is not None and stream[0] is not None))
+def _kept(module: comfy.ops.CastWeightBiasOp, weight: Tensor, stream: tuple[object, ...] | None) -> Tensor:
+    """A cast weight in memory that stays valid when the host casts other modules; decoded if of the host's formats."""
+    if isinstance(weight, QuantizedTensor) and not is_packed(weight):
+        decoded: Tensor = weight.dequantize()
+        return decoded
+    of_the_host = hasattr(module, "_v") or (stream is not None and stream[0] is not None)
+    as_it_was = weight.dtype == module.weight.dtype and is_packed(weight) == is_packed(module.weight)
+    patched = bool(module.weight_function) and not is_packed(weight)
+    return weight.clone() if of_the_host and as_it_was and not patched else weight

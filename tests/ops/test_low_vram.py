@@ -37,10 +37,13 @@ def build(name="t2v", dtype=torch.float32, **arguments):
     sizes = HOSTS["TINY"] | {"num_heads": 4} | variant | arguments
     generator = torch.Generator().manual_seed(0)
     model = cls(**sizes, dtype=dtype, operations=comfy.ops.manual_cast)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False).copy_(
-            torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+    for key, parameter in model.named_parameters():
+        # Norms near one and strong modulation, so that what attention does is seen in the output.
+        mean, deviation = (
+            (1, 0.1) if parameter.ndim == 1 and key.endswith("weight") else (0, parameter[0].numel() ** -0.5)
         )
+        deviation = 0.5 if key.endswith("modulation") else deviation
+        parameter.requires_grad_(False).copy_(mean + deviation * torch.randn(parameter.shape, generator=generator))
     root = torch.nn.Module()
     root.diffusion_model = model
     return ModelPatcher(root, CPU, CPU)
