@@ -156,6 +156,17 @@ class GGUFOps(comfy.ops.manual_cast):
             return rows.to(input.device)
 
 
+def computing_in(dtype: torch.dtype) -> type[GGUFOps]:
+    """Operations whose matrix products are in `dtype`, whatever that of their input, which the result has again."""
+
+    class Operations(GGUFOps):
+        class Linear(GGUFOps.Linear):
+            def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
+                return super().forward_comfy_cast_weights(input.to(dtype)).to(input.dtype)
+
+    return Operations
+
+
 def gguf_modules(model: torch.nn.Module) -> Iterator[tuple[str, GGUFModule]]:
     """Every layer of ours, with the state-dict key of its weight."""
     for name, module in model.named_modules():

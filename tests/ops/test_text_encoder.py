@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
+from pathlib import Path
 
 import comfy.sd
 import numpy as np
@@ -148,10 +151,104 @@ def test_embedding_and_layers_stay_packed(llama_file):
     assert torch.equal(clone.encode("x"), clip.encode("x"))
 
 
-def test_other_files_are_refused(tmp_path, weights, t2v, spiece):
-    with pytest.raises(QuantError, match="not a T5 text encoder"):
+def test_products_in_bfloat16(llama_file, sqnr):
+    """The host's float32 goes in and comes out; the residual and the norms are the host's."""
+    clip = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN, dtype=torch.bfloat16)
+    exact = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN)
+    hidden = torch.randn(1, 4, WIDTH)
+    rounded, expected = (
+        layer.cond_stage_model.umt5xxl.transformer.encoder.block[3].layer[1].DenseReluDense.wi_0(hidden)
+        for layer in (clip, exact)
+    )
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert 40 < sqnr(expected, rounded) < 70
+    again = clip.patcher.clone(disable_dynamic=True).model.umt5xxl.transformer.encoder.block[3].layer[1].DenseReluDense
+    assert torch.equal(again.wi_0(hidden), rounded)
+
+
+def test_embedding_of_true_size_is_never_dense(tmp_path, spiece, monkeypatch):
+    """256384 rows of 4096: 4.2 GB in float32, 2.1 GB in bfloat16. One block, of the true width."""
+    monkeypatch.setattr(comfy.sd, "detect_te_model", lambda _: comfy.sd.TEModel.T5_XXL)  # it would ask for 24 blocks
+    shapes = {"shared.weight": (256384, 4096), "encoder.final_layer_norm.weight": (4096,)}
+    block = "encoder.block.0.layer"
+    shapes |= {f"{block}.0.SelfAttention.{part}.weight": (64, 4096) for part in "qkv"}
+    shapes |= {f"{block}.0.SelfAttention.o.weight": (4096, 64), f"{block}.0.layer_norm.weight": (4096,)}
+    shapes |= {f"{block}.0.SelfAttention.relative_attention_bias.weight": (32, 1)}
+    shapes |= {f"{block}.1.DenseReluDense.wi_{i}.weight": (256, 4096) for i in (0, 1)}
+    shapes |= {f"{block}.1.DenseReluDense.wo.weight": (4096, 256), f"{block}.1.layer_norm.weight": (4096,)}
+    types = {name: "Q4_0" if shape[-1] % 32 == 0 and len(shape) == 2 else "F32" for name, shape in shapes.items()}
+    specs = [TensorSpec(name, QTYPES[types[name]], shape) for name, shape in shapes.items()]
+    metadata = {"general.architecture": "t5encoder", SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
+    with GGUFWriter(tmp_path / "true.gguf", metadata, specs) as writer:
+        for spec in specs:
+            row = spec.qtype.quantize(torch.linspace(-0.1, 0.1, spec.shape[-1]), effort="fast")
+            writer.write(spec.name, row.expand(spec.qtype.packed_shape(spec.shape)).contiguous())
+    with peak_growth() as growth:
+        encoded = load_text_encoder(tmp_path / "true.gguf", comfy.sd.CLIPType.WAN).encode("a red ball")
+    assert encoded.shape == (1, 512, 4096)
+    assert encoded.isfinite().all()
+    # The table's rows stay mapped; what is left is 512 tokens of 4096, some copies of them, and the 6 small matrices.
+    assert growth.nbytes < 300 << 20, f"{growth.nbytes >> 20} MiB"
+
+
+class peak_growth:  # noqa: N801
+    """Most anonymous memory that the process has beyond what it had on entering, in bytes, looked at each 2 ms."""
+
+    def __enter__(self):
+        self.nbytes, self._stop = 0, threading.Event()
+        self._start = self._anonymous()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._watcher.join()
+
+    def _watch(self):
+        while not self._stop.wait(0.002):
+            self.nbytes = max(self.nbytes, self._anonymous() - self._start)
+
+    def _anonymous(self):
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+        return int(line.split()[1]) * 1024
+
+
+def test_memory_watch_sees_a_table():
+    with peak_growth() as growth:
+        table = torch.ones(200 << 20, dtype=torch.uint8)
+        time.sleep(0.05)
+    assert growth.nbytes > 0.9 * table.nbytes
+
+
+def first_blocks(weights, count):
+    return {n: v for n, v in weights.items() if "block." not in n or int(n.split(".")[2]) < count}
+
+
+def test_other_files_are_refused(tmp_path, weights, t2v, spiece, write_gguf):
+    with pytest.raises(QuantError, match=r"not a T5 text encoder.*load it with Load Diffusion Model \(GGUF\)"):
         load_text_encoder(t2v[1], comfy.sd.CLIPType.WAN)
-    few = {name: value for name, value in weights.items() if "block" not in name or ".0." in name}
-    bare = write(tmp_path / "bare.gguf", few, {}, lambda host, llama: llama)
+    language = {"token_embd.weight": torch.zeros(8, 32), "blk.0.attn_q.weight": torch.zeros(32, 32)}
+    language = write_gguf(tmp_path / "llm.gguf", language, lambda *_: "F32", metadata={"general.architecture": "qwen2"})
+    with pytest.raises(QuantError, match=r"general\.architecture qwen2\); choose umt5-xxl for Wan"):
+        load_text_encoder(language, comfy.sd.CLIPType.WAN)
+    metadata = {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
+    small = write(tmp_path / "small.gguf", first_blocks(weights, 1), metadata, lambda host, llama: llama)
+    with pytest.raises(QuantError, match=r"small\.gguf: a T5 text encoder of another size than XXL"):
+        load_text_encoder(small, comfy.sd.CLIPType.WAN)
+
+
+def test_file_without_a_tokenizer(tmp_path, weights):
+    bare = write(tmp_path / "bare.gguf", first_blocks(weights, 1), {}, lambda host, llama: llama)
     with pytest.raises(QuantError, match=r"bare\.gguf: tokenizer\.ggml\.model is not given"):
         load_text_encoder(bare, comfy.sd.CLIPType.WAN)
+
+
+def test_type_of_another_model_family(tmp_path, own_file, weights):
+    with pytest.raises(QuantError, match="umT5, the text encoder of Wan; choose type wan"):
+        load_text_encoder(own_file, comfy.sd.CLIPType.SD3)
+    shared_bias = {n: v for n, v in first_blocks(weights, 2).items() if "relative" not in n or ".block.0." in n}
+    t5 = write(tmp_path / "t5.gguf", shared_bias, {}, lambda host, llama: host)
+    with pytest.raises(QuantError, match="T5, but Wan's text encoder is umT5; choose umt5-xxl"):
+        load_text_encoder(t5, comfy.sd.CLIPType.WAN)
