@@ -25,8 +25,8 @@ class WanQuantCompareLatents(io.ComfyNode):
                 io.Latent.Input("compared", tooltip="The LATENT of the same seed with the quantized model."),
             ],
             outputs=[
-                io.Float.Output(display_name="psnr"),
-                io.Float.Output(display_name="cosine"),
+                io.Float.Output(display_name="psnr", tooltip="In dB; 6 dB more is half the error."),
+                io.Float.Output(display_name="cosine", tooltip="1 for the same direction."),
                 io.Image.Output(display_name="plot"),
             ],
         )

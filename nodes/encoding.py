@@ -53,7 +53,13 @@ def effort_input() -> io.Combo.Input:
 
 
 def device_input() -> io.Combo.Input:
-    return io.Combo.Input("device", options=["default", "cpu"], default="default", advanced=True)
+    return io.Combo.Input(
+        "device",
+        options=["default", "cpu"],
+        default="default",
+        advanced=True,
+        tooltip="Where the weights are encoded; default is the GPU if there is one.",
+    )
 
 
 def target_size_input() -> io.Float.Input:

@@ -20,7 +20,13 @@ class WanQuantInspect(io.ComfyNode):
             description="What a GGUF file holds: types, sizes, bits per weight, how it was made.",
             search_aliases=["inspect gguf", "model info", "metadata"],
             is_output_node=True,
-            inputs=[io.Combo.Input("model_name", options=folder_paths.get_filename_list(GGUF))],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(GGUF),
+                    tooltip="A .gguf file in models/diffusion_models.",
+                )
+            ],
             outputs=[io.String.Output(display_name="text"), io.Image.Output(display_name="plot")],
         )
 

@@ -23,14 +23,14 @@ class WanQuantSaveConditioning(io.ComfyNode):
             search_aliases=["cache prompt", "export conditioning"],
             is_output_node=True,
             inputs=[
-                io.Conditioning.Input("conditioning"),
+                io.Conditioning.Input("conditioning", tooltip="The prompt to keep, with all that nodes put beside it."),
                 io.String.Input(
                     "name",
                     default="prompt.safetensors",
                     tooltip="File name below output/conditioning. A file of that name is replaced.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="path")],
+            outputs=[io.String.Output(display_name="path", tooltip="Where the file was written.")],
         )
 
     @classmethod

@@ -25,7 +25,7 @@ class WanQuantSaveImportance(io.ComfyNode):
             search_aliases=["imatrix", "export imatrix"],
             is_output_node=True,
             inputs=[
-                ImportanceIO.Input("importance"),
+                ImportanceIO.Input("importance", tooltip="Of Collect Importance Matrix."),
                 io.String.Input(
                     "name",
                     default="importance.gguf",
