@@ -146,6 +146,22 @@ def test_tokenizer(source, spiece, tmp_path):
     assert metadata.get("tokenizer.ggml.padding_token_id", -1) == processor.pad_id()
 
 
+def test_comfyui_gguf_reads_the_tokenizer(source, tmp_path):
+    """Its keys and types; the padding of umT5, whose vocabulary has one, is read too.
+
+    Source: city96/ComfyUI-GGUF loader.py gguf_clip_loader, gguf_tokenizer_loader @ 795e451.
+    """
+    fields = GGUFReader(convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").path).fields
+    assert fields["general.architecture"].contents() in ("t5", "t5encoder")
+    assert fields["tokenizer.ggml.model"].contents() == "t5"
+    types = {key: [kind.name for kind in field.types] for key, field in fields.items()}
+    for key in ("add_space_prefix", "remove_extra_whitespaces"):
+        assert types[f"tokenizer.ggml.{key}"] == ["BOOL"]
+    for key, kind in (("tokens", "STRING"), ("scores", "FLOAT32"), ("token_type", "INT32")):
+        assert types[f"tokenizer.ggml.{key}"] == ["ARRAY", kind]
+    assert types["tokenizer.ggml.eos_token_id"] == ["UINT32"]
+
+
 def test_requantizing_keeps_the_tokenizer(source, tmp_path):
     first = open_gguf(convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").path)
     second = open_gguf(convert(first.path, tmp_path / "b.gguf", "Q4_0", effort="fast").path)
