@@ -22,6 +22,7 @@ from .folders import (
     source_names,
     source_stem,
     stat_token,
+    written_token,
 )
 
 _NONE = "none"
@@ -120,9 +121,8 @@ class WanQuantConvert(io.ComfyNode):
     ) -> str:
         name = _name(output_name, source, module, recipe, target_size)
         target = os.path.join(destinations().get(folder, folder), name)
-        written = os.stat(target).st_mtime_ns if os.path.exists(target) else "missing"
         read = [(source_folder(source), source), (source_folder(module), module), (IMPORTANCE, importance)]
-        return " ".join((*(stat_token(where, what) for where, what in read), target, str(written)))
+        return " ".join((*(stat_token(where, what) for where, what in read), written_token(target)))
 
     @classmethod
     def execute(

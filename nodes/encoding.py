@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
 
 from ..quant.convert import ConversionReport
 from ..quant.recipe import RECIPES
@@ -15,6 +19,8 @@ from .pictures import picture_tensor, text_and_picture
 
 # What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
 _ENCODER_BYTES = 1 << 30
+# As the host's bar: thousands of small tensors must not flood the websocket.
+_SECONDS_BETWEEN_NAMES = 0.1
 
 
 def recipe_input() -> io.Combo.Input:
@@ -90,12 +96,17 @@ def encoder_device(choice: str) -> torch.device:
 
 
 def progress_bar() -> Progress:
-    """For one conversion; the user can interrupt it."""
+    """For one conversion: a bar and the tensor's name on the running node; the user can interrupt it."""
     bar = comfy.utils.ProgressBar(1)
+    running, told = get_executing_context(), 0.0
 
-    def progress(done: int, total: int, _name: str) -> None:
+    def progress(done: int, total: int, name: str) -> None:
+        nonlocal told
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
+        if running and time.monotonic() - told > _SECONDS_BETWEEN_NAMES:
+            told = time.monotonic()
+            PromptServer.instance.send_progress_text(name, running.node_id)
 
     return progress
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -106,6 +107,11 @@ def stat_token(folder: str, name: str) -> str:
         return "missing"
     stat = os.stat(path)
     return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def written_token(path: str) -> str:
+    """Changes whenever the file that a node wrote does; for a file that is gone, always: it has to be made again."""
+    return f"{path} {os.stat(path).st_mtime_ns if os.path.exists(path) else time.time_ns()}"
 
 
 def destinations() -> dict[str, str]:

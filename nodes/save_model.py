@@ -11,7 +11,7 @@ from ..ops.merged import merged_checkpoint
 from ..quant.convert import convert
 from ..quant.qtype import Effort
 from . import encoding
-from .folders import destinations, output_path
+from .folders import destinations, output_path, written_token
 
 
 class WanQuantSaveModel(io.ComfyNode):
@@ -40,8 +40,7 @@ class WanQuantSaveModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str, folder: str, **_: object) -> str:
-        target = os.path.join(destinations().get(folder, folder), name)
-        return f"{target} {os.stat(target).st_mtime_ns if os.path.exists(target) else 'missing'}"
+        return written_token(os.path.join(destinations().get(folder, folder), name))
 
     @classmethod
     def execute(

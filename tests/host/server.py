@@ -38,6 +38,7 @@ FLAGS = [
     "sqlite:///:memory:",
 ]
 STARTUP_SECONDS = 240
+_TEXT_EVENT = (3).to_bytes(4, "big")  # the one binary message that is not a preview: protocol.py BinaryEventTypes
 
 
 class GraphError(Exception):
@@ -191,8 +192,12 @@ class HostServer:
                 continue
             except websocket.WebSocketConnectionClosedException:
                 break
-            if isinstance(message, str) and message:  # previews are binary
+            if isinstance(message, str) and message:
                 yield json.loads(message)
+            elif message[:4] == _TEXT_EVENT:
+                length = int.from_bytes(message[4:8], "big")
+                node, text = message[8 : 8 + length].decode(), message[8 + length :].decode()
+                yield {"type": "progress_text", "data": {"node": node, "text": text}}
         raise RuntimeError(f"ComfyUI ended, or said nothing final for {timeout:.0f} s:\n{self.log_tail()}")
 
 

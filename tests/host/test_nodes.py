@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from wanquant.ops.conditioning import save_conditioning
 from wanquant.quant import open_gguf
 from wanquant.tests.host.graphs import PROMPT, STEPS, conversion, node, video
-from wanquant.tests.host.server import GraphError, HostServer
+from wanquant.tests.host.server import Event, GraphError, HostServer
 from wanquant.tests.tiny_wan import write_tiny_wan
 
 pytestmark = pytest.mark.host
@@ -37,7 +37,50 @@ def test_result_of_the_same_job_is_reused(server: HostServer, target: Path):
     assert "up to date" in convert(server)
     assert target.stat().st_mtime_ns == written
     target.unlink()
-    assert "written in" in convert(server), "a deleted result is made again"
+    assert "written in" in convert(server)
+    assert target.exists(), "a deleted result is made again"
+
+
+def test_progress_names_the_tensors(server: HostServer, target: Path):
+    target.unlink(missing_ok=True)
+    events: list[Event] = []
+    server.run(conversion("Q4_0", source=NAME), events.append)
+    of_node = [(event["type"], event["data"]) for event in events if event["data"].get("node") == "convert"]
+    (done, total), *_ = [(data["value"], data["max"]) for kind, data in reversed(of_node) if kind == "progress"]
+    names = {data["text"] for kind, data in of_node if kind == "progress_text"}
+    assert done == total
+    assert names
+    assert names <= open_gguf(target).tensors.keys()
+
+
+def test_new_file_can_be_chosen_after_refresh(server: HostServer, target: Path):
+    name = "only-now.gguf"
+
+    def choices() -> str:
+        return str(server.get("/object_info/WanQuantLoader")["WanQuantLoader"]["input"]["required"]["model_name"])
+
+    assert name not in choices()
+    convert(server, output_name=name)
+    assert name in choices()
+
+
+def test_converted_again_under_the_same_name_reloads(server: HostServer, target: Path):
+    convert(server, overwrite=True)
+    graph = {
+        "loader": node("WanQuantLoader", model_name=target.name, compute_dtype="default"),
+        "sigmas": node("BasicScheduler", model=["loader", 0], scheduler="simple", steps=2, denoise=1.0),
+        "show": node("PreviewAny", source=["sigmas", 0]),
+    }
+
+    def runs_loader() -> bool:
+        events: list[Event] = []
+        server.run(graph, events.append)
+        return any(event["type"] == "executing" and event["data"]["node"] == "loader" for event in events)
+
+    assert runs_loader()
+    assert not runs_loader()
+    server.run(conversion("Q8_0", source=NAME, output_name=target.name, overwrite=True))
+    assert runs_loader()
 
 
 def test_other_file_is_kept_unless_overwrite_is_set(server: HostServer, target: Path):
