@@ -129,10 +129,17 @@ def _affine(
     shape = (len(blocks), blocks.shape[1] // size)
     search = Search(integers, integers, starts, effort.rounds)
     first = fit(columns, levels, scale.view(shape), minimum.view(shape), search)
-    # Where the mins may have either sign, weights of one sign may still be best with none.
-    low, high = columns.x.amin(0).clamp_(max=0), columns.x.amax(0).clamp_(min=0)
-    from_zero = ((high - low).view(shape) / largest, -low.view(shape))
-    found = refine(columns, levels, first, [from_zero], search)
+
+    def starts_of(part: Columns) -> list[tuple[Tensor, Tensor]]:
+        # Where the mins may have either sign, weights of one sign may still be best with none.
+        low, high = part.x.amin(0).clamp_(max=0), part.x.amax(0).clamp_(min=0)
+        fine = [largest + step / 10 for step in range(-9, 10)]
+        return [
+            ((high - low) / largest, -low),
+            search_scale_and_min(part, levels, fine, signed=integers == _ONE, zero=True),
+        ]
+
+    found = refine(columns, levels, first, starts_of, search)
     codes = found.nearest(columns, levels)[0].t().reshape(blocks.shape)
     return found.d, found.dmin, found.scales, found.mins, codes
 
@@ -145,10 +152,15 @@ def _signed(
     both = [-peak, *peaks, *(-value for value in peaks)]
     scale = search_scale(columns, levels, both, stored=integers == _ONE).view(len(blocks), -1)
     search = Search(integers, _NONE, (integers.low, integers.high)[: effort.starts], effort.rounds)
-    zeros = torch.zeros_like(scale)
-    largest = columns.extreme().view_as(scale)
-    starts = [(largest / anchor, zeros) for anchor in levels.anchors()]
-    found = refine(columns, levels, fit(columns, levels, scale, zeros, search), starts, search)
+
+    def starts_of(part: Columns) -> list[tuple[Tensor, Tensor]]:
+        largest = part.extreme()
+        fine = [sign * (peak + step / 10) for step in range(-9, 10) for sign in (-1, 1)]
+        scales = [largest / anchor for anchor in levels.anchors()]
+        scales.append(search_scale(part, levels, fine, stored=integers == _ONE))
+        return [(scale, torch.zeros_like(scale)) for scale in scales]
+
+    found = refine(columns, levels, fit(columns, levels, scale, torch.zeros_like(scale), search), starts_of, search)
     codes = levels.codes(found.nearest(columns, levels)[0]).t().reshape(blocks.shape)
     return found.d, found.scales, codes
 

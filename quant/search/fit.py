@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,12 @@ from torch import Tensor
 from .columns import Columns, float16, inverse, least, total
 from .levels import Integers, Levels
 from .scale import solve
+
+# Of the squared weights of a sub-block the part that its mean takes where all lie far from 0, at 3 sigma, and the part
+# that the largest takes where it stands alone.
+_FAR, _PEAKED = 0.9, 0.75
+# How far the scales of such blocks are tried.
+_REACH = 8
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,20 @@ class Blocks:
 
     def nearest(self, columns: Columns, levels: Levels) -> tuple[Tensor, Tensor]:
         """The levels nearest to the weights, (size, n * k), and the squared error of each sub-block, (n, k)."""
-        scale, minimum = (self.d[:, None] * self.scales).view(-1), (self.dmin[:, None] * self.mins).view(-1)
+        scale, minimum = self.lines()
         raised = columns.x + minimum
         q = levels.nearest(raised * inverse(scale))
         error = columns.sum(raised.addcmul_(q, scale, value=-1).square_())
         return q, error.view_as(self.scales)
+
+    def rest(self, columns: Columns, q: Tensor) -> Tensor:
+        """What the levels q leave of the weights, (size, n * k)."""
+        scale, minimum = self.lines()
+        return (columns.x + minimum).addcmul_(q, scale, value=-1)
+
+    def lines(self) -> tuple[Tensor, Tensor]:
+        """The scale and the minimum of each sub-block, (n * k,)."""
+        return (self.d[:, None] * self.scales).view(-1), (self.dmin[:, None] * self.mins).view(-1)
 
 
 @dataclass(frozen=True)
@@ -50,22 +65,23 @@ class Search:
         scales, mins: the ranges of the sub-block scales and mins; of one integer for a type that stores none.
         starts: integers for the largest scale and min of a block to begin with; each is followed on its own.
         rounds: how often the neighbours of all scales and mins are tried, with new d and dmin from the second time on.
+        reach: how far a scale may move the first time; later all move by one.
     """
 
     scales: Integers
     mins: Integers
     starts: Sequence[int]
     rounds: int
+    reach: int = 1
 
     @property
     def rounding(self) -> float:
         """What rounding the scales alone may cost: the relative error to which integers, or a float16, hold one."""
         return 0.5 / self.scales.high if self.scales.high > 1 else 2.0**-10
 
-    def steps(self) -> Iterator[tuple[int, int]]:
+    def steps(self, turn: int) -> Iterator[tuple[int, int]]:
         """Changes of (scale, min) to try, none at all first."""
-        scale_steps, min_steps = ((0,) if r.low == r.high else (0, -1, 1) for r in (self.scales, self.mins))
-        return itertools.product(scale_steps, min_steps)
+        return itertools.product(_steps(self.scales, 1 if turn else self.reach), _steps(self.mins, 1))
 
 
 def fit(columns: Columns, levels: Levels, scale: Tensor, minimum: Tensor, search: Search) -> tuple[Blocks, Tensor]:
@@ -83,24 +99,37 @@ def refine(
     columns: Columns,
     levels: Levels,
     found: tuple[Blocks, Tensor],
-    starts: Sequence[tuple[Tensor, Tensor]],
+    starts: Callable[[Columns], Sequence[tuple[Tensor, Tensor]]],
     search: Search,
 ) -> Blocks:
-    """Tries other scales and mins, (n, k), for blocks whose error is that of rounded scales: constants, a few values.
+    """Tries more scales and mins for blocks whose weights are nearly constant, few values or one large among small.
 
-    Many scales suit them alike in real numbers. Which one is best once it is rounded, only trying tells.
+    Many scales suit them alike in real numbers. Which one is best once it is rounded, only trying all of them tells.
+
+    Args:
+        starts: scales and mins, (n * k,), to begin with, from the columns of such blocks.
     """
     blocks, error = found
-    signal = total(columns.sum(columns.x * columns.x).view_as(blocks.scales).t())
-    chosen = torch.nonzero((error > 0) & (error < search.rounding**2 * signal))[:, 0]
+    shape = blocks.scales.shape
+    chosen = torch.nonzero((error > 0) & _is_hard(columns, error, shape, search))[:, 0]
     if not len(chosen):
         return blocks
-    part = columns.of_blocks(chosen, blocks.scales.shape[1])
-    tried = [fit(part, levels, scale[chosen], minimum[chosen], search) for scale, minimum in starts]
+    part, search = columns.of_blocks(chosen, shape[1]), replace(search, reach=_REACH)
+    views = [[values.view(-1, shape[1]) for values in start] for start in starts(part)]
+    tried = [fit(part, levels, scale, minimum, search) for scale, minimum in views]
     better = _best([(blocks.part(chosen), error[chosen]), *tried])[0]
     for old, new in zip(blocks.fields(), better.fields(), strict=True):
         old[chosen] = new
     return blocks
+
+
+def _is_hard(columns: Columns, error: Tensor, shape: torch.Size, search: Search) -> Tensor:
+    """Whether the error is that of rounded scales, or weights lie far from 0 or, but for one, near it; (n,) bool."""
+    x, size = columns.x, len(columns.x)
+    signal = total(columns.sum(x * x).view(shape).t())
+    energy, extreme = total(x * x), columns.extreme().square_()
+    alike = (total(x).square_() > _FAR * size * energy) | (extreme > _PEAKED * energy)
+    return (error < search.rounding**2 * signal) | alike.view(shape).any(1)
 
 
 def _best(found: Iterable[tuple[Blocks, Tensor]]) -> tuple[Blocks, Tensor]:
@@ -118,7 +147,7 @@ def _turns(
         for turn in range(search.rounds):
             if turn:
                 blocks = _refit(columns, levels, blocks)
-            blocks, error = _step(columns, levels, blocks, search)
+            blocks, error = _step(columns, levels, blocks, search, turn)
             yield blocks, error
 
 
@@ -128,10 +157,10 @@ def _begin(scale: Tensor, minimum: Tensor, search: Search, start: int) -> Blocks
     return Blocks(d, dmin, scales, search.mins.nearest(minimum * inverse(dmin)[:, None]))
 
 
-def _step(columns: Columns, levels: Levels, blocks: Blocks, search: Search) -> tuple[Blocks, Tensor]:
+def _step(columns: Columns, levels: Levels, blocks: Blocks, search: Search, turn: int) -> tuple[Blocks, Tensor]:
     """Take the best step in every sub-block. Also the squared error of each block, (n,)."""
     errors, scales, mins = [], [], []
-    for scale_step, min_step in search.steps():
+    for scale_step, min_step in search.steps(turn):
         scales.append(search.scales.nearest(blocks.scales + scale_step))
         mins.append(search.mins.nearest(blocks.mins + min_step))
         moved = Blocks(blocks.d, blocks.dmin, scales[-1], mins[-1])
@@ -145,11 +174,17 @@ def _refit(columns: Columns, levels: Levels, blocks: Blocks) -> Blocks:
     """d and dmin by least squares for the codes, scales and mins of each block."""
     q, _ = blocks.nearest(columns, levels)
     scale, minimum, shape = blocks.scales, blocks.mins, blocks.scales.shape
-    xq, qq = (values.view(shape) for values in columns.products(q))
-    sw, sx, sq = (values.view(shape) for values in (columns.weight(), columns.sum(columns.x), columns.sum(q)))
+    # What d and dmin leave over is what they are corrected by: sums of the weights themselves would lose it.
+    rest = Columns(blocks.rest(columns, q), columns.w)
+    xq, qq = (values.view(shape) for values in rest.products(q))
+    sw, sx, sq = (values.view(shape) for values in (rest.weight(), rest.sum(rest.x), rest.sum(q)))
     terms = (minimum * minimum * sw, minimum * sx, scale * minimum * sq, scale * xq, scale * scale * qq)
-    d, dmin = solve(*(total(term.t()) for term in terms), signed=True)
-    return Blocks(float16(d), float16(dmin), scale, minimum)
+    d, dmin = solve(*(total(term.t()) for term in terms))
+    return Blocks(float16(blocks.d + d), float16(blocks.dmin + dmin), scale, minimum)
+
+
+def _steps(integers: Integers, reach: int) -> list[int]:
+    return [0] if integers.low == integers.high else sorted(range(-reach, reach + 1), key=abs)
 
 
 def _largest(values: Tensor) -> Tensor:

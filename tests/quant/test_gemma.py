@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from wanquant.quant.gguf_file import GGUFFile, open_gguf
 from wanquant.tests.libggml import LibGGML
 from wanquant.tests.quant.samples import assert_same_bits
+from wanquant.tests.quant.test_search import BEST, errors
 
 TENSORS = {"F32": 109, "Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9}
 
@@ -58,3 +61,21 @@ def test_whole_tensor(gemma: GGUFFile, libggml: LibGGML) -> None:
     weight = tensor.dequantize()
     assert weight.shape == tensor.shape
     assert_same_bits(weight.numpy(), libggml.dequantize("Q4_K", tensor.data.numpy()).reshape(tensor.shape))
+
+
+def samples(file: GGUFFile) -> Iterator[NDArray[np.float32]]:
+    """(n, 256) weights: some rows of every eighth matrix, as they decode, and all vectors, which are stored as F32."""
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) == 2]
+    for tensor in matrices[::8]:
+        rows = tensor.data[torch.linspace(0, len(tensor.data) - 1, 8).long()]
+        yield tensor.qtype.dequantize(rows).view(-1, 256).numpy()
+    vectors = [tensor.dequantize().flatten() for tensor in file.tensors.values() if len(tensor.shape) == 1]
+    values = torch.cat(vectors)
+    yield values[: len(values) // 256 * 256].view(-1, 256).numpy()
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_best_is_not_worse_than_ggmls_on_any_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+    for weight in samples(gemma):
+        ours, theirs = errors(name, "best", weight, libggml)
+        assert ours <= theirs

@@ -46,6 +46,12 @@ def weights(kind: str) -> NDArray[np.float32]:
             return rng.uniform(-0.05, 0.05, SHAPE).astype(np.float32)
         case "positive":
             return np.abs(gaussian)
+        case "far above 0":
+            return gaussian + np.float32(1)
+        case "far below 0":
+            return gaussian - np.float32(0.3)
+        case "ramp":
+            return np.tile(np.linspace(-1, 1, SHAPE[1], dtype=np.float32), (SHAPE[0], 1))
         case "subnormal scales":
             return gaussian * np.float32(1e-4)
         case "subnormal weights":
@@ -91,11 +97,26 @@ def test_special_weights_are_not_worse_than_ggmls(name: str, effort: str, kind: 
     assert ours <= theirs
 
 
-@pytest.mark.parametrize("kind", ["outlier columns", "constant rows", "uniform", "positive"])
+HARD = ("outlier columns", "constant rows", "uniform", "positive", "far above 0", "far below 0", "ramp")
+
+
+@pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("name", BEST)
 def test_best_is_not_worse_than_ggmls_on_hard_weights(name: str, kind: str, libggml: LibGGML) -> None:
-    ours, theirs = errors(name, "best", weights(kind), libggml)
-    assert ours <= theirs
+    importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
+    for used in (None, importance):
+        ours, theirs = errors(name, "best", weights(kind)[:16], libggml, used)
+        assert ours <= theirs
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_one_large_weight_does_not_spoil_the_small_ones(name: str, libggml: LibGGML) -> None:
+    rng = np.random.default_rng(5)
+    for column in rng.integers(256, size=4):
+        weight = rng.standard_normal((4, 256), np.float32) * np.float32(0.02)
+        weight[:, column] *= 100
+        ours, theirs = errors(name, "best", weight, libggml)
+        assert ours <= theirs
 
 
 @pytest.mark.parametrize(
