@@ -7,6 +7,7 @@ import os
 import re
 import time
 import unicodedata
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -129,7 +130,7 @@ def output_path(folder: str, name: str, suffix: str) -> str:
     """Full path of a file to be written below `folder`; its folder is made.
 
     Raises:
-        QuantError: `name` leads out of the folder or names another kind of file, or its folder cannot be made.
+        QuantError: `name` leads out of the folder or names another kind of file, or the system refuses it.
     """
     name = portable(name)
     path = os.path.abspath(os.path.join(folder, name))
@@ -141,6 +142,8 @@ def output_path(folder: str, name: str, suffix: str) -> str:
         raise QuantError(f"output name {name!r}: does not end in {suffix}; give a name like model{suffix}")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.stat(path)  # names that are too long fail here, not later and without advice
     except OSError as error:
-        raise QuantError(f"{path}: its folder cannot be made: {error.strerror}; choose another one") from None
+        raise QuantError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from None
     return path

@@ -149,12 +149,14 @@ def test_linked_name_is_not_checked_yet(library):
     assert check_names("unet_gguf", None, "wan/x-Q4_K_M.gguf") is True
 
 
-def test_folder_that_cannot_be_made_is_told(tmp_path):
+def test_path_that_the_system_refuses_is_told(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(QuantError, match="File exists; choose another one"):
+    with pytest.raises(QuantError, match="cannot be written: File exists; choose another name or folder"):
         output_path(str(tmp_path), "file/x.gguf", ".gguf")
-    with pytest.raises(QuantError, match="File name too long; choose another one"):
+    with pytest.raises(QuantError, match="cannot be written: File name too long; choose another name"):
         output_path(str(tmp_path), f"{'n' * 300}/x.gguf", ".gguf")
+    with pytest.raises(QuantError, match="cannot be written: File name too long; choose another name"):
+        output_path(str(tmp_path), f"{'n' * 300}.gguf", ".gguf")
 
 
 def test_output_name_typed_on_windows(tmp_path):

@@ -1,0 +1,101 @@
+"""Files and values that do not fit: the node says what to do, the server stays up, and the next prompt runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from wanquant.quant import QTYPES, convert
+from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
+from wanquant.tests.host.graphs import conversion, node
+from wanquant.tests.host.server import Graph, GraphError, HostServer
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+pytestmark = pytest.mark.host
+
+LONG = f"{'n' * 120}.gguf"
+NAME = "视频 é.gguf"
+
+
+def write_gguf(path: Path, architecture: str, *names: str) -> None:
+    specs = [TensorSpec(name, QTYPES["F32"], (8, 8)) for name in names]
+    with GGUFWriter(path, {"general.architecture": architecture}, specs) as writer:
+        for name in names:
+            writer.write(name, torch.zeros(8, 32, dtype=torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def files(server: HostServer) -> None:
+    """One file of each wrong kind, and good ones of difficult names."""
+    models, encoders = server.models / "diffusion_models", server.models / "text_encoders"
+    source = write_tiny_wan(models / "input.safetensors", layers=1)
+    good = convert(source, models / NAME, "Q8_0", effort="fast").path.read_bytes()
+    (models / LONG).write_bytes(good)
+    (models / "cut.gguf").write_bytes(good[: len(good) // 2])
+    (models / "page.gguf").write_bytes(b"<!doctype html><title>Sign in</title>")
+    (encoders / "video.gguf").write_bytes(good)
+    (models / "taken").touch()
+    write_gguf(models / "encoder.gguf", "t5encoder", "enc.blk.0.attn_q.weight")
+    write_gguf(models / "mmproj.gguf", "clip", "v.blk.0.attn_q.weight")
+    write_gguf(models / "llm.gguf", "qwen2", "blk.0.attn_q.weight")
+    write_gguf(encoders / "llm.gguf", "qwen2", "blk.0.attn_q.weight", "token_embd.weight")
+    save_file({"lora": torch.zeros(1)}, server.models / "conditioning" / "elsewhere.safetensors")
+
+
+def model(name: str) -> Graph:
+    return node("WanQuantLoader", model_name=name, compute_dtype="default")
+
+
+def encoder(name: str) -> Graph:
+    return node("WanQuantTextEncoderLoader", encoder_name=name, type="wan")
+
+
+def conditioning(name: str) -> Graph:
+    return node("WanQuantLoadConditioning", name=name)
+
+
+def target(name: str) -> Graph:
+    return conversion("Q4_0", source="input.safetensors", output_name=name, effort="fast")["convert"]
+
+
+@pytest.mark.parametrize(
+    ("subject", "message"),
+    [
+        (model("encoder.gguf"), "a T5 text encoder .*load it with Load Text Encoder"),
+        (model("mmproj.gguf"), "a vision projector .*choose another file"),
+        (model("llm.gguf"), "a language model or text encoder .*choose another file"),
+        (model("cut.gguf"), "the file is cut off or damaged, download or convert it again"),
+        (model("page.gguf"), "a web page, so the download failed; download it again"),
+        (model("absent.gguf"), "choose a file, or put this one there and press R"),
+        (encoder("video.gguf"), "not a T5 text encoder .*load it with Load Diffusion Model"),
+        (encoder("llm.gguf"), "not a T5 text encoder .*choose umt5-xxl for Wan"),
+        (conditioning("elsewhere.safetensors"), "no saved conditioning in this file; write one with Save Conditioning"),
+        (target("taken/x.gguf"), "cannot be written: .*choose another name or folder"),
+        (target(f"{'n' * 300}.gguf"), "File name too long; choose another name or folder"),
+        (node("WanQuantCompareLatents", reference=["small", 0], compared=["large", 0]), "sample both at the same size"),
+    ],
+)
+def test_message_says_what_to_do_and_the_next_prompt_runs(
+    server: HostServer, files: None, subject: Graph, message: str
+):
+    sizes = {"small": 64, "large": 128}
+    latents = {
+        name: node("EmptyHunyuanLatentVideo", width=size, height=size, length=5, batch_size=1)
+        for name, size in sizes.items()
+    }
+    show = {"show": node("PreviewAny", source=["subject", 0])}
+    with pytest.raises(GraphError, match=message):
+        server.run({"subject": subject, **latents, **show})
+    server.run({**latents, "show": node("PreviewAny", source=["small", 0])})
+
+
+@pytest.mark.parametrize("name", [NAME, LONG], ids=["unicode", "long"])
+def test_difficult_names_load_and_convert(server: HostServer, files: None, name: str):
+    sigmas = node("BasicScheduler", model=["subject", 0], scheduler="simple", steps=1, denoise=1.0)
+    show = node("PreviewAny", source=["sigmas", 0])
+    assert server.run({"subject": model(name), "sigmas": sigmas, "show": show})["show"]
+    server.run({"subject": target(f"new {name}"), "show": node("PreviewAny", source=["subject", 0])})
+    assert (server.models / "diffusion_models" / f"new {name}").is_file()
