@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .modulation import Modulation, chunks
-from .weights import is_untouched, projection
+from .weights import Forwards, is_untouched, projection
 
 _TOKENS = 4096
 """At a time, or one frame's."""
@@ -22,25 +20,14 @@ _EMBEDDINGS = ("patch_embedding", "patch_embedding_global", "patch_embedding_pos
 _HEADS = ("head", "head_global")
 
 
-@contextmanager
-def lean_edges(model: wan.WanModel, dtype: torch.dtype) -> Iterator[None]:
-    """While open, the patch embeddings and heads of `model` work in pieces, the embeddings giving `dtype`.
+def edge_forwards(model: wan.WanModel, dtype: torch.dtype) -> Forwards:
+    """Forwards in pieces of the patch embeddings, which give `dtype`, and of the heads.
 
     Source: comfy/ldm/wan/model.py Head.forward, WanModel.forward_orig, ComfyUI 0.30.0.
     """
-    forwards: dict[torch.nn.Module, Callable[..., Tensor]] = {}
-    for embedding in _parts(model, _EMBEDDINGS, torch.nn.Conv3d):
-        if embedding.kernel_size[0] == 1:
-            forwards[embedding] = partial(_embed, embedding, dtype)
-    for head in _parts(model, _HEADS, wan.Head):
-        forwards[head] = partial(_head, head)
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
+    embeddings = [part for part in _parts(model, _EMBEDDINGS, torch.nn.Conv3d) if part.kernel_size[0] == 1]
+    heads = _parts(model, _HEADS, wan.Head)
+    return {part: partial(_embed, part, dtype) for part in embeddings} | {part: partial(_head, part) for part in heads}
 
 
 def _parts(model: wan.WanModel, names: tuple[str, ...], kind: type[torch.nn.Module]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import comfy.ops
 import torch
@@ -16,6 +17,9 @@ from ..matmul import DecodedRows, WeightFunction
 
 Projection = Callable[[Tensor], Tensor]
 """(..., in features) -> (..., out features)."""
+
+Forwards = dict[torch.nn.Module, Callable[..., Any]]
+"""What to call instead of a module's own forward."""
 
 
 def is_untouched(module: torch.nn.Module) -> bool:

@@ -95,8 +95,10 @@ def test_variant(name, lean_blocks):
     expected = forward(model, name)
     assert error(forward(apply_lean(model, FINE), name), expected) < 1e-5
     transformer = model.model.diffusion_model
+    blocks = list(transformer.blocks)
     entry = VARIANTS[type(transformer).__name__]
-    assert lean_blocks == (list(transformer.blocks) if entry.blocks else [])
+    assert [block for block in lean_blocks if block in blocks] == (blocks if entry.blocks else [])
+    assert len(lean_blocks) - len(blocks) * entry.blocks == 2 * len(getattr(transformer, "vace_blocks", ()))
     assert not any("forward" in vars(module) for module in transformer.modules()), "all is put back"
 
 

@@ -24,7 +24,7 @@ VARIANTS = {
     "flf2v": (wan.WanModel, {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": 514}, "WAN21_I2V"),
     "fun-control": (wan.WanModel, {"model_type": "i2v", "in_dim": 48}, "WAN21_FunControl2V"),
     "fun-control-ref": (wan.WanModel, {"model_type": "i2v", "in_dim": 48, "in_dim_ref_conv": 16}, "WAN21_FunControl2V"),
-    "vace": (wan.VaceWanModel, {"vace_layers": 1, "vace_in_dim": 96}, "WAN21_Vace"),
+    "vace": (wan.VaceWanModel, {"vace_layers": 2, "vace_in_dim": 96}, "WAN21_Vace"),
     "camera": (wan.CameraWanModel, {"model_type": "camera", "in_dim": 32}, "WAN21_Camera"),
     "camera_2.2": (wan.CameraWanModel, {"model_type": "camera_2.2", "in_dim": 36}, "WAN22_Camera"),
     "s2v": (wan.WanModel_S2V, {}, "WAN22_S2V"),
