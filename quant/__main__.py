@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("4d", "5d"),
         help="4d (default) is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper",
     )
+    command.add_argument("--allow-non-finite", action="store_true", help="write 0 for NaN and infinity in the source")
     _add_modules(command)
     command.add_argument("--overwrite", action="store_true", help="replace a file that was made in another way")
 
@@ -155,6 +156,7 @@ def _convert(options: argparse.Namespace) -> Report:
             device=options.device,
             overwrite=options.overwrite,
             five_d=options.patch_embedding == "5d",
+            allow_non_finite=options.allow_non_finite,
             modules=options.modules,
             progress=progress,
         )

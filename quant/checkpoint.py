@@ -19,7 +19,7 @@ from .sources.modules import check_module
 from .sources.names import T5, Naming, find_naming
 from .sources.opening import Opened, open_files
 from .sources.t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
-from .sources.tensors import SourceTensor, StoredTensor
+from .sources.tensors import FiniteTensor, SourceTensor, StoredTensor
 
 __all__ = ["Checkpoint", "SourceTensor", "open_checkpoint"]
 
@@ -38,6 +38,8 @@ class Checkpoint:
     """Keys that a GGUF of this architecture has."""
     tensors: Mapping[str, SourceTensor]
     file: SourceFiles = field(repr=False, compare=False)
+    zeroed: set[str] | None = field(default=None, compare=False)
+    """Tensors in which NaN and infinity were read as 0 so far; None where these are refused."""
 
     @property
     def path(self) -> Path:
@@ -60,6 +62,11 @@ class Checkpoint:
     def lossy(self) -> tuple[str, ...]:
         """How weights are stored that were quantized already; quantizing them again adds a second error."""
         return tuple(sorted({tensor.stored for tensor in self.tensors.values()} - {"F32", "F16", "BF16"}))
+
+    def allowing_non_finite(self) -> Checkpoint:
+        """The same, with 0 for NaN and infinity."""
+        zeroed: set[str] = set()
+        return replace(self, tensors={n: FiniteTensor.of(t, zeroed) for n, t in self.tensors.items()}, zeroed=zeroed)
 
     def __enter__(self) -> Checkpoint:
         return self

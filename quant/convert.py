@@ -80,6 +80,7 @@ def convert(
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     five_d: bool = False,
+    allow_non_finite: bool = False,
     modules: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -97,6 +98,7 @@ def convert(
         overwrite: replace a destination that holds anything else.
         modules: files of add-on modules (VACE and the like) that become part of the model.
         five_d: store the patch embedding in its 5 dimensions, for loaders that do not read it flattened.
+        allow_non_finite: write 0 for NaN and infinity, and report the tensors, instead of refusing these.
 
     Raises:
         QuantError: an unusable source, destination, recipe, size or device, or the importance of another model.
@@ -109,6 +111,7 @@ def convert(
         device=device,
         overwrite=overwrite,
         five_d=five_d,
+        allow_non_finite=allow_non_finite,
         modules=modules,
         progress=progress,
     )
@@ -124,6 +127,7 @@ def convert_all(
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     five_d: bool = False,
+    allow_non_finite: bool = False,
     modules: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> list[ConversionReport]:
@@ -131,6 +135,7 @@ def convert_all(
     started = time.monotonic()
     device = _usable_device(device)
     with source if isinstance(source, Checkpoint) else open_checkpoint(source, modules) as checkpoint:
+        checkpoint = checkpoint.allowing_non_finite() if allow_non_finite else checkpoint
         for job in jobs:
             _check_paths(checkpoint.path, job.destination)
         warnings = _warnings(checkpoint, check_importance(importance, checkpoint.tensors) if importance else ())
@@ -148,7 +153,7 @@ def convert_all(
             source=checkpoint.path,
             source_bytes=checkpoint.identity.size,
             fallbacks=task.planned.fallbacks,
-            warnings=warnings,
+            warnings=(*warnings, *_zeroed(checkpoint)),
             seconds=seconds,
             reused=id(task) not in paths,
         )
@@ -214,6 +219,11 @@ def _warnings(checkpoint: Checkpoint, unknown: Sequence[str]) -> tuple[str, ...]
     for warning in warnings:
         _log.warning(warning)
     return tuple(warnings)
+
+
+def _zeroed(checkpoint: Checkpoint) -> list[str]:
+    names = sorted(checkpoint.zeroed or ())
+    return [f"NaN or infinity became 0 in {len(names)} tensors, the first is {names[0]}"] if names else []
 
 
 def _check_paths(source: Path, destination: Path) -> None:

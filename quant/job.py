@@ -17,6 +17,7 @@ from .gguf_header import read_header
 from .importance import Importance
 from .provenance import (
     FIVE_D,
+    NON_FINITE,
     RELATIVE_ERROR,
     SOURCE_MTIME,
     SOURCE_SHA256,
@@ -73,6 +74,7 @@ def job_metadata(
         "wanquant.source_dtype": checkpoint.stored,
         **checkpoint.gguf_metadata,
         **carried_metadata(checkpoint.metadata),
+        **({} if checkpoint.zeroed is None else {NON_FINITE: True}),
         **(importance.metadata if isinstance(importance, Importance) else {}),
         SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
         SOURCE_SHA256: "0" * 64,

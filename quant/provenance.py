@@ -16,6 +16,8 @@ RELATIVE_ERROR = "wanquant.relative_error"
 """FLOAT32 array in tensor order: |dequantized - source| / |source|."""
 FIVE_D = "wanquant.five_d"
 """BOOL: tensors of more than 4 dimensions are stored as they are, not flattened."""
+NON_FINITE = "wanquant.allow_non_finite"
+"""BOOL, true or absent: NaN and infinity in the source became 0."""
 TARGET_SIZE = "wanquant.target_size"
 """UINT64: bytes that the file was to take at most; 0 for a recipe."""
 SOURCE_SHA256 = "wanquant.source_sha256"
@@ -50,7 +52,8 @@ def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
 
 def is_same_job(existing: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
     """Whether a file's metadata names the same source file, by name and size, and the same settings as `job`."""
-    return all(existing.get(key) == job[key] for key in (f"wanquant.{name}" for name in _SAME_JOB))
+    same = (*(f"wanquant.{name}" for name in _SAME_JOB), NON_FINITE)
+    return all(existing.get(key) == job.get(key) for key in same)
 
 
 def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:

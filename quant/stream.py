@@ -134,7 +134,8 @@ class Stream:
         energy = part.weight.square().sum().item()
         if not math.isfinite(energy):
             raise QuantError(
-                f"{self.checkpoint.path}: tensor {part.tensor.name}: holds NaN or infinity; the file is damaged"
+                f"{self.checkpoint.path}: tensor {part.tensor.name}: holds NaN or infinity;"
+                " download the file again, or allow these (--allow-non-finite) to write 0 instead"
             )
         return energy
 

@@ -11,6 +11,7 @@ from typing import Any
 from .checkpoint import SourceTensor, open_checkpoint
 from .errors import QuantError
 from .gguf_file import GGUFTensor, open_gguf
+from .provenance import NON_FINITE
 from .report import sqnr_db
 from .wan import role
 
@@ -81,8 +82,10 @@ def verify(gguf: str | Path, source: str | Path, modules: Sequence[str | Path] =
     Raises:
         QuantError: a file that cannot be read, a shape that differs, or nothing in common.
     """
-    packed = open_gguf(gguf).tensors
+    file = open_gguf(gguf)
+    packed = file.tensors
     with open_checkpoint(source, modules) as checkpoint:
+        checkpoint = checkpoint.allowing_non_finite() if file.metadata.get(NON_FINITE) else checkpoint
         names = [name for name in checkpoint.tensors if name in packed]
         if not names:
             raise QuantError(f"{gguf}: has no tensor of {source}; give the checkpoint that it was made from")

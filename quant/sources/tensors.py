@@ -84,6 +84,27 @@ class PlainTensor(SourceTensor):
 
 
 @dataclass(frozen=True)
+class FiniteTensor(SourceTensor):
+    """Another tensor, with 0 for NaN and infinity."""
+
+    tensor: SourceTensor
+    zeroed: set[str] = field(repr=False, compare=False)
+    """Gets the names of the tensors that hold any."""
+
+    @classmethod
+    def of(cls, tensor: SourceTensor, zeroed: set[str]) -> FiniteTensor:
+        return cls(tensor.name, tensor.dtype, tensor.shape, tensor.stored, tensor, zeroed)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        values = self.tensor.read(start, stop)
+        finite = values.isfinite()
+        if bool(finite.all()):
+            return values
+        self.zeroed.add(self.name)
+        return values.where(finite, torch.zeros_like(values))
+
+
+@dataclass(frozen=True)
 class PackedTensor(SourceTensor):
     """Blocks of a GGUF."""
 

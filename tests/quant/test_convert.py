@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 
@@ -18,6 +19,7 @@ from wanquant.quant.gguf_file import open_gguf
 from wanquant.quant.job import Job, job_metadata
 from wanquant.quant.provenance import VERSION, source_metadata
 from wanquant.quant.recipe import RECIPES, plan, predicted_size
+from wanquant.quant.verify import verify
 from wanquant.tests.conftest import ROOT
 from wanquant.tests.tiny_wan import write_tiny_wan
 
@@ -268,6 +270,39 @@ def test_damaged_weights_are_refused(tmp_path, value):
     with pytest.raises(QuantError, match=r"tensor head\.head\.weight: holds NaN or infinity"):
         convert(write_head(tmp_path / "a.safetensors", weight), tmp_path / "a.gguf", "Q8_0")
     assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [({"recipe": "Q8_0"}, math.nan), ({"recipe": "F16"}, -math.inf), ({"target_size": 0.003}, math.nan)],
+    ids=str,
+)
+def test_weights_that_are_not_finite(tmp_path, source, settings, value):
+    state = state_dict(source)
+    state[FFN] = state[FFN].clone()
+    state[FFN][0, 7] = state[FFN][256, 0] = value
+    save_file(state, tmp_path / "a.safetensors")
+    settings = {"effort": "fast", **settings}
+    with pytest.raises(QuantError, match=r"tensor blocks\.0\.ffn\.0\.weight: holds NaN or infinity"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
+    assert not (tmp_path / "a.gguf").exists()
+    report = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings, allow_non_finite=True)
+    assert report.warnings == (f"NaN or infinity became 0 in 1 tensors, the first is {FFN}",)
+    expected = torch.where(state[FFN].isfinite(), state[FFN], 0).float()
+    error = (open_gguf(report.path).tensors[FFN].dequantize() - expected).norm() / expected.norm()
+    assert error == pytest.approx(next(t.relative_error for t in report.tensors if t.name == FFN), rel=1e-3, abs=1e-9)
+    assert all(math.isfinite(tensor.noise) for tensor in verify(report.path, tmp_path / "a.safetensors").tensors)
+    assert convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings, allow_non_finite=True).reused
+    with pytest.raises(QuantError, match="made in another way"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
+
+
+def test_allowing_changes_nothing_in_a_sound_file(tmp_path, source):
+    plain = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast")
+    allowed = convert(source, tmp_path / "b.gguf", "Q4_0", effort="fast", allow_non_finite=True)
+    assert allowed.warnings == ()
+    tensors = [open_gguf(report.path).tensors for report in (plain, allowed)]
+    assert all(torch.equal(tensor.data, tensors[1][name].data) for name, tensor in tensors[0].items())
 
 
 def test_float_gguf_gives_the_same_weights(tmp_path, source):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from wanquant.quant.__main__ import main
 from wanquant.quant.importance import Importance
@@ -99,6 +100,17 @@ def test_importance_matrix(source, tmp_path, capsys):
     write_importance(path, replace(importance, sums={"blocks.0.ffn.0.weight": torch.rand(64)}), overwrite=True)
     assert main(["convert", str(source), str(tmp_path / "b.gguf"), *options]) == 1
     assert "i.gguf: tensor blocks.0.ffn.0.weight: (64,) columns" in capsys.readouterr().err
+
+
+def test_values_that_are_not_finite(source, tmp_path, capsys):
+    state = load_file(source)
+    state["head.head.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "a.safetensors")
+    arguments = ["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "a.gguf"), "--recipe", "Q4_0"]
+    assert main(arguments) == 1
+    assert "--allow-non-finite" in capsys.readouterr().err
+    assert main([*arguments, "--allow-non-finite"]) == 0
+    assert "NaN or infinity became 0 in 1 tensors" in capsys.readouterr().out
 
 
 def test_refused_conversion(source, tmp_path, capsys):
