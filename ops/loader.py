@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
+from math import prod
 
 import comfy.sd
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ..quant import QuantError
@@ -23,6 +24,8 @@ from .linear import GGUFOps, packed_modules
 from .mapping import map_files, watch
 from .modules import with_module
 from .patcher import with_packed_patches
+from .prefetch import prefetch_blocks
+from .preflight import check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +68,11 @@ def load_diffusion_model(
     _refuse_foreign(header)
     if module is not None:
         header = with_module(header, module)
-    data = map_files(header.parts)
     # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
-    state_dict = {r.name: host_tensor(r, data(r), dtype or torch.bfloat16) for r in header.tensors.values()}
+    stand_in = dtype or torch.bfloat16
+    check_memory(header, decoded_bytes(header, stand_in))
+    data = map_files(header.parts)
+    state_dict = {r.name: host_tensor(r, data(r), stand_in) for r in header.tensors.values()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
         {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": dtype} if dtype else {}),
@@ -79,6 +84,7 @@ def load_diffusion_model(
     _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
     patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype, module=module, int8=int8), ())
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
+    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
     if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
         logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)
     return with_packed_patches(patcher)
@@ -94,6 +100,12 @@ def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tenso
         packed: Tensor = pack(data, record.qtype.name, record.shape, dtype)
         return packed
     return record.qtype.dequantize(data, dtype).view(record.shape)
+
+
+def decoded_bytes(header: Header, dtype: torch.dtype) -> int:
+    """Bytes that `host_tensor` decodes into for the whole file; all else is mapped."""
+    records = (r for r in header.tensors.values() if r.qtype.name not in _PLAIN and not _is_linear(r))
+    return sum(prod(record.shape) for record in records) * dtype.itemsize
 
 
 def _is_linear(record: TensorRecord) -> bool:

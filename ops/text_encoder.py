@@ -19,9 +19,10 @@ from ..quant.gguf_header import Header, read_header
 from ..quant.sentencepiece import sentencepiece_model
 from ..quant.sources.t5 import transformers_name
 from .linear import GGUFOps, computing_in
-from .loader import host_tensor
+from .loader import decoded_bytes, host_tensor
 from .mapping import map_files, watch
 from .patcher import with_packed_patches
+from .preflight import check_memory
 
 _EMBEDDING = "shared.weight"
 _QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
@@ -49,6 +50,7 @@ def load_text_encoder(
     header = read_header(path)
     names = {transformers_name(name): record for name, record in header.tensors.items()}
     _check(header, names.keys(), clip_type)
+    check_memory(header, decoded_bytes(header, torch.bfloat16))
     data = map_files(header.parts)
     state_dict = {name: host_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
     options = {

@@ -86,7 +86,7 @@ def lora(t2v):
 
 
 def load(patcher):
-    patcher.partially_load(DEVICE)
+    patcher.partially_load(patcher.load_device)
     return dict(packed_modules(patcher.model))
 
 
@@ -140,6 +140,67 @@ def test_legacy_delegate_for_torch_compile_and_hooks(dynamic, lora):
     assert sum(len(module.weight_function) for _, module in packed_modules(legacy.model)) == 2
     again = patched.get_non_dynamic_delegate()
     assert again.model is legacy.model
+
+
+def test_copy_for_another_device_of_the_multi_gpu_node(dynamic, lora):
+    patched, _ = comfy.sd.load_lora_for_models(dynamic, None, lora, 1.0, 0)
+    expected = cast(load(patched)[KEY])
+    other = patched.deepclone_multigpu(torch.device("cpu", 1))
+    assert other.is_dynamic()
+    assert type(other) is type(dynamic)
+    assert other.model is not patched.model
+    assert torch.equal(cast(load(other)[KEY]), expected)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The host's prefetch queue, without its streams and pins."""
+    monkeypatch.setattr(comfy.model_management, "NUM_STREAMS", 2)
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    monkeypatch.setattr(comfy.model_management, "device_supports_non_blocking", lambda device: True)
+    monkeypatch.setattr(comfy.model_management, "get_offload_stream", lambda device: None)
+    monkeypatch.setattr(comfy.model_management, "sync_stream", lambda device, stream: None)
+    monkeypatch.setattr(comfy.model_management, "ensure_pin_registerable", lambda size: None)
+
+
+def forward(patcher, **options):
+    """As the host calls the model, with the patcher's wrappers in its options."""
+    generator = torch.Generator().manual_seed(1)
+    x, text = (torch.randn(shape, generator=generator) for shape in [(1, 16, 2, 8, 8), (1, 7, 4096)])
+    options = {"wrappers": patcher.wrappers, "prefetch_dynamic_vbars": True} | options
+    with torch.no_grad():
+        return patcher.model.diffusion_model(x, torch.tensor([500.0]), text, transformer_options=options)
+
+
+def prefetched(patcher):
+    """The blocks all of whose packed layers are on their way or there."""
+    blocks = patcher.model.diffusion_model.blocks
+    return [i for i, block in enumerate(blocks) if all(hasattr(m, "_prefetch") for _, m in packed_modules(block))]
+
+
+def test_blocks_are_prefetched_whole(dynamic, lora, streams):
+    patched, _ = comfy.sd.load_lora_for_models(dynamic, None, lora, 1.0, 0)
+    load(patched)
+    expected, seen = forward(patched, prefetch_dynamic_vbars=False), []
+    for block in patched.model.diffusion_model.blocks:
+        block.register_forward_pre_hook(lambda *_: seen.append(prefetched(patched)))
+    assert torch.equal(forward(patched), expected)
+    assert seen == [[0], [1]]
+    assert prefetched(patched) == []
+
+
+def test_blocks_that_a_node_replaces_are_not_prefetched(dynamic, streams):
+    load(dynamic)
+    expected, seen = forward(dynamic, prefetch_dynamic_vbars=False), []
+
+    def replacement(args, extra):
+        seen.append(prefetched(dynamic))
+        return extra["original_block"](args)
+
+    replaced = {"dit": {("double_block", 0): replacement}}
+    assert torch.equal(forward(dynamic, patches_replace=replaced), expected)
+    assert seen == [[]]
+    assert list(replaced["dit"]) == [("double_block", 0)]
 
 
 def test_small_layers_are_made_resident_with_the_lora_in_them(dynamic, t2v, tmp_path, write_gguf):

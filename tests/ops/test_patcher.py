@@ -86,6 +86,22 @@ def test_through_the_hosts_memory_manager(model, state):
     assert functions(patched) == []
 
 
+@pytest.mark.parametrize("state_of_vram", ["NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"])
+def test_memory_modes_of_the_host(state_of_vram, model, state, monkeypatch):
+    """--lowvram and --novram; the host takes the CPU for an accelerator."""
+    expected = forward(load(with_lora(model, lora(state))))
+    model.detach()
+    host = comfy.model_management
+    monkeypatch.setattr(host, "is_device_cpu", lambda device: device == torch.device("meta"))
+    monkeypatch.setattr(host, "vram_state", host.VRAMState[state_of_vram])
+    patched = with_lora(model, lora(state))
+    host.load_models_gpu([patched])
+    assert patched.model.model_lowvram == (state_of_vram == "NO_VRAM")
+    assert torch.equal(forward(patched), expected)
+    host.unload_all_models()
+    assert functions(patched) == []
+
+
 def test_wrapper_patches_of_other_nodes_keep_their_place(model, state):
     patched = with_lora(model, lora(state))
     patched.add_weight_wrapper(KEY, lambda weight: weight * 0)
