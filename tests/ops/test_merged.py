@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from wanquant.ops.layout import is_packed
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.ops.merged import merged_checkpoint
-from wanquant.quant import QuantError
+from wanquant.quant import QuantError, budget
 from wanquant.quant.convert import convert
 from wanquant.quant.gguf_file import open_gguf
 from wanquant.tests.ops.test_patcher import forward, load, lora, with_lora
@@ -101,7 +101,8 @@ def test_result_is_reused_until_something_changes(model, state, tmp_path):
             save(other, tmp_path / "a.gguf")
 
 
-def test_target_size_and_importance(model, state, tmp_path):
+def test_target_size_and_importance(model, state, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "_SAMPLED_WEIGHTS", 1 << 12)
     patched = with_lora(model, lora(state))
     importance = {PATCHED: torch.linspace(0.1, 10, 256)}
     report = save(patched, tmp_path / "a.gguf", target_size=0.004, importance=importance)
