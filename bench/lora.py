@@ -1,0 +1,104 @@
+"""A sampling step with two LoRAs of rank 64 over one without, at true 1.3B layer shapes on the CPU: ours, and a peer's.
+
+The LoRAs are on every Linear of the blocks. The steps of all models are taken in turns, in one process, and the least
+processor time of each counts. What LoRAs cost does not depend on the tokens; the rest does: with more the ratio falls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quant.convert import convert
+from .convert import machine, write_source
+from .dequant import fastest
+from .step import CHANNELS, SIZE, import_host, packed_model, peer_model, step_of
+
+RANK, COUNT = 64, 2
+
+
+def loras(model: torch.nn.Module) -> list[dict[str, Tensor]]:
+    """As published for Wan: bfloat16, both factors of every Linear in the blocks."""
+    generator = torch.Generator().manual_seed(0)
+    files: list[dict[str, Tensor]] = [{} for _ in range(COUNT)]
+    for name, module in model.named_modules():
+        if name.startswith("blocks.") and hasattr(module, "in_features"):
+            for tensors in files:
+                up, down = torch.zeros(module.out_features, RANK), torch.empty(RANK, module.in_features)
+                tensors[f"diffusion_model.{name}.lora_B.weight"] = up.normal_(0, 0.01, generator=generator).bfloat16()
+                tensors[f"diffusion_model.{name}.lora_A.weight"] = down.normal_(0, 0.01, generator=generator).bfloat16()
+    return files
+
+
+def with_loras(patcher: Any) -> Any:
+    import comfy.sd
+
+    for tensors in loras(patcher.model.diffusion_model):
+        patcher, _ = comfy.sd.load_lora_for_models(patcher, None, tensors, 0.5, 0)
+    return patcher
+
+
+def give_to_weights(patcher: Any) -> Any:
+    """What ComfyUI-GGUF's patcher does with patches: each weight carries its own."""
+    import comfy.utils
+
+    for key, patches in patcher.patches.items():
+        weight = comfy.utils.get_attr(patcher.model, key)
+        weight.patches = [(patches, key)]
+    patcher.patches = {}
+    return patcher
+
+
+def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer: Path | None) -> dict[str, object]:
+    file = source.with_name(f"{source.stem}-{recipe}.gguf")
+    convert(source, file, recipe, effort="fast")
+    models = [packed_model(file), with_loras(packed_model(file))]
+    if peer:
+        models += [peer_model(peer, file), give_to_weights(with_loras(peer_model(peer, file)))]
+    without, with_them, *others = fastest(
+        seconds, *(step_of(model, latent) for model in models), clock=time.process_time
+    )
+    row: dict[str, object] = {"recipe": recipe, "tokens": latent[2:].numel() // 4}
+    row |= {"seconds": round(without / 1e3, 2), "with_loras": round(with_them / without, 3)}
+    if others:
+        row |= {"peer_seconds": round(others[0] / 1e3, 2), "peer_with_loras": round(others[1] / others[0], 3)}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
+    parser.add_argument("--recipes", nargs="+", default=["Q4_K_M"])
+    parser.add_argument("--frames", nargs="+", type=int, default=[3, 9], help="latent frames of 832 x 480 pixels")
+    parser.add_argument("--blocks", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=30, help="to measure each row")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    import_host()
+    source = write_source(SIZE, options.blocks)
+    rows = [
+        measure(source, recipe, torch.Size((1, CHANNELS, frames, 60, 104)), options.seconds, options.peer)
+        for recipe in options.recipes
+        for frames in options.frames
+    ]
+    if options.json:
+        print(json.dumps({"machine": machine(), "blocks": options.blocks, "rows": rows}, indent=1))
+        return
+    print(f"{machine()}; {options.blocks} blocks of {SIZE}, {COUNT} LoRAs of rank {RANK}")
+    columns = ("recipe", "tokens", "seconds", "with_loras", "peer_seconds", "peer_with_loras")
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()
