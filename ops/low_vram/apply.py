@@ -40,7 +40,8 @@ def apply_lean(model: ModelPatcher, plan: LeanPlan | PlanChooser) -> ModelPatche
         (WrappersMP.CALC_COND_BATCH, _OneByOne(choose)),
     ):
         patched.remove_wrappers_with_key(kind, _KEY)
-        patched.add_wrapper_with_key(kind, _KEY, wrapper)
+        # Ahead of the loader's, which prefetches whole blocks where nobody replaced them: more than a lean one takes.
+        patched.wrappers[kind] = {_KEY: [wrapper]} | patched.wrappers.get(kind, {})
     return patched
 
 

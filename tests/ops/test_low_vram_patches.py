@@ -41,6 +41,19 @@ def test_a_second_plan_replaces_the_first(model, lean_blocks):
     assert len(lean_blocks) == 2
 
 
+def test_the_loaders_prefetch_leaves_lean_blocks_alone(model):
+    seen = []
+
+    def loader(executor, x, timestep, context, clip_fea, time_dim_concat, options, **kwargs):
+        seen.append(options.get("patches_replace", {}).get("dit", {}).keys())
+        return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    loaded = model.clone()
+    loaded.add_wrapper(WrappersMP.DIFFUSION_MODEL, loader)
+    forward(apply_lean(loaded, FINE))
+    assert seen == [{("double_block", 0), ("double_block", 1)}]
+
+
 def test_training_runs_stock(model, lean_blocks):
     options = {"wrappers": apply_lean(model, FINE).wrappers}
     latent, text = torch.randn(1, 16, 1, 4, 4, requires_grad=True), torch.randn(1, 3, 4096)
