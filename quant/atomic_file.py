@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,9 @@ from typing import BinaryIO
 
 from .errors import QuantError
 
-if sys.platform != "win32":
+if sys.platform == "win32":
+    import msvcrt
+else:
     import fcntl
 
 _GIB = 1 << 30
@@ -23,35 +24,60 @@ _GIB = 1 << 30
 class AtomicFile:
     """A context manager: writes go to a temporary file beside `path`; `commit` renames it, leaving before deletes it.
 
-    What a killed writer of the same destination left behind is deleted first.
+    The temporary file is locked, so that one job at a time writes a destination. One that a killed job left behind is
+    taken over: it is emptied, or, with `resume`, kept for `read` and `restart`.
 
     Raises:
-        QuantError: on entering, when `path` exists and `overwrite` is off, or its folder is missing, unwritable or has
-            less than `nbytes` bytes free; later, when the system refuses a write.
+        QuantError: on entering, when `path` exists and `overwrite` is off, when its folder is missing, unwritable or
+            has less than `nbytes` bytes free, or when another job writes it; later, when the system refuses a write.
     """
 
-    def __init__(self, path: Path, nbytes: int, *, overwrite: bool = False) -> None:
-        self.path, self.nbytes, self.overwrite = path, nbytes, overwrite
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    def __init__(self, path: Path, nbytes: int, *, overwrite: bool = False, resume: bool = False) -> None:
+        self.path, self.nbytes, self.overwrite, self.resume = path, nbytes, overwrite, resume
+        self._temporary = path.with_name(f".{path.name}.tmp")
         self._file: BinaryIO
+        self._is_committed = False
 
     def __enter__(self) -> AtomicFile:
         self._check_destination()
         with self._reporting():
-            _delete_stale(self.path)
             self._check_space()
-            self._file = self._temporary.open("xb")
-            _try_lock(self._file)
+            self._file = open(self._temporary, "r+b", opener=_open_or_create)
+            if not (_try_lock(self._file) and self._is_in_place()):
+                self._file.close()
+                raise QuantError(f"{self.path}: another job writes it; wait for that one, or choose another name")
+        if not self.resume:
+            self.restart(0)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # Neither failure matters now: a full disk makes close fail again, and the next writer deletes what stays.
+        # No failure matters now: a full disk makes close fail again, and the next job takes over what stays.
+        if sys.platform == "win32":  # deletes closed files only
+            with suppress(OSError):
+                self._file.close()
+        if not self._is_committed:
+            with suppress(OSError):
+                self._temporary.unlink()
         with suppress(OSError):
             self._file.close()
-        with suppress(OSError):
-            self._temporary.unlink()
+
+    def read(self, nbytes: int) -> bytes:
+        """The next bytes that a killed job left, fewer at the end."""
+        with self._reporting():
+            return self._file.read(nbytes)
+
+    def restart(self, offset: int) -> None:
+        """Drops what lies behind `offset`, where the next write goes."""
+        with self._reporting():
+            self._file.seek(offset)
+            self._file.truncate()
+
+    def flush(self) -> None:
+        """Hands what was written to the system, which keeps it if this process is killed."""
+        with self._reporting():
+            self._file.flush()
 
     def write(self, content: bytes | memoryview) -> None:
         with self._reporting():
@@ -72,14 +98,27 @@ class AtomicFile:
         with self._reporting():
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
-            if self.overwrite or not self.path.exists():
-                with suppress(PermissionError):
-                    os.replace(self._temporary, self.path)
-                    return self.path
-            free = next(name for name in self._other_names() if not name.exists())
-            os.rename(self._temporary, free)
-            return free
+            if sys.platform == "win32":  # renames closed files only; elsewhere the lock is kept until it is done
+                self._file.close()
+            placed = self._rename()
+            self._is_committed = True
+            return placed
+
+    def _rename(self) -> Path:
+        if self.overwrite or not self.path.exists():
+            with suppress(PermissionError):
+                os.replace(self._temporary, self.path)
+                return self.path
+        free = next(name for name in self._other_names() if not name.exists())
+        os.rename(self._temporary, free)
+        return free
+
+    def _is_in_place(self) -> bool:
+        """Whether the open file still has its name: another job may have finished between opening and locking."""
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._temporary.stat())
+        except FileNotFoundError:
+            return False
 
     def _other_names(self) -> Iterator[Path]:
         return (self.path.with_stem(f"{self.path.stem}-{number}") for number in range(1, 1000))
@@ -91,7 +130,8 @@ class AtomicFile:
             raise QuantError(f"{self.path}: exists already; choose another name or allow overwriting")
 
     def _check_space(self) -> None:
-        free = shutil.disk_usage(self.path.parent).free
+        left = self._temporary.stat().st_size if self._temporary.exists() else 0
+        free = shutil.disk_usage(self.path.parent).free + left
         if free < self.nbytes:
             raise QuantError(
                 f"{self.path}: needs {self.nbytes / _GIB:.2f} GiB, {free / _GIB:.2f} GiB are free in its folder;"
@@ -102,30 +142,23 @@ class AtomicFile:
     def _reporting(self) -> Iterator[None]:
         try:
             yield
-        except FileExistsError:
-            raise QuantError(f"{self._temporary}: exists already; wait for the other job that writes it") from None
         except OSError as error:
             raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder") from None
 
 
-def _delete_stale(path: Path) -> None:
-    temporary = re.compile(re.escape(f".{path.name}.") + r"\d+\.tmp")
-    for stale in [name for name in path.parent.iterdir() if temporary.fullmatch(name.name)]:
-        # Gone by now, or held open by a living process on Windows, which refuses to delete it.
-        with suppress(OSError):
-            with stale.open("r+b") as file:
-                abandoned = _try_lock(file)
-            if abandoned:
-                stale.unlink()
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 def _try_lock(file: BinaryIO) -> bool:
-    """Locks a file until it is closed; False if another writer has it."""
-    # A process id in the name does not tell whether the writer lives: containers reuse them, network folders mix them.
-    if sys.platform == "win32":
-        return True
+    """Locks a file until it is closed or its process ends; False if another job has it."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        if sys.platform == "win32":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError:  # a network folder without locks
+        return True
     return True

@@ -19,7 +19,7 @@ from .errors import QuantError
 from .gguf_writer import GGUFWriter, TensorSpec
 from .importance import check_importance
 from .job import Job, is_up_to_date, job_metadata
-from .provenance import FIVE_D
+from .provenance import FIVE_D, SOURCE_MTIME
 from .qtype import QTYPES, Effort
 from .recipe import Fallback, Plan, find_recipe, plan
 from .report import GIB, FileReport, inspect
@@ -85,6 +85,9 @@ def convert(
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Converts a Wan checkpoint to GGUF; the destination appears complete or not at all.
+
+    An exception leaves nothing behind. If the process is killed, the tensors that are finished stay in a temporary file
+    beside the destination, and the same job goes on from there, to the same bytes.
 
     Args:
         source: what `open_checkpoint` takes, or gave and is closed here; one that is quantized already makes a second
@@ -181,7 +184,10 @@ class _Task:
         if destination.exists() and not _is_replaceable(destination):
             _log.warning("%s is in use by a program: the new file gets a name beside it", destination)
         specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in self.planned.types.items()]
-        return GGUFWriter(destination, self.metadata, specs, overwrite=overwrite, five_d=self.metadata[FIVE_D])
+        # A source in memory has no time that tells it from another one; what is zeroed is found by reading everything.
+        resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
+        five_d = self.metadata[FIVE_D]
+        return GGUFWriter(destination, self.metadata, specs, overwrite=overwrite, five_d=five_d, resume=resume)
 
 
 def _plan(stream: Stream, tasks: Sequence[_Task]) -> None:

@@ -6,6 +6,8 @@ Source: ggml docs/gguf.md. Flattening: stable-diffusion.cpp core/ggml_extend.hpp
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -24,9 +26,13 @@ from .atomic_file import AtomicFile
 from .errors import QuantError
 from .gguf_header import ORIG_SHAPE_KEY, alignment_of
 from .gguf_values import pack_metadata, pack_name
+from .journal import Entry, Journal
 from .qtype import QuantType
 
+_log = logging.getLogger(__name__)
+
 _MAX_DIMS = 4
+_READ_BYTES = 16 << 20
 # GGML_MAX_NAME as ComfyUI's GGUF tools and stable-diffusion.cpp build it, less the terminating zero.
 _MAX_NAME_BYTES = 127
 
@@ -49,7 +55,9 @@ class GGUFWriter:
 
     Tensors of more than 4 dimensions are stored with the leading ones merged and their shape in
     `comfy.gguf.orig_shape.<name>`; `five_d` stores them as they are, which WanVideoWrapper needs and llama.cpp refuses.
-    Leaving the `with` block normally closes the writer; leaving it by any exception leaves nothing on disk.
+    Leaving the `with` block normally closes the writer; leaving it by any exception leaves nothing on disk. If the
+    process is killed instead, the tensors that `record` was told of stay beside `path`. With `resume`, the next writer
+    of the same metadata and tensors keeps them: `recorded` has their relative errors, and the others are to be written.
 
     Raises:
         QuantError: names, shapes or metadata cannot be stored; on entering, what `AtomicFile` raises.
@@ -63,6 +71,7 @@ class GGUFWriter:
         *,
         overwrite: bool = False,
         five_d: bool = False,
+        resume: bool = False,
     ) -> None:
         self.path, self.tensors = Path(path), tuple(tensors)
         self._check_tensors()
@@ -72,14 +81,18 @@ class GGUFWriter:
         self._header = self._pack_header(self._metadata)
         self.nbytes = len(self._header) + sum(self._padded(spec.nbytes) for spec in self.tensors)
         """Size of the finished file."""
-        self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite)
+        self.recorded: list[float] = []
+        self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite, resume=resume)
+        self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"))
+        self._digest = hashlib.sha256()
         self._n_written = self._n_bytes = 0
         self._is_closed = False
 
     def __enter__(self) -> GGUFWriter:
         with ExitStack() as stack:
             stack.enter_context(self._file)
-            self._file.write(self._header)
+            stack.callback(self._journal.delete)
+            self._resume()
             stack.pop_all()
         return self
 
@@ -90,7 +103,13 @@ class GGUFWriter:
             if kind is None and not self._is_closed:
                 self.close()
         finally:
+            self._journal.delete()
             self._file.__exit__(kind, error, traceback)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of all that is written behind the header."""
+        return self._digest.hexdigest()
 
     def write(self, name: str, packed: Tensor) -> None:
         """Appends the next declared tensor.
@@ -109,10 +128,15 @@ class GGUFWriter:
         self._n_bytes += packed.numel()
         if packed.dtype != torch.uint8 or self._n_bytes > spec.nbytes:
             raise self._misfit(spec, packed)
-        self._file.write(packed.cpu().contiguous().numpy().data)
+        self._append(packed.cpu().contiguous().numpy().data)
         if self._n_bytes == spec.nbytes:
-            self._file.write(bytes(self._padded(spec.nbytes) - spec.nbytes))
+            self._append(bytes(self._padded(spec.nbytes) - spec.nbytes))
             self._n_written, self._n_bytes = self._n_written + 1, 0
+
+    def record(self, relative_error: float) -> None:
+        """Makes the tensor just completed survive a kill of this process."""
+        self._file.flush()
+        self._journal.append(Entry(relative_error, self.sha256))
 
     def close(self, metadata: Mapping[str, Any] | None = None) -> Path:
         """Puts the complete file in place.
@@ -129,6 +153,34 @@ class GGUFWriter:
             self._rewrite_header(metadata)
         self._is_closed = True
         return self._file.commit()
+
+    def _append(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+
+    def _resume(self) -> None:
+        """Keeps the tensors that a killed writer recorded, as far as they are in the file as recorded."""
+        header, kept, size = self._file.read(len(self._header)), [], len(self._header)
+        if header == self._header:
+            for entry, spec in zip(self._journal.read(), self.tensors, strict=False):
+                digest = self._digest.copy()
+                for start in range(0, self._padded(spec.nbytes), _READ_BYTES):
+                    digest.update(self._file.read(min(_READ_BYTES, self._padded(spec.nbytes) - start)))
+                if digest.hexdigest() != entry.sha256:
+                    break
+                self._digest, size = digest, size + self._padded(spec.nbytes)
+                kept.append(entry)
+            _log.warning("%s: resumed after %d of %d tensors", self.path, len(kept), len(self.tensors))
+        elif header:
+            _log.warning("%s: a killed job left another source's, recipe's or version's; starting anew", self.path)
+        self.recorded, self._n_written = [entry.relative_error for entry in kept], len(kept)
+        if kept:
+            self._journal.restart(kept)
+            self._file.restart(size)
+        else:
+            self._journal.delete()
+            self._file.restart(0)
+            self._file.write(self._header)
 
     def _next(self, name: str) -> TensorSpec:
         spec = self.tensors[self._n_written] if self._n_written < len(self.tensors) else None

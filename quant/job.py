@@ -16,6 +16,7 @@ from .errors import QuantError
 from .gguf_header import read_header
 from .importance import Importance
 from .provenance import (
+    DATA_SHA256,
     FIVE_D,
     NON_FINITE,
     RELATIVE_ERROR,
@@ -56,7 +57,7 @@ class Job:
 def job_metadata(
     checkpoint: Checkpoint, job: Job, effort: Effort, importance: Mapping[str, Tensor] | None, five_d: bool
 ) -> dict[str, Any]:
-    """All metadata of the file; the last two values are placeholders until every tensor is written."""
+    """All metadata of the file; the last three values are placeholders until every tensor is written."""
     recipe = find_recipe(job.recipe)
     return {
         "general.architecture": checkpoint.architecture,
@@ -78,6 +79,7 @@ def job_metadata(
         **(importance.metadata if isinstance(importance, Importance) else {}),
         SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
         SOURCE_SHA256: "0" * 64,
+        DATA_SHA256: "0" * 64,
         RELATIVE_ERROR: np.zeros(len(checkpoint.tensors), np.float32),
     }
 

@@ -20,6 +20,8 @@ NON_FINITE = "wanquant.allow_non_finite"
 """BOOL, true or absent: NaN and infinity in the source became 0."""
 TARGET_SIZE = "wanquant.target_size"
 """UINT64: bytes that the file was to take at most; 0 for a recipe."""
+DATA_SHA256 = "wanquant.data_sha256"
+"""STRING: SHA-256 of all bytes of the file behind the header; `verify` compares it."""
 SOURCE_SHA256 = "wanquant.source_sha256"
 SOURCE_MTIME = "wanquant.source_mtime_ns"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint, SourceTensor
 from .errors import QuantError
 from .gguf_writer import GGUFWriter
-from .provenance import RELATIVE_ERROR, SOURCE_SHA256
+from .provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from .qtype import Effort, QuantType
 
 Progress = Callable[[int, int, str], None]
@@ -41,9 +41,17 @@ class Output:
     """A file being written, and the squared error of the tensor at hand."""
 
     writer: GGUFWriter
-    errors: list[float] = field(default_factory=list)
+    errors: list[float] = field(init=False)
     noise: float = 0.0
     _pending: Future[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.errors = list(self.writer.recorded)
+        self._kept = {spec.name for spec in self.writer.tensors[: len(self.errors)]}
+
+    def holds(self, name: str) -> bool:
+        """Whether a killed job wrote this tensor already."""
+        return name in self._kept
 
     def encode(self, part: Slice, qtype: QuantType, importance: Tensor | None, effort: Effort) -> Tensor:
         packed = qtype.quantize(part.weight, importance, effort)
@@ -60,9 +68,11 @@ class Output:
         if self._pending is not None:
             self._pending.result()
 
-    def end_tensor(self, signal: float) -> None:
+    def end_tensor(self, pool: ThreadPoolExecutor, signal: float) -> None:
         self.errors.append(math.sqrt(self.noise / signal) if signal else 0.0)
         self.noise = 0.0
+        self.wait()
+        self._pending = pool.submit(self.writer.record, self.errors[-1])
 
 
 @dataclass
@@ -115,16 +125,24 @@ class Stream:
     def _encode(self, outputs: list[Output], pool: ThreadPoolExecutor) -> None:
         specs = [{spec.name: spec.qtype for spec in output.writer.tensors} for output in outputs]
         signal = 0.0
-        with closing(self.slices(self.checkpoint.tensors.values())) as slices:
+        missing = []
+        for tensor in self.checkpoint.tensors.values():
+            if all(output.holds(tensor.name) for output in outputs):
+                self.report(tensor, tensor.nbytes)
+            else:
+                missing.append(tensor)
+        with closing(self.slices(missing)) as slices:
             for part in slices:
                 name = part.tensor.name
                 signal += self._energy(part)
                 importance = self.importance.get(name)
                 importance = None if importance is None else importance.to(self.device)
                 for output, types in zip(outputs, specs, strict=True):
+                    if output.holds(name):
+                        continue
                     output.write(pool, name, output.encode(part, types[name], importance, self.effort))
                     if part.is_last:
-                        output.end_tensor(signal)
+                        output.end_tensor(pool, signal)
                 signal = 0.0 if part.is_last else signal
                 self.report(part.tensor, part.weight.numel() * part.tensor.dtype.itemsize)
         for output in outputs:
@@ -155,4 +173,5 @@ class Stream:
 
 
 def _final_metadata(output: Output, sha256: str) -> dict[str, Any]:
-    return {RELATIVE_ERROR: np.array(output.errors, np.float32), SOURCE_SHA256: sha256}
+    errors = np.array(output.errors, np.float32)
+    return {RELATIVE_ERROR: errors, SOURCE_SHA256: sha256, DATA_SHA256: output.writer.sha256}

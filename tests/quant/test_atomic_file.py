@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from wanquant.quant import QuantError
+from wanquant.quant import QuantError, atomic_file
 from wanquant.quant.atomic_file import AtomicFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def test_commit(tmp_path: Path):
 def test_nothing_without_commit(tmp_path: Path):
     with AtomicFile(tmp_path / "a", 3) as file:
         file.write(b"new")
-        assert [path.name for path in tmp_path.iterdir()] == [f".a.{os.getpid()}.tmp"]
+        assert [path.name for path in tmp_path.iterdir()] == [".a.tmp"]
     assert not any(tmp_path.iterdir())
 
 
@@ -59,7 +60,7 @@ def test_unusable_destinations(tmp_path: Path):
     with pytest.raises(QuantError, match="exists already"):
         write(tmp_path, overwrite=True)
     with pytest.raises(QuantError, match="cannot be written: File name too long"):
-        write(tmp_path / ("n" * 250))
+        write(tmp_path / ("n" * 253))
 
 
 def test_unwritable_folder(tmp_path: Path):
@@ -112,39 +113,60 @@ import sys, time
 from pathlib import Path
 from quant.atomic_file import AtomicFile
 with AtomicFile(Path(sys.argv[1]), 0) as file:
+    file.write(b"first")
+    file.flush()
     print("open", flush=True)
     time.sleep(60)
 """
 
 
-def test_what_a_killed_writer_left_is_deleted_and_a_living_one_is_spared(tmp_path: Path):
-    writers = [
-        subprocess.Popen([sys.executable, "-c", HANG, tmp_path / "a"], cwd=ROOT, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    dead, living = writers
-    try:
-        for writer in writers:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == b"open\n"
-        dead.send_signal(signal.SIGKILL)
-        dead.wait()
-        (tmp_path / ".b.1.tmp").write_bytes(b"of another destination")
-        assert {path.name for path in tmp_path.iterdir()} == {f".a.{dead.pid}.tmp", f".a.{living.pid}.tmp", ".b.1.tmp"}
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that has the temporary file of `a` open, with 5 bytes in it."""
+    with subprocess.Popen([sys.executable, "-c", HANG, tmp_path / "a"], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"open\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_writer_of_a_destination_is_refused(tmp_path: Path, writer: subprocess.Popen[bytes]):
+    with pytest.raises(QuantError, match="another job writes it; wait"):
         write(tmp_path / "a")
-        assert {path.name for path in tmp_path.iterdir()} == {f".a.{living.pid}.tmp", ".b.1.tmp", "a"}
-    finally:
-        for writer in writers:
-            writer.kill()
-            writer.communicate()
+    assert (tmp_path / ".a.tmp").read_bytes() == b"first"
+    with AtomicFile(tmp_path / "b", 0), pytest.raises(QuantError, match="another job writes it; wait"):
+        write(tmp_path / "b")
 
 
-def test_left_by_a_process_of_the_same_id(tmp_path: Path):
-    (tmp_path / f".a.{os.getpid()}.tmp").write_bytes(b"stale")
-    write(tmp_path / "a")
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path, writer: subprocess.Popen[bytes], resume: bool):
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    with AtomicFile(tmp_path / "a", 0, resume=resume) as file:
+        assert file.read(9) == (b"first" if resume else b"")
+        file.restart(2 if resume else 0)
+        file.write(b"new")
+        file.commit()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"finew" if resume else b"new"}
 
 
-def test_two_writers_of_one_destination_in_one_process(tmp_path: Path):
-    with AtomicFile(tmp_path / "a", 0), pytest.raises(QuantError, match="wait for the other job"):
+def test_a_temporary_file_that_is_gone_once_it_is_locked_is_not_written(tmp_path: Path, monkeypatch):
+    def committed_meanwhile(_file: object) -> bool:
+        os.replace(tmp_path / ".a.tmp", tmp_path / "a")
+        return True
+
+    monkeypatch.setattr(atomic_file, "_try_lock", committed_meanwhile)
+    (tmp_path / ".a.tmp").write_bytes(b"theirs")
+    with pytest.raises(QuantError, match="another job writes it"):
         write(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"theirs"
+
+
+def test_space_of_what_is_left_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / ".a.tmp").write_bytes(bytes(100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50))
+    with AtomicFile(tmp_path / "a", 150):
+        pass
+    assert not any(tmp_path.iterdir())
