@@ -13,6 +13,7 @@ from .load_conditioning import WanQuantLoadConditioning
 from .load_diffusion_model import WanQuantLoader
 from .load_expert_pair import WanQuantExpertPairLoader
 from .load_text_encoder import WanQuantTextEncoderLoader
+from .low_vram import WanQuantLowVRAM
 from .preview_decode import WanQuantPreviewDecode
 from .replacements import register_replacements
 from .save_conditioning import WanQuantSaveConditioning
@@ -39,4 +40,5 @@ class WanQuantExtension(ComfyExtension):
             WanQuantCollectImportance,
             WanQuantSaveImportance,
             WanQuantSaveModel,
+            WanQuantLowVRAM,
         ]

@@ -20,8 +20,13 @@ from .loader import host_tensor
 
 META = torch.device("meta")
 _BLOCK = re.compile(r"^(vace_)?blocks\.(\d+)\.")
-# Models whose blocks are all alike.
-_SHORTENED = {"WanModel": {"num_layers": 1}, "VaceWanModel": {"num_layers": 1, "vace_layers": 1}}
+# Of models whose blocks are all alike one block stands for all. Animate has another layer after every fifth.
+_ALIKE = ["WanModel", "CameraWanModel", "HumoWanModel", "SCAILWanModel", "SCAIL2WanModel"]
+_ALIKE += ["WanModel_S2V", "WanDancerModel"]
+_SHORTENED = {name: {"num_layers": 1} for name in _ALIKE} | {
+    "AnimateWanModel": {"num_layers": 5},
+    "VaceWanModel": {"num_layers": 1, "vace_layers": 1},
+}
 
 
 def meta_model(
@@ -47,7 +52,7 @@ def meta_twin(model: BaseModel) -> BaseModel:
     config = type(loaded)(loaded.unet_config | fewer)
     config.set_inference_dtype(loaded.unet_config["dtype"], model.manual_cast_dtype)
     config.custom_operations, config.quant_config = loaded.custom_operations, loaded.quant_config
-    state = {name: _as_meta(tensor) for name, tensor in source.state_dict().items() if _kept(name, fewer)}
+    state = {name: _as_meta(tensor) for name, tensor in source.state_dict(keep_vars=True).items() if _kept(name, fewer)}
     return _build(config, state)
 
 

@@ -44,8 +44,8 @@ class Job:
     """Of CLIP vision, 257 an image."""
     control_streams: int = 0
     """Of VACE."""
-    timesteps: int = 1
-    """As many as latent frames where each has its own (5B image-to-video)."""
+    masked: bool = False
+    """With a mask of what to sample, by which the 5B has a time for each frame."""
 
     @classmethod
     def of_video(cls, width: int, height: int, frames: int, *, channels: int = 16) -> Job:
@@ -67,8 +67,7 @@ class Job:
 
     def with_latent_frames(self, frames: int) -> Job:
         batch, channels, _, *size = self.latent
-        timesteps = self.timesteps if self.timesteps == 1 else frames
-        return replace(self, latent=(batch, channels, frames, *size), timesteps=timesteps)
+        return replace(self, latent=(batch, channels, frames, *size))
 
     def __str__(self) -> str:
         batch, channels, frames, height, width = self.latent
@@ -144,10 +143,12 @@ class Simulator:
         if plan:
             patcher = apply_lean(patcher, plan)
         memory = LiveMemory(META, record=record)
-        with torch.no_grad(), memory:
+        # The host samples in inference mode, where the count would not see operations that are made of others.
+        with torch.inference_mode(False), torch.no_grad(), memory:
             options = {"wrappers": patcher.wrappers, "optimized_attention_override": _FlashAttention(memory)}
             state = torch.empty(_SAMPLER_LATENTS, *job.latent, device=META)
-            self._model.apply_model(state[0], _ones(job.timesteps), transformer_options=options, **self._inputs(job))
+            time = torch.ones(job.latent[0], device=META)
+            self._model.apply_model(state[0], time, transformer_options=options, **self._inputs(job))
         return memory
 
     def _inputs(self, job: Job) -> dict[str, Any]:
@@ -158,6 +159,8 @@ class Simulator:
             inputs["c_concat"] = torch.empty(batch, model.in_dim - channels, *size, device=META)
         if job.image_tokens:
             inputs["clip_fea"] = torch.empty(batch, job.image_tokens, _CLIP_WIDTH, device=META)
+        if job.masked:
+            inputs["denoise_mask"] = torch.empty(job.latent, device=META)
         if job.control_streams:
             control = (batch, job.control_streams, model.vace_in_dim, *size)
             inputs |= {"vace_context": torch.empty(control, device=META), "vace_strength": [1.0] * job.control_streams}
@@ -200,10 +203,6 @@ def _patch_on_meta(patch: Patch) -> Patch:
         value = copy.copy(value)
         value.weights = tree_map(on_meta, value.weights)
     return (strength, tree_map(on_meta, value), *rest)
-
-
-def _ones(count: int) -> Tensor:
-    return torch.ones(count, device=META)
 
 
 def streamed_bytes(model: BaseModel) -> int:

@@ -45,6 +45,22 @@ def apply_lean(model: ModelPatcher, plan: LeanPlan | PlanChooser) -> ModelPatche
     return patched
 
 
+def one_by_one(
+    executor: WrapperExecutor,
+    model: BaseModel,
+    conds: list[Any],
+    x: Tensor,
+    timestep: Tensor,
+    options: dict[str, Any],
+) -> list[Tensor]:
+    """Wraps the host's `calc_cond_batch`: each conditioning in forwards of its own, under the index that it had."""
+
+    def alone(index: int) -> list[Any]:
+        return [cond if i == index else None for i, cond in enumerate(conds)]
+
+    return [executor(model, alone(i), x, timestep, options)[i] for i in range(len(conds))]
+
+
 @dataclass(frozen=True)
 class _OneByOne:
     """Positive and negative prompt in forwards of their own; the host batches them where it sees enough memory."""
@@ -63,7 +79,7 @@ class _OneByOne:
         if self.choose(x.shape) is None:
             together: list[Tensor] = executor(model, conds, x, timestep, options)
             return together
-        return [out for cond in conds for out in executor(model, [cond], x, timestep, options)]
+        return one_by_one(executor, model, conds, x, timestep, options)
 
 
 @dataclass(frozen=True)

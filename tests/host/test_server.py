@@ -20,6 +20,7 @@ NODES = [
     "WanQuantInspect",
     "WanQuantLoadConditioning",
     "WanQuantLoader",
+    "WanQuantLowVRAM",
     "WanQuantPreviewDecode",
     "WanQuantSaveConditioning",
     "WanQuantSaveImportance",

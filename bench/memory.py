@@ -1,0 +1,131 @@
+"""Peak video memory of published Wan models, stock and lean, simulated on meta tensors: needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import runpy
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..dev import checkout
+from ..quant.recipe import find_recipe, plan
+from ..quant.wan import SIZES, VACE_14B, WanSize, transformer_shapes
+from .sizes import Source
+
+if TYPE_CHECKING:
+    from ..ops.simulator import Job, Simulator
+    from ..ops.vram import Choice
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = {
+    "1.3B-T2V": SIZES["1.3B"],
+    "5B-TI2V": SIZES["5B"],
+    "14B-T2V": SIZES["14B"],
+    "14B-I2V": SIZES["I2V-14B"],
+    "14B-VACE": VACE_14B,
+}
+
+
+class Video(NamedTuple):
+    width: int
+    height: int
+    frames: int
+
+
+SMALL, LARGE = Video(832, 480, 81), Video(1280, 720, 81)
+UNLIMITED_GIB = 24
+# Videos, and a budget in GiB for each.
+CASES = {
+    "1.3B-T2V": ((SMALL, 1.2), (LARGE, 1.75)),
+    "5B-TI2V": ((SMALL, 1.0), (Video(1280, 704, 121), 1.5)),
+    "14B-T2V": ((SMALL, 1.95), (LARGE, 3.26)),
+    "14B-I2V": ((SMALL, 1.95), (LARGE, 3.26)),
+    "14B-VACE": ((SMALL, 6), (LARGE, 13)),
+}
+
+
+def start_host() -> None:
+    """Makes the host's modules importable, on the CPU."""
+    runpy.run_path(str(ROOT / "tests" / "host_shims.py"))["install"]()
+    sys.path.insert(0, str(checkout()))
+    from comfy.cli_args import args
+
+    args.cpu = True
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def simulator(size: WanSize, recipe: str) -> Simulator:
+    """Of a model of this size in this recipe."""
+    from ..ops.meta_wan import meta_model, meta_twin
+    from ..ops.simulator import Simulator, streamed_bytes
+
+    shapes = transformer_shapes(size)
+    types = plan(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
+    model = meta_model(shapes, types)
+    return Simulator(meta_twin(model), weights=streamed_bytes(model))
+
+
+def job(size: WanSize, video: Video) -> Job:
+    """With one image for image-to-video, and two control videos for VACE."""
+    from ..ops.simulator import Job
+
+    plain = Job.of_video(*video, channels=size.out_dim)
+    return replace(plain, image_tokens=257 * size.image, control_streams=2 * bool(size.vace_layers))
+
+
+def rows(recipe: str) -> Iterator[dict[str, object]]:
+    """For each model and video the host's own forward, and what Wan Low VRAM chooses for the budget."""
+    from ..ops.vram import choose
+
+    for model, size in MODELS.items():
+        simulated = simulator(size, recipe)
+        for video, budget in CASES[model]:
+            wanted = job(size, video)
+            for gib in (UNLIMITED_GIB, budget):
+                choice = choose(simulated, wanted, round(gib * 2**30))
+                yield row(model, video, recipe, choice, gib)
+
+
+def row(model: str, video: Video, recipe: str, choice: Choice, budget: float) -> dict[str, object]:
+    parts = {name: round(nbytes / 2**30, 3) for name, nbytes in choice.peak.parts.items()}
+    return {
+        "model": model,
+        **video._asdict(),
+        "recipe": recipe,
+        "plan": choice.name,
+        "budget_gib": budget,
+        "peak_gib": round(choice.peak.total / 2**30, 3),
+        "parts": parts,
+        "slowdown": round(choice.slowdown, 4),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown."""
+    columns = ("model", "video", "plan", "budget", "peak", "weights", "scratch", "activations", "context", "arithmetic")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        video = f"{row['width']}x{row['height']}x{row['frames']}"
+        sizes = [row["budget_gib"], row["peak_gib"], *row["parts"].values()]
+        cells = [row["model"], video, row["plan"], *(f"{size:.2f}" for size in sizes), f"{row['slowdown']:.3f}x"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--recipe", default="Q4_K_M")
+    options = parser.parse_args()
+    start_host()
+    found = list(rows(options.recipe))
+    print(json.dumps(found, indent=2) if options.json else table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""WanQuantLowVRAM."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+from ..ops.budget import is_wan, preview_job, with_budget
+from ..ops.simulator import Simulator
+from ..ops.vram import checked_budget, choose
+from ..quant import QuantError
+
+logger = logging.getLogger(__name__)
+
+
+class WanQuantLowVRAM(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantLowVRAM",
+            display_name="Wan Low VRAM",
+            category="WanQuant/memory",
+            description="Samples a Wan model within a budget of video memory, as fast as that allows.",
+            search_aliases=["vram", "out of memory", "OOM", "block swap", "offload", "low memory", "budget"],
+            inputs=[
+                io.Model.Input("model", tooltip="A Wan model, with its LoRAs."),
+                io.Float.Input(
+                    "budget_gib",
+                    default=3.5,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.01,
+                    tooltip="GiB of video memory for everything, the 0.4 that CUDA itself takes included.",
+                ),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="For the prediction only."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="For the prediction only."),
+                io.Int.Input("frames", default=81, min=1, max=4097, step=4, tooltip="For the prediction only."),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.String.Output(display_name="predicted_peak"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, budget_gib: float, width: int, height: int, frames: int) -> io.NodeOutput:
+        budget = checked_budget(budget_gib)
+        if not is_wan(model):
+            text = f"{type(model.model).__name__} is not a Wan model: it passes through unchanged"
+            logger.warning("Wan Low VRAM: %s", text)
+            return io.NodeOutput(model, text)
+        job = preview_job(model, width, height, frames)
+        try:
+            text = str(choose(Simulator.of(model), job, budget))
+        except QuantError as refusal:
+            # Only the latent that comes to the sampler decides.
+            text = str(refusal)
+            logger.warning("Wan Low VRAM: %s", text)
+        return io.NodeOutput(with_budget(model, budget), text, ui={"text": (text,)})

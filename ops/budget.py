@@ -1,0 +1,166 @@
+"""Keeps the sampling of a MODEL within a number of GiB: its plan, its weights and the other models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import comfy.ldm.wan.model as wan
+import comfy.model_management
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor
+
+from .low_vram import LeanPlan, apply_lean, one_by_one
+from .simulator import GIB, Job, Simulator
+from .vram import Choice, choose
+
+logger = logging.getLogger(__name__)
+
+_KEY = "wanquant.budget"
+
+
+def is_wan(model: ModelPatcher) -> bool:
+    return isinstance(model.model.diffusion_model, wan.WanModel)
+
+
+def with_budget(model: ModelPatcher, budget: int) -> ModelPatcher:
+    """A clone of a Wan model that is sampled in `budget` bytes of an accelerator's memory, CUDA's context included.
+
+    The plan is made when sampling begins, from the latent's shape; one that does not fit is refused there. Everything
+    else leaves the accelerator, prompts run one after the other, and weights stay as far as there is room.
+    """
+    sampling = _Sampling(budget)
+    patched = apply_lean(model, sampling.plan)
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, sampling.outer_sample),
+        (WrappersMP.PREPARE_SAMPLING, sampling.prepare),
+        (WrappersMP.CALC_COND_BATCH, one_by_one),
+        (WrappersMP.DIFFUSION_MODEL, sampling.forward),
+    ):
+        patched.remove_wrappers_with_key(kind, _KEY)
+        patched.add_wrapper_with_key(kind, _KEY, wrapper)
+    return patched
+
+
+def preview_job(model: ModelPatcher, width: int, height: int, frames: int) -> Job:
+    """One video with what the model takes beside the prompt: an image, or one control video.
+
+    Raises:
+        QuantError: sizes or frames that Wan cannot take.
+    """
+    video = Job.of_video(width, height, frames, channels=model.model.latent_format.latent_channels)
+    images = int(model.model.diffusion_model.img_emb is not None)
+    return replace(video, image_tokens=257 * images, control_streams=_least_controls(model))
+
+
+def _least_controls(model: ModelPatcher) -> int:
+    return int(isinstance(model.model.diffusion_model, wan.VaceWanModel))
+
+
+class _Sampling:
+    """What the wrappers of one MODEL share."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._masked = False
+        self._ample = False
+        """There is room for all weights."""
+        self._choice: Choice | None = None
+        self._simulator: Simulator | None = None
+        self._patches: object = None
+
+    def plan(self, _: torch.Size) -> LeanPlan | None:
+        return self._choice.plan if self._choice else None
+
+    def outer_sample(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
+        """`args` are (noise, latent image, sampler, sigmas, denoise mask, ...)."""
+        mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
+        self._masked = mask is not None
+        out: Tensor = executor(*args, **kwargs)
+        return out
+
+    def prepare(
+        self,
+        executor: WrapperExecutor,
+        model: ModelPatcher,
+        noise_shape: torch.Size,
+        conds: dict[str, list[dict[str, Any]]],
+        **kwargs: object,
+    ) -> tuple[BaseModel, object, object]:
+        job = _job(model, tuple(noise_shape), conds, masked=self._masked)
+        self._choice = choose(self._simulator_of(model), job, self._budget)
+        logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, self._budget / GIB, self._choice)
+        room = self._budget - self._choice.peak.total
+        self._ample = room >= model.model_size()
+        if self._ample or comfy.model_management.is_device_cpu(model.load_device):
+            prepared: tuple[BaseModel, object, object] = executor(model, noise_shape, conds, **kwargs)
+            return prepared
+        _make_way(model)
+        prepared = executor(model, noise_shape, conds, **kwargs | {"force_full_load": False, "force_offload": True})
+        _keep_weights(model, room)
+        return prepared
+
+    def _simulator_of(self, model: ModelPatcher) -> Simulator:
+        if self._simulator is None or self._patches != model.patches_uuid:
+            self._simulator, self._patches = Simulator.of(model), model.patches_uuid
+        return self._simulator
+
+    def forward(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
+        with _time_projection_in_main_memory(executor.class_obj, unless=self._ample):
+            out: Tensor = executor(*args, **kwargs)
+        return out
+
+
+def _job(model: ModelPatcher, latent: tuple[int, ...], conds: dict[str, list[dict[str, Any]]], *, masked: bool) -> Job:
+    """The largest of the conditionings."""
+    each = [cond for conditioning in conds.values() for cond in conditioning]
+    images = (cond["clip_vision_output"] for cond in each if cond.get("clip_vision_output") is not None)
+    return Job(
+        latent,
+        image_tokens=max((image.penultimate_hidden_states.shape[-2] for image in images), default=0),
+        control_streams=max([_least_controls(model), *(len(cond.get("vace_frames", ())) for cond in each)]),
+        masked=masked,
+    )
+
+
+def _make_way(model: ModelPatcher) -> None:
+    """Unload every other model from the accelerator; the host does not where dynamic VRAM could do so later."""
+    loaded = comfy.model_management.current_loaded_models
+    own = [entry for entry in loaded if entry.model is not None and entry.model.is_clone(model)]
+    comfy.model_management.free_memory(1e30, model.load_device, keep_loaded=own)
+
+
+def _keep_weights(model: ModelPatcher, room: int) -> None:
+    """Let as many bytes of weights stay on the accelerator, after they were all offloaded."""
+    if not model.is_dynamic():
+        model.partially_load(model.load_device, room)
+        return
+    # The host lifts the limit when the next prompt begins.
+    vbar = model.model.dynamic_vbars.get(model.load_device)
+    if vbar is not None:
+        vbar.set_watermark_limit(room)
+
+
+@contextmanager
+def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Iterator[None]:
+    """While open, the product with the largest weight runs where the weight lies: it has a row for each timestep."""
+    layer = model.time_projection[-1]
+    if unless or layer.weight.device.type != "cpu":
+        yield
+        return
+    layer.forward = partial(_on_weights_device, layer)
+    try:
+        yield
+    finally:
+        vars(layer).pop("forward", None)
+
+
+def _on_weights_device(layer: torch.nn.Linear, x: Tensor) -> Tensor:
+    return type(layer).forward(layer, x.to(layer.weight.device)).to(x.device)

@@ -1,0 +1,54 @@
+"""Wan Low VRAM through the server: the same latent as without it."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wanquant.tests.host.comparison import prepare
+from wanquant.tests.host.graphs import node, quantized_model, video
+from wanquant.tests.host.server import Graph, GraphError, HostServer
+
+pytestmark = pytest.mark.host
+
+STEPS, SIDE, FRAMES = 2, 384, 17
+# Between what stock and lean take of such a video.
+BUDGET_GIB = 0.448
+
+
+def limited(gib: float) -> Graph:
+    """A quantized model behind the node; node `model` gives MODEL, node `text` shows the prediction."""
+    graph = quantized_model("Q8_0")
+    low_vram = node("WanQuantLowVRAM", model=["loader", 0], budget_gib=gib, width=SIDE, height=SIDE, frames=FRAMES)
+    return {**graph, "loader": graph["model"], "model": low_vram}
+
+
+def clip(model: Graph, name: str) -> Graph:
+    """`video` of another size, in fewer steps."""
+    graph = video(model, name)
+    graph["empty"]["inputs"] |= {"width": SIDE, "height": SIDE, "length": FRAMES}
+    graph["sampler"]["inputs"] |= {"steps": STEPS}
+    return graph
+
+
+def latent(server: HostServer, model: Graph, name: str) -> Tensor:
+    (entry,) = server.run(clip(model, name))["latent"]["latents"]
+    return load_file(server.output / entry["subfolder"] / entry["filename"])["latent_tensor"]
+
+
+def test_same_latent_within_the_budget(server: HostServer):
+    prepare(server)
+    expected = latent(server, quantized_model("Q8_0"), "free")
+    for gib, how in ((BUDGET_GIB, "groups of heads"), (24, "own forward")):
+        got = latent(server, limited(gib), f"budget-{gib}")
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+        log = server.log.read_text()
+        assert f"384x384, 17 frames in {gib:.2f} GiB: predicted peak 0.4" in log
+        assert how in log
+
+
+def test_refuses_before_the_first_step(server: HostServer):
+    prepare(server)
+    with pytest.raises(GraphError, match="384x384, 17 frames needs at least"):
+        server.run(clip(limited(0.3), "never"))

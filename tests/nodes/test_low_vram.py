@@ -1,0 +1,45 @@
+"""Wan Low VRAM without a server: what it predicts, refuses and lets through."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wanquant.nodes.low_vram import WanQuantLowVRAM
+from wanquant.ops.loader import load_diffusion_model
+from wanquant.quant import QuantError
+
+
+@pytest.fixture(scope="module")
+def model(t2v):
+    return load_diffusion_model(t2v[1], dtype=torch.float32)
+
+
+def test_predicts_the_peak(model):
+    limited, text = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
+    assert text.startswith("0.4")
+    assert "weights" in text
+    assert limited is not model
+    assert limited.model is model.model
+
+
+def test_a_preview_that_does_not_fit_is_told_not_refused(model):
+    limited, text = WanQuantLowVRAM.execute(model, 0.3, 256, 256, 5).args
+    assert "needs at least 0.4" in text
+    assert limited.wrappers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [((0, 256, 256, 5), "budget_gib 0"), ((3.5, 250, 256, 5), "250x256"), ((3.5, 256, 256, 6), "frames 6")],
+)
+def test_refuses_bad_input(model, arguments, told):
+    with pytest.raises(QuantError, match=told):
+        WanQuantLowVRAM.execute(model, *arguments)
+
+
+def test_other_models_pass_through(model, monkeypatch):
+    monkeypatch.setattr(model.model, "diffusion_model", torch.nn.Identity())
+    passed, text = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
+    assert passed is model
+    assert "not a Wan model" in text

@@ -1,0 +1,122 @@
+"""A MODEL with a budget: sampled as without, its weights and the other models kept out of the way."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from wanquant.ops.budget import preview_job, with_budget
+from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.simulator import GIB, Job, Simulator
+from wanquant.ops.vram import candidates
+from wanquant.quant import QuantError
+
+SHAPE = (1, 16, 5, 32, 32)
+AMPLE = 100 * GIB
+
+
+@pytest.fixture(scope="module")
+def model(t2v):
+    """Loaded as the host's nodes run."""
+    with torch.inference_mode():
+        return load_diffusion_model(t2v[1], dtype=torch.float32)
+
+
+def leanest(model):
+    simulator = Simulator.of(model)
+    return simulator.peak(Job(SHAPE), candidates(simulator.heads)[-1]).total
+
+
+def sample(model):
+    """Two steps with a positive and a negative prompt."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(SHAPE, generator=generator)
+    prompts = [[[torch.randn(1, 16, 4096, generator=generator), {}]] for _ in range(2)]
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, 2, 4.0, "euler", "simple", *prompts, torch.zeros(SHAPE), disable_pbar=True, seed=0
+        )
+
+
+def test_same_result_within_the_budget(model, caplog):
+    expected = sample(model)
+    caplog.set_level(logging.INFO)
+    for budget, how in ((leanest(model), "groups of heads"), (AMPLE, "own forward")):
+        caplog.clear()
+        got = sample(with_budget(model, budget))
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+        (told,) = [record.getMessage() for record in caplog.records if "predicted peak" in record.getMessage()]
+        assert "256x256, 17 frames" in told
+        assert how in told
+
+
+def test_prompts_run_one_by_one_under_their_own_index(model):
+    seen = []
+
+    def note(executor, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
+        seen.append((len(x), transformer_options["cond_or_uncond"]))
+        return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
+
+    for budget in (leanest(model), AMPLE):
+        limited = with_budget(model, budget)
+        limited.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", note)
+        seen.clear()
+        sample(limited)
+        assert sorted(seen) == [(1, [0]), (1, [0]), (1, [1]), (1, [1])]
+
+
+def test_refuses_at_sampling(model):
+    with pytest.raises(QuantError, match="256x256, 17 frames needs at least"):
+        sample(with_budget(model, GIB // 8))
+
+
+def test_budgets_do_not_add_up(model):
+    first = with_budget(model, 5)
+    second = with_budget(first, AMPLE)
+    for kinds in second.wrappers.values():
+        assert all(len(wrappers) == 1 for wrappers in kinds.values())
+    sample(second)
+    assert model.wrappers == {}
+
+
+class Accelerated:
+    """A patcher that says it is on a GPU, and what is asked of it."""
+
+    def __init__(self, model, dynamic):
+        self._model, self._dynamic, self.loaded = model, dynamic, []
+        self.load_device = torch.device("cuda", 0)
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def is_dynamic(self):
+        return self._dynamic
+
+    def partially_load(self, device, room):
+        self.loaded.append((device, room))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_weights_take_what_is_left(model, monkeypatch, dynamic):
+    class Pages:
+        def set_watermark_limit(self, nbytes):
+            patcher.loaded.append((patcher.load_device, nbytes))
+
+    patcher, freed, asked = Accelerated(model, dynamic), [], []
+    monkeypatch.setattr(model.model, "dynamic_vbars", {patcher.load_device: Pages()}, raising=False)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *args, **kwargs: freed.append(args))
+    budget = leanest(model) + 1000
+    (prepare,) = with_budget(model, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+    prepare(lambda *_, **kwargs: asked.append(kwargs), patcher, torch.Size(SHAPE), {"positive": [{}]})
+    assert asked == [{"force_full_load": False, "force_offload": True}]
+    assert [device for _, device in freed] == [patcher.load_device]
+    assert patcher.loaded == [(patcher.load_device, 1000)]
+
+
+def test_preview_has_what_the_model_takes(model):
+    assert preview_job(model, 832, 480, 81) == Job((1, 16, 21, 60, 104))
