@@ -18,6 +18,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from .low_vram import LeanPlan, apply_lean, one_by_one
+from .prefetch import prefetch_blocks
 from .simulator import GIB, Job, Simulator
 from .vram import Choice, choose
 
@@ -37,7 +38,7 @@ def with_budget(model: ModelPatcher, budget: int) -> ModelPatcher:
     else leaves the accelerator, prompts run one after the other, and weights stay as far as there is room.
     """
     sampling = _Sampling(budget)
-    patched = apply_lean(model, sampling.plan)
+    patched = _without_prefetch(apply_lean(model, sampling.plan))
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, sampling.outer_sample),
         (WrappersMP.PREPARE_SAMPLING, sampling.prepare),
@@ -47,6 +48,14 @@ def with_budget(model: ModelPatcher, budget: int) -> ModelPatcher:
         patched.remove_wrappers_with_key(kind, _KEY)
         patched.add_wrapper_with_key(kind, _KEY, wrapper)
     return patched
+
+
+def _without_prefetch(model: ModelPatcher) -> ModelPatcher:
+    """It would hold two blocks' weights, and by its hooks have each lean block copy its input."""
+    present = model.wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
+    for key in [key for key, wrappers in present.items() if prefetch_blocks in wrappers]:
+        model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
+    return model
 
 
 def preview_job(model: ModelPatcher, width: int, height: int, frames: int) -> Job:
