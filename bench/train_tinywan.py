@@ -1,0 +1,155 @@
+"""Trains TinyWan, a Wan 2.1 T2V of 5 million parameters, on procedural clips; run again, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from wanquant.bench.tinywan.data import HELD_OUT, TRAINING, draw, embed, noise_level, to_latent, word_embeddings
+from wanquant.bench.tinywan.model import Model, build, velocity
+from wanquant.bench.tinywan.score import generate, right
+from wanquant.dev import ROOT
+from wanquant.ops.conditioning import save_conditioning
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the result depends on; a run resumes only with the same."""
+
+    steps: int
+    batch: int
+    rate: float
+    seed: int
+    uncaptioned: float = 0.1
+    warmup: int = 100
+    decay: float = 0.999
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> object: ...
+
+
+def loss_of_step(call: Model, settings: Settings, step: int) -> Tensor:
+    """Mean squared error of the velocity, noise minus clip, on clips that depend on seed and step alone."""
+    generator = torch.Generator().manual_seed(settings.seed << 32 | step)
+    chosen = torch.randint(len(TRAINING), (settings.batch,), generator=generator).tolist()
+    captions = [TRAINING[index] for index in chosen]
+    clips, text = to_latent(draw(captions, generator)), embed(captions)
+    text[torch.rand(settings.batch, generator=generator) < settings.uncaptioned] = 0
+    noise = torch.randn(clips.shape, generator=generator)
+    # One draw from each of `batch` equal parts of the schedule: the loss is less noisy than with free draws.
+    share = (torch.arange(settings.batch) + torch.rand(settings.batch, generator=generator)) / settings.batch
+    level = noise_level(share)
+    mixture = torch.lerp(clips, noise, level.view(-1, 1, 1, 1, 1))
+    return (call(mixture, 1000 * level, text) - (noise - clips)).square().mean()
+
+
+def train(settings: Settings, folder: Path, device: str, every: int) -> torch.nn.Module:
+    """Run the steps that `folder`'s state has not yet done, saving and logging each `every`; returns the average."""
+    model = build(settings.seed, training=True).to(device)
+    average = build(settings.seed).to(device).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    first = _resume(folder / "state.pt", settings, parts)
+    started, losses = time.monotonic(), []
+    for step in range(first, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * _share_of_rate(settings, step)
+        loss = loss_of_step(velocity(model, torch.bfloat16), settings, step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        # Early on the average must not remember the random start.
+        decay = min(settings.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if (step + 1) % every == 0 or step + 1 == settings.steps:
+            _save(folder / "state.pt", settings, step + 1, parts)
+            pace = (time.monotonic() - started) / (step + 1 - first)
+            _log(folder, {"step": step + 1, "loss": sum(losses) / len(losses), "seconds": pace, **score(average, 16)})
+            losses.clear()
+    return average
+
+
+def _share_of_rate(settings: Settings, step: int) -> float:
+    """Linear warm-up, then half a cosine to nothing."""
+    if step < settings.warmup:
+        return (step + 1) / settings.warmup
+    return (1 + math.cos(math.pi * (step - settings.warmup) / (settings.steps - settings.warmup))) / 2
+
+
+def score(model: torch.nn.Module, prompts: int) -> dict[str, float]:
+    """The shares of clips of held-out captions with the right colour, motion, and both."""
+    captions = [HELD_OUT[index % len(HELD_OUT)] for index in range(prompts)]
+    found = right(generate(velocity(model, torch.bfloat16), captions, seed=1), captions)
+    colour, motion = found.float().mean(0).tolist()
+    return {"colour": colour, "motion": motion, "both": found.all(1).float().mean().item()}
+
+
+def _resume(path: Path, settings: Settings, parts: dict[str, Stateful]) -> int:
+    """Load what a former run saved; the number of steps it has done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["settings"] != asdict(settings):
+        raise SystemExit(
+            f"{path}: begun with {state['settings']}, got {asdict(settings)}; use the same options or another --folder"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["step"])
+
+
+def _save(path: Path, settings: Settings, step: int, parts: dict[str, Stateful]) -> None:
+    temporary = path.with_suffix(".tmp")
+    torch.save(
+        {"settings": asdict(settings), "step": step} | {name: part.state_dict() for name, part in parts.items()},
+        temporary,
+    )
+    os.replace(temporary, path)
+
+
+def _log(folder: Path, line: dict[str, float]) -> None:
+    text = json.dumps({key: round(value, 4) for key, value in line.items()})
+    print(text, flush=True)
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(text + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="dev.py bench train-tinywan", description=__doc__)
+    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--every", type=int, default=150, help="steps between two saved states")
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "tinywan", help="state, log and result")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    settings = Settings(options.steps, options.batch, options.rate, options.seed)
+    model = train(settings, options.folder, options.device, options.every)
+    path = options.folder / "tinywan.safetensors"
+    save_file({name: value.to("cpu", torch.bfloat16) for name, value in model.state_dict().items()}, path)
+    (options.folder / "words").mkdir(exist_ok=True)
+    for word, embedding in word_embeddings().items():
+        save_conditioning(
+            [[embedding.bfloat16().view(1, 1, -1), {}]], str(options.folder / "words" / f"{word}.safetensors")
+        )
+    print(f"{path}: right in 64 clips of held-out captions: {score(model, 64)}")
+
+
+if __name__ == "__main__":
+    main()

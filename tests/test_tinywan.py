@@ -1,0 +1,101 @@
+"""TinyWan: its clips, the detector that scores it, the committed checkpoint, and what quantization costs it."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+
+from wanquant.dev import ROOT, checkout
+
+if not (checkout() / "comfy").is_dir():
+    pytest.skip("no ComfyUI: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)
+
+from wanquant.bench import quality, train_tinywan
+from wanquant.bench.tinywan.data import CAPTIONS, HELD_OUT, MOTIONS, TRAINING, WORDS, draw, to_latent, word_embeddings
+from wanquant.bench.tinywan.model import build, velocity
+from wanquant.bench.tinywan.score import generate, right
+from wanquant.ops.conditioning import load_conditioning
+
+import comfy.model_management  # isort: skip (wanquant.bench.tinywan puts the host on the path)
+
+FOLDER = ROOT / "bench" / "tinywan"
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return to_latent(draw(CAPTIONS, torch.Generator().manual_seed(5)))
+
+
+def test_detector_is_right_on_every_drawn_clip(clips):
+    assert right(clips, CAPTIONS).all()
+    assert right(clips + 0.1 * torch.randn(clips.shape, generator=torch.Generator().manual_seed(0)), CAPTIONS).all()
+
+
+def test_detector_sees_motion_backwards_frozen_and_absent(clips):
+    for other in (clips.flip(2), clips[:, :, :1].expand_as(clips)):
+        colour, motion = right(other, CAPTIONS).T
+        assert colour.all()
+        assert not motion.any()
+    assert not right(torch.zeros_like(clips), CAPTIONS).any()
+
+
+def test_every_word_and_pair_is_learned_and_no_held_out_caption():
+    assert not set(HELD_OUT) & set(TRAINING)
+    pairs = {(c.colour, c.shape) for c in TRAINING} | {(c.colour, c.motion) for c in TRAINING}
+    assert len(pairs) == 6 * 3 + 6 * len(MOTIONS)
+
+
+def test_word_files_are_the_embeddings_it_was_trained_with():
+    for word, embedding in word_embeddings().items():
+        tokens, fields = load_conditioning(str(FOLDER / "words" / f"{word}.safetensors"))[0]
+        assert not fields
+        assert torch.equal(tokens.float(), embedding.view(1, 1, -1))
+    assert len(list((FOLDER / "words").iterdir())) == len(WORDS)
+
+
+def test_checkpoint_is_small_and_quantizable():
+    path = FOLDER / "tinywan.safetensors"
+    with open(path, "rb") as file:
+        header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
+    matrices = {name: entry["shape"] for name, entry in header.items() if len(entry["shape"]) == 2}
+    assert path.stat().st_size <= 16e6
+    assert {entry["dtype"] for entry in header.values()} == {"BF16"}
+    assert all(shape[1] % 256 == 0 for shape in matrices.values())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(comfy.model_management, "in_training", False)  # and it is again afterwards
+    settings = train_tinywan.Settings(steps=2, batch=2, rate=1e-3, seed=0)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    whole.mkdir()
+    halves.mkdir()
+    expected = train_tinywan.train(settings, whole, "cpu", 2).state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_tinywan, "score", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train_tinywan.train(settings, halves, "cpu", 1)
+    resumed = train_tinywan.train(settings, halves, "cpu", 2).state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in expected.items())
+    with pytest.raises(SystemExit, match="begun with"):
+        train_tinywan.train(train_tinywan.Settings(steps=2, batch=2, rate=1e-4, seed=0), halves, "cpu", 2)
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_it_draws_the_colours_that_held_out_captions_say():
+    model = build()
+    model.load_state_dict(quality.load_weights())
+    captions = HELD_OUT[:16]
+    assert right(generate(velocity(model), captions, seed=1), captions)[:, 0].sum() >= 15
+
+
+def test_quality_of_encoders_at_equal_bytes():
+    ggml, plain, weighted = quality.measure(("Q2_K",), seeds=2, prompts=2)
+    assert ggml.nbytes == plain.nbytes
+    assert plain.weight_sqnr > max(ggml.weight_sqnr, weighted.weight_sqnr)
+    assert weighted.velocity_sqnr[0] > ggml.velocity_sqnr[0]  # of the first step, whose inputs are the same
