@@ -1,6 +1,8 @@
-"""The README's generated table is what its command prints."""
+"""The README's generated table is what its command prints, and the Chinese README says the same as the English one."""
 
 from __future__ import annotations
+
+import re
 
 from wanquant.bench import sizes
 from wanquant.dev import ROOT
@@ -10,3 +12,24 @@ def test_size_table_is_current(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["sizes"])
     sizes.main()
     assert capsys.readouterr().out in (ROOT / "README.md").read_text()
+
+
+def test_chinese_readme_has_the_same_parts_and_figures():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert parts(chinese) == parts(english), "README.zh.md follows README.md: change both"
+
+
+def parts(text):
+    """What no translation changes: levels of headings, commands, pictures, and tables with their figures."""
+    code = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    tables = [
+        [[cell if figure(cell) else "" for cell in row.split("|")] for row in table.splitlines()]
+        for table in re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE)
+    ]
+    headings = [line.split()[0] for line in prose.splitlines() if line.startswith("#")]
+    return headings, code, tables, re.findall(r"!\[.*\]\((.+)\)", prose), len(re.findall("^- ", prose, re.MULTILINE))
+
+
+def figure(cell):
+    return re.fullmatch(r"[\s\dA-Z_.x()-]*(MB|dB)?\s*", cell)

@@ -55,6 +55,7 @@ class HostServer:
     Args:
         base: holds models, input, output and custom_nodes; made if need be and kept.
         folder: what the pack's folder below custom_nodes is called.
+        pack: the checkout that it leads to.
         port: 0 takes a free one.
         log: where the server's output goes; None leaves it on the terminal.
         flags: further command line flags.
@@ -65,6 +66,7 @@ class HostServer:
         base: Path,
         *,
         folder: str = "ComfyUI-WanQuant",
+        pack: Path = ROOT,
         port: int = 0,
         log: Path | None = None,
         flags: Sequence[str] = (),
@@ -83,7 +85,7 @@ class HostServer:
             (self.models / name).mkdir(parents=True, exist_ok=True)
         for name in ("input", "output", "custom_nodes"):
             (self.base / name).mkdir(exist_ok=True)
-        link_folder(self.base / "custom_nodes" / folder, ROOT)
+        link_folder(self.base / "custom_nodes" / folder, pack)
 
     def __enter__(self) -> HostServer:
         with self.log.open("w") if self.log else nullcontext() as output:
