@@ -19,10 +19,12 @@ _GAP, _MARGIN, _BOX_TITLE = 20, 15, 45
 _WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 # Nodes that show text or pictures need more room than their rows.
 _SIZES = {
+    "CLIPLoaderGGUF": (330, 120),  # as high as what replaces it
     "CLIPTextEncode": (420, 170),
     "LoadImage": (310, 330),
     "SaveImage": (480, 500),
     "SaveVideo": (480, 420),
+    "UnetLoaderGGUF": (330, 140),
     "WanQuantCompareLatents": (560, 440),
     "WanQuantConvert": (440, 620),
     "WanQuantLowVRAM": (330, 220),
@@ -37,6 +39,14 @@ class Model(NamedTuple):
     name: str
     url: str
     directory: str
+
+
+class Widget(NamedTuple):
+    """A value that is set on the node itself."""
+
+    name: str
+    default: Any
+    optional: bool
 
 
 @dataclass(frozen=True)
@@ -118,13 +128,16 @@ def _inputs(class_type: str, schemas: Schemas) -> Iterator[tuple[str, str, Json,
 
 
 def _sockets(item: Node, schemas: Schemas) -> list[Json]:
-    """The inputs that are links: those that are never widgets, and widgets that the graph links."""
+    """The inputs that are links: the required ones, and what else the graph links.
+
+    Others are left to the host, so that a node may get more of them without a change of the file.
+    """
     found = []
     for name, kind, options, optional in _inputs(item.class_type, schemas):
-        if not _is_widget(kind, options):
-            found.append({"name": name, "type": kind, "link": None} | ({"shape": 7} if optional else {}))
-        elif isinstance(item.inputs.get(name), list):
-            found.append({"name": name, "type": kind, "widget": {"name": name}, "link": None})
+        linked = isinstance(item.inputs.get(name), list)
+        widget = {"widget": {"name": name}} if _is_widget(kind, options) else {}
+        if linked or not (widget or optional):
+            found.append({"name": name, "type": kind, **widget, **({"shape": 7} if optional else {}), "link": None})
     return found
 
 
@@ -132,26 +145,29 @@ def _is_widget(kind: str, options: Json) -> bool:
     return kind in _WIDGET_TYPES and not options.get("forceInput")
 
 
-def widgets(class_type: str, schemas: Schemas) -> list[tuple[str, Any]]:
-    """(name, default) of the values of a node in the order in which a file keeps them.
-
-    The canvas adds two of its own, which are not inputs: what becomes of a seed after the run, and the upload button.
-    """
-    found: list[tuple[str, Any]] = []
-    for name, kind, options, _ in _inputs(class_type, schemas):
+def widgets(class_type: str, schemas: Schemas) -> list[Widget]:
+    """Those of a node, in the order in which a file keeps their values."""
+    found: list[Widget] = []
+    for name, kind, options, optional in _inputs(class_type, schemas):
         if _is_widget(kind, options):
-            found.append((name, options.get("default")))
-            found += [("control_after_generate", "randomize")] if options.get("control_after_generate") else []
-            found += [("upload", "image")] if options.get("image_upload") else []
+            found.append(Widget(name, options.get("default"), optional))
+            # The canvas adds two of its own, which are not inputs.
+            if options.get("control_after_generate"):
+                found.append(Widget("control_after_generate", "randomize", optional))
+            if options.get("image_upload"):
+                found.append(Widget("upload", "image", optional))
     return found
 
 
 def _widget_values(item: Node, schemas: Schemas) -> list[Any]:
-    """Values by position."""
+    """Values by position; optional ones at the end that the graph does not set are left to the host."""
     if item.class_type not in schemas:
         return list(item.inputs.values())
+    named = widgets(item.class_type, schemas)
+    while named and named[-1].optional and named[-1].name not in item.inputs:
+        named.pop()
     values = {name: value for name, value in item.inputs.items() if not isinstance(value, list)}
-    return [values.get(name, default) for name, default in widgets(item.class_type, schemas)]
+    return [values.get(widget.name, widget.default) for widget in named]
 
 
 def _node(number: int, order: int, item: Node, place: list[int], sockets: list[Json], schemas: Schemas) -> Json:
@@ -185,7 +201,8 @@ def _size(item: Node, schemas: Schemas) -> tuple[int, int]:
     if item.class_type == "MarkdownNote":
         lines = item.inputs[""].splitlines()
         return 480, 60 + 18 * sum(1 + len(line) // 80 for line in lines)
-    rows = max(len(_sockets(item, schemas)), len(schemas[item.class_type]["output"]))
+    declared = sum(not _is_widget(kind, options) for _, kind, options, _ in _inputs(item.class_type, schemas))
+    rows = max(declared, len(_sockets(item, schemas)), len(schemas[item.class_type]["output"]))
     count = len(widgets(item.class_type, schemas))
     height = _SOCKET * rows + (_WIDGET * count + 14 if count else 6)
     width, least = _SIZES.get(item.class_type, (_WIDTH, 0))

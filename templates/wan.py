@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import models
-from .canvas import Box, Columns, Model, Node, node, note
+from .canvas import Box, Columns, Model, Node, Schemas, node, note
 
 _NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
@@ -16,6 +16,21 @@ _FOX = "A red fox runs through fresh snow between pines, low winter sun, the cam
 _STREET = "A rainy street at night, neon signs mirrored in puddles, a cyclist in a yellow coat passes, slow dolly."
 _PICTURE = "The subject slowly turns towards the camera and smiles, soft light, gentle camera push in."
 _PROMPTED = {"positive": ["positive", 0], "negative": ["negative", 0]}
+
+
+# What the migration starts from, as city96/ComfyUI-GGUF nodes.py @ 795e451 declares it.
+COMFYUI_GGUF: Schemas = {
+    "UnetLoaderGGUF": {
+        "input": {"required": {"unet_name": ["COMBO"]}},
+        "output": ["MODEL"],
+        "output_name": ["MODEL"],
+    },
+    "CLIPLoaderGGUF": {
+        "input": {"required": {"clip_name": ["COMBO"], "type": ["COMBO"]}},
+        "output": ["CLIP"],
+        "output_name": ["CLIP"],
+    },
+}
 
 
 def templates() -> dict[str, Columns]:
@@ -30,6 +45,7 @@ def templates() -> dict[str, Columns]:
         "wan2.2_i2v_A14B": _experts_i2v(),
         "wan2.2_ti2v_5B": _ti2v_5b(),
         "quality_comparison": _quality(),
+        "migrate_from_comfyui_gguf": _migrate(),
     }
 
 
@@ -201,11 +217,13 @@ def _vace() -> Columns:
     ]
 
 
-def _expert_samplers(
-    steps: int, switch: int, cfg: float, sampler_name: str, latent: list[Any], **conditioning: Any
-) -> Box:
-    """The high-noise expert does the first steps, the low-noise expert goes on from its latent."""
-    shared = {"steps": steps, "cfg": cfg, "sampler_name": sampler_name, "scheduler": "simple", **conditioning}
+def expert_samplers(steps: int, switch: int, cfg: float, **inputs: Any) -> Box:
+    """The high-noise expert does the first steps, the low-noise expert goes on from its latent.
+
+    Args:
+        inputs: links that the first sampler takes beside its model; the second takes all but the latent.
+    """
+    shared = {"steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple"}
     high = node(
         "KSamplerAdvanced",
         title="High noise: first steps",
@@ -215,8 +233,8 @@ def _expert_samplers(
         start_at_step=0,
         end_at_step=switch,
         return_with_leftover_noise="enable",
-        latent_image=latent,
         **shared,
+        **inputs,
     )
     low = node(
         "KSamplerAdvanced",
@@ -228,8 +246,8 @@ def _expert_samplers(
         start_at_step=switch,
         end_at_step=10000,
         return_with_leftover_noise="disable",
-        latent_image=["high", 0],
         **shared,
+        **{**inputs, "latent_image": ["high", 0]},
     )
     return Box("Sampling", {"high": high, "sampler": low})
 
@@ -255,7 +273,7 @@ def _experts_t2v() -> Columns:
         [_read_me("Wan 2.2 text to video, A14B", text, *models.T2V_A14B, models.VAE_21, models.UMT5)],
         [Box("Models", loaders), _size(832, 480, 33)],
         [_prompt(_STREET)],
-        [_expert_samplers(20, 10, 3.5, "euler", ["empty", 0], **_PROMPTED)],
+        [expert_samplers(20, 10, 3.5, latent_image=["empty", 0], **_PROMPTED)],
         [_video("wan2.2_t2v_A14B")],
     ]
 
@@ -283,7 +301,7 @@ def _experts_4_steps() -> Columns:
         [_read_me("Wan 2.2 in 4 steps", text, *files)],
         [Box("Models", loaders), Box("Text and video", {"clip": _clip(), "vae": _vae()})],
         [_prompt(_STREET), _size(832, 480, 33)],
-        [_expert_samplers(4, 2, 1.0, "euler", ["empty", 0], **_PROMPTED)],
+        [expert_samplers(4, 2, 1.0, latent_image=["empty", 0], **_PROMPTED)],
         [_video("wan2.2_t2v_A14B_4_steps")],
     ]
 
@@ -305,7 +323,7 @@ def _experts_i2v() -> Columns:
         [Box("Models", loaders), Box("Picture", {"image": node("LoadImage", image="example.png")})],
         [_prompt(_PICTURE)],
         [Box("Video size", {"start": start})],
-        [_expert_samplers(20, 10, 3.5, "euler", ["start", 2], **conditioning)],
+        [expert_samplers(20, 10, 3.5, latent_image=["start", 2], **conditioning)],
         [_video("wan2.2_i2v_A14B")],
     ]
 
@@ -365,4 +383,25 @@ def _quality() -> Columns:
         [Box("The same seed", samplers)],
         [Box("Compare", {"compare": compare, "plot": plot})],
         [_video("quality_comparison")],
+    ]
+
+
+def _migrate() -> Columns:
+    text = (
+        "A graph made with ComfyUI-GGUF. Without that pack ComfyUI offers to replace its loaders by this pack's: "
+        "accept, and run. Files and links stay as they are. With both packs installed, both kinds of loaders work "
+        "side by side."
+    )
+    loaders = {
+        "model": node("UnetLoaderGGUF", unet_name=models.T2V_14B.name),
+        "shift": _shift(5.0),
+        "clip": node("CLIPLoaderGGUF", clip_name=models.UMT5.name, type="wan"),
+        "vae": _vae(),
+    }
+    return [
+        [_read_me("Coming from ComfyUI-GGUF", text, models.T2V_14B, models.VAE_21, models.UMT5)],
+        [Box("Models", loaders), _size(832, 480, 33)],
+        [_prompt(_FOX)],
+        [Box("Sampling", {"sampler": _sampler(30, 6.0, 1)})],
+        [_video("migrated")],
     ]

@@ -78,6 +78,14 @@ class Canvas:
         """Text of the messages that the page shows."""
         return " ".join(self.page.get_by_text("errors found").all_inner_texts())
 
+    def replace_missing(self) -> None:
+        """Accept the host's offer to put known nodes in the place of unknown ones."""
+        self.page.get_by_text("View details").click()
+        self.page.get_by_role("button", name="Replace All").click()
+        self.page.wait_for_function("app.graph.nodes.every(node => node.type in LiteGraph.registered_node_types)")
+        self.page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
+        self.page.get_by_text("errors found").wait_for(state="hidden")
+
     def run(self, timeout: float = 300) -> dict[str, Any]:
         """Press Run and wait; what /history says of the run."""
         with self.page.expect_response(lambda response: response.url.endswith("/prompt")) as sent:

@@ -7,6 +7,8 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from wanquant.dev import checkout
+from wanquant.templates.canvas import Schemas
+from wanquant.templates.wan import COMFYUI_GGUF
 from wanquant.tests.host.server import HostServer
 from wanquant.tests.ops.conftest import HOST  # noqa: F401 (puts the host on sys.path)
 
@@ -20,6 +22,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
     folder = "ComfyUI-WanQuant" if pytestconfig.getoption("update") else "renamed-pack.2"
     with HostServer(base, folder=folder, log=base / "comfyui.log") as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def schemas(server: HostServer) -> Schemas:
+    """Of every node that the templates use."""
+    return server.get("/object_info") | COMFYUI_GGUF
 
 
 @pytest.fixture(scope="session")

@@ -10,18 +10,14 @@ import pytest
 
 from wanquant.dev import DEFAULT_HOST, ROOT
 from wanquant.templates import models
-from wanquant.templates.canvas import workflow
+from wanquant.templates.blueprints import blueprints
+from wanquant.templates.canvas import Json, workflow
 from wanquant.templates.wan import templates
 from wanquant.tests.host.server import HostServer
-from wanquant.tests.host.workflow_files import FILES, prompt, saved_files, shrunk
+from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, prompt, saved_files, shrunk, write_files
 
 pytestmark = pytest.mark.host
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-
-
-@pytest.fixture(scope="module")
-def schemas(server: HostServer):
-    return server.get("/object_info")
 
 
 def test_files_are_those_of_the_templates(server: HostServer, schemas, pytestconfig):
@@ -29,10 +25,22 @@ def test_files_are_those_of_the_templates(server: HostServer, schemas, pytestcon
         pytest.skip(f"drawn with the nodes of ComfyUI {DEFAULT_HOST}")
     drawn = {name: workflow(name, columns, schemas) for name, columns in templates().items()}
     if pytestconfig.getoption("update"):
-        for name, content in drawn.items():
-            text = json.dumps(content, indent=1, ensure_ascii=False)
-            (ROOT / "workflows" / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
-    assert {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES} == drawn
+        write_files(ROOT / "workflows", drawn)
+        write_files(ROOT / "subgraphs", blueprints(schemas))
+    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
+    assert {name: _graph(file) for name, file in files.items()} == {name: _graph(file) for name, file in drawn.items()}
+    inside = {path.stem: _inside(json.loads(path.read_text(encoding="utf-8"))) for path in BLUEPRINTS}
+    assert inside == {name: _inside(content) for name, content in blueprints(schemas).items()}
+
+
+def _inside(file: Json) -> Json:
+    return _graph(file["definitions"]["subgraphs"][0])
+
+
+def _graph(file: Json) -> Json:
+    """All but the layout, which moves a little whenever a node gets another widget."""
+    parts = ("type", "title", "inputs", "widgets_values", "properties")
+    return {"links": file["links"], "nodes": [{part: node.get(part) for part in parts} for node in file["nodes"]]}
 
 
 @each_file
@@ -49,6 +57,12 @@ def test_template_browser_lists_them_with_thumbnails(server: HostServer):
         base = f"/api/workflow_templates/renamed-pack.2/{path.stem}"
         assert server.fetch(f"{base}.json") == path.read_bytes()
         assert server.fetch(f"{base}.jpg").startswith(b"\xff\xd8")
+
+
+def test_node_library_lists_the_blueprints(server: HostServer):
+    listed = server.get("/global_subgraphs").values()
+    ours = {entry["name"] for entry in listed if entry["info"]["node_pack"].startswith("custom_nodes.")}
+    assert ours == {path.stem for path in BLUEPRINTS}
 
 
 @each_file

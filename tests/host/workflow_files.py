@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ from wanquant.templates.canvas import Json, Schemas, widgets
 from wanquant.tests.host.server import Graph
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
+BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 SMALL = {"width": 128, "height": 64, "length": 5, "steps": 2, "target_size": 0.003}
+
+
+def write_files(folder: Path, contents: dict[str, Json]) -> None:
+    """Write each under its name, as the canvas would export it."""
+    folder.mkdir(exist_ok=True)
+    for name, content in contents.items():
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def shrunk(workflow: Json, schemas: Schemas) -> Json:
@@ -36,7 +46,8 @@ def prompt(workflow: Json, schemas: Schemas) -> Graph:
             declared = [name for section in schemas[node["type"]]["input"].values() for name in section]
             inputs = {name: value for name, value in _named(node, schemas) if name in declared}
             inputs |= {entry["name"]: links[entry["link"]] for entry in node["inputs"] if entry["link"]}
-            graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+            title = {"title": node.get("title", "")}
+            graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": title}
     return graph
 
 
@@ -51,6 +62,5 @@ def saved_files(outputs: dict[str, Any], folder: Path) -> list[Path]:
 def _named(node: Json, schemas: Schemas) -> list[tuple[str, Any]]:
     if node["type"] not in schemas:
         return []
-    return [
-        (name, value) for (name, _), value in zip(widgets(node["type"], schemas), node["widgets_values"], strict=False)
-    ]
+    named = widgets(node["type"], schemas)
+    return [(widget.name, value) for widget, value in zip(named, node["widgets_values"], strict=False)]
