@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -147,20 +148,36 @@ def _restore(options: argparse.Namespace) -> Report:
 
 
 def _convert(options: argparse.Namespace) -> Report:
-    with _bar() as progress:
-        reports = convert_all(
-            options.source,
-            _jobs(options),
-            effort=options.effort,
-            importance=read_importance(options.imatrix) if options.imatrix else None,
-            device=options.device,
-            overwrite=options.overwrite,
-            five_d=options.patch_embedding == "5d",
-            allow_non_finite=options.allow_non_finite,
-            modules=options.modules,
-            progress=progress,
-        )
+    importance = read_importance(options.imatrix) if options.imatrix else None
+    reports: list[ConversionReport] = []
+    for source in _sources(options):
+        with _bar() as progress:
+            reports += convert_all(
+                source,
+                _jobs(options, source),
+                effort=options.effort,
+                importance=importance,
+                device=options.device,
+                overwrite=options.overwrite,
+                five_d=options.patch_embedding == "5d",
+                allow_non_finite=options.allow_non_finite,
+                modules=options.modules,
+                progress=progress,
+            )
     return reports[0] if len(reports) == 1 else Reports(reports)
+
+
+def _sources(options: argparse.Namespace) -> list[Path]:
+    """The source, or all files that it matches as a pattern; these need a folder for their results."""
+    source: Path = options.source
+    if source.exists() or not glob.has_magic(str(source)):
+        return [source]
+    sources = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
+    if not sources:
+        raise QuantError(f"{source}: no file matches; check the pattern and its folder")
+    if not options.destination.is_dir():
+        raise QuantError(f"{options.destination}: not a folder, which a pattern of sources needs; create it first")
+    return sources
 
 
 def _recipes(text: str) -> list[str]:
@@ -171,12 +188,12 @@ def _recipes(text: str) -> list[str]:
     return names
 
 
-def _jobs(options: argparse.Namespace) -> list[Job]:
+def _jobs(options: argparse.Namespace, source: Path) -> list[Job]:
     """One file for each recipe, or one of the target size."""
     size, destination = options.target_size, options.destination
     mixes = [f"{size:g}GiB"] if size else options.recipe
     if destination.is_dir():
-        paths = [destination / f"{options.source.stem}-{mix}.gguf" for mix in mixes]
+        paths = [destination / f"{source.stem}-{mix}.gguf" for mix in mixes]
     elif len(mixes) == 1:
         paths = [destination]
     else:

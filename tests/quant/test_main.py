@@ -84,6 +84,19 @@ def test_several_recipes_into_a_folder(source, tmp_path, capsys):
     assert "there are 2 recipes; give a folder" in capsys.readouterr().err
 
 
+def test_pattern_of_sources(source, tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.safetensors").symlink_to(source)
+    pattern, options = str(tmp_path / "*.safetensors"), ["--recipe", "Q8_0", "--effort", "fast"]
+    (tmp_path / "out").mkdir()
+    assert main(["convert", pattern, str(tmp_path / "out"), *options]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a-Q8_0.gguf", "b-Q8_0.gguf"}
+    assert main(["convert", pattern, str(tmp_path / "a.gguf"), *options]) == 1
+    assert main(["convert", str(tmp_path / "no*"), str(tmp_path / "out"), *options]) == 1
+    errors = capsys.readouterr().err
+    assert "which a pattern of sources needs" in errors and "no file matches" in errors
+
+
 def test_target_size(source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path), "--target-size", "0.004", "--effort", "fast", "--json"]) == 0
     file = json.loads(capsys.readouterr().out)
