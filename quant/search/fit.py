@@ -15,7 +15,7 @@ from .scale import solve
 
 # Of the squared weights of a sub-block the part that its mean takes where all lie far from 0, at 3 sigma, and the part
 # that the largest takes where it stands alone.
-_FAR, _PEAKED = 0.9, 0.75
+_FAR, _PEAKED = 0.9, 0.9
 # How far the scales of such blocks are tried.
 _REACH = 8
 
