@@ -1,4 +1,4 @@
-"""The demo: one seed in full precision and in four recipes, through a real ComfyUI server; results in out/demo."""
+"""The demo: one seed of TinyWan in full precision and in five recipes, in a real ComfyUI server; see out/demo."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from wanquant.dev import ROOT
-from wanquant.tests.host.comparison import DENSE, Run, prepare, sample
+from wanquant.tests.host.comparison import DENSE, TRAINED, Run, sample
 from wanquant.tests.host.server import HostServer
 
-RECIPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0")
+RECIPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q2_K")
 OUT = ROOT / "out" / "demo"
+LABEL = 28
+"""Pixels of height of the text above a picture."""
 WORDS = {"convert": "converting", "sampler": "sampling"}
 
 
@@ -28,15 +30,15 @@ def main() -> None:
         print("starting ComfyUI (its log: out/demo/comfyui.log)", flush=True)
         with HostServer(Path(base), log=OUT / "comfyui.log") as server:
             version = server.version()
-            print(f"ComfyUI {version} answers at {server.url}; making a random Wan 2.1 checkpoint", flush=True)
-            prepare(server)
+            print(f"ComfyUI {version} answers at {server.url}; TinyWan draws a red ball", flush=True)
+            TRAINED.prepare(server)
             runs = [_sample(server, name) for name in (DENSE, *RECIPES)]
         _keep(runs, version)
     print(f"done in {time.monotonic() - started:.0f} s; written to {OUT}")
 
 
 def _sample(server: HostServer, name: str) -> Run:
-    run = sample(server, name, _show)
+    run = sample(server, TRAINED, name, _show)
     print(f"{name}: sampled, {run.seconds_per_step:.2f} s a step".ljust(60), flush=True)
     return run
 
@@ -49,7 +51,7 @@ def _show(run: str, node: str, value: int, goal: int) -> None:
 
 
 def _keep(runs: list[Run], version: str) -> None:
-    """Print the table, and write summary.json, the videos, and pictures of the conversions and of all runs."""
+    """Print the table, and write summary.json, the videos and pictures of the conversions, and all runs in one."""
     dense, quantized = runs[0], runs[1:]
     rows = [
         {
@@ -70,26 +72,38 @@ def _keep(runs: list[Run], version: str) -> None:
         shutil.copy(run.outputs["video"][0], OUT / f"{run.name}.mp4")
     for run in quantized:
         shutil.copy(run.outputs["report"][0], OUT / f"{run.name}-report.png")
-    _strip(runs).save(OUT / "comparison.png")
+    moments = [_side_by_side(runs, frame) for frame in range(len(runs[0].outputs["frames"]))]
+    moments[0].save(OUT / "comparison.webp", save_all=True, append_images=moments[1:], duration=250, lossless=True)
+    _stack([moments[0], *(moment.crop((0, LABEL, *moment.size)) for moment in moments[1:])]).save(
+        OUT / "comparison.png"
+    )
     summary = {"recipes": rows, "video": str(OUT / "Q4_K_M.mp4"), "host": version}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print("\nvideo: Q4_K_M.mp4; conversion report: Q4_K_M-report.png; all runs side by side: comparison.png")
+    print("\nvideos: dense.mp4, Q4_K_M.mp4, ...; side by side: comparison.webp, its frames: comparison.png")
+    print("conversion report: Q4_K_M-report.png")
 
 
-def _strip(runs: list[Run]) -> Image.Image:
-    """The middle frame of every run in the order of the table, and below it how far it is from the first."""
-    frames = [Image.open(run.outputs["frames"][len(run.outputs["frames"]) // 2]).convert("RGB") for run in runs]
-    (width, height), label = frames[0].size, 28
-    strip = Image.new("RGB", (width * len(frames), 2 * (height + label)), "white")
+def _side_by_side(runs: list[Run], frame: int) -> Image.Image:
+    """One frame of every run in the order of the table, and above it what it is."""
+    frames = [Image.open(run.outputs["frames"][frame]).convert("RGB") for run in runs]
+    width, height = frames[0].size
+    strip = Image.new("RGB", (width * len(frames), height + LABEL), "white")
     draw = ImageDraw.Draw(strip)
-    for index, (run, frame) in enumerate(zip(runs, frames, strict=True)):
-        x = width * index
-        cost = f"{run.name}, {run.sqnr_db(runs[0]):.1f} dB" if index else "unquantized"
-        difference = ImageChops.difference(frame, frames[0]).point([min(255, 20 * value) for value in range(256)] * 3)
-        for y, text, picture in ((0, cost, frame), (height + label, "difference x 20", difference)):
-            draw.text((x + 6, y + 4), text, "black", ImageFont.load_default(16))
-            strip.paste(picture, (x, y + label))
+    for index, (run, picture) in enumerate(zip(runs, frames, strict=True)):
+        label = f"{run.name}, {run.sqnr_db(runs[0]):.1f} dB" if index else "bfloat16"
+        draw.text((width * index + 6, 6), label, "black", ImageFont.load_default(14))
+        strip.paste(picture, (width * index, LABEL))
     return strip
+
+
+def _stack(pictures: list[Image.Image]) -> Image.Image:
+    """All below each other."""
+    stack = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
+    top = 0
+    for picture in pictures:
+        stack.paste(picture, (0, top))
+        top += picture.height
+    return stack
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,12 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wanquant.ops.conditioning import save_conditioning
+from wanquant.dev import ROOT
+from wanquant.ops.conditioning import load_conditioning, save_conditioning
 from wanquant.tests.host.graphs import PROMPT, SOURCE, dense_model, quantized_model, video
 from wanquant.tests.host.server import Event, HostServer
 from wanquant.tests.tiny_wan import write_tiny_wan
 
 DENSE = "dense"
+TINYWAN = ROOT / "bench" / "tinywan"
 Progress = Callable[[str, str, int, int], None]
 """Called with the run's name, the node's id, its progress and its goal."""
 
@@ -39,8 +42,16 @@ class Run:
         return 10 * math.log10(reference.latent.square().sum().item() / noise) if noise else math.inf
 
 
-def prepare(server: HostServer) -> None:
-    """Put the checkpoint (dim 256, 4 layers, fixed seed) and a conditioning of the true width where the host looks."""
+@dataclass(frozen=True)
+class Scene:
+    """What is sampled: pictures of `pixels` square by the checkpoint and the prompt that `prepare` puts in place."""
+
+    prepare: Callable[[HostServer], None]
+    pixels: int
+
+
+def _prepare_random(server: HostServer) -> None:
+    """A checkpoint (dim 256, 4 layers, fixed seed) and a conditioning of the true width."""
     write_tiny_wan(server.models / "diffusion_models" / SOURCE, dim=256, ffn_dim=1024, layers=4, seed=0)
     generator = torch.Generator().manual_seed(0)
     # At unit scale the random cross-attention, which has no gate, would outweigh the latent.
@@ -48,10 +59,22 @@ def prepare(server: HostServer) -> None:
     save_conditioning([[embedding, {}]], str(server.models / "conditioning" / PROMPT))
 
 
-def sample(server: HostServer, recipe: str, progress: Progress | None = None) -> Run:
-    """Run the graph of one recipe, or of the unquantized checkpoint for `DENSE`."""
+def _prepare_trained(server: HostServer) -> None:
+    """TinyWan, and the three words of a caption, each a file of its own."""
+    shutil.copy(TINYWAN / "tinywan.safetensors", server.models / "diffusion_models" / SOURCE)
+    words = [
+        load_conditioning(str(TINYWAN / "words" / f"{word}.safetensors"))[0][0] for word in ("red", "ball", "right")
+    ]
+    save_conditioning([[torch.cat(words, dim=1), {}]], str(server.models / "conditioning" / PROMPT))
+
+
+RANDOM, TRAINED = Scene(_prepare_random, 256), Scene(_prepare_trained, 128)
+
+
+def sample(server: HostServer, scene: Scene, recipe: str, progress: Progress | None = None) -> Run:
+    """Run the graph of one recipe, or of the unquantized checkpoint for `DENSE`, in a prepared scene."""
     clock = _StepClock(recipe, progress)
-    graph = video(dense_model() if recipe == DENSE else quantized_model(recipe), recipe)
+    graph = video(dense_model() if recipe == DENSE else quantized_model(recipe), recipe, scene.pixels)
     outputs = {node: _files(server, output) for node, output in server.run(graph, clock).items()}
     name = SOURCE if recipe == DENSE else f"{Path(SOURCE).stem}-{recipe}.gguf"
     return Run(

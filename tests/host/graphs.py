@@ -43,8 +43,8 @@ def quantized_model(recipe: str) -> Graph:
     return {**conversion(recipe), "model": loader, "report": report}
 
 
-def video(model: Graph, name: str) -> Graph:
-    """17 frames of 256x256 with a fixed seed, cfg 1; `frames`, `video` and `latent` are saved as `name`."""
+def video(model: Graph, name: str, size: int = 256) -> Graph:
+    """17 frames of `size` pixels square, fixed seed, cfg 1; `frames`, `video` and `latent` are saved as `name`."""
     sampler = node(
         "KSampler",
         model=["model", 0],
@@ -61,7 +61,7 @@ def video(model: Graph, name: str) -> Graph:
     return {
         **model,
         "prompt": node("WanQuantLoadConditioning", name=PROMPT),
-        "empty": node("EmptyHunyuanLatentVideo", width=256, height=256, length=17, batch_size=1),
+        "empty": node("EmptyHunyuanLatentVideo", width=size, height=size, length=17, batch_size=1),
         "sampler": sampler,
         "latent": node("SaveLatent", samples=["sampler", 0], filename_prefix=name),
         "decode": node("WanQuantPreviewDecode", samples=["sampler", 0]),

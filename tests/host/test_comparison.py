@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from wanquant.tests.host.comparison import DENSE, Run, prepare, sample
+from wanquant.tests.host.comparison import DENSE, RANDOM, Run, sample
 from wanquant.tests.host.server import HostServer
 
 pytestmark = pytest.mark.host
@@ -15,13 +15,13 @@ FLOOR_DB = {"Q8_0": 52, "Q6_K": 43, "Q4_K_M": 34, "Q4_0": 30}
 
 @pytest.fixture(scope="module")
 def dense(server: HostServer) -> Run:
-    prepare(server)
-    return sample(server, DENSE)
+    RANDOM.prepare(server)
+    return sample(server, RANDOM, DENSE)
 
 
 @pytest.mark.parametrize("recipe", FLOOR_DB)
 def test_latent_stays_close_to_the_unquantized_run(server: HostServer, dense: Run, recipe: str):
-    run = sample(server, recipe)
+    run = sample(server, RANDOM, recipe)
     assert run.sqnr_db(dense) >= FLOOR_DB[recipe]
     assert run.nbytes < dense.nbytes
     assert len(run.outputs["frames"]) == 5
