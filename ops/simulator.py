@@ -27,7 +27,7 @@ CONTEXT_BYTES = round(0.4 * GIB)
 # What a sampler holds at the latent's size during a forward, in float32: its state, the noise, the latent image, the
 # previous prediction, and of each of two conditionings the output and the weights it is averaged with.
 _SAMPLER_LATENTS = 8
-_TEXT = (512, 4096)
+_PROMPT_TOKENS = 512
 _CLIP_WIDTH = 1280
 
 TIME_PROJECTION = "diffusion_model.time_projection.1"
@@ -153,8 +153,9 @@ class Simulator:
 
     def _inputs(self, job: Job) -> dict[str, Any]:
         batch, channels, *size = job.latent
-        inputs: dict[str, Any] = {"c_crossattn": torch.empty(batch, *_TEXT, device=META)}
         model = self._model.diffusion_model
+        prompt = torch.empty(batch, _PROMPT_TOKENS, model.text_dim, device=META)
+        inputs: dict[str, Any] = {"c_crossattn": prompt}
         if model.in_dim > channels:
             inputs["c_concat"] = torch.empty(batch, model.in_dim - channels, *size, device=META)
         if job.image_tokens:
