@@ -5,13 +5,13 @@ from __future__ import annotations
 from . import models
 from .blueprint import Input, Output, blueprint
 from .canvas import Box, Json, Schemas, node
-from .wan import expert_samplers
+from .wan import expert_samplers, tiled_decode
 
 
 def blueprints(schemas: Schemas) -> dict[str, Json]:
     """File name in subgraphs/ -> its content."""
-    name = "Wan 2.2 expert pair (GGUF)"
-    return {name: _pair(name, schemas)}
+    made = {"Wan 2.2 expert pair (GGUF)": _pair, "Wan 14B in 3.5 GB": _low_vram}
+    return {name: make(name, schemas) for name, make in made.items()}
 
 
 def _pair(name: str, schemas: Schemas) -> Json:
@@ -35,3 +35,30 @@ def _pair(name: str, schemas: Schemas) -> Json:
     ]
     description = "Samples with the high-noise expert of Wan 2.2 A14B, then with the low-noise one."
     return blueprint(name, description, columns, inputs, [Output("LATENT", "sampler", 0)], schemas)
+
+
+def _low_vram(name: str, schemas: Schemas) -> Json:
+    size = {"width": 1280, "height": 720}
+    models_and_memory = {
+        "model": node("WanQuantLoader", model_name=models.T2V_14B.name),
+        "shift": node("ModelSamplingSD3", model=["model", 0], shift=5.0),
+        "budget": node("WanQuantLowVRAM", model=["shift", 0], budget_gib=3.5, frames=81, **size),
+        "empty": node("EmptyHunyuanLatentVideo", length=81, batch_size=1, **size),
+    }
+    links = {"model": ["budget", 0], "latent_image": ["empty", 0]}
+    settings = {"steps": 30, "cfg": 5.0, "seed": 1, "sampler_name": "uni_pc", "scheduler": "simple", "denoise": 1.0}
+    sampling = {"sampler": node("KSampler", **links, **settings), "decode": tiled_decode()}
+    columns = [[Box("Models and memory", models_and_memory)], [Box("Sampling", sampling)]]
+    inputs = [
+        *(Input(socket, [("sampler", socket)]) for socket in ("positive", "negative")),
+        Input("vae", [("decode", "vae")]),
+        Input("model_name", [("model", "model_name")]),
+        Input("budget_gib", [("budget", "budget_gib")]),
+        *(Input(widget, [("budget", widget), ("empty", widget)]) for widget in ("width", "height")),
+        Input("frames", [("budget", "frames"), ("empty", "length")]),
+        Input("shift", [("shift", "shift")]),
+        *(Input(widget, [("sampler", widget)]) for widget in ("seed", "steps", "cfg")),
+    ]
+    outputs = [Output("IMAGE", "decode", 0), Output("predicted_peak", "budget", 1)]
+    description = "Samples and decodes a Wan 14B text to video within a budget of video memory."
+    return blueprint(name, description, columns, inputs, outputs, schemas)

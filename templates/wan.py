@@ -38,6 +38,7 @@ def templates() -> dict[str, Columns]:
     return {
         "convert_any_wan": _convert_any(),
         "wan2.1_t2v_1.3B": _t2v_small(),
+        "wan2.1_t2v_14B_low_vram": _low_vram(),
         "wan2.1_i2v_14B_480p": _i2v(),
         "wan2.1_vace_14B": _vace(),
         "wan2.2_t2v_A14B": _experts_t2v(),
@@ -91,11 +92,16 @@ def _sampler(steps: int, cfg: float, seed: int, **inputs: Any) -> Node:
     return node("KSampler", steps=steps, cfg=cfg, seed=seed, **defaults | settings | inputs)
 
 
-def _video(name: str, fps: float = 16.0, samples: str = "sampler") -> Box:
+def tiled_decode(**inputs: Any) -> Node:
+    """The VAE decodes frame by frame, so that tiles in time would save nothing."""
+    return node("VAEDecodeTiled", samples=["sampler", 0], tile_size=256, overlap=64, temporal_size=4096, **inputs)
+
+
+def _video(name: str, fps: float = 16.0, samples: str = "sampler", decode: Node | None = None) -> Box:
     return Box(
         "Video",
         {
-            "decode": node("VAEDecode", samples=[samples, 0], vae=["vae", 0]),
+            "decode": decode or node("VAEDecode", samples=[samples, 0], vae=["vae", 0]),
             "frames": node("CreateVideo", images=["decode", 0], fps=fps),
             "video": node(
                 "SaveVideo", video=["frames", 0], filename_prefix=f"video/{name}", format="auto", codec="auto"
@@ -150,6 +156,26 @@ def _t2v_small() -> Columns:
         [_prompt(_FOX)],
         [Box("Sampling", {"sampler": _sampler(30, 6.0, 1)})],
         [_video("wan2.1_t2v_1.3B")],
+    ]
+
+
+def _low_vram() -> Columns:
+    text = (
+        "14B on a small GPU: **Wan Low VRAM** samples within `budget_gib`, and shows the predicted peak for the size "
+        "that is set on it. The latent decides: a size that does not fit is refused before the first step. The file's "
+        "9 GiB lie in main memory.\n\nThe budget is for sampling. ComfyUI places the text encoder as it sees fit; the "
+        "VAE decodes in tiles. LoRAs go in front of Wan Low VRAM. Settings: shift 5, 30 steps, cfg 5."
+    )
+    size = {"width": 1280, "height": 720}
+    loaders = {"model": _loader(models.T2V_14B), "shift": _shift(5.0), "clip": _clip(), "vae": _vae()}
+    budget = node("WanQuantLowVRAM", model=["shift", 0], budget_gib=3.5, frames=81, **size)
+    return [
+        [_read_me("Wan 2.1 text to video, 14B in 3.5 GiB", text, models.T2V_14B, models.VAE_21, models.UMT5)],
+        [Box("Models", loaders)],
+        [Box("Memory", {"budget": budget}), _size(**size, length=81)],
+        [_prompt(_FOX)],
+        [Box("Sampling", {"sampler": _sampler(30, 5.0, 1, model=["budget", 0])})],
+        [_video("wan2.1_t2v_14B_low_vram", decode=tiled_decode(vae=["vae", 0]))],
     ]
 
 
