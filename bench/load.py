@@ -34,7 +34,8 @@ sys.path.insert(0, comfyui)
 runpy.run_path(root + "/tests/host_shims.py")["install"]()
 from comfy.cli_args import args
 args.cpu = True
-import nodes, comfy_extras.nodes_wan
+import nodes, comfy_extras.nodes_wan, server
+server.PromptServer(asyncio.new_event_loop())
 from comfy_api.latest import ComfyExtension, io
 cache = tempfile.TemporaryDirectory()
 sys.pycache_prefix = cache.name

@@ -127,5 +127,7 @@ def open_canvas(server: HostServer) -> Iterator[Canvas]:
             " await app.extensionManager.setting.set(name, value) }",
             SETTINGS,
         )
+        # On a busy machine the page may never take away the mask that it shows while it loads.
+        page.add_style_tag(content=".p-blockui-mask { pointer-events: none }")
         yield Canvas(page, server)
         browser.close()

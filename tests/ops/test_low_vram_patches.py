@@ -187,7 +187,7 @@ def test_a_forward_put_back_counts_as_the_modules_own(model, monkeypatch, lean_b
 # Positive and negative prompt.
 
 
-@pytest.mark.parametrize(("plan", "calls"), [(FINE, [["a"], ["b"]]), (None, [["a", "b"]])])
+@pytest.mark.parametrize(("plan", "calls"), [(FINE, [["a", None], [None, "b"]]), (None, [["a", "b"]])])
 def test_prompts_run_one_by_one_when_lean(plan, calls, model):
     seen = []
 
