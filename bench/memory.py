@@ -45,7 +45,7 @@ CASES = {
     "5B-TI2V": ((SMALL, 1.0), (Video(1280, 704, 121), 1.5)),
     "14B-T2V": ((SMALL, 1.95), (LARGE, 3.26)),
     "14B-I2V": ((SMALL, 1.95), (LARGE, 3.26)),
-    "14B-VACE": ((SMALL, 6), (LARGE, 13)),
+    "14B-VACE": ((SMALL, 3.25), (LARGE, 6.5)),
 }
 
 

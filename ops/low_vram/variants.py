@@ -24,9 +24,7 @@ VARIANTS = {
     "CameraWanModel": Variant(),
     "SCAILWanModel": Variant(),
     "SCAIL2WanModel": Variant(),
-    "VaceWanModel": Variant(
-        stock="the control blocks (vace_blocks), one set for each control stream", keeps_input=True
-    ),
+    "VaceWanModel": Variant(keeps_input=True),
     "WanModel_S2V": Variant(stock="the audio injector"),
     "WanDancerModel": Variant(stock="the music injector"),
     "AnimateWanModel": Variant(stock="the face adapter"),
