@@ -25,6 +25,11 @@ from .vram import Choice, choose
 logger = logging.getLogger(__name__)
 
 _KEY = "wanquant.budget"
+_COMPILED = "torch.compile"
+"""Key of the host's wrapper. Source: comfy_api/torch_helpers/torch_compile.py COMPILE_KEY, ComfyUI 0.30.0."""
+_COMPILED_RUNS_STOCK = (
+    "a compiled model runs as in ComfyUI and does not keep to the budget; take TorchCompileModel out of the graph"
+)
 
 
 def is_wan(model: ModelPatcher) -> bool:
@@ -106,6 +111,8 @@ class _Sampling:
         job = _job(model, tuple(noise_shape), conds, masked=self._masked)
         self._choice = choose(self._simulator_of(model), job, self._budget)
         logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, self._budget / GIB, self._choice)
+        if self._choice.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILED):
+            logger.warning("Wan Low VRAM: %s", _COMPILED_RUNS_STOCK)
         room = self._budget - self._choice.peak.total
         self._ample = room >= model.model_size()
         if self._ample or comfy.model_management.is_device_cpu(model.load_device):

@@ -9,6 +9,7 @@ import comfy.sample
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from wanquant.ops.budget import preview_job, with_budget
 from wanquant.ops.loader import load_diffusion_model
@@ -74,6 +75,16 @@ def test_prompts_run_one_by_one_under_their_own_index(model):
 def test_refuses_at_sampling(model):
     with pytest.raises(QuantError, match="256x256, 17 frames needs at least"):
         sample(with_budget(model, GIB // 8))
+
+
+def test_warns_that_a_compiled_model_runs_stock(model, caplog):
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, "eager")
+    for start, budget, warnings in ((model, leanest(model), 0), (compiled, AMPLE, 0), (compiled, leanest(model), 1)):
+        caplog.clear()
+        (prepare,) = with_budget(start, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+        prepare(lambda *_, **__: None, start, torch.Size(SHAPE), {"positive": [{}]})
+        assert sum("compiled model" in record.getMessage() for record in caplog.records) == warnings
 
 
 def test_budgets_do_not_add_up(model):
