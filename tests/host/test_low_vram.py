@@ -6,7 +6,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wanquant.tests.host.comparison import prepare
+from wanquant.tests.host.comparison import RANDOM
 from wanquant.tests.host.graphs import node, quantized_model, video
 from wanquant.tests.host.server import Graph, GraphError, HostServer
 
@@ -38,7 +38,7 @@ def latent(server: HostServer, model: Graph, name: str) -> Tensor:
 
 
 def test_same_latent_within_the_budget(server: HostServer):
-    prepare(server)
+    RANDOM.prepare(server)
     expected = latent(server, quantized_model("Q8_0"), "free")
     for gib, how in ((BUDGET_GIB, "groups of heads"), (24, "own forward")):
         got = latent(server, limited(gib), f"budget-{gib}")
@@ -49,6 +49,6 @@ def test_same_latent_within_the_budget(server: HostServer):
 
 
 def test_refuses_before_the_first_step(server: HostServer):
-    prepare(server)
+    RANDOM.prepare(server)
     with pytest.raises(GraphError, match="384x384, 17 frames needs at least"):
         server.run(clip(limited(0.3), "never"))

@@ -18,6 +18,8 @@ if (HOST / "comfy").is_dir():
     from comfy.cli_args import args
 
     args.cpu = True
+    # As the host does: its nodes put a folder with another `utils` ahead on sys.path.
+    import server  # noqa: F401
 
 
 def pytest_pycollect_makemodule():  # runs for this folder's files only
