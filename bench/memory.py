@@ -117,12 +117,51 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(path: Path, recipe: str) -> None:
+    """The course of all memory over a block of 14B (with the embeddings and the head), stock and lean, as PNG."""
+    from matplotlib.figure import Figure
+
+    from ..ops.vram import choose
+
+    model = "14B-T2V"
+    video, budget = CASES[model][0]
+    simulated, wanted = simulator(MODELS[model], recipe), job(MODELS[model], video)
+    figure = Figure(figsize=(10, 5), dpi=100, facecolor="white", layout="constrained")
+    axis = figure.add_subplot()
+    plans = (
+        ("ComfyUI's own forward", UNLIMITED_GIB, "#d55e00"),
+        (f"Wan Low VRAM, {budget:.2f} GiB", budget, "#0072b2"),
+    )
+    for label, gib, colour in plans:
+        choice = choose(simulated, wanted, round(gib * 2**30))
+        history = simulated.run(wanted, choice.plan, record=True).history
+        done = [100 * moment.flops / choice.peak.flops for moment in history]
+        beside = choice.peak.weights + choice.peak.context
+        total = [(beside + moment.nbytes) / 2**30 for moment in history]
+        axis.plot(done, total, color=colour, drawstyle="steps-post", label=f"{label}: peak {max(total):.2f} GiB")
+        axis.fill_between(done, total, step="post", color=colour, alpha=0.2, linewidth=0)
+    axis.axhspan(
+        0, beside / 2**30, color="#999999", label=f"CUDA's context and streamed weights: {beside / 2**30:.2f} GiB"
+    )
+    axis.set(xlim=(0, 100), ylim=(0, 5.2), xlabel="arithmetic done, %", ylabel="GiB of video memory (simulated)")
+    axis.set_title(
+        f"{model} in {recipe}, {video.width}x{video.height}, {video.frames} frames: one of 40 equal blocks", loc="left"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper right")
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--recipe", default="Q4_K_M")
+    parser.add_argument("--picture", type=Path, help="only draw 14B's memory over the course of one block (PNG)")
     options = parser.parse_args()
     start_host()
+    if options.picture:
+        draw(options.picture, options.recipe)
+        return
     found = list(rows(options.recipe))
     print(json.dumps(found, indent=2) if options.json else table(found))
 

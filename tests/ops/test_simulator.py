@@ -76,6 +76,14 @@ def test_stock_forward_of_14b(tokens, gib):
     assert (peak.activations + peak.scratch) / GIB - around == pytest.approx(gib, abs=0.02)
 
 
+def test_the_history_has_the_peak():
+    simulated, job = simulator(SIZES["1.3B"]), Job(LATENT)
+    for lean in (None, LEAN):
+        memory = simulated.run(job, lean, record=True)
+        assert max(memory.history, key=lambda moment: moment.nbytes).nbytes == memory.peak.nbytes
+        assert memory.history[-1].flops == simulated.peak(job, lean).flops
+
+
 def test_one_block_takes_what_all_take():
     shapes = transformer_shapes(SIZES["1.3B"]._replace(layers=3))
     types = plan(find_recipe("Q8_0"), {name: Source(shape) for name, shape in shapes.items()}).types
