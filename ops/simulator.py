@@ -108,8 +108,8 @@ class Simulator:
     """Runs forwards of one model on meta tensors, with the plans in place.
 
     What it assumes: attention as flash attention (an output and a float32 row of statistics, no matrix of scores),
-    rope and RMS norm in torch operations, decoding in fused kernels. Weights are streamed: at any time the packed bytes of two
-    layers are there, the one in use and the next, the largest two of the model, and what the host cannot stream.
+    rope and RMS norm in torch operations, decoding in fused kernels. Weights are streamed: at any time the packed bytes
+    of two layers are there, the one in use and the next, the largest two of the model, and what the host cannot stream.
     """
 
     def __init__(self, model: BaseModel, *, weights: int) -> None:
