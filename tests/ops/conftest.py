@@ -19,7 +19,7 @@ if (HOST / "comfy").is_dir():
 
     args.cpu = True
     # As the host does: its nodes put a folder with another `utils` ahead on sys.path.
-    import server  # noqa: F401
+    import utils.extra_config  # noqa: F401
 
 
 def pytest_pycollect_makemodule():  # runs for this folder's files only
