@@ -7,7 +7,6 @@ processor time of each counts. What LoRAs cost does not depend on the tokens; th
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..quant.convert import convert
-from .convert import machine, write_source
+from .convert import write_source
 from .dequant import fastest
-from .step import CHANNELS, SIZE, import_host, packed_model, peer_model, step_of
+from .step import CHANNELS, SIZE, import_host, packed_model, peer_model, show, step_of
 
 RANK, COUNT = 64, 2
 
@@ -89,15 +88,7 @@ def main() -> None:
         for recipe in options.recipes
         for frames in options.frames
     ]
-    if options.json:
-        print(json.dumps({"machine": machine(), "blocks": options.blocks, "rows": rows}, indent=1))
-        return
-    print(f"{machine()}; {options.blocks} blocks of {SIZE}, {COUNT} LoRAs of rank {RANK}")
-    columns = ("recipe", "tokens", "seconds", "with_loras", "peer_seconds", "peer_with_loras")
-    print(f"| {' | '.join(columns)} |")
-    print("|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+    show(rows, ("recipe", "tokens", "seconds", "with_loras", "peer_seconds", "peer_with_loras"), options)
 
 
 if __name__ == "__main__":

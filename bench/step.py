@@ -82,6 +82,18 @@ def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer:
     return row
 
 
+def show(rows: list[dict[str, object]], columns: tuple[str, ...], options: argparse.Namespace) -> None:
+    """As JSON if asked for, else as a table."""
+    if options.json:
+        print(json.dumps({"machine": machine(), "blocks": options.blocks, "rows": rows}, indent=1))
+        return
+    print(f"{machine()}; {options.blocks} blocks of {SIZE}")
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
@@ -100,15 +112,7 @@ def main() -> None:
         for frames in options.frames
         for recipe in options.recipes
     ]
-    if options.json:
-        print(json.dumps({"machine": machine(), "blocks": options.blocks, "rows": rows}, indent=1))
-        return
-    print(f"{machine()}; {options.blocks} blocks of {SIZE}")
-    columns = ("recipe", "tokens", "seconds", "of_bf16", "peer_of_bf16")
-    print(f"| {' | '.join(columns)} |")
-    print("|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+    show(rows, ("recipe", "tokens", "seconds", "of_bf16", "peer_of_bf16"), options)
 
 
 if __name__ == "__main__":
