@@ -40,6 +40,8 @@ def test_dropped_template_runs(path: Path, canvas: Canvas, server: HostServer, s
     if unknown := {entry["type"] for entry in canvas.nodes() if not entry["known"]}:
         assert path.stem.startswith("migrate")
         assert unknown == set(COMFYUI_GGUF)
+        if server.version().startswith("0.2"):
+            pytest.skip("the canvas of this ComfyUI offers replacements in another place")
         canvas.replace_missing()
     assert canvas.errors() == ""
     sent = canvas.prompt()
