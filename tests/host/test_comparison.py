@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from wanquant.tests.host.comparison import DENSE, RANDOM, Run, sample
+from wanquant.tests.host.comparison import DENSE, RANDOM, TRAINED, Run, sample
 from wanquant.tests.host.server import HostServer
 
 pytestmark = pytest.mark.host
@@ -26,3 +28,15 @@ def test_latent_stays_close_to_the_unquantized_run(server: HostServer, dense: Ru
     assert run.nbytes < dense.nbytes
     assert len(run.outputs["frames"]) == 5
     assert run.outputs["video"][0].stat().st_size > 0
+
+
+def test_trained_model_comes_closer_with_every_bit(tmp_path: Path):
+    """On a server of its own: the checkpoints have one name."""
+    with HostServer(tmp_path, log=tmp_path / "comfyui.log") as server:
+        TRAINED.prepare(server)
+        dense = sample(server, TRAINED, DENSE)
+        runs = [sample(server, TRAINED, recipe) for recipe in ("Q2_K", "Q4_0", "Q4_K_M", "Q6_K", "Q8_0")]
+    sizes, closeness = [run.nbytes for run in runs], [run.sqnr_db(dense) for run in runs]
+    assert sizes == sorted(sizes)
+    assert closeness == sorted(closeness)
+    assert closeness[-1] > 50
