@@ -116,7 +116,7 @@ def setup(version: str | None) -> Host:
         _make_environment(host, stamp)
         _download_comfyui(host)
     digest = hashlib.sha256("\n".join(_requirements(host)).encode()).hexdigest()
-    if not stamp.exists() or stamp.read_text() != digest:
+    if not (host.python.exists() and stamp.exists()) or stamp.read_text() != digest:
         _make_environment(host, stamp)
         stamp.write_text("unfinished")  # what remains if the installation is killed
         try:
