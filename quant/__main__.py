@@ -1,4 +1,4 @@
-"""The command line: `python -m quant inspect | convert | verify | restore`."""
+"""The command line: `python -m quant inspect | convert | verify | restore | recover`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .importance_file import read_importance
 from .job import Job
 from .qtype import Effort
 from .recipe import RECIPES
+from .recovery import recover
 from .report import inspect
 from .restore import DTYPES, restore
 from .stream import Progress
@@ -97,6 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("destination", type=Path, metavar="DST")
     command.add_argument("--dtype", default="BF16", type=str.upper, choices=DTYPES, help="BF16 (default), F16 or F32")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+    command = _add(commands, "recover", _recover, "make a LoRA of the error of a GGUF against its source")
+    command.add_argument("file", type=Path, metavar="FILE")
+    command.add_argument("source", type=Path, metavar="SRC")
+    command.add_argument("destination", type=Path, metavar="DST", help="a .safetensors file")
+    command.add_argument("--size", type=float, required=True, metavar="GiB", help="what the LoRA takes at most")
+    command.add_argument("--imatrix", type=Path, metavar="FILE", help="an importance matrix: columns count by it")
+    command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu (default), cuda, mps, xpu")
+    _add_modules(command)
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     command = _add(commands, "verify", _verify, "measure the error of a GGUF against its source")
@@ -203,6 +214,22 @@ def _jobs(options: argparse.Namespace, source: Path) -> list[Job]:
 
 def _inspect(options: argparse.Namespace) -> Report:
     return inspect(options.file)
+
+
+def _recover(options: argparse.Namespace) -> Report:
+    importance = read_importance(options.imatrix) if options.imatrix else None
+    with _bar() as progress:
+        return recover(
+            options.file,
+            options.source,
+            options.destination,
+            options.size,
+            importance=importance,
+            modules=options.modules,
+            device=options.device,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
 
 
 def _verify(options: argparse.Namespace) -> Report:

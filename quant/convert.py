@@ -136,7 +136,7 @@ def convert_all(
 ) -> list[ConversionReport]:
     """Like `convert`, for several files in one pass over the source."""
     started = time.monotonic()
-    device = _usable_device(device)
+    device = usable_device(device)
     with source if isinstance(source, Checkpoint) else open_checkpoint(source, modules) as checkpoint:
         checkpoint = checkpoint.allowing_non_finite() if allow_non_finite else checkpoint
         for job in jobs:
@@ -239,7 +239,7 @@ def _check_paths(source: Path, destination: Path) -> None:
         raise QuantError(f"{destination}: is the source itself; choose another destination")
 
 
-def _usable_device(device: str | torch.device) -> torch.device:
+def usable_device(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where it was built without CUDA

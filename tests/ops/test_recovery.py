@@ -1,0 +1,41 @@
+"""A recovery LoRA through the host's own LoRA loader, on the quantized model that it was made for."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+
+from wanquant.ops.loader import load_diffusion_model
+from wanquant.quant.convert import convert
+from wanquant.quant.recovery import recover
+
+
+@pytest.fixture(scope="module")
+def run():
+    x, t = torch.randn(1, 16, 2, 8, 8), torch.tensor([500.0])
+    text = torch.randn(1, 7, 4096)
+
+    def run(patcher):
+        comfy.model_management.load_models_gpu([patcher])
+        with torch.no_grad():
+            return patcher.model.diffusion_model(x, t, text)
+
+    return run
+
+
+def test_every_key_is_taken_and_the_output_comes_closer(t2v, run, tmp_path, caplog, sqnr):
+    source = t2v[0]
+    file = convert(source, tmp_path / "q2.gguf", "Q2_K", effort="fast").path
+    lora = recover(file, source, tmp_path / "lora.safetensors", 4e-4).path
+    expected = run(comfy.sd.load_diffusion_model(str(source), {"dtype": torch.float32}))
+    model = load_diffusion_model(file, dtype=torch.float32)
+    before = sqnr(expected, run(model))
+    with caplog.at_level(logging.WARNING):
+        patched, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(lora)), 1.0, 0)
+    assert "lora key not loaded" not in caplog.text
+    assert len(patched.patches) * 2 == len(comfy.utils.load_torch_file(str(lora)))
+    assert sqnr(expected, run(patched)) > before + 1
