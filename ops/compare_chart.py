@@ -11,31 +11,32 @@ from PIL import Image
 
 from .compare import LatentComparison
 
-_MAX_COLUMNS = 6
-# In inches, 100 pixels each.
-_WIDTH, _CURVE_HEIGHT, _STRIP_WIDTH = 10.24, 2.8, 8.6
+_MAX_COLUMNS = 4
+# In inches, 100 pixels each: letters of 14 stay readable in a node that is half as wide.
+_WIDTH, _CURVE_HEIGHT, _STRIP_WIDTH = 7.2, 2.2, 5.9
 
 
 def draw(comparison: LatentComparison) -> Image.Image:
-    """RGB, 1024 pixels wide: PSNR by frame, then some frames of both and where they differ."""
+    """RGB, 720 pixels wide: PSNR by frame, then some frames of both and where they differ."""
     count = len(comparison.frame_psnr)
     columns = min(count, _MAX_COLUMNS)
     shown = [round(index * (count - 1) / max(1, columns - 1)) for index in range(columns)]
     _, height, width, _ = comparison.reference.shape
-    strip_height = 0.6 + 3.3 * min(_STRIP_WIDTH / columns, 2.2) * height / width
+    strip_height = 0.6 + 3.15 * min(_STRIP_WIDTH / columns, 2.2) * height / width
     figure = Figure(figsize=(_WIDTH, _CURVE_HEIGHT + strip_height), dpi=100, facecolor="white", layout="constrained")
     curve, strips = np.asarray(figure.subfigures(2, 1, height_ratios=(_CURVE_HEIGHT, strip_height)))
     axis = curve.subplots()
     axis.plot(range(count), comparison.frame_psnr, marker="o", color="#0072b2")
     axis.set_title(comparison.text().replace("\n", "; "), loc="left", fontsize=11)
     axis.set_xlabel("latent frame")
-    axis.set_ylabel("PSNR in dB, higher is better")
+    axis.set_ylabel("PSNR in dB")
+    axis.set_xlim(-0.5, count - 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
     axis.grid(color="#e4e7ec")
     rows = strips.subplots(3, columns, squeeze=False)
     largest = comparison.error.max().item() or 1.0
     for column, frame in enumerate(shown):
-        rows[0][column].set_title(f"frame {frame}", fontsize=9)
+        rows[0][column].set_title(f"frame {frame}", fontsize=10)
         rows[0][column].imshow(comparison.reference[frame].numpy())
         rows[1][column].imshow(comparison.compared[frame].numpy())
         heat = rows[2][column].imshow(comparison.error[frame].numpy(), cmap="inferno", vmin=0, vmax=largest)
@@ -44,7 +45,7 @@ def draw(comparison: LatentComparison) -> Image.Image:
         for axis in row:
             axis.set_xticks([])
             axis.set_yticks([])
-    strips.colorbar(heat, ax=rows.ravel().tolist(), label="error in standard deviations", fraction=0.02)
+    strips.colorbar(heat, ax=rows.ravel().tolist(), label="error in std. dev.", fraction=0.02)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return Image.open(png).convert("RGB")

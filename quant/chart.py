@@ -19,8 +19,9 @@ from .report import GIB, MIB, FileReport, TensorSummary, sqnr_db
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DPI, _WIDTH = 100, 10.24
-_ROW, _HEAD, _GAP = 0.26, 0.9, 0.75
+_DPI, _WIDTH = 100, 7.2  # letters of 14 pixels stay readable in a node that is half as wide
+_ROW, _BAR, _HEAD, _LABELS = 0.26, 0.3, 0.8, 1.45  # inches
+_LEGEND_COLUMNS = 5
 # Okabe and Ito's palette, told apart with any colour vision.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 _ROLES = ("self_attn", "cross_attn", "ffn", "embedding", "head", "other")
@@ -31,28 +32,36 @@ Layers = Mapping[str, Mapping[int, TensorSummary]]
 
 
 def draw(report: FileReport) -> Image.Image:
-    """RGB, 1024 pixels wide."""
+    """RGB, 720 pixels wide."""
     roles = [role for role in _ROLES if any(tensor.role == role for tensor in report.tensors)]
     layers = _layers(report)
     maps: list[tuple[str, Callable[[TensorSummary], float]]] = []
     if layers:
-        maps.append(("MiB by layer and block", lambda tensor: tensor.nbytes / MIB))
+        maps.append(("MiB by block", lambda tensor: tensor.nbytes / MIB))
     if any(tensor.relative_error for layer in layers.values() for tensor in layer.values()):
-        maps.append(("signal to quantization noise in dB: higher is better", _sqnr))
+        maps.append(("SQNR in dB: more is better", _sqnr))
+    legend = 0.1 + 0.25 * math.ceil(len(report.by_type) / _LEGEND_COLUMNS)
+    bars, body = _BAR * len(roles), 0.85 + _ROW * len(layers) if maps else 0.0
+    height = _HEAD + bars + legend + body
     # Figure, not pyplot, which keeps every figure and picks a window system.
-    heights = [_ROW * 1.4 * len(roles), *(_ROW * len(layers) for _ in maps)]
-    height = _HEAD + sum(heights) + _GAP * len(heights)
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
-    figure.text(0.02, 1 - 0.3 / height, report.path.name, fontsize=15, va="center")
-    figure.text(0.02, 1 - 0.6 / height, _summary(report), fontsize=10, va="center", color="#667085")
-    top = height - _HEAD
-    axes = []
-    for part in heights:
-        axes.append(figure.add_axes((0.17, (top - part) / height, 0.74, part / height)))
-        top -= part + _GAP
-    _draw_bytes(axes[0], report, roles)
-    for axis, (title, value) in zip(axes[1:], maps, strict=True):
-        _draw_map(figure, axis, layers, title, value)
+
+    def axes(left: float, top: float, width: float, tall: float) -> Axes:
+        """In inches from the upper left corner."""
+        return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
+
+    name = report.path.name
+    figure.text(0.02, 1 - 0.25 / height, name, fontsize=min(14, 900 / len(name)), va="center")
+    figure.text(0.02, 1 - 0.53 / height, _summary(report), fontsize=10, va="center", color="#667085")
+    _draw_bytes(axes(_LABELS, _HEAD, _WIDTH - _LABELS - 0.1, bars), report, roles)
+    top, tall = _HEAD + bars + legend + 0.4, _ROW * len(layers)
+    each = (_WIDTH - _LABELS) / max(1, len(maps))
+    for index, (title, value) in enumerate(maps):
+        left, width = _LABELS + index * each, each - 0.7
+        axis, scale = axes(left, top, width, tall), axes(left + width + 0.06, top, 0.1, tall)
+        _draw_map(axis, scale, layers, title, value)
+        if index:
+            axis.tick_params(labelleft=False)
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return Image.open(png).convert("RGB")
@@ -86,22 +95,23 @@ def _draw_bytes(axis: Axes, report: FileReport, roles: list[str]) -> None:
         axis.barh(roles, width, left=left, color=colour, label=f"{total.qtype} x {total.count}")
         left += width
     for row, mib in enumerate(left):
-        axis.annotate(f"{mib:,.1f} MiB", (mib, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
-    axis.set_xlim(0, 1.15 * max(left))
-    axis.invert_yaxis()
+        axis.annotate(f"{mib:,.1f} MiB", (mib, row), (4, 0), textcoords="offset points", va="center")
+    axis.set_xlim(0, 1.25 * max(left))
+    axis.set_ylim(len(roles) - 0.5, -0.5)
     axis.tick_params(left=False, bottom=False, labelbottom=False)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
     axis.legend(
         loc="upper left",
-        bbox_to_anchor=(-0.01, 0),
-        ncols=6,
+        bbox_to_anchor=(-0.01 - _LABELS / _WIDTH, 0),
+        ncols=_LEGEND_COLUMNS,
         frameon=False,
-        fontsize=9,
+        fontsize=10,
         handlelength=1,
+        columnspacing=1.2,
     )
 
 
-def _draw_map(figure: Figure, axis: Axes, layers: Layers, title: str, value: Callable[[TensorSummary], float]) -> None:
+def _draw_map(axis: Axes, scale: Axes, layers: Layers, title: str, value: Callable[[TensorSummary], float]) -> None:
     """A row for each layer role, a column for each block; what has no value stays white."""
     blocks = 1 + max(block for layer in layers.values() for block in layer)
     values = np.full((len(layers), blocks), math.nan)
@@ -109,10 +119,10 @@ def _draw_map(figure: Figure, axis: Axes, layers: Layers, title: str, value: Cal
         for block, tensor in layer.items():
             values[row, block] = value(tensor)
     image = axis.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
-    axis.set_title(title, fontsize=10, loc="left")
-    axis.set_yticks(range(len(layers)), list(layers), fontsize=9)
-    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axis.tick_params(left=False, labelsize=9)
+    axis.set_title(title, fontsize=11, loc="left")
+    axis.set_yticks(range(len(layers)), list(layers))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.tick_params(left=False)
     axis.spines[:].set_visible(False)
-    box = axis.get_position()
-    figure.colorbar(image, cax=figure.add_axes((box.x1 + 0.015, box.y0, 0.015, box.height))).ax.tick_params(labelsize=8)
+    scale.figure.colorbar(image, cax=scale)
+    scale.yaxis.set_major_locator(MaxNLocator(5))

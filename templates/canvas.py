@@ -25,8 +25,8 @@ _SIZES = {
     "SaveImage": (480, 500),
     "SaveVideo": (480, 420),
     "UnetLoaderGGUF": (330, 140),
-    "WanQuantCompareLatents": (560, 440),
-    "WanQuantConvert": (440, 620),
+    "WanQuantCompareLatents": (560, 560),
+    "WanQuantConvert": (440, 760),
     "WanQuantLowVRAM": (330, 220),
 }
 _WIDTH = 330

@@ -38,14 +38,14 @@ def test_equal_latents():
     assert result.cosine == pytest.approx(1.0)
     assert len(result.frame_psnr) == 4
     assert "PSNR inf dB" in result.text()
-    assert draw(result).width == 1024
+    assert draw(result).width == 720
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])
 def test_picture_is_of_one_width(frames):
     samples = torch.randn(1, 16, frames, 4, 6)
     picture = draw(compare_latents(samples, samples + 0.1 * torch.randn_like(samples)))
-    assert picture.width == 1024
+    assert picture.width == 720
 
 
 def test_other_shapes_are_refused():

@@ -64,7 +64,7 @@ def test_other_models_are_named_and_shown(language_model):
 def test_image(which, request):
     subject = request.getfixturevalue(which)
     image = subject.image() if which == "converted" else inspect(subject).image()
-    assert image.mode == "RGB" and image.width == 1024
+    assert image.mode == "RGB" and image.width == 720
     assert len(image.getcolors(1 << 20)) > 10
 
 
