@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import torch
+from comfy.clip_vision import Output as ClipVisionOutput
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -48,7 +49,7 @@ def load_conditioning(path: str) -> Conditioning:
                 raise QuantError(f"{path}: no saved conditioning in this file; write one with Save Conditioning")
             loaded: Conditioning = _restore(json.loads(metadata[_KEY]), file)
             return loaded
-    except SafetensorError as error:
+    except (SafetensorError, json.JSONDecodeError) as error:
         raise QuantError(f"{path}: not a readable safetensors file ({error}); save the conditioning again") from error
 
 
@@ -60,8 +61,11 @@ def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  #
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in value.items()}}
+    if isinstance(value, ClipVisionOutput):  # of image to video; nothing but a bag of attributes
+        return {"clip_vision": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in vars(value).items()}}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
+        kind = "list" if isinstance(value, list) else "tuple"  # torch.Size among them
+        return {kind: [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise QuantError(
@@ -78,5 +82,10 @@ def _restore(value: Any, file: Any) -> Any:  # noqa: ANN401
         return file.get_tensor(content)
     if kind == "dict":
         return {key: _restore(item, file) for key, item in content.items()}
+    if kind == "clip_vision":
+        output = ClipVisionOutput()
+        for key, item in content.items():
+            output[key] = _restore(item, file)
+        return output
     items = [_restore(item, file) for item in content]
     return tuple(items) if kind == "tuple" else items

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfy.clip_vision import Output as ClipVisionOutput
 from safetensors.torch import save_file
 
 from wanquant.ops.conditioning import load_conditioning, save_conditioning
@@ -16,8 +17,19 @@ def same(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        return isinstance(a, tuple) == isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, ClipVisionOutput):
+        return type(a) is type(b) and same(vars(a), vars(b))
     return type(a) is type(b) and a == b
+
+
+def seen():
+    """What CLIP Vision gives image to video; the host repeats some of it by reference."""
+    output = ClipVisionOutput()
+    output["last_hidden_state"] = torch.randn(1, 5, 8)
+    output["penultimate_hidden_states"] = output["last_hidden_state"][:, :-1]
+    output["mm_projected"], output["image_sizes"] = None, [torch.Size((3, 224, 224))]
+    return output
 
 
 def test_round_trip_is_exact(tmp_path):
@@ -30,6 +42,7 @@ def test_round_trip_is_exact(tmp_path):
                 "concat_mask": torch.ones(1, 1, 1, 4, 4).expand(1, 1, 3, 4, 4),
                 "vace_frames": [torch.randn(2, 3), torch.randn(2, 3, dtype=torch.float16)],
                 "vace_strength": [1.0, 0.5],
+                "clip_vision_output": seen(),
                 "guidance": 5,
                 "area": (64, 64, 0, 0),
                 "strength": 1.0,
@@ -57,4 +70,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(QuantError, match="not a readable safetensors file"):
         load_conditioning(str(garbage))
     with pytest.raises(QuantError, match="no saved conditioning"):
+        load_conditioning(str(weights))
+    save_file({"weight": torch.zeros(2)}, weights, metadata={"wanquant.conditioning": "["})
+    with pytest.raises(QuantError, match="not a readable safetensors file"):
         load_conditioning(str(weights))
