@@ -92,14 +92,14 @@ def rows(recipe: str) -> Iterator[dict[str, object]]:
 
 
 def row(model: str, video: Video, recipe: str, choice: Choice, budget: float) -> dict[str, object]:
-    parts = {name: round(nbytes / 2**30, 3) for name, nbytes in choice.peak.parts.items()}
+    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in choice.peak.parts.items()}
     return {
         "model": model,
         **video._asdict(),
         "recipe": recipe,
         "plan": choice.name,
         "budget_gib": budget,
-        "peak_gib": round(choice.peak.total / 2**30, 3),
+        "peak_gib": round(choice.peak.total / 2**30, 4),
         "parts": parts,
         "slowdown": round(choice.slowdown, 4),
     }
@@ -143,7 +143,7 @@ def draw(path: Path, recipe: str) -> None:
     axis.axhspan(
         0, beside / 2**30, color="#999999", label=f"CUDA's context and streamed weights: {beside / 2**30:.2f} GiB"
     )
-    axis.set(xlim=(0, 100), ylim=(0, 5.2), xlabel="arithmetic done, %", ylabel="GiB of video memory (simulated)")
+    axis.set(xlim=(0, 100), ylim=(0, 4.2), xlabel="arithmetic done, %", ylabel="GiB of video memory (simulated)")
     axis.set_title(
         f"{model} in {recipe}, {video.width}x{video.height}, {video.frames} frames: one of 40 equal blocks", loc="left"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from ..quant import QuantError
@@ -28,6 +30,7 @@ CONTEXT_BYTES = round(0.4 * GIB)
 # previous prediction, and of each of two conditionings the output and the weights it is averaged with.
 _SAMPLER_LATENTS = 8
 _PROMPT_TOKENS = 512
+_HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 _CLIP_WIDTH = 1280
 
 TIME_PROJECTION = "diffusion_model.time_projection.1"
@@ -107,9 +110,10 @@ class Peak:
 class Simulator:
     """Runs forwards of one model on meta tensors, with the plans in place.
 
-    What it assumes: attention as flash attention (an output and a float32 row of statistics, no matrix of scores),
-    rope and RMS norm in torch operations, decoding in fused kernels. Weights are streamed: at any time the packed bytes
-    of two layers are there, the one in use and the next, the largest two of the model, and what the host cannot stream.
+    What it assumes: attention as flash attention (an output and a float32 row of statistics, no matrix of scores), RMS
+    norm as the kernel that torch has for it on GPUs, rope in torch operations, decoding in fused kernels. Weights are
+    streamed: at any time the packed bytes of two layers are there, the one in use and the next, the largest two of the
+    model, and what the host cannot stream.
     """
 
     def __init__(self, model: BaseModel, *, weights: int) -> None:
@@ -144,7 +148,7 @@ class Simulator:
             patcher = apply_lean(patcher, plan)
         memory = LiveMemory(META, record=record)
         # The host samples in inference mode, where the count would not see operations that are made of others.
-        with torch.inference_mode(False), torch.no_grad(), memory:
+        with torch.inference_mode(False), torch.no_grad(), memory, _FusedNorms():
             options = {"wrappers": patcher.wrappers, "optimized_attention_override": _FlashAttention(memory)}
             state = torch.empty(_SAMPLER_LATENTS, *job.latent, device=META)
             time = torch.ones(job.latent[0], device=META)
@@ -183,6 +187,27 @@ class _FlashAttention:
         statistics = q.new_empty(batch, heads, queries, dtype=torch.float32)
         output = torch.empty_like(q)
         del statistics
+        return output
+
+
+class _FusedNorms(TorchFunctionMode):
+    """In place of torch's RMS norm, which on meta tensors is made of others: allocates what its GPU kernel does.
+
+    Source: aten/src/ATen/native/layer_norm.cpp rms_norm_symint, torch 2.9.0, the first that has it for CUDA.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if func is not torch.nn.functional.rms_norm or not _HAS_FUSED_NORMS:
+            return func(*args, **(kwargs or {}))
+        x: Tensor = args[0]
+        output, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        del scales
         return output
 
 
