@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .calibration_file import read_calibration, write_calibration
 from .convert import ConversionReport, convert
 from .errors import QuantError
 from .gguf_file import open_gguf
@@ -16,6 +17,8 @@ __all__ = [
     "QuantType",
     "convert",
     "open_gguf",
+    "read_calibration",
     "read_importance",
+    "write_calibration",
     "write_importance",
 ]

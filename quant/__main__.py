@@ -14,6 +14,7 @@ from typing import Any, Protocol, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from .calibration_file import read_calibration
 from .convert import ConversionReport, convert_all
 from .errors import QuantError
 from .importance_file import read_importance
@@ -76,8 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe", default=["Q4_K_M"], type=_recipes, metavar="NAME[,NAME...]", help=f"Q4_K_M, or some of {recipes}"
     )
     mix.add_argument("--target-size", type=float, metavar="GiB", help="the mix of least error in this file size")
-    command.add_argument(
+    inputs = command.add_mutually_exclusive_group()
+    inputs.add_argument(
         "--imatrix", type=Path, metavar="FILE", help="an importance matrix: errors go to the columns that matter least"
+    )
+    inputs.add_argument(
+        "--calibrate", type=Path, metavar="FILE", help="a calibration: columns make up for each other's errors as well"
     )
     command.add_argument("--effort", default="best", choices=get_args(Effort), help="best (default) or fast")
     command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
@@ -160,6 +165,7 @@ def _restore(options: argparse.Namespace) -> Report:
 
 def _convert(options: argparse.Namespace) -> Report:
     importance = read_importance(options.imatrix) if options.imatrix else None
+    importance = read_calibration(options.calibrate) if options.calibrate else importance
     reports: list[ConversionReport] = []
     for source in _sources(options):
         with _bar() as progress:

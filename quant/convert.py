@@ -96,7 +96,8 @@ def convert(
         recipe: a key of `RECIPES`.
         target_size: GiB that the file takes at most; the types are then chosen for the least error, by no recipe.
         effort: "best" searches for the smallest squared error, "fast" less far, or not at all where ggml does not.
-        importance: (n,) weight of each input column in the squared error, by tensor name: see `read_importance`.
+        importance: (n,) weight of each input column in the squared error, by tensor name: see `read_importance`. With
+            that of `read_calibration`, codes are also rounded for the least error of the outputs.
         device: where encoding runs.
         overwrite: replace a destination that holds anything else.
         modules: files of add-on modules (VACE and the like) that become part of the model.

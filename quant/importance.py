@@ -66,9 +66,9 @@ class Collector:
 
     def add(self, name: str, inputs: Tensor, weight: float = 1.0) -> None:
         """Counts the inputs (..., columns) of a layer, each row `weight` times."""
-        squares = sum_of_squares(inputs).mul_(weight)
+        sums = self.measure(inputs).mul_(weight)
         known = self._sums.get(name)
-        self._sums[name] = squares if known is None else known.add_(squares.to(known.device))
+        self._sums[name] = sums if known is None else known.add_(sums.to(known.device))
         self._counts[name] = self._counts.get(name, 0.0) + inputs.numel() // inputs.shape[-1] * weight
 
     def result(self) -> Importance:
@@ -79,11 +79,16 @@ class Collector:
         """
         if not self._sums:
             raise QuantError("importance: nothing collected yet; sample with the model that Collect gives, then save")
-        sums = {name: squares.to("cpu", copy=True) for name, squares in self._sums.items()}
-        broken = next((name for name, squares in sums.items() if not squares.isfinite().all()), None)
+        sums = {name: values.to("cpu", copy=True) for name, values in self._sums.items()}
+        broken = next((name for name, values in sums.items() if not values.isfinite().all()), None)
         if broken is not None:
             raise QuantError(f"importance: {broken}: its inputs hold NaN or infinity; collect in another compute dtype")
         return Importance(sums, dict(self._counts), self.samples)
+
+    @staticmethod
+    def measure(inputs: Tensor) -> Tensor:
+        """What is added up of the inputs, float32."""
+        return sum_of_squares(inputs)
 
 
 def sum_of_squares(inputs: Tensor) -> Tensor:

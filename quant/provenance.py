@@ -18,6 +18,8 @@ FIVE_D = "wanquant.five_d"
 """BOOL: tensors of more than 4 dimensions are stored as they are, not flattened."""
 NON_FINITE = "wanquant.allow_non_finite"
 """BOOL, true or absent: NaN and infinity in the source became 0."""
+CALIBRATED = "wanquant.calibrated"
+"""BOOL, true or absent: codes are rounded for the least error of the outputs."""
 TARGET_SIZE = "wanquant.target_size"
 """UINT64: bytes that the file was to take at most; 0 for a recipe."""
 DATA_SHA256 = "wanquant.data_sha256"
@@ -54,7 +56,7 @@ def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
 
 def is_same_job(existing: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
     """Whether a file's metadata names the same source file, by name and size, and the same settings as `job`."""
-    same = (*(f"wanquant.{name}" for name in _SAME_JOB), NON_FINITE)
+    same = (*(f"wanquant.{name}" for name in _SAME_JOB), NON_FINITE, CALIBRATED)
     return all(existing.get(key) == job.get(key) for key in same)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from .atomic_file import AtomicFile
 from .errors import QuantError
 from .provenance import source_metadata
 from .report import GIB
+from .safetensors_header import safetensors_header
 from .sentencepiece import SPIECE_KEY
 from .sources.files import SourceFiles
 from .sources.layers import source_tensors
@@ -141,14 +141,6 @@ class _Weight:
 
 
 def _header(weights: list[_Weight], more: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The header of the safetensors file, padded as the format wants it."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    sizes = [(weight.name, weight.dtype, weight.tensor.shape, weight.nbytes) for weight in weights]
-    sizes += [(name, tensor.dtype, tuple(tensor.shape), tensor.nbytes) for name, tensor in more.items()]
-    for name, dtype, shape, nbytes in sizes:
-        begin, end = end, end + nbytes
-        entries[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    tensors = [(weight.name, _NAMES[weight.dtype], weight.tensor.shape, weight.nbytes) for weight in weights]
+    tensors += [(name, _NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in more.items()]
+    return safetensors_header(tensors, metadata)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .calibration import Inputs
 from .checkpoint import Checkpoint, SourceTensor
 from .errors import QuantError
 from .gguf_writer import GGUFWriter
@@ -53,8 +55,8 @@ class Output:
         """Whether a killed job wrote this tensor already."""
         return name in self._kept
 
-    def encode(self, part: Slice, qtype: QuantType, importance: Tensor | None, effort: Effort) -> Tensor:
-        packed = qtype.quantize(part.weight, importance, effort)
+    def encode(self, part: Slice, qtype: QuantType, inputs: Inputs, effort: Effort) -> Tensor:
+        packed = inputs.quantize(qtype, part.weight, effort)
         self.noise += qtype.dequantize(packed).sub_(part.weight).square_().sum().item()
         return packed.cpu()
 
@@ -125,6 +127,7 @@ class Stream:
     def _encode(self, outputs: list[Output], pool: ThreadPoolExecutor) -> None:
         specs = [{spec.name: spec.qtype for spec in output.writer.tensors} for output in outputs]
         signal = 0.0
+        inputs_of = lru_cache(1)(self._inputs_of)  # of the tensor at hand, for all its slices
         missing = []
         for tensor in self.checkpoint.tensors.values():
             if all(output.holds(tensor.name) for output in outputs):
@@ -135,18 +138,19 @@ class Stream:
             for part in slices:
                 name = part.tensor.name
                 signal += self._energy(part)
-                importance = self.importance.get(name)
-                importance = None if importance is None else importance.to(self.device)
                 for output, types in zip(outputs, specs, strict=True):
                     if output.holds(name):
                         continue
-                    output.write(pool, name, output.encode(part, types[name], importance, self.effort))
+                    output.write(pool, name, output.encode(part, types[name], inputs_of(name), self.effort))
                     if part.is_last:
                         output.end_tensor(pool, signal)
                 signal = 0.0 if part.is_last else signal
                 self.report(part.tensor, part.weight.numel() * part.tensor.dtype.itemsize)
         for output in outputs:
             output.wait()
+
+    def _inputs_of(self, name: str) -> Inputs:
+        return Inputs.of(self.importance, name).to(self.device)
 
     def _energy(self, part: Slice) -> float:
         energy = part.weight.square().sum().item()

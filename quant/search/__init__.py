@@ -2,11 +2,13 @@
 
 Every encoder takes blocks (n, block_size) float32 and importance of the same shape or None, on any device, and returns
 (n, type_size) uint8. `fast_*` look at fewer candidates than `best_*`; both aim at the same measure.
+`encode_with_feedback` takes any of them, and minimises the error of a layer's outputs for correlated inputs.
 """
 
 from __future__ import annotations
 
 from .encoders import (
+    Encoder,
     best_iq4_nl,
     best_iq4_xs,
     best_q2_k,
@@ -27,8 +29,10 @@ from .encoders import (
     fast_q5_k,
     fast_q6_k,
 )
+from .feedback import encode_with_feedback
 
 __all__ = [
+    "Encoder",
     "best_iq4_nl",
     "best_iq4_xs",
     "best_q2_k",
@@ -41,6 +45,7 @@ __all__ = [
     "best_q5_k",
     "best_q6_k",
     "best_q8_0",
+    "encode_with_feedback",
     "fast_iq4_nl",
     "fast_iq4_xs",
     "fast_q2_k",

@@ -27,12 +27,12 @@ class Columns:
     @classmethod
     def of(cls, blocks: Tensor, importance: Tensor | None, size: int) -> Columns:
         """Sub-blocks of `size` weights from (n_blocks, block_size) weights and importance."""
-        x = blocks.clamp(-_LARGEST, _LARGEST).view(-1, size).t().contiguous()
+        x = blocks.clamp(-_LARGEST, _LARGEST).reshape(-1, size).t().contiguous()
         if importance is None:
             return cls(x)
         mean = importance.mean(1, keepdim=True)
         relative = torch.where(mean > 0, importance / mean, torch.ones_like(importance)).clamp_(min=_LEAST_IMPORTANCE)
-        return cls(x, relative.view(-1, size).t().contiguous())
+        return cls(x, relative.reshape(-1, size).t().contiguous())
 
     def of_blocks(self, blocks: Tensor, sub_blocks: int) -> Columns:
         """The columns of the blocks of these indices, each of which has `sub_blocks`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,12 @@ from ..bits import half_bytes, pack_bits
 from ..iq4 import KVALUES, pack_iq4_nl, pack_iq4_xs
 from ..kquants import pack_q2_k, pack_q3_k, pack_q4_k, pack_q5_k, pack_q6_k
 from .columns import Columns
-from .fit import Search, fit, refine
+from .fit import Blocks, Search, fit, refine
 from .levels import Codebook, Integers, Levels
 from .scale import search_scale, search_scale_and_min
+
+Pack = Callable[[Blocks, Tensor], Tensor]
+"""Blocks and their codes (n, block_size) -> (n, type_size) uint8."""
 
 _NONE, _ONE = Integers(0, 0), Integers(1, 1)
 _IQ4 = Codebook(KVALUES)
@@ -35,134 +39,78 @@ _BEST_ALONE = _Effort(peaks=24, starts=1, rounds=3)
 _BEST_ALONE_WITH_MIN = _Effort(peaks=40, starts=1, rounds=3)
 
 
-def best_q2_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q2_k(*_affine(blocks, importance, 16, 3, Integers(0, 15), _BEST_WITH_MIN))
+@dataclass(frozen=True)
+class Encoder:
+    """Fits the scales of blocks, and then rounds the weights to them.
+
+    Args:
+        size: weights of a sub-block.
+        peak: the level where the largest weight of a sub-block falls.
+    """
+
+    size: int
+    levels: Levels
+    peak: int
+    peaks: Sequence[float]
+    search: Search
+    pack: Pack
+
+    def __call__(self, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+        columns = Columns.of(blocks, importance, self.size)
+        found = self.fit(columns, len(blocks))
+        levels = found.nearest(columns, self.levels)[0].t()
+        return self.encode(found, levels.reshape(blocks.shape))
+
+    def fit(self, columns: Columns, n_blocks: int) -> Blocks:
+        """The scales, and mins if the type has these, of least squared error."""
+        start = self._scales(columns, self.peaks)
+        scale, minimum = (values.view(n_blocks, -1) for values in start)
+        first = fit(columns, self.levels, scale, minimum, self.search)
+        return refine(columns, self.levels, first, self._starts, self.search)
+
+    def encode(self, found: Blocks, levels: Tensor) -> Tensor:
+        """Bytes of blocks whose weights have these levels, (n, block_size)."""
+        return self.pack(found, self.levels.codes(levels))
+
+    def _scales(self, columns: Columns, peaks: Sequence[float]) -> tuple[Tensor, Tensor]:
+        scale = search_scale(columns, self.levels, peaks, stored=self.search.scales == _ONE)
+        return scale, torch.zeros_like(scale)
+
+    def _starts(self, part: Columns) -> list[tuple[Tensor, Tensor]]:
+        largest = part.extreme()
+        fine = [sign * (self.peak + step / 10) for step in range(-9, 10) for sign in (-1, 1)]
+        scales = [largest / anchor for anchor in self.levels.anchors()]
+        return [*((scale, torch.zeros_like(scale)) for scale in scales), self._scales(part, fine)]
 
 
-def fast_q2_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q2_k(*_affine(blocks, importance, 16, 3, Integers(0, 15), _FAST))
+class EncoderWithMin(Encoder):
+    """Sub-blocks have a minimum beside the scale."""
 
+    def _scales(self, columns: Columns, peaks: Sequence[float], *, zero: bool = False) -> tuple[Tensor, Tensor]:
+        signed = self.search.mins == _ONE
+        return search_scale_and_min(columns, self.levels, peaks, signed=signed, zero=zero)
 
-def best_q3_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q3_k(*_signed(blocks, importance, 16, Integers(-4, 3), 4, Integers(-32, 31), _BEST))
-
-
-def fast_q3_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q3_k(*_signed(blocks, importance, 16, Integers(-4, 3), 4, Integers(-32, 31), _FAST))
-
-
-def best_q4_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q4_k(*_affine(blocks, importance, 32, 15, Integers(0, 63), _BEST_WITH_MIN))
-
-
-def fast_q4_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q4_k(*_affine(blocks, importance, 32, 15, Integers(0, 63), _FAST))
-
-
-def best_q5_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q5_k(*_affine(blocks, importance, 32, 31, Integers(0, 63), _BEST_WITH_MIN))
-
-
-def fast_q5_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q5_k(*_affine(blocks, importance, 32, 31, Integers(0, 63), _FAST))
-
-
-def best_q6_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q6_k(*_signed(blocks, importance, 16, Integers(-32, 31), 32, Integers(-128, 127), _BEST))
-
-
-def fast_q6_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_q6_k(*_signed(blocks, importance, 16, Integers(-32, 31), 32, Integers(-128, 127), _FAST))
-
-
-def best_iq4_xs(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_iq4_xs(*_signed(blocks, importance, 32, _IQ4, 127, Integers(-32, 31), _BEST))
-
-
-def fast_iq4_xs(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return pack_iq4_xs(*_signed(blocks, importance, 32, _IQ4, 127, Integers(-32, 31), _FAST))
-
-
-def best_iq4_nl(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, _, codes = _signed(blocks, importance, 32, _IQ4, 127, _ONE, _BEST_ALONE)
-    return pack_iq4_nl(d, codes)
-
-
-def fast_iq4_nl(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, _, codes = _signed(blocks, importance, 32, _IQ4, 127, _ONE, _FAST)
-    return pack_iq4_nl(d, codes)
-
-
-def best_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, _, codes = _signed(blocks, importance, 32, Integers(-8, 7), 8, _ONE, _BEST_ALONE)
-    return torch.cat((half_bytes(d[:, None]), pack_bits(codes + 8, 4, run=16)), 1)
-
-
-def best_q4_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, dmin, _, _, codes = _affine(blocks, importance, 32, 15, _ONE, _BEST_ALONE_WITH_MIN)
-    return torch.cat((half_bytes(torch.stack((d, -dmin), 1)), pack_bits(codes, 4, run=16)), 1)
-
-
-def best_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, _, codes = _signed(blocks, importance, 32, Integers(-16, 15), 16, _ONE, _BEST_ALONE)
-    return torch.cat((half_bytes(d[:, None]), _five_bits(codes + 16)), 1)
-
-
-def best_q5_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, dmin, _, _, codes = _affine(blocks, importance, 32, 31, _ONE, _BEST_ALONE_WITH_MIN)
-    return torch.cat((half_bytes(torch.stack((d, -dmin), 1)), _five_bits(codes)), 1)
-
-
-def best_q8_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d, _, codes = _signed(blocks, importance, 32, Integers(-128, 127), 128, _ONE, _BEST_ALONE)
-    return torch.cat((half_bytes(d[:, None]), codes.to(torch.int8).view(torch.uint8)), 1)
-
-
-def _affine(
-    blocks: Tensor, importance: Tensor | None, size: int, largest: int, integers: Integers, effort: _Effort
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """d, dmin, scales, mins and codes in [0, largest] of sub-blocks of `size`, whose scales and mins are `integers`."""
-    columns, levels = Columns.of(blocks, importance, size), Integers(0, largest)
-    peaks = [largest, *_peaks(largest, effort.peaks, max(1.0, largest / 10))]
-    scale, minimum = search_scale_and_min(columns, levels, peaks, signed=integers == _ONE)
-    starts = range(integers.high, integers.high - effort.starts, -1)
-    shape = (len(blocks), blocks.shape[1] // size)
-    search = Search(integers, integers, starts, effort.rounds)
-    first = fit(columns, levels, scale.view(shape), minimum.view(shape), search)
-
-    def starts_of(part: Columns) -> list[tuple[Tensor, Tensor]]:
+    def _starts(self, part: Columns) -> list[tuple[Tensor, Tensor]]:
         # Where the mins may have either sign, weights of one sign may still be best with none.
         low, high = part.x.amin(0).clamp_(max=0), part.x.amax(0).clamp_(min=0)
-        fine = [largest + step / 10 for step in range(-9, 10)]
-        return [
-            ((high - low) / largest, -low),
-            search_scale_and_min(part, levels, fine, signed=integers == _ONE, zero=True),
-        ]
-
-    found = refine(columns, levels, first, starts_of, search)
-    codes = found.nearest(columns, levels)[0].t().reshape(blocks.shape)
-    return found.d, found.dmin, found.scales, found.mins, codes
+        fine = [self.peak + step / 10 for step in range(-9, 10)]
+        return [((high - low) / self.peak, -low), self._scales(part, fine, zero=True)]
 
 
-def _signed(
-    blocks: Tensor, importance: Tensor | None, size: int, levels: Levels, peak: int, integers: Integers, effort: _Effort
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d, scales and codes of sub-blocks of `size` without a min, whose scales are `integers`."""
-    columns, peaks = Columns.of(blocks, importance, size), _peaks(peak, effort.peaks, max(1.0, peak / 5))
+def _affine(size: int, largest: int, integers: Integers, effort: _Effort, pack: Pack) -> Encoder:
+    """Codes in [0, largest] of sub-blocks of `size`, whose scales and mins are `integers`."""
+    peaks = [largest, *_peaks(largest, effort.peaks, max(1.0, largest / 10))]
+    starts = range(integers.high, integers.high - effort.starts, -1)
+    search = Search(integers, integers, starts, effort.rounds)
+    return EncoderWithMin(size, Integers(0, largest), largest, peaks, search, pack)
+
+
+def _signed(size: int, levels: Levels, peak: int, integers: Integers, effort: _Effort, pack: Pack) -> Encoder:
+    """Sub-blocks of `size` without a min, whose scales are `integers`."""
+    peaks = _peaks(peak, effort.peaks, max(1.0, peak / 5))
     both = [-peak, *peaks, *(-value for value in peaks)]
-    scale = search_scale(columns, levels, both, stored=integers == _ONE).view(len(blocks), -1)
     search = Search(integers, _NONE, (integers.low, integers.high)[: effort.starts], effort.rounds)
-
-    def starts_of(part: Columns) -> list[tuple[Tensor, Tensor]]:
-        largest = part.extreme()
-        fine = [sign * (peak + step / 10) for step in range(-9, 10) for sign in (-1, 1)]
-        scales = [largest / anchor for anchor in levels.anchors()]
-        scales.append(search_scale(part, levels, fine, stored=integers == _ONE))
-        return [(scale, torch.zeros_like(scale)) for scale in scales]
-
-    found = refine(columns, levels, fit(columns, levels, scale, torch.zeros_like(scale), search), starts_of, search)
-    codes = levels.codes(found.nearest(columns, levels)[0]).t().reshape(blocks.shape)
-    return found.d, found.scales, codes
+    return Encoder(size, levels, peak, both, search, pack)
 
 
 def _peaks(largest: int, count: int, reach: float) -> list[float]:
@@ -170,6 +118,79 @@ def _peaks(largest: int, count: int, reach: float) -> list[float]:
     return [largest + reach * (1.7 * index / (count - 1) - 1) for index in range(count)]
 
 
+def _q2_k(blocks: Blocks, codes: Tensor) -> Tensor:
+    return pack_q2_k(*blocks.fields(), codes)
+
+
+def _q3_k(blocks: Blocks, codes: Tensor) -> Tensor:
+    return pack_q3_k(blocks.d, blocks.scales, codes)
+
+
+def _q4_k(blocks: Blocks, codes: Tensor) -> Tensor:
+    return pack_q4_k(*blocks.fields(), codes)
+
+
+def _q5_k(blocks: Blocks, codes: Tensor) -> Tensor:
+    return pack_q5_k(*blocks.fields(), codes)
+
+
+def _q6_k(blocks: Blocks, codes: Tensor) -> Tensor:
+    return pack_q6_k(blocks.d, blocks.scales, codes)
+
+
+def _iq4_xs(blocks: Blocks, codes: Tensor) -> Tensor:
+    return pack_iq4_xs(blocks.d, blocks.scales, codes)
+
+
+def _iq4_nl(blocks: Blocks, codes: Tensor) -> Tensor:
+    return pack_iq4_nl(blocks.d, codes)
+
+
+def _q4_0(blocks: Blocks, codes: Tensor) -> Tensor:
+    return torch.cat((half_bytes(blocks.d[:, None]), pack_bits(codes + 8, 4, run=16)), 1)
+
+
+def _q4_1(blocks: Blocks, codes: Tensor) -> Tensor:
+    return torch.cat((_d_and_min(blocks), pack_bits(codes, 4, run=16)), 1)
+
+
+def _q5_0(blocks: Blocks, codes: Tensor) -> Tensor:
+    return torch.cat((half_bytes(blocks.d[:, None]), _five_bits(codes + 16)), 1)
+
+
+def _q5_1(blocks: Blocks, codes: Tensor) -> Tensor:
+    return torch.cat((_d_and_min(blocks), _five_bits(codes)), 1)
+
+
+def _q8_0(blocks: Blocks, codes: Tensor) -> Tensor:
+    return torch.cat((half_bytes(blocks.d[:, None]), codes.to(torch.int8).view(torch.uint8)), 1)
+
+
+def _d_and_min(blocks: Blocks) -> Tensor:
+    return half_bytes(torch.stack((blocks.d, -blocks.dmin), 1))
+
+
 def _five_bits(codes: Tensor) -> Tensor:
     high = (codes > 15).to(torch.uint8)
     return torch.cat((pack_bits(high, 1, run=1), pack_bits(codes - 16 * high, 4, run=16)), 1)
+
+
+best_q2_k = _affine(16, 3, Integers(0, 15), _BEST_WITH_MIN, _q2_k)
+fast_q2_k = _affine(16, 3, Integers(0, 15), _FAST, _q2_k)
+best_q3_k = _signed(16, Integers(-4, 3), 4, Integers(-32, 31), _BEST, _q3_k)
+fast_q3_k = _signed(16, Integers(-4, 3), 4, Integers(-32, 31), _FAST, _q3_k)
+best_q4_k = _affine(32, 15, Integers(0, 63), _BEST_WITH_MIN, _q4_k)
+fast_q4_k = _affine(32, 15, Integers(0, 63), _FAST, _q4_k)
+best_q5_k = _affine(32, 31, Integers(0, 63), _BEST_WITH_MIN, _q5_k)
+fast_q5_k = _affine(32, 31, Integers(0, 63), _FAST, _q5_k)
+best_q6_k = _signed(16, Integers(-32, 31), 32, Integers(-128, 127), _BEST, _q6_k)
+fast_q6_k = _signed(16, Integers(-32, 31), 32, Integers(-128, 127), _FAST, _q6_k)
+best_iq4_xs = _signed(32, _IQ4, 127, Integers(-32, 31), _BEST, _iq4_xs)
+fast_iq4_xs = _signed(32, _IQ4, 127, Integers(-32, 31), _FAST, _iq4_xs)
+best_iq4_nl = _signed(32, _IQ4, 127, _ONE, _BEST_ALONE, _iq4_nl)
+fast_iq4_nl = _signed(32, _IQ4, 127, _ONE, _FAST, _iq4_nl)
+best_q4_0 = _signed(32, Integers(-8, 7), 8, _ONE, _BEST_ALONE, _q4_0)
+best_q4_1 = _affine(32, 15, _ONE, _BEST_ALONE_WITH_MIN, _q4_1)
+best_q5_0 = _signed(32, Integers(-16, 15), 16, _ONE, _BEST_ALONE, _q5_0)
+best_q5_1 = _affine(32, 31, _ONE, _BEST_ALONE_WITH_MIN, _q5_1)
+best_q8_0 = _signed(32, Integers(-128, 127), 128, _ONE, _BEST_ALONE, _q8_0)

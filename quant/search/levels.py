@@ -74,5 +74,5 @@ def _codes(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
-    flat = index.clamp_(0, len(table) - 1).int().view(-1)
+    flat = index.clamp_(0, len(table) - 1).int().flatten()
     return table.index_select(0, flat).view(index.shape)

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant.__main__ import main
+from wanquant.quant.calibration import CalibrationCollector
+from wanquant.quant.calibration_file import write_calibration
 from wanquant.quant.importance import Importance
 from wanquant.quant.importance_file import write_importance
 from wanquant.tests.conftest import ROOT
@@ -113,6 +115,20 @@ def test_importance_matrix(source, tmp_path, capsys):
     write_importance(path, replace(importance, sums={"blocks.0.ffn.0.weight": torch.rand(64)}), overwrite=True)
     assert main(["convert", str(source), str(tmp_path / "b.gguf"), *options]) == 1
     assert "i.gguf: tensor blocks.0.ffn.0.weight: (64,) columns" in capsys.readouterr().err
+
+
+def test_calibration(source, tmp_path, capsys):
+    collector = CalibrationCollector()
+    collector.add("blocks.0.ffn.0.weight", torch.randn(300, 256))
+    path = write_calibration(tmp_path / "c.safetensors", collector.result())
+    arguments = ["convert", str(source), str(tmp_path / "a.gguf"), "--effort", "fast", "--json"]
+    assert main([*arguments, "--calibrate", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)["metadata"]["wanquant.calibrated"] is True
+    assert main([*arguments, "--calibrate", str(source)]) == 1
+    assert "no calibration" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        main([*arguments, "--calibrate", str(path), "--imatrix", str(path)])
+    assert refused.value.code == 2
 
 
 def test_values_that_are_not_finite(source, tmp_path, capsys):
