@@ -7,8 +7,9 @@ import os
 import folder_paths
 from comfy_api.latest import io
 
-from ..quant import read_importance
+from ..quant import read_calibration, read_importance
 from ..quant.convert import convert
+from ..quant.importance import Importance
 from ..quant.qtype import Effort
 from . import encoding
 from .folders import (
@@ -63,7 +64,8 @@ class WanQuantConvert(io.ComfyNode):
                     options=[_NONE, *folder_paths.get_filename_list(IMPORTANCE)],
                     default=_NONE,
                     optional=True,
-                    tooltip="An importance matrix of this model: errors go where they count least.",
+                    tooltip="An importance matrix of this model: errors go where they count least. With a calibration"
+                    " (.safetensors) they also make up for each other.",
                 ),
                 io.String.Input(
                     "importance_path",
@@ -150,7 +152,7 @@ class WanQuantConvert(io.ComfyNode):
             recipe,
             target_size=target_size or None,
             effort=effort,
-            importance=read_importance(importance_path) if importance_path else None,
+            importance=_read_importance(importance_path) if importance_path else None,
             device=encoding.encoder_device(device),
             overwrite=overwrite,
             five_d=patch_embedding == _DEEP,
@@ -158,6 +160,10 @@ class WanQuantConvert(io.ComfyNode):
             progress=encoding.progress_bar(),
         )
         return encoding.shown(report, cls)
+
+
+def _read_importance(path: str) -> Importance:
+    return read_calibration(path) if path.endswith(".safetensors") else read_importance(path)
 
 
 def _name(output_name: str, source: str, module: str, recipe: str, target_size: float) -> str:

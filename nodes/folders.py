@@ -36,7 +36,7 @@ def register_folders() -> None:
             shared = [*paths, *(path for path in shared if path not in paths)]
         folder_paths.folder_names_and_paths[gguf_name] = (shared, {*extensions, ".gguf"})
     parents = (folder_paths.models_dir, folder_paths.get_output_directory())
-    for name, suffixes in ((CONDITIONING, {".safetensors"}), (IMPORTANCE, {".gguf", ".dat"})):
+    for name, suffixes in ((CONDITIONING, {".safetensors"}), (IMPORTANCE, {".gguf", ".dat", ".safetensors"})):
         folder_paths.folder_names_and_paths[name] = ([os.path.join(p, name) for p in parents], suffixes)
 
 

@@ -7,7 +7,8 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..quant import write_importance
+from ..quant import write_calibration, write_importance
+from ..quant.calibration import Calibration
 from ..quant.importance import Collector
 from .collect_importance import ImportanceIO
 from .folders import IMPORTANCE, output_path
@@ -21,7 +22,7 @@ class WanQuantSaveImportance(io.ComfyNode):
             display_name="Save Importance Matrix",
             category="WanQuant/convert",
             description="Writes what Collect Importance Matrix has measured so far as a file for Convert to GGUF, in"
-            " llama.cpp's layout.",
+            " llama.cpp's layout, or as a calibration (.safetensors) if that was asked for.",
             search_aliases=["imatrix", "export imatrix"],
             is_output_node=True,
             inputs=[
@@ -47,8 +48,11 @@ class WanQuantSaveImportance(io.ComfyNode):
 
     @classmethod
     def execute(cls, importance: Collector, name: str, latent: object = None) -> io.NodeOutput:
-        collected = importance.result()
-        path = output_path(os.path.join(folder_paths.get_output_directory(), IMPORTANCE), name, ".gguf")
-        written = str(write_importance(path, collected, overwrite=True))
+        collected, folder = importance.result(), os.path.join(folder_paths.get_output_directory(), IMPORTANCE)
+        if isinstance(collected, Calibration):
+            name = name.removesuffix(".gguf").removesuffix(".safetensors") + ".safetensors"
+            written = str(write_calibration(output_path(folder, name, ".safetensors"), collected, overwrite=True))
+        else:
+            written = str(write_importance(output_path(folder, name, ".gguf"), collected, overwrite=True))
         text = f"{len(collected)} matrices over {collected.samples} evaluations of the model"
         return io.NodeOutput(written, ui=ui.PreviewText(f"Saved {name}: {text}"))

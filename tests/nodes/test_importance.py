@@ -60,6 +60,18 @@ def test_saved_matrix_is_listed_and_used(models, t2v, collector):
     assert "quantize.imatrix" not in convert()
 
 
+def test_calibration_is_saved_listed_and_used(models, t2v):
+    import folder_paths
+
+    _, collector = WanQuantCollectImportance.execute(load_diffusion_model(t2v[1]), "alike", calibrate=True).args
+    collector.add(NAME, torch.randn(300, 256))
+    shutil.copy(t2v[0], models / "diffusion_models" / "t2v.safetensors")
+    path = WanQuantSaveImportance.execute(collector, "importance.gguf").args[0]
+    assert folder_paths.get_filename_list("importance") == ["importance.safetensors"]
+    assert "wanquant.calibrated: True" in convert(importance_path=path)
+    assert "up to date" in convert(importance="importance.safetensors")
+
+
 def test_more_samples_replace_the_file(models, collector):
     path = WanQuantSaveImportance.execute(collector, "wan.gguf").args[0]
     collector.add(NAME, torch.randn(3, 256))

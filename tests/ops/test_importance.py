@@ -13,6 +13,7 @@ import torch
 from wanquant.ops.importance import step_size, with_collector
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.quant import QuantError, read_importance, write_importance
+from wanquant.quant.calibration import CalibrationCollector
 from wanquant.quant.convert import convert
 from wanquant.quant.importance import Collector
 
@@ -62,6 +63,20 @@ def test_every_linear_over_all_steps(model):
     assert torch.equal(observed, sample(model)), "the result is the same"
     assert collector.result().counts == collected.counts, "only the clone collects"
     assert not any(module._forward_pre_hooks for module in model.model.diffusion_model.modules())
+
+
+def test_products_of_every_linear(model):
+    collector = CalibrationCollector()
+    seen, hook = layer_inputs(model, NAME)
+    sample(with_collector(model, collector))
+    hook.remove()
+    calibration = collector.result()
+    rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+    expected = torch.stack([part.t() @ part for part in rows.split(256, 1)])
+    torch.testing.assert_close(calibration.products[NAME], expected, rtol=1e-4, atol=1e-5)
+    assert calibration.samples == STEPS
+    query, key = (calibration.products[f"blocks.0.self_attn.{name}.weight"] for name in "qk")
+    assert torch.equal(query, key), "they have the same inputs, which a file keeps once"
 
 
 def test_file_is_that_of_the_model(model, t2v, tmp_path):
