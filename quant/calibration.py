@@ -102,7 +102,7 @@ class Inputs(NamedTuple):
 
         A type without a search is encoded as it always is; one whose `fast` encoder has none takes its `best`.
         """
-        encoders = (getattr(qtype, effort), qtype.best)
+        encoders = (qtype.encoder(effort), qtype.best)
         encode = next((encode for encode in encoders if isinstance(encode, Encoder)), None)
         if self.importance is None or self.feedback is None or encode is None:
             return qtype.quantize(weight, self.importance, effort)

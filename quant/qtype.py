@@ -96,7 +96,7 @@ class QuantType:
             QuantError: no encoder for this type, a row that is no multiple of the block size, or importance that does
                 not fit the weight.
         """
-        encode = self._encoder(effort)
+        encode = self.encoder(effort)
         if not weight.is_floating_point():
             raise QuantError(f"{self.name}: weight is {weight.dtype}, expected floating point; convert it first")
         out = torch.empty(self.packed_shape(tuple(weight.shape)), dtype=torch.uint8, device=weight.device)
@@ -107,7 +107,8 @@ class QuantType:
             packed[chunk] = encode(blocks[chunk].float().contiguous(), None if columns is None else columns(chunk))
         return out
 
-    def _encoder(self, effort: str) -> Encoder:
+    def encoder(self, effort: str) -> Encoder:
+        """What encodes blocks; QuantError if there is no such effort, or none for this type."""
         if effort not in _EFFORTS:
             raise QuantError(f"{self.name}: unknown effort {effort!r}; choose from {', '.join(_EFFORTS)}")
         encode = self.best if effort == "best" else self.fast
