@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..ops.budget import is_wan, preview_job, with_budget
+from ..ops.decoding import HOST_TILES, tiles_within
 from ..ops.simulator import Simulator
 from ..ops.vram import checked_budget, choose
 from ..quant import QuantError
@@ -41,6 +42,8 @@ class WanQuantLowVRAM(io.ComfyNode):
             outputs=[
                 io.Model.Output(),
                 io.String.Output(display_name="predicted_peak"),
+                io.Int.Output(display_name="tile_size", tooltip="For VAE Decode (Tiled): the largest in the budget."),
+                io.Int.Output(display_name="tile_overlap", tooltip="For its overlap."),
             ],
         )
 
@@ -50,7 +53,7 @@ class WanQuantLowVRAM(io.ComfyNode):
         if not is_wan(model):
             text = f"{type(model.model).__name__} is not a Wan model: it passes through unchanged"
             logger.warning("Wan Low VRAM: %s", text)
-            return io.NodeOutput(model, text)
+            return io.NodeOutput(model, text, *HOST_TILES)
         job = preview_job(model, width, height, frames)
         try:
             text = str(choose(Simulator.of(model), job, budget))
@@ -58,4 +61,6 @@ class WanQuantLowVRAM(io.ComfyNode):
             # Only the latent that comes to the sampler decides.
             text = str(refusal)
             logger.warning("Wan Low VRAM: %s", text)
-        return io.NodeOutput(with_budget(model, budget), text, ui={"text": (text,)})
+        tiles = tiles_within(job, budget)
+        text = f"{text}; {tiles}"
+        return io.NodeOutput(with_budget(model, budget), text, tiles.size, tiles.overlap, ui={"text": (text,)})

@@ -27,7 +27,7 @@ _SIZES = {
     "UnetLoaderGGUF": (330, 140),
     "WanQuantCompareLatents": (560, 560),
     "WanQuantConvert": (440, 760),
-    "WanQuantLowVRAM": (330, 220),
+    "WanQuantLowVRAM": (330, 280),
 }
 _WIDTH = 330
 _BOX_COLOR, _NOTE_COLORS = "#3f789e", {"color": "#432", "bgcolor": "#000"}

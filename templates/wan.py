@@ -93,8 +93,9 @@ def _sampler(steps: int, cfg: float, seed: int, **inputs: Any) -> Node:
 
 
 def tiled_decode(**inputs: Any) -> Node:
-    """The VAE decodes frame by frame, so that tiles in time would save nothing."""
-    return node("VAEDecodeTiled", samples=["sampler", 0], tile_size=256, overlap=64, temporal_size=4096, **inputs)
+    """In tiles that node `budget` chose. The VAE decodes frame by frame, so that tiles in time would save nothing."""
+    tiles = {"tile_size": ["budget", 2], "overlap": ["budget", 3]}
+    return node("VAEDecodeTiled", samples=["sampler", 0], **tiles, temporal_size=4096, **inputs)
 
 
 def _video(name: str, fps: float = 16.0, samples: str = "sampler", decode: Node | None = None) -> Box:
@@ -163,8 +164,8 @@ def _low_vram() -> Columns:
     text = (
         "14B on a small GPU: **Wan Low VRAM** samples within `budget_gib`, and shows the predicted peak for the size "
         "that is set on it. The latent decides: a size that does not fit is refused before the first step. The file's "
-        "9 GiB lie in main memory.\n\nThe budget is for sampling. ComfyUI places the text encoder as it sees fit; the "
-        "VAE decodes in tiles. LoRAs go in front of Wan Low VRAM. Settings: shift 5, 30 steps, cfg 5."
+        "9 GiB lie in main memory.\n\nThe VAE decodes in tiles of the size that the budget allows; ComfyUI places the "
+        "text encoder as it sees fit. LoRAs go in front of Wan Low VRAM. Settings: shift 5, 30 steps, cfg 5."
     )
     size = {"width": 1280, "height": 720}
     loaders = {"model": _loader(models.T2V_14B), "shift": _shift(5.0), "clip": _clip(), "vae": _vae()}

@@ -16,15 +16,18 @@ def model(t2v):
 
 
 def test_predicts_the_peak(model):
-    limited, text = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
+    limited, text, tile, overlap = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
     assert text.startswith("0.4")
     assert "weights" in text
+    assert text.endswith("GiB")
+    assert f"tiles of {tile} pixels" in text
+    assert (tile, overlap) == (256, 64)
     assert limited is not model
     assert limited.model is model.model
 
 
 def test_a_preview_that_does_not_fit_is_told_not_refused(model):
-    limited, text = WanQuantLowVRAM.execute(model, 0.3, 256, 256, 5).args
+    limited, text, *_ = WanQuantLowVRAM.execute(model, 0.3, 256, 256, 5).args
     assert "needs at least 0.4" in text
     assert limited.wrappers
 
@@ -40,6 +43,7 @@ def test_refuses_bad_input(model, arguments, told):
 
 def test_other_models_pass_through(model, monkeypatch):
     monkeypatch.setattr(model.model, "diffusion_model", torch.nn.Identity())
-    passed, text = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
+    passed, text, *tiles = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
     assert passed is model
     assert "not a Wan model" in text
+    assert tiles == [256, 64]
