@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantError
+from .gain import restore_gain
 from .importance import Collector, Importance
 from .provenance import CALIBRATED
 from .qtype import Effort, QuantType
@@ -98,14 +99,17 @@ class Inputs(NamedTuple):
         return Inputs(*(None if values is None else values.to(device, torch.float32) for values in self))
 
     def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
-        """Like `QuantType.quantize` for (rows, columns); with feedback, for the least error of the outputs.
+        """Like `QuantType.quantize` for (rows, columns), with rows as strong as they were at its best.
+
+        With feedback it is for the least error of the outputs, and their strength comes with it.
 
         A type without a search is encoded as it always is; one whose `fast` encoder has none takes its `best`.
         """
         encoders = (qtype.encoder(effort), qtype.best)
         encode = next((encode for encode in encoders if isinstance(encode, Encoder)), None)
         if self.importance is None or self.feedback is None or encode is None:
-            return qtype.quantize(weight, self.importance, effort)
+            packed = qtype.quantize(weight, self.importance, effort)
+            return restore_gain(qtype, packed, weight, self.importance) if effort == "best" else packed
         limit = _CPU_WEIGHTS if weight.device.type == "cpu" else _DEVICE_WEIGHTS
         parts = torch.split(weight.float(), max(1, limit // weight.shape[-1]))
         return torch.cat(

@@ -36,6 +36,8 @@ class QuantType:
     decode: Decoder = field(repr=False, compare=False)
     fast: Encoder | None = field(default=None, repr=False, compare=False)
     best: Encoder | None = field(default=None, repr=False, compare=False)
+    factors: tuple[int, ...] = field(default=(), repr=False)
+    """Where in a block its float16 factors lie, in which all of its weights are linear."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -149,18 +151,18 @@ _TYPES = (
     QuantType("F32", 0, 1, 4, legacy.decode_f32, legacy.encode_f32, legacy.encode_f32),
     QuantType("F16", 1, 1, 2, legacy.decode_f16, legacy.encode_f16, legacy.encode_f16),
     QuantType("BF16", 30, 1, 2, legacy.decode_bf16, legacy.encode_bf16, legacy.encode_bf16),
-    QuantType("Q4_0", 2, 32, 18, legacy.decode_q4_0, legacy.encode_q4_0, search.best_q4_0),
-    QuantType("Q4_1", 3, 32, 20, legacy.decode_q4_1, legacy.encode_q4_1, search.best_q4_1),
-    QuantType("Q5_0", 6, 32, 22, legacy.decode_q5_0, legacy.encode_q5_0, search.best_q5_0),
-    QuantType("Q5_1", 7, 32, 24, legacy.decode_q5_1, legacy.encode_q5_1, search.best_q5_1),
-    QuantType("Q8_0", 8, 32, 34, legacy.decode_q8_0, legacy.encode_q8_0, search.best_q8_0),
-    QuantType("Q2_K", 10, 256, 84, kquants.decode_q2_k, search.fast_q2_k, search.best_q2_k),
-    QuantType("Q3_K", 11, 256, 110, kquants.decode_q3_k, search.fast_q3_k, search.best_q3_k),
-    QuantType("Q4_K", 12, 256, 144, kquants.decode_q4_k, search.fast_q4_k, search.best_q4_k),
-    QuantType("Q5_K", 13, 256, 176, kquants.decode_q5_k, search.fast_q5_k, search.best_q5_k),
-    QuantType("Q6_K", 14, 256, 210, kquants.decode_q6_k, search.fast_q6_k, search.best_q6_k),
-    QuantType("IQ4_NL", 20, 32, 18, iq4.decode_iq4_nl, search.fast_iq4_nl, search.best_iq4_nl),
-    QuantType("IQ4_XS", 23, 256, 136, iq4.decode_iq4_xs, search.fast_iq4_xs, search.best_iq4_xs),
+    QuantType("Q4_0", 2, 32, 18, legacy.decode_q4_0, legacy.encode_q4_0, search.best_q4_0, (0,)),
+    QuantType("Q4_1", 3, 32, 20, legacy.decode_q4_1, legacy.encode_q4_1, search.best_q4_1, (0, 2)),
+    QuantType("Q5_0", 6, 32, 22, legacy.decode_q5_0, legacy.encode_q5_0, search.best_q5_0, (0,)),
+    QuantType("Q5_1", 7, 32, 24, legacy.decode_q5_1, legacy.encode_q5_1, search.best_q5_1, (0, 2)),
+    QuantType("Q8_0", 8, 32, 34, legacy.decode_q8_0, legacy.encode_q8_0, search.best_q8_0, (0,)),
+    QuantType("Q2_K", 10, 256, 84, kquants.decode_q2_k, search.fast_q2_k, search.best_q2_k, (80, 82)),
+    QuantType("Q3_K", 11, 256, 110, kquants.decode_q3_k, search.fast_q3_k, search.best_q3_k, (108,)),
+    QuantType("Q4_K", 12, 256, 144, kquants.decode_q4_k, search.fast_q4_k, search.best_q4_k, (0, 2)),
+    QuantType("Q5_K", 13, 256, 176, kquants.decode_q5_k, search.fast_q5_k, search.best_q5_k, (0, 2)),
+    QuantType("Q6_K", 14, 256, 210, kquants.decode_q6_k, search.fast_q6_k, search.best_q6_k, (208,)),
+    QuantType("IQ4_NL", 20, 32, 18, iq4.decode_iq4_nl, search.fast_iq4_nl, search.best_iq4_nl, (0,)),
+    QuantType("IQ4_XS", 23, 256, 136, iq4.decode_iq4_xs, search.fast_iq4_xs, search.best_iq4_xs, (0,)),
     QuantType("IQ1_S", 19, 256, 50, iquants.decode_iq1_s),
     QuantType("IQ1_M", 29, 256, 56, iquants.decode_iq1_m),
     QuantType("IQ2_XXS", 16, 256, 66, iquants.decode_iq2_xxs),
