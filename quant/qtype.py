@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -99,6 +100,8 @@ class QuantType:
                 not fit the weight.
         """
         encode = self.encoder(effort)
+        if effort == "fast" and weight.device.type == "cpu":
+            encode = _ggml_encoders().get(self.name, encode)
         if not weight.is_floating_point():
             raise QuantError(f"{self.name}: weight is {weight.dtype}, expected floating point; convert it first")
         out = torch.empty(self.packed_shape(tuple(weight.shape)), dtype=torch.uint8, device=weight.device)
@@ -135,6 +138,16 @@ class QuantType:
         step = max(1, (_CPU_WEIGHTS if device.type == "cpu" else _DEVICE_WEIGHTS) // self.block_size)
         for start in range(0, n_blocks, step):
             yield slice(start, min(start + step, n_blocks))
+
+
+@cache
+def _ggml_encoders() -> Mapping[str, Encoder]:
+    """By type name, of the same bytes as `fast`: ggml's own C code, where its library is installed."""
+    try:
+        from .kernels.libggml import ENCODERS  # which imports this module
+    except (ImportError, OSError):
+        return {}
+    return ENCODERS
 
 
 def qtype_of(ggml_type: int) -> QuantType:

@@ -6,8 +6,9 @@ Source: ggml.h struct ggml_type_traits, ggml_get_type_traits @ ggml 0.20.2.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +25,10 @@ _NAMES = (
     *("IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
 
-_ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+# Those whose encoder without a search it has too.
+_ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+
+_Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 class _TypeTraits(ctypes.Structure):
@@ -34,7 +38,8 @@ class _TypeTraits(ctypes.Structure):
         ("blck_size_interleave", ctypes.c_int64),
         ("type_size", ctypes.c_size_t),
         ("is_quantized", ctypes.c_bool),
-        ("to_float", _ToFloat),
+        ("to_float", _Convert),
+        ("from_float_ref", _Convert),
     )
 
 
@@ -59,10 +64,15 @@ def type_traits(qtype: QuantType) -> _TypeTraits:
     return traits
 
 
+def _same_sizes(qtype: QuantType) -> bool:
+    traits = type_traits(qtype)
+    return (traits.blck_size, traits.type_size) == (qtype.block_size, qtype.type_size)
+
+
 def _same_bits(qtype: QuantType) -> bool:
     """Whether this build of the library decodes as ggml's reference: a compiler may have fused its arithmetic."""
     traits = type_traits(qtype)
-    if (traits.blck_size, traits.type_size) != (qtype.block_size, qtype.type_size) or not traits.to_float:
+    if not _same_sizes(qtype) or not traits.to_float:
         return False
     packed = torch.arange(64 * qtype.type_size).mul_(37).to(torch.uint8).view(64, -1)  # every byte in every field
     weights = torch.empty(64, qtype.block_size)
@@ -71,33 +81,50 @@ def _same_bits(qtype: QuantType) -> bool:
     return bool((same | weights.isnan()).all())
 
 
-FORMATS = {name: type_traits(QTYPES[name]).to_float for name in _NAMES if _same_bits(QTYPES[name])}
+def _encode(qtype: QuantType, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    packed = torch.empty(len(blocks), qtype.type_size, dtype=torch.uint8)
+    _run(type_traits(qtype).from_float_ref, blocks, packed, qtype.block_size)
+    return packed
+
+
+def _same_codes(qtype: QuantType) -> bool:
+    """Whether it encodes as the torch operations, from weights of every exponent to scales that are subnormal."""
+    if not _same_sizes(qtype) or not type_traits(qtype).from_float_ref or qtype.fast is None:
+        return False
+    steps = torch.arange(256 * qtype.block_size).view(256, -1)
+    weights = torch.ldexp(torch.sin(steps.float()), steps[:, :1] // qtype.block_size - 148)
+    return torch.equal(_encode(qtype, weights), qtype.fast(weights, None))
 
 
 def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     """See `OptionalPath`."""
+    decode = FORMATS[qtype.name]
     blocks, weights = packed.view(-1, qtype.type_size), out.view(-1, qtype.block_size)
     if out.dtype is torch.float32:
-        _decode(qtype, blocks, weights)
+        _run(decode, blocks, weights, qtype.block_size)
         return
     step = torch.get_num_threads() * _WEIGHTS // qtype.block_size
     scratch = torch.empty(min(step, len(blocks)), qtype.block_size)
     for source, destination in zip(torch.split(blocks, step), torch.split(weights, step), strict=True):
-        _decode(qtype, source, scratch[: len(source)])
+        _run(decode, source, scratch[: len(source)], qtype.block_size)
         destination.copy_(scratch[: len(source)])
 
 
-def _decode(qtype: QuantType, blocks: Tensor, weights: Tensor) -> None:
-    """On all of torch's threads: ctypes lets go of the interpreter's lock."""
+def _run(convert: Callable[[int, int, int], None], source: Tensor, out: Tensor, block_size: int) -> None:
+    """From blocks to as many blocks, on all of torch's threads: ctypes lets go of the interpreter's lock."""
     threads = torch.get_num_threads()
-    parts = zip(torch.tensor_split(blocks, threads), torch.tensor_split(weights, threads), strict=True)
-    calls = [(source.data_ptr(), part.data_ptr(), part.numel()) for source, part in parts]
+    parts = zip(torch.tensor_split(source, threads), torch.tensor_split(out, threads), strict=True)
+    calls = [(part.data_ptr(), to.data_ptr(), len(part) * block_size) for part, to in parts]
     if threads == 1:
-        FORMATS[qtype.name](*calls[0])
+        convert(*calls[0])
     else:
-        list(_pool(threads).map(lambda call: FORMATS[qtype.name](*call), calls))
+        list(_pool(threads).map(lambda call: convert(*call), calls))
 
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "wanquant-decode")
+    return ThreadPoolExecutor(threads, "wanquant-ggml")
+
+
+FORMATS = {name: type_traits(QTYPES[name]).to_float for name in _NAMES if _same_bits(QTYPES[name])}
+ENCODERS = {name: partial(_encode, QTYPES[name]) for name in _ENCODED if _same_codes(QTYPES[name])}

@@ -15,6 +15,7 @@ BLOCKS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 FLOATS = ("F32", "F16", "BF16")
 
 
+@pytest.mark.usefixtures("torch_only")
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize("name", BLOCKS + FLOATS)
 def test_fast_encoding_is_bit_equal_to_ggml(name: str, kind: str, libggml: LibGGML) -> None:
@@ -23,6 +24,7 @@ def test_fast_encoding_is_bit_equal_to_ggml(name: str, kind: str, libggml: LibGG
     np.testing.assert_array_equal(packed, libggml.quantize(name, weight))
 
 
+@pytest.mark.usefixtures("torch_only")
 @pytest.mark.parametrize("name", BLOCKS)
 def test_fast_encoding_is_bit_equal_to_ggml_on_a_million_weights(name: str, libggml: LibGGML) -> None:
     weight = np.random.default_rng(2).standard_normal((1024, 1024), np.float32)

@@ -66,6 +66,7 @@ def test_decoding_is_portable(quant: QuantType) -> None:
     [pytest.param(q, effort, id=f"{q.name}-{effort}") for q in QTYPES.values() for effort in q.efforts],
 )
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.usefixtures("torch_only")
 def test_encoding_is_portable(quant: QuantType, effort: Effort, weighted: bool) -> None:
     weight = torch.randn(4, 2 * quant.block_size)
     importance = torch.rand(2 * quant.block_size) if weighted else None
