@@ -34,7 +34,9 @@ class _Effort:
 
 _FAST = _Effort(peaks=6, starts=1, rounds=2)
 _BEST = _Effort(peaks=13, starts=3, rounds=3)
-_BEST_WITH_MIN = _Effort(peaks=9, starts=3, rounds=3)
+_BEST_WITH_MIN = _Effort(peaks=17, starts=3, rounds=3)
+# Eight levels need no finer grid.
+_BEST_OF_EIGHT = _Effort(peaks=7, starts=3, rounds=3)
 _BEST_ALONE = _Effort(peaks=24, starts=1, rounds=3)
 _BEST_ALONE_WITH_MIN = _Effort(peaks=40, starts=1, rounds=3)
 
@@ -177,7 +179,7 @@ def _five_bits(codes: Tensor) -> Tensor:
 
 best_q2_k = _affine(16, 3, Integers(0, 15), _BEST_WITH_MIN, _q2_k)
 fast_q2_k = _affine(16, 3, Integers(0, 15), _FAST, _q2_k)
-best_q3_k = _signed(16, Integers(-4, 3), 4, Integers(-32, 31), _BEST, _q3_k)
+best_q3_k = _signed(16, Integers(-4, 3), 4, Integers(-32, 31), _BEST_OF_EIGHT, _q3_k)
 fast_q3_k = _signed(16, Integers(-4, 3), 4, Integers(-32, 31), _FAST, _q3_k)
 best_q4_k = _affine(32, 15, Integers(0, 63), _BEST_WITH_MIN, _q4_k)
 fast_q4_k = _affine(32, 15, Integers(0, 63), _FAST, _q4_k)

@@ -63,7 +63,7 @@ class Search:
 
     Args:
         scales, mins: the ranges of the sub-block scales and mins; of one integer for a type that stores none.
-        starts: integers for the largest scale and min of a block to begin with; each is followed on its own.
+        starts: integers for the largest scale and min of a block to begin with; the best after one round counts.
         rounds: how often the neighbours of all scales and mins are tried, with new d and dmin from the second time on.
         reach: how far a scale may move the first time; later all move by one.
     """
@@ -141,14 +141,13 @@ def _best(found: Iterable[tuple[Blocks, Tensor]]) -> tuple[Blocks, Tensor]:
 def _turns(
     columns: Columns, levels: Levels, scale: Tensor, minimum: Tensor, search: Search
 ) -> Iterator[tuple[Blocks, Tensor]]:
-    """All blocks that are met, with the squared error of each block, (n,)."""
-    for start in search.starts:
-        blocks = _begin(scale, minimum, search, start)
-        for turn in range(search.rounds):
-            if turn:
-                blocks = _refit(columns, levels, blocks)
-            blocks, error = _step(columns, levels, blocks, search, turn)
-            yield blocks, error
+    """What the best start of each block becomes from turn to turn, with the squared error of each block, (n,)."""
+    begun = (_begin(scale, minimum, search, start) for start in search.starts)
+    blocks, error = _best(_step(columns, levels, blocks, search, 0) for blocks in begun)
+    yield blocks, error
+    for turn in range(1, search.rounds):
+        blocks, error = _step(columns, levels, _refit(columns, levels, blocks), search, turn)
+        yield blocks, error
 
 
 def _begin(scale: Tensor, minimum: Tensor, search: Search, start: int) -> Blocks:
