@@ -12,6 +12,7 @@ from ..bits import half_bytes, pack_bits
 from ..iq4 import KVALUES, pack_iq4_nl, pack_iq4_xs
 from ..kquants import pack_q2_k, pack_q3_k, pack_q4_k, pack_q5_k, pack_q6_k
 from .columns import Columns
+from .constants import encode_constants_once
 from .fit import Blocks, Search, fit, refine
 from .levels import Codebook, Integers, Levels
 from .scale import search_scale, search_scale_and_min
@@ -58,6 +59,11 @@ class Encoder:
     pack: Pack
 
     def __call__(self, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+        if importance is None:
+            return encode_constants_once(self._search, blocks)
+        return self._search(blocks, importance)
+
+    def _search(self, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
         columns = Columns.of(blocks, importance, self.size)
         found = self.fit(columns, len(blocks))
         levels = found.nearest(columns, self.levels)[0].t()

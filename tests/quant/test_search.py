@@ -139,6 +139,20 @@ def test_constants_are_as_exact_as_a_float16_scale(name: str, effort: str, value
     assert (decoded - weight).abs().max() <= abs(value) * 2**-10
 
 
+@pytest.mark.parametrize("name", BEST)
+def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.from_numpy(weights("gaussian"))[:4].clone()
+    weight[1, :512], weight[1, 512:], weight[2, 256:] = 0.37, -2.5, 0.37
+    weight[3] = torch.tensor([0.0, -0.0]).repeat(512)
+    seen = []
+    of = Columns.of
+    monkeypatch.setattr(Columns, "of", lambda blocks, *rest: seen.append(len(blocks)) or of(blocks, *rest))
+    whole = QTYPES[name].quantize(weight)
+    per_row = SHAPE[1] // QTYPES[name].block_size
+    assert seen == [per_row + per_row // 4 + 3]
+    assert torch.equal(whole, torch.cat([QTYPES[name].quantize(part) for part in weight.view(-1, 256)]).view_as(whole))
+
+
 @pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
 @pytest.mark.parametrize(("name", "effort"), ENCODERS)
 def test_too_large_weights_saturate(name: str, effort: str, magnitude: float) -> None:
