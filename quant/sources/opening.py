@@ -16,7 +16,7 @@ from .tensors import StoredTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -34,18 +34,23 @@ class Opened(NamedTuple):
 def open_files(path: Path) -> Opened:
     """Opens a safetensors file, a GGUF (with all its parts), or a sharded folder, its index or one of its shards.
 
+    Without an index, the names of shards tell how many there are.
+
     Raises:
         QuantError: no such file, a pickle, a damaged header, a missing shard or a tensor that is in two.
     """
-    index = path.with_name(_SHARD.sub(INDEX_SUFFIX, path.name)) if _SHARD.search(path.name) else path
+    shard = _SHARD.fullmatch(path.name)
+    index = path.with_name(shard[1] + INDEX_SUFFIX) if shard else path
     path = index if index.is_file() else path
-    if path.is_dir() or path.name.endswith(INDEX_SUFFIX):
+    if path.is_dir():
+        return _open_folder(path)
+    if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
     if not path.is_file():
         raise QuantError(f"{path}: no such file; give the path of a .safetensors checkpoint")
     try:
         magic = _magic(path)
-        return _open_gguf(path) if magic[:4] == b"GGUF" else _open_safetensors([path])
+        return _open_gguf(path) if magic[:4] == b"GGUF" else _open_safetensors(_series(path))
     except OSError as error:
         raise QuantError(f"{path}: cannot be read ({error.strerror})") from error
 
@@ -91,14 +96,39 @@ def _open_safetensors(paths: list[Path]) -> Opened:
     return Opened(files, metadata, list(tensors.values()), is_gguf=False)
 
 
-def _open_shards(path: Path) -> Opened:
-    index = _find_index(path) if path.is_dir() else path
+def _open_folder(folder: Path) -> Opened:
+    """What its index lists or, without one, shards that are all there and nothing else."""
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) == 1:
+        return _open_shards(indexes[0])
+    files = sorted(folder.glob("*.safetensors"))
+    if indexes or not files or not set(files) <= set(_series(files[0])):
+        raise QuantError(
+            f"{folder}: {len(indexes)} files *{INDEX_SUFFIX} and {len(files)} *.safetensors in it, expected one index"
+            " or the shards of one checkpoint; give the path of a file instead"
+        )
+    return _open_safetensors(_series(files[0]))
+
+
+def _series(path: Path) -> list[Path]:
+    """All shards of a series, by the number in their names; the file itself if it is none."""
+    shard = _SHARD.fullmatch(path.name)
+    if shard is None:
+        return [path]
+    stem, count = shard.groups()
+    return _present([path.with_name(f"{stem}-{n:05}-of-{count}.safetensors") for n in range(1, int(count) + 1)])
+
+
+def _present(shards: list[Path]) -> list[Path]:
+    missing = next((shard for shard in shards if not shard.is_file()), None)
+    if missing is not None:
+        raise QuantError(f"{missing}: missing, one of the {len(shards)} shards; download it too")
+    return shards
+
+
+def _open_shards(index: Path) -> Opened:
     listed = _read_index(index)
-    shards = [index.parent / name for name in sorted(set(listed.values()))]
-    for shard in shards:
-        if not shard.is_file():
-            raise QuantError(f"{shard}: missing, one of the {len(shards)} shards in {index.name}; download it too")
-    opened = _open_safetensors(shards)
+    opened = _open_safetensors(_present([index.parent / name for name in sorted(set(listed.values()))]))
     found = {tensor.name: tensor.file.path.name for tensor in opened.tensors}
     for name in {**listed, **found}:
         if listed.get(name) != found.get(name):
@@ -107,15 +137,6 @@ def _open_shards(path: Path) -> Opened:
                 f" {found.get(name, 'no shard')}; download the index and the shards again"
             )
     return opened
-
-
-def _find_index(folder: Path) -> Path:
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
-    if len(indexes) != 1:
-        raise QuantError(
-            f"{folder}: {len(indexes)} files *{INDEX_SUFFIX} in it, expected one; give the path of a file instead"
-        )
-    return indexes[0]
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -35,9 +35,16 @@ def write_shards(folder, state, n_shards=3, **listed):
     return folder
 
 
-@pytest.mark.parametrize("given", ["", INDEX, "diffusion_pytorch_model-00002-of-00003.safetensors"])
-def test_shards_are_one_checkpoint(tmp_path, state, given):
+SECOND = "diffusion_pytorch_model-00002-of-00003.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("given", "indexed"), [("", True), (INDEX, True), (SECOND, True), ("", False), (SECOND, False)], ids=str
+)
+def test_shards_are_one_checkpoint(tmp_path, state, given, indexed):
     folder = write_shards(tmp_path / "model", state)
+    if not indexed:
+        (folder / INDEX).unlink()
     with open_checkpoint(folder / given) as checkpoint:
         assert checkpoint.tensors.keys() == state.keys()
         for name, tensor in checkpoint.tensors.items():
@@ -59,9 +66,12 @@ def test_shards_convert_as_the_whole(tmp_path, state):
     assert sharded.source_bytes == sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
 
 
-def test_missing_shard(tmp_path, state):
+@pytest.mark.parametrize("indexed", [True, False])
+def test_missing_shard(tmp_path, state, indexed):
     folder = write_shards(tmp_path / "model", state)
-    sorted(folder.glob("*.safetensors"))[1].unlink()
+    (folder / SECOND).unlink()
+    if not indexed:
+        (folder / INDEX).unlink()
     with pytest.raises(QuantError, match=r"00002-of-00003\.safetensors: missing, one of the 3 shards"):
         open_checkpoint(folder)
 
@@ -104,8 +114,14 @@ def test_index_does_not_lead_elsewhere(tmp_path, shard):
         open_checkpoint(tmp_path)
 
 
-def test_folder_without_index(tmp_path):
-    with pytest.raises(QuantError, match=r"0 files \*\.safetensors\.index\.json in it, expected one"):
+@pytest.mark.parametrize(
+    "names", [(), ("a.safetensors", "b.safetensors"), ("a-00001-of-00001.safetensors", "b.safetensors")], ids=str
+)
+def test_folder_that_is_no_checkpoint(tmp_path, names):
+    for name in names:
+        save_file({"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / name)
+    message = rf"0 files \*\.safetensors\.index\.json and {len(names)} \*\.safetensors in it, expected one index or"
+    with pytest.raises(QuantError, match=message):
         open_checkpoint(tmp_path)
 
 
