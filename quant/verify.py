@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 from .checkpoint import SourceTensor, open_checkpoint
 from .errors import QuantError
-from .gguf_file import GGUFTensor, open_gguf
-from .provenance import NON_FINITE
+from .gguf_file import GGUFFile, GGUFTensor, open_gguf
+from .provenance import DATA_SHA256, NON_FINITE
 from .report import sqnr_db
 from .wan import role
 
@@ -80,9 +81,10 @@ def verify(gguf: str | Path, source: str | Path, modules: Sequence[str | Path] =
     """Dequantizes every tensor and compares it to the source (and its modules), slice by slice.
 
     Raises:
-        QuantError: a file that cannot be read, a shape that differs, or nothing in common.
+        QuantError: a file that cannot be read or is not what was written, a shape that differs, or nothing in common.
     """
     file = open_gguf(gguf)
+    _check_data(file)
     packed = file.tensors
     with open_checkpoint(source, modules) as checkpoint:
         checkpoint = checkpoint.allowing_non_finite() if file.metadata.get(NON_FINITE) else checkpoint
@@ -93,6 +95,17 @@ def verify(gguf: str | Path, source: str | Path, modules: Sequence[str | Path] =
         missing = tuple(name for name in checkpoint.tensors if name not in packed)
         unknown = tuple(name for name in packed if name not in checkpoint.tensors)
     return Verification(errors, missing, unknown)
+
+
+def _check_data(file: GGUFFile) -> None:
+    """Compares the checksum of the data to the one that the file records, if it does."""
+    recorded = file.metadata.get(DATA_SHA256)
+    if recorded is None or not file.tensors:
+        return
+    start = min(tensor.offset for tensor in file.tensors.values())
+    mapping = next(iter(file.tensors.values())).mapping
+    if hashlib.sha256(mapping[start:].numpy().data).hexdigest() != recorded:
+        raise QuantError(f"{file.path}: its data is not what was written ({DATA_SHA256}); copy or convert it again")
 
 
 def _compare(packed: GGUFTensor, source: SourceTensor) -> TensorError:

@@ -248,6 +248,30 @@ def test_source_that_changes_meanwhile(tmp_path, source):
     assert [path.name for path in tmp_path.iterdir()] == ["copy.safetensors"]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "ends before byte"),
+        (lambda path: path.unlink(), r"copy\.safetensors: "),
+        (lambda path: os.replace(shutil.copy(path, f"{path}.new"), path), "the file was changed"),
+    ],
+    ids=["cut", "deleted", "replaced"],
+)
+def test_source_that_goes_midway(tmp_path, source, change, message):
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(source, copy)
+    seen = []
+
+    def progress(*_):
+        seen.append(1)
+        if len(seen) == 2:
+            change(copy)
+
+    with pytest.raises(QuantError, match=message):
+        convert(copy, tmp_path / "a.gguf", "Q8_0", effort="fast", progress=progress)
+    assert {path.name for path in tmp_path.iterdir()} <= {"copy.safetensors"}
+
+
 def write_head(path, weight):
     save_file({"head.modulation": torch.ones(1, 2, 256), "head.head.weight": weight}, path)
     return path

@@ -66,3 +66,12 @@ def test_wrong_source_is_refused(files, tmp_path):
     save_file({"head.modulation": torch.zeros(1, 2, 128)}, tmp_path / "shape.safetensors")
     with pytest.raises(QuantError, match=r"tensor head\.modulation: shape \(1, 2, 256\), in the source \(1, 2, 128\)"):
         verify(gguf, tmp_path / "shape.safetensors")
+
+
+def test_damaged_data_is_refused(files, tmp_path):
+    gguf, source = files
+    damaged = bytearray(gguf.read_bytes())
+    damaged[-40] ^= 1
+    (tmp_path / "damaged.gguf").write_bytes(damaged)
+    with pytest.raises(QuantError, match=r"damaged\.gguf: its data is not what was written"):
+        verify(tmp_path / "damaged.gguf", source)
