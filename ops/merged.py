@@ -15,7 +15,7 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
-from ..quant import QuantError
+from ..quant import QTYPES, QuantError
 from ..quant.checkpoint import Checkpoint, SourceTensor
 from ..quant.sources.files import SourceFiles, SourceIdentity
 from ..quant.sources.names import find_naming
@@ -44,7 +44,18 @@ class _Parameter(SourceTensor):
     memory: _Memory = field(repr=False, compare=False)
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.memory.values(self)[start : self._stop(stop)]
+        packed = self.read_packed(start, self._stop(stop))
+        if packed is None:
+            return self.memory.values(self)[start : self._stop(stop)]
+        self.memory.reach(self)
+        return QTYPES[self.stored].dequantize(packed)
+
+    def read_packed(self, start: int, stop: int) -> Tensor | None:
+        if self.patches or not isinstance(self.weight, QuantizedTensor) or not is_packed(self.weight):
+            return None
+        qtype = QTYPES[self.stored]
+        qdata: Tensor = self.weight._qdata.detach().flatten()
+        return qdata[start // qtype.block_size * qtype.type_size : stop // qtype.block_size * qtype.type_size].cpu()
 
     def merged(self, device: torch.device) -> Tensor:
         """All values in `dtype`: with patches a float32 sum on the device, rounded nowhere."""
@@ -80,9 +91,13 @@ class _Memory(SourceFiles):
             self._held = None
             with torch.no_grad():
                 self._held = (tensor.name, tensor.merged(self.device).flatten())
-            if self._hashed < len(self.tensors) and self.tensors[self._hashed] is tensor:
-                self._feed(tensor)
+            self.reach(tensor)
         return self._held[1]
+
+    def reach(self, tensor: _Parameter) -> None:
+        """Hashes the tensor if it is the next one."""
+        if self._hashed < len(self.tensors) and self.tensors[self._hashed] is tensor:
+            self._feed(tensor)
 
     def sha256(self) -> str:
         """Hex digest of the weights as loaded and of the patches."""

@@ -31,10 +31,13 @@ _SLICE_WEIGHTS_DEFAULT = 1 << 23
 
 
 class Slice(NamedTuple):
-    """Rows of a tensor, (rows, columns) float32 on the device."""
+    """Rows of a tensor."""
 
     tensor: SourceTensor
     weight: Tensor
+    """(rows, columns) float32, on the device."""
+    packed: Tensor | None
+    """The bytes that they were decoded from, where the source stores them in a ggml type."""
     is_last: bool
 
 
@@ -56,6 +59,9 @@ class Output:
         return name in self._kept
 
     def encode(self, part: Slice, qtype: QuantType, inputs: Inputs, effort: Effort) -> Tensor:
+        """Bytes of the slice: those of the source where it has the type already."""
+        if part.packed is not None and part.tensor.stored == qtype.name:
+            return part.packed
         packed = inputs.quantize(qtype, part.weight, effort)
         self.noise += qtype.dequantize(packed).sub_(part.weight).square_().sum().item()
         return packed.cpu()
@@ -172,8 +178,9 @@ class Stream:
 
     def _read(self, tensor: SourceTensor, start: int, stop: int) -> Slice:
         columns = tensor.shape[-1]
-        weight = tensor.read(start * columns, stop * columns).to(self.device).float().view(-1, columns)
-        return Slice(tensor, weight, stop * columns == math.prod(tensor.shape))
+        first, last = start * columns, stop * columns
+        weight = tensor.read(first, last).to(self.device).float().view(-1, columns)
+        return Slice(tensor, weight, tensor.read_packed(first, last), last == math.prod(tensor.shape))
 
 
 def _final_metadata(output: Output, sha256: str) -> dict[str, Any]:

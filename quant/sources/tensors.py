@@ -63,6 +63,10 @@ class SourceTensor(ABC):
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Values `start` to `stop` in row-major order: a flat tensor of `dtype`."""
 
+    def read_packed(self, start: int, stop: int) -> Tensor | None:
+        """These values as blocks of the ggml type `stored`, uint8, or None where they are not stored so."""
+        return None
+
     def _stop(self, stop: int | None) -> int:
         return math.prod(self.shape) if stop is None else stop
 
@@ -121,3 +125,7 @@ class PackedTensor(SourceTensor):
         first, last = start // block, -(-stop // block)
         values = self.qtype.dequantize(self.data.read(first * size, last * size))
         return values[start - first * block : stop - first * block]
+
+    def read_packed(self, start: int, stop: int) -> Tensor:
+        block, size = self.qtype.block_size, self.qtype.type_size
+        return self.data.read(start // block * size, stop // block * size)

@@ -129,3 +129,12 @@ def test_other_models_are_refused(t2v):
     model.model.diffusion_model = torch.nn.Linear(2, 2)
     with pytest.raises(QuantError, match="MODEL: not a Wan model"):
         merged_checkpoint(model, CPU)
+
+
+def test_packed_weights_without_patches_are_copied(t2v, state, tmp_path):
+    model = load_diffusion_model(t2v[1], dtype=torch.float32)
+    types = {name: tensor.qtype for name, tensor in open_gguf(t2v[1]).tensors.items()}
+    report = save(with_lora(model, lora(state)), tmp_path / "a.gguf", types[PLAIN].name, effort="best")
+    copied, merged = (open_gguf(report.path).tensors[name].data for name in (PLAIN, PATCHED))
+    assert torch.equal(copied, open_gguf(t2v[1]).tensors[PLAIN].data)
+    assert not torch.equal(merged, open_gguf(t2v[1]).tensors[PATCHED].data)

@@ -150,3 +150,11 @@ def test_requantizing_a_gguf_keeps_shapes_and_warns(tmp_path, state):
     assert {name: tensor.shape for name, tensor in tensors.items()} == {n: tuple(t.shape) for n, t in state.items()}
     weight = state["blocks.0.ffn.0.weight"].float()
     assert (tensors["blocks.0.ffn.0.weight"].dequantize() - weight).norm() / weight.norm() < 0.1
+
+
+def test_tensors_that_have_their_type_already_are_copied(tmp_path, state):
+    first = convert(tmp_path / "whole.safetensors", tmp_path / "a.gguf", "Q4_K_M", effort="fast")
+    again = convert(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_K_M")
+    tensors = open_gguf(first.path).tensors
+    assert all(torch.equal(tensor.data, tensors[name].data) for name, tensor in open_gguf(again.path).tensors.items())
+    assert {tensor.relative_error for tensor in again.tensors} == {0.0}
