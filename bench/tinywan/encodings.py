@@ -1,0 +1,121 @@
+"""TinyWan's weights as they come out of a file of each recipe, made in each way."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wanquant.bench.tinywan.data import Caption
+from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_weights
+from wanquant.quant import convert, open_gguf
+from wanquant.quant.calibration import Calibration, CalibrationCollector
+from wanquant.quant.importance import Collector, Importance
+from wanquant.quant.recovery import recover
+from wanquant.quant.report import GIB
+from wanquant.tests.libggml import load as load_libggml
+
+LORA_SHARE = 0.05
+"""Of the bytes of the file that the LoRA is made for."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A file in numbers."""
+
+    nbytes: int
+    """Of all that has to be loaded."""
+    weights: Weights
+    quantized: frozenset[str]
+    """Names of the weights that were."""
+
+    def weight_sqnr(self, source: Weights) -> float:
+        """Of all quantized weights, in dB."""
+        noise = sum(float((self.weights[name] - source[name]).square().sum()) for name in self.quantized)
+        return 10 * math.log10(sum(float(source[name].square().sum()) for name in self.quantized) / noise)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where the files are made."""
+
+    folder: Path
+    source: Weights
+    importance: Importance
+    calibration: Calibration
+
+    @classmethod
+    @contextmanager
+    def open(cls, captions: Sequence[Caption]) -> Iterator[Workshop]:
+        """Importance and calibration are measured on these captions."""
+        source = load_weights()
+        inputs = [collect(source, captions, collector) for collector in (Collector(), CalibrationCollector())]
+        with tempfile.TemporaryDirectory() as folder:
+            yield cls(Path(folder), source, *inputs)
+
+    def plain(self, recipe: str) -> Encoded:
+        return self._converted(recipe, None)
+
+    def weighted(self, recipe: str) -> Encoded:
+        return self._converted(recipe, self.importance)
+
+    def calibrated(self, recipe: str) -> Encoded:
+        return self._converted(recipe, self.calibration)
+
+    def ggml(self, recipe: str) -> Encoded:
+        return self._by_ggml(recipe, {})
+
+    def ggml_weighted(self, recipe: str) -> Encoded:
+        return self._by_ggml(recipe, self.importance)
+
+    def recovered(self, recipe: str) -> Encoded:
+        """With importance, and a recovery LoRA added."""
+        file, lora = self.weighted(recipe), self.folder / f"{recipe}.safetensors"
+        path, size = self._path(recipe, self.importance), LORA_SHARE * file.nbytes / GIB
+        report = recover(path, CHECKPOINT, lora, size, importance=self.importance, overwrite=True)
+        factors, weights = load_file(lora), dict(file.weights)
+        for layer in report.layers:
+            key = f"diffusion_model.{layer.name.removesuffix('.weight')}"
+            if layer.rank:
+                up, down = factors[f"{key}.lora_B.weight"].float(), factors[f"{key}.lora_A.weight"].float()
+                weights[layer.name] = weights[layer.name] + up @ down
+        return Encoded(file.nbytes + report.nbytes, weights, file.quantized)
+
+    def _converted(self, recipe: str, importance: Importance | None) -> Encoded:
+        path = self._path(recipe, importance)
+        report = convert(CHECKPOINT, path, recipe, importance=importance)
+        tensors = open_gguf(path).tensors
+        quantized = frozenset(name for name, tensor in tensors.items() if tensor.qtype.block_size > 1)
+        return Encoded(report.nbytes, {name: tensor.dequantize() for name, tensor in tensors.items()}, quantized)
+
+    def _by_ggml(self, recipe: str, importance: Mapping[str, Tensor]) -> Encoded:
+        """By ggml's C library, in the very types of our file."""
+        ours, library = self.plain(recipe), load_libggml()
+        tensors, weights = open_gguf(self._path(recipe, None)).tensors, dict(ours.weights)
+        for name in ours.quantized:
+            qtype = tensors[name].qtype.name
+            columns = importance[name].numpy() if name in importance else None
+            packed = library.quantize(qtype, self.source[name].numpy(), columns)
+            weights[name] = torch.from_numpy(library.dequantize(qtype, packed))
+        return Encoded(ours.nbytes, weights, ours.quantized)
+
+    def _path(self, recipe: str, importance: Importance | None) -> Path:
+        return self.folder / f"{recipe}-{type(importance).__name__}.gguf"
+
+
+METHODS: dict[str, Callable[[Workshop, str], Encoded]] = {
+    "ggml": Workshop.ggml,
+    "ggml + importance": Workshop.ggml_weighted,
+    "plain": Workshop.plain,
+    "importance": Workshop.weighted,
+    "importance + LoRA": Workshop.recovered,
+    "calibrated": Workshop.calibrated,
+}
+"""The ways to make a file, by the name that the tables give them."""

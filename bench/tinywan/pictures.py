@@ -1,0 +1,53 @@
+"""Draws what was measured on TinyWan. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's palette, told apart with any colour vision; ggml's lines are dashed.
+_STYLES = {
+    "ggml": ("#999999", "--", "ggml's encoders"),
+    "ggml + importance": ("#56b4e9", "--", "ggml's encoders, importance matrix"),
+    "plain": ("#0072b2", "-", "WanQuant"),
+    "importance": ("#009e73", "-", "WanQuant, importance matrix"),
+    "importance + LoRA": ("#e69f00", ":", "the same and a recovery LoRA"),
+    "calibrated": ("#d55e00", "-", "WanQuant, calibrated"),
+}
+
+
+def draw_quality(rows: Sequence[Row], path: Path) -> None:
+    """Error by size, a line a method."""
+    figure = _figure(9, 5)
+    axis = figure.add_subplot()
+    for method, (colour, dash, label) in _STYLES.items():
+        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["nbytes"])
+        sizes, psnr = [row["nbytes"] / 1e6 for row in line], [row["latent_psnr"]["mean"] for row in line]
+        axis.plot(sizes, psnr, color=colour, linestyle=dash, marker="o", markersize=4, label=label)
+        if method == "importance":
+            spread = [row["latent_psnr"]["deviation"] for row in line]
+            low, high = ([p + sign * s for p, s in zip(psnr, spread, strict=True)] for sign in (-1, 1))
+            axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
+    for row in rows:
+        if row["method"] == "plain":
+            place = (row["nbytes"] / 1e6, row["latent_psnr"]["mean"])
+            axis.annotate(row["recipe"], place, (5, -14), textcoords="offset points", fontsize=9)
+    axis.set_xlabel("file, MB")
+    axis.set_ylabel("PSNR of the latent, dB")
+    axis.set_title("TinyWan: quantized against bfloat16, same seeds (band: deviation over the seeds)", fontsize=11)
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.savefig(path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Figure, not pyplot, which keeps every figure and picks a window system; imported late, for it takes a while.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")

@@ -1,0 +1,154 @@
+"""What TinyWan draws unquantized, and how far other weights lead from it on the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wanquant.bench.tinywan.data import HELD_OUT, TRAINING, Caption
+from wanquant.bench.tinywan.model import Model, build, velocity
+from wanquant.bench.tinywan.score import generate, right
+from wanquant.dev import ROOT
+from wanquant.quant.importance import Collector, Importance
+
+CHECKPOINT = ROOT / "bench" / "tinywan" / "tinywan.safetensors"
+STEPS = 8
+SEED, CALIBRATION_SEED = 2, 3
+# Clips whose steps are compared one by one; they have 300 thousand values a step.
+_STEP_CLIPS = 4
+
+Weights = Mapping[str, Tensor]
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over clips, and their standard deviation, in dB."""
+
+    mean: float
+    deviation: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Spread:
+        return cls(values.mean().item(), values.std().item())
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of clips against the unquantized model's, on the same seeds."""
+
+    velocity_sqnr: tuple[float, ...]
+    """dB, of every step, on the unquantized model's way."""
+    latent_psnr: Spread
+    motion_psnr: Spread
+    """Of the differences between neighbouring frames: what flickers counts here."""
+    colour: float
+    motion: float
+    """Shares of the clips with the colour, and with the motion, of the caption."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unquantized model's clips, and on the way to them what it was given and what it gave, step by step."""
+
+    captions: tuple[Caption, ...]
+    clips: Tensor
+    calls: Sequence[tuple[Inputs, Tensor]]
+
+    @classmethod
+    def sample(cls, clips: int) -> Reference:
+        captions = tuple(HELD_OUT[index % len(HELD_OUT)] for index in range(clips))
+        model, calls = load_model(load_weights()), []
+
+        def recorded(*inputs: Tensor) -> Tensor:
+            output = model(*inputs)
+            x, t, text = (tensor[:_STEP_CLIPS] for tensor in inputs)
+            calls.append(((x, t, text), output[:_STEP_CLIPS]))
+            return output
+
+        return cls(captions, generate(recorded, captions, seed=SEED, steps=STEPS, batch=clips), calls)
+
+    def errors(self, model: Model) -> Errors:
+        clips = self.generate(model)
+        colour, direction = right(clips, self.captions).float().mean(0).tolist()
+        return Errors(
+            velocity_sqnr=tuple(self.velocity_sqnr(model)),
+            latent_psnr=Spread.of(psnr(self.clips, clips)),
+            motion_psnr=Spread.of(psnr(self.clips.diff(dim=2), clips.diff(dim=2))),
+            colour=colour,
+            motion=direction,
+        )
+
+    def generate(self, model: Model) -> Tensor:
+        return generate(model, self.captions, seed=SEED, steps=STEPS, batch=len(self.captions))
+
+    @torch.no_grad()
+    def velocity_sqnr(self, model: Model) -> list[float]:
+        return [sqnr(expected, model(*inputs)) for inputs, expected in self.calls]
+
+
+def load_weights() -> dict[str, Tensor]:
+    """TinyWan's, float32."""
+    return {name: tensor.float() for name, tensor in load_file(CHECKPOINT).items()}
+
+
+def load_model(weights: Weights) -> Model:
+    return velocity(_module(weights))
+
+
+def sqnr(reference: Tensor, values: Tensor) -> float:
+    """In dB."""
+    return 10 * math.log10((reference.square().sum() / (values - reference).square().sum()).item())
+
+
+def psnr(reference: Tensor, clips: Tensor) -> Tensor:
+    """(clips,) in dB; the peak is the range of the reference."""
+    peak = reference.max() - reference.min()
+    return 10 * torch.log10(peak**2 / (clips - reference).square().mean((1, 2, 3, 4)))
+
+
+def collect(
+    weights: Weights,
+    captions: Sequence[Caption],
+    collector: Collector,
+    *,
+    wanted: Callable[[float], bool] = lambda level: True,
+) -> Importance:
+    """What the collector makes of sampling; `wanted` chooses the steps by their noise level."""
+    model, counted = _module(weights), True
+
+    def add(name: str, _: torch.nn.Module, inputs: tuple[Tensor]) -> None:
+        if counted:
+            collector.add(name, inputs[0])
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(partial(add, f"{name}.weight"))
+    call = velocity(model)
+
+    def observed(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        nonlocal counted
+        counted = wanted(timestep[0].item() / 1000)
+        collector.samples += len(x) * counted
+        return call(x, timestep, text)
+
+    generate(observed, captions, seed=CALIBRATION_SEED, steps=STEPS)
+    return collector.result()
+
+
+def prompts(count: int, start: int = 0) -> list[Caption]:
+    """Captions that TinyWan learned, evenly chosen, none of which is measured."""
+    step = max(1, len(TRAINING) // count)
+    return [TRAINING[(start + index * step) % len(TRAINING)] for index in range(count)]
+
+
+def _module(weights: Weights) -> torch.nn.Module:
+    model = build()
+    model.load_state_dict(dict(weights))
+    return model.eval()

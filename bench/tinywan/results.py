@@ -1,0 +1,50 @@
+"""Where the measurements on TinyWan are kept, and how they are shown."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from wanquant.bench.tinywan.reference import CHECKPOINT
+from wanquant.dev import ROOT
+
+RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "images"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--update", action="store_true", help="write bench/results and the README's picture anew")
+
+
+def checkpoint() -> str:
+    """The beginning of the SHA-256 of what was measured."""
+    return hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()[:16]
+
+
+def write_results(name: str, result: Mapping[str, Any]) -> None:
+    """As JSON, to three decimals, with a line for each row."""
+    lines = [f" {json.dumps(key)}: {_value(value)}" for key, value in _rounded(result).items()]
+    (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in value) + "\n ]"
+    return json.dumps(value)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return round(value, 3) if isinstance(value, float) else value
