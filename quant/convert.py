@@ -16,6 +16,7 @@ from torch import Tensor
 from . import budget
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import QuantError
+from .gguf_header import read_header
 from .gguf_writer import GGUFWriter, TensorSpec
 from .importance import check_importance
 from .job import Job, is_up_to_date, job_metadata
@@ -147,26 +148,29 @@ def convert_all(
         stream = Stream(checkpoint, effort, importance or {}, device, progress)
         tasks = [_Task(job, job_metadata(checkpoint, job, effort, importance, five_d)) for job in jobs]
         new = [task for task in tasks if not task.is_up_to_date(checkpoint, overwrite)]
+        for task in tasks:
+            if task not in new:
+                task.planned = _plan_of_reused(checkpoint, task.job)
         with checkpoint.file.glancing():
             _plan(stream, new)
         writers = [task.writer(checkpoint, overwrite) for task in new]
-        paths = dict(zip(map(id, new), stream.write(writers) if new else (), strict=True))
+        paths = dict(zip(new, stream.write(writers) if new else (), strict=True))
     seconds = time.monotonic() - started
     return [
         ConversionReport(
-            **vars(inspect(paths.get(id(task), task.job.destination))),
+            **vars(inspect(paths.get(task, task.job.destination))),
             source=checkpoint.path,
             source_bytes=checkpoint.identity.size,
             fallbacks=task.planned.fallbacks,
             warnings=(*warnings, *_zeroed(checkpoint)),
             seconds=seconds,
-            reused=id(task) not in paths,
+            reused=task not in paths,
         )
         for task in tasks
     ]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Task:
     """A job in the making."""
 
@@ -207,14 +211,28 @@ def _plan(stream: Stream, tasks: Sequence[_Task]) -> None:
         task.planned = _within_range(stream, planned)
 
 
+def _plan_of_reused(checkpoint: Checkpoint, job: Job) -> Plan:
+    """What the file that is there was made by; which types a target size would rather have chosen, it does not tell."""
+    if job.target_size is not None:
+        return Plan({}, ())
+    planned, stored = plan(find_recipe(job.recipe), checkpoint.tensors), read_header(job.destination).tensors
+    wanted = (name for name, qtype in planned.types.items() if qtype.name == "F16")
+    beyond = (_beyond_f16(name) for name in wanted if name in stored and stored[name].qtype.name == "BF16")
+    return Plan(planned.types, (*planned.fallbacks, *beyond))
+
+
 def _within_range(stream: Stream, planned: Plan) -> Plan:
     """Replaces F16 by BF16 for tensors with values that F16 cannot hold."""
     types, fallbacks = dict(planned.types), list(planned.fallbacks)
     for name, tensor in stream.checkpoint.tensors.items():
         if types[name].name == "F16" and tensor.dtype != torch.float16 and not stream.fits_f16(tensor):
             types[name] = QTYPES["BF16"]
-            fallbacks.append(Fallback(name, "F16", "BF16", "values beyond the range of F16"))
+            fallbacks.append(_beyond_f16(name))
     return Plan(types, tuple(fallbacks))
+
+
+def _beyond_f16(name: str) -> Fallback:
+    return Fallback(name, "F16", "BF16", "values beyond the range of F16")
 
 
 def _warnings(checkpoint: Checkpoint, unknown: Sequence[str]) -> tuple[str, ...]:

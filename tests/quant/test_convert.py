@@ -285,6 +285,16 @@ def test_values_beyond_f16_become_bf16(tmp_path):
         ("head.head.weight", "BF16", "values beyond the range of F16")
     ]
     assert open_gguf(tmp_path / "a.gguf").tensors["head.head.weight"].qtype is QTYPES["BF16"]
+    again = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "F16")
+    assert again.reused and again.fallbacks == report.fallbacks
+
+
+def test_reused_file_tells_its_fallbacks(tmp_path):
+    source = tmp_path / "a.safetensors"
+    save_file({"head.modulation": torch.ones(1, 2, 256), "blocks.0.ffn.0.weight": torch.randn(64, 96)}, source)
+    first, again = (convert(source, tmp_path / "a.gguf", "Q4_K_M", effort="fast") for _ in range(2))
+    assert again.reused and [f.name for f in again.fallbacks] == ["blocks.0.ffn.0.weight"]
+    assert again.fallbacks == first.fallbacks
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
