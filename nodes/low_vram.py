@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..ops.budget import is_wan, preview_job, with_budget
 from ..ops.decoding import HOST_TILES, tiles_within
-from ..ops.simulator import Simulator
+from ..ops.experts import simulate
 from ..ops.vram import checked_budget, choose
 from ..quant import QuantError
 
@@ -56,7 +56,7 @@ class WanQuantLowVRAM(io.ComfyNode):
             return io.NodeOutput(model, text, *HOST_TILES)
         job = preview_job(model, width, height, frames)
         try:
-            text = str(choose(Simulator.of(model), job, budget))
+            text = str(choose(simulate(model), job, budget))
         except QuantError as refusal:
             # Only the latent that comes to the sampler decides.
             text = str(refusal)

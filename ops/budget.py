@@ -17,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .experts import simulate
 from .low_vram import LeanPlan, apply_lean, one_by_one
 from .prefetch import prefetch_blocks
 from .simulator import GIB, Job, Simulator
@@ -125,7 +126,7 @@ class _Sampling:
 
     def _simulator_of(self, model: ModelPatcher) -> Simulator:
         if self._simulator is None or self._patches != model.patches_uuid:
-            self._simulator, self._patches = Simulator.of(model), model.patches_uuid
+            self._simulator, self._patches = simulate(model), model.patches_uuid
         return self._simulator
 
     def forward(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:

@@ -10,9 +10,12 @@ import comfy.sample
 import psutil
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 
-from wanquant.ops.experts import share_memory
+from wanquant.ops.budget import with_budget
+from wanquant.ops.experts import share_memory, simulate
 from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.simulator import Job, Simulator
 from wanquant.quant.convert import convert
 from wanquant.tests.ops.patching import lora, with_lora
 
@@ -95,6 +98,27 @@ def test_alternating_does_not_grow_memory(experts):
         gc.collect()
         resident.append(process.memory_info().rss)
     assert resident[-1] < 1.02 * resident[1]
+
+
+def test_both_have_the_plan_of_the_larger(t2v, tiny_wan, tmp_path, caplog):
+    job = Job((1, 16, 5, 32, 32))
+    larger = tiny_wan["write_tiny_wan"](tmp_path / "larger.safetensors", ffn_dim=4096, layers=1)
+    files = t2v[1], convert(larger, tmp_path / "larger.gguf", "Q8_0", effort="fast").path
+    small, large = pair = [load_diffusion_model(file, dtype=torch.float32) for file in files]
+    alone, expected = (Simulator.of(patcher).peak(job, None).total for patcher in pair)
+    share_memory(*pair)
+    with_a_lora = with_lora(small, lora(small.model.diffusion_model.state_dict()))
+    for patcher in (with_a_lora, large):
+        assert simulate(patcher).peak(job, None).total == expected > alone
+    caplog.set_level("INFO")
+    for patcher in (small.clone(), large):
+        limited = with_budget(patcher, expected)
+        (prepare,) = limited.get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+        prepare(lambda *_, **__: None, limited, torch.Size(job.latent), {"positive": [{}]})
+    first, second = [record.getMessage() for record in caplog.records if "predicted" in record.getMessage()]
+    assert first == second
+    del large, pair, patcher, limited, prepare
+    assert simulate(small).peak(job, None).total == alone
 
 
 def test_models_are_freed_without_the_garbage_collector(files):
