@@ -8,7 +8,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io
-from comfy_execution.utils import get_executing_context
+from comfy_execution.utils import ExecutionContext, get_executing_context
 from server import PromptServer
 
 from ..quant.convert import ConversionReport
@@ -104,14 +104,21 @@ def progress_bar() -> Progress:
         nonlocal told
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
-        if running and time.monotonic() - told > _SECONDS_BETWEEN_NAMES:
+        if time.monotonic() - told > _SECONDS_BETWEEN_NAMES:
             told = time.monotonic()
-            PromptServer.instance.send_progress_text(name, running.node_id)
+            _tell(running, name)
 
     return progress
+
+
+def _tell(running: ExecutionContext | None, text: str) -> None:
+    """On the node itself."""
+    if running:
+        PromptServer.instance.send_progress_text(text, running.node_id)
 
 
 def shown(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:
     """What `report_outputs` declares, and the same below the node."""
     picture, summary = picture_tensor(report.image()), report.text()
+    _tell(get_executing_context(), summary.partition("\n")[0])
     return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, node))

@@ -26,8 +26,10 @@ _SIZES = {
     "SaveVideo": (480, 420),
     "UnetLoaderGGUF": (330, 140),
     "WanQuantCompareLatents": (560, 560),
-    "WanQuantConvert": (440, 760),
+    "WanQuantConvert": (440, 770),
+    "WanQuantInspect": (440, 490),
     "WanQuantLowVRAM": (330, 280),
+    "WanQuantSaveModel": (440, 700),
 }
 _WIDTH = 330
 _BOX_COLOR, _NOTE_COLORS = "#3f789e", {"color": "#432", "bgcolor": "#000"}

@@ -7,7 +7,7 @@ import io
 import mimetypes
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,19 @@ _EXTENT = """() => {
             left + edge(0, Math.max, 20), top + edge(1, Math.max, 20)];
 }"""
 
+# Brings the nodes of these types to the top at full size, right of the menu; where they are on the page then.
+_CLOSE_UP = """types => {
+    const boxes = app.graph.nodes.filter(node => types.includes(node.type)).map(node => [...node.boundingRect]);
+    const left = Math.min(...boxes.map(box => box[0])) - 12, top = Math.min(...boxes.map(box => box[1])) - 30;
+    const right = Math.max(...boxes.map(box => box[0] + box[2])), low = Math.max(...boxes.map(box => box[1] + box[3]));
+    const {ds, canvas} = app.canvas;
+    [ds.scale, ds.offset[0], ds.offset[1]] = [1, 300 - left, 40 - top];
+    app.canvas.links_render_mode = LiteGraph.HIDDEN_LINK;
+    app.canvas.setDirty(true, true);
+    const place = canvas.getBoundingClientRect();
+    return [place.left + 300, place.top + 40, right + 12 - left, low + 12 - top];
+}"""
+
 
 class Canvas:
     """The page with its graph."""
@@ -66,6 +79,14 @@ class Canvas:
         self.page.evaluate(_DROP, [encoded, path.name, kind])
         self.page.wait_for_function("app.graph.nodes.length > 0")
 
+    def refresh(self) -> None:
+        """Press R: the lists of files are asked for anew."""
+        self.page.locator("#graph-canvas").focus()
+        with self.page.expect_response(lambda response: response.url.endswith("/object_info")) as asked:
+            self.page.keyboard.press("r")
+        asked.value.finished()
+        self.page.wait_for_timeout(500)  # until the page has read the answer
+
     def nodes(self) -> list[dict[str, Any]]:
         """Type, whether it is known, values of the widgets, and place of every node."""
         return self.page.evaluate(_NODES)
@@ -75,22 +96,38 @@ class Canvas:
         return self.page.evaluate("async () => (await app.graphToPrompt()).output")
 
     def errors(self) -> str:
-        """Text of the messages that the page shows."""
-        return " ".join(self.page.get_by_text("errors found").all_inner_texts())
+        """Text of the messages that the page shows, and types of the nodes that have a red frame."""
+        red = self.page.evaluate("app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
+        return " ".join([*self.page.get_by_text("errors found").all_inner_texts(), *red])
 
     def replace_missing(self) -> None:
         """Accept the host's offer to put known nodes in the place of unknown ones."""
         self.page.get_by_text("View details").click()
         self.page.get_by_role("button", name="Replace All").click()
         self.page.wait_for_function("app.graph.nodes.every(node => node.type in LiteGraph.registered_node_types)")
-        self.page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
+        self.close_panel()
         self.page.get_by_text("errors found").wait_for(state="hidden")
+
+    def close_panel(self) -> None:
+        """The one at the right."""
+        self.page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
 
     def run(self, timeout: float = 300) -> dict[str, Any]:
         """Press Run and wait; what /history says of the run."""
+        return self.result(self.start(), timeout)
+
+    def start(self) -> str:
+        """Press Run; the prompt's id."""
         with self.page.expect_response(lambda response: response.url.endswith("/prompt")) as sent:
             self.page.get_by_test_id("queue-button").click()
-        prompt = sent.value.json()["prompt_id"]
+        return str(sent.value.json()["prompt_id"])
+
+    def cancel(self) -> None:
+        """Press the button that ends the run at hand."""
+        self.page.get_by_role("button", name="Cancel current run").click()
+
+    def result(self, prompt: str, timeout: float) -> dict[str, Any]:
+        """What /history says of a run, once it has ended."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if finished := self.server.get(f"/history/{prompt}"):
@@ -104,7 +141,29 @@ class Canvas:
         self.page.keyboard.press(".")
         self.page.wait_for_timeout(2000)
         left, top, right, bottom = self.page.evaluate(_EXTENT)
-        clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+        return self._screenshot(left, top, right - left, bottom - top)
+
+    def close_up(self, types: Sequence[str]) -> Image.Image:
+        """The nodes of these types, at the size that they have before any zoom."""
+        place = self.page.evaluate(_CLOSE_UP, list(types))
+        self.page.wait_for_timeout(500)
+        picture = self._screenshot(*place)
+        self.page.evaluate("app.canvas.links_render_mode = LiteGraph.SPLINE_LINK")
+        return picture
+
+    def help_picture(self, kind: str) -> tuple[int, int]:
+        """Width and height of the picture in the help page that a click on the node's info button opens."""
+        self.page.evaluate("kind => app.canvas.selectNode(app.graph.nodes.find(node => node.type === kind))", kind)
+        self.page.get_by_test_id("info-button").dispatch_event("click")  # it may lie under the menu
+        picture = self.page.locator(f".node-help-content img[src*='{kind}']")
+        picture.wait_for()
+        width, height = picture.evaluate(
+            "image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])"
+        )
+        return width, height
+
+    def _screenshot(self, left: float, top: float, width: float, height: float) -> Image.Image:
+        clip = {"x": left, "y": top, "width": width, "height": height}
         return Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from wanquant.dev import checkout
 from wanquant.templates.canvas import Schemas
 from wanquant.templates.wan import COMFYUI_GGUF
+from wanquant.tests.host.browser import CHROMIUM, Canvas, open_canvas
 from wanquant.tests.host.server import HostServer
 from wanquant.tests.ops.conftest import HOST  # noqa: F401 (puts the host on sys.path)
 
@@ -18,8 +20,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
     if not checkout().is_dir():
         pytest.skip(f"no ComfyUI at {checkout()}: run `python3 dev.py setup`, or set COMFYUI_PATH")
     base = tmp_path_factory.mktemp("host")
-    # The folder's name is in the pictures.
-    folder = "ComfyUI-WanQuant" if pytestconfig.getoption("update") else "renamed-pack.2"
+    # The folder's name is in the pictures. Without a dot, at which the canvas would cut it and find no help pages.
+    folder = "ComfyUI-WanQuant" if pytestconfig.getoption("update") else "renamed_pack-2"
     with HostServer(base, folder=folder, log=base / "comfyui.log") as running:
         yield running
 
@@ -38,6 +40,15 @@ def tiny_models(server: HostServer) -> None:
 
     write_models(server.models)
     write_picture(server.base / "input" / "example.png")
+
+
+@pytest.fixture(scope="session")
+def canvas(server: HostServer, tiny_models: None) -> Iterator[Canvas]:
+    if CHROMIUM is None:
+        message = "no browser: install chromium to test the canvas"
+        pytest.fail(message) if os.environ.get("WANQUANT_BROWSER") == "required" else pytest.skip(message)
+    with open_canvas(server) as opened:
+        yield opened
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 
 from wanquant.dev import ROOT
 from wanquant.templates.wan import COMFYUI_GGUF
-from wanquant.tests.host.browser import CHROMIUM, Canvas, open_canvas
+from wanquant.tests.host.browser import Canvas
 from wanquant.tests.host.graphs import node
 from wanquant.tests.host.server import HostServer
 from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, prompt, saved_files, shrunk
@@ -22,15 +20,6 @@ pytestmark = pytest.mark.host
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 # In the README and the help pages; every template's picture is also its thumbnail.
 SHOWN = {"quality_comparison": "canvas", "convert_any_wan": "convert"}
-
-
-@pytest.fixture(scope="module")
-def canvas(server: HostServer, tiny_models: None) -> Iterator[Canvas]:
-    if CHROMIUM is None:
-        message = "no browser: install chromium to test the canvas"
-        pytest.fail(message) if os.environ.get("WANQUANT_BROWSER") == "required" else pytest.skip(message)
-    with open_canvas(server) as opened:
-        yield opened
 
 
 @each_file

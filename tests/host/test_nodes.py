@@ -47,10 +47,11 @@ def test_progress_names_the_tensors(server: HostServer, target: Path):
     server.run(conversion("Q4_0", source=NAME), events.append)
     of_node = [(event["type"], event["data"]) for event in events if event["data"].get("node") == "convert"]
     (done, total), *_ = [(data["value"], data["max"]) for kind, data in reversed(of_node) if kind == "progress"]
-    names = {data["text"] for kind, data in of_node if kind == "progress_text"}
+    *names, result = [data["text"] for kind, data in of_node if kind == "progress_text"]
     assert done == total
     assert names
-    assert names <= open_gguf(target).tensors.keys()
+    assert set(names) <= open_gguf(target).tensors.keys()
+    assert "job-Q4_0.gguf" in result and "written in" in result
 
 
 def test_new_file_can_be_chosen_after_refresh(server: HostServer, target: Path):

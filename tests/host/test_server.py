@@ -31,7 +31,7 @@ NODES = [
 
 def test_imports_under_another_folder_name(server: HostServer):
     log = server.log.read_text()
-    assert "renamed-pack.2" in log
+    assert "renamed_pack-2" in log
     assert "IMPORT FAILED" not in log
     assert "comfy_entrypoint" not in log
 
@@ -45,7 +45,7 @@ def test_lists_every_node(server: HostServer):
 
 @pytest.mark.parametrize("name", NODES)
 def test_serves_a_help_page(server: HostServer, name: str):
-    assert server.fetch(f"/extensions/renamed-pack.2/docs/{name}.md").startswith(b"#")
+    assert server.fetch(f"/extensions/renamed_pack-2/docs/{name}.md").startswith(b"#")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""One graph with every node, on TinyWan: what the help pages' pictures are taken from."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import torch
+
+from wanquant.dev import ROOT
+from wanquant.ops.conditioning import load_conditioning, save_conditioning
+from wanquant.quant import convert
+from wanquant.templates import models
+from wanquant.templates.canvas import Box, Columns, Node, node
+from wanquant.tests.host.server import HostServer
+
+TINYWAN = ROOT / "bench" / "tinywan"
+SOURCE, QUANTIZED, PROMPT = "TinyWan.safetensors", "TinyWan-Q4_K_M.gguf", "a red ball.safetensors"
+# A page shows its own node, if not more.
+SHOWN = {
+    "WanQuantLowVRAM": ("WanQuantLowVRAM", "PreviewAny"),
+    "WanQuantPreviewDecode": ("WanQuantPreviewDecode", "PreviewImage"),
+}
+_SIZE = {"width": 128, "height": 128}
+
+
+def prepare(server: HostServer) -> None:
+    """Put TinyWan, a GGUF of it and its prompt where the graph looks for them."""
+    folder = server.models / "diffusion_models"
+    shutil.copy(TINYWAN / "tinywan.safetensors", folder / SOURCE)
+    convert(folder / SOURCE, folder / QUANTIZED, "Q4_K_M", overwrite=True)
+    words = [
+        load_conditioning(str(TINYWAN / "words" / f"{word}.safetensors"))[0][0] for word in ("red", "ball", "right")
+    ]
+    save_conditioning([[torch.cat(words, dim=1), {}]], str(server.models / "conditioning" / PROMPT))
+
+
+def columns() -> Columns:
+    """Every node in a box of its own, with what it needs to run."""
+    high, low = (file.name for file in models.T2V_A14B)
+    loaders = {
+        "dense": node("UNETLoader", unet_name=SOURCE, weight_dtype="default"),
+        "model": node("WanQuantLoader", model_name=QUANTIZED),
+        "pair": node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low),
+        "clip": node("WanQuantTextEncoderLoader", encoder_name=models.UMT5.name, type="wan"),
+        "prompt": node("WanQuantLoadConditioning", name=PROMPT),
+    }
+    files = {
+        "convert": node("WanQuantConvert", source=SOURCE, recipe="Q4_K_M"),
+        "merged": node("WanQuantSaveModel", model=["model", 0], name="TinyWan-merged.gguf", effort="fast"),
+    }
+    shown = {
+        "keep": node("WanQuantSaveConditioning", conditioning=["prompt", 0], name="a red ball again.safetensors"),
+        "info": node("WanQuantInspect", model_name=QUANTIZED),
+    }
+    measured = {
+        "collect": node("WanQuantCollectImportance", model=["dense", 0], steps="alike"),
+        "importance": node(
+            "WanQuantSaveImportance", importance=["collect", 1], name="TinyWan.gguf", latent=["full", 0]
+        ),
+        "budget": node("WanQuantLowVRAM", model=["model", 0], budget_gib=0.75, frames=17, **_SIZE),
+        "peak": node("PreviewAny", source=["budget", 1]),
+    }
+    sampled = {
+        "empty": node("EmptyHunyuanLatentVideo", length=17, batch_size=1, **_SIZE),
+        "full": _sampler("collect"),
+        "quantized": _sampler("budget"),
+    }
+    results = {
+        "compare": node("WanQuantCompareLatents", reference=["full", 0], compared=["quantized", 0]),
+        "decode": node("WanQuantPreviewDecode", samples=["quantized", 0]),
+        "frames": node("PreviewImage", images=["decode", 0]),
+    }
+    parts = (loaders, files, shown, measured, sampled, results)
+    return [[Box("", {name: item}) for name, item in part.items()] for part in parts]
+
+
+def _sampler(model: str) -> Node:
+    settings: dict[str, Any] = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    links = {"model": [model, 0], "positive": ["prompt", 0], "negative": ["prompt", 0], "latent_image": ["empty", 0]}
+    return node("KSampler", steps=4, cfg=1.0, seed=7, **links, **settings)

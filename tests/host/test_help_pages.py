@@ -1,0 +1,43 @@
+"""The help pages in the browser: each shows its node as the canvas draws it today."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from wanquant.dev import DEFAULT_HOST, ROOT
+from wanquant.templates.canvas import Schemas, workflow
+from wanquant.tests.host import help_graph
+from wanquant.tests.host.browser import Canvas
+from wanquant.tests.host.server import HostServer
+from wanquant.tests.host.test_server import NODES
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture(scope="module")
+def every_node(canvas: Canvas, server: HostServer, schemas: Schemas) -> Iterator[Canvas]:
+    if server.version() != DEFAULT_HOST:
+        pytest.skip(f"drawn with ComfyUI {DEFAULT_HOST}")
+    help_graph.prepare(server)
+    canvas.refresh()
+    canvas.drop(Path("help.json"), json.dumps(workflow("help", help_graph.columns(), schemas)).encode())
+    assert canvas.run(timeout=600)["status"]["status_str"] == "success"
+    assert canvas.errors() == ""
+    yield canvas
+    canvas.close_panel()
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_page_shows_the_node_as_it_is(kind: str, every_node: Canvas, pytestconfig: pytest.Config):
+    path = ROOT / "web" / "docs" / "images" / f"{kind}.png"
+    picture = every_node.close_up(help_graph.SHOWN.get(kind, (kind,)))
+    if pytestconfig.getoption("update"):
+        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    shown = every_node.help_picture(kind)
+    assert shown == Image.open(path).size
+    assert shown == pytest.approx(picture.size, abs=4), "the node has changed: dev.py test tests/host --update"
