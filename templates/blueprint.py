@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .canvas import Columns, Json, Schemas, workflow
 
-_INPUT, _OUTPUT = -10, -20  # what the ends of a subgraph are called
+INPUT, OUTPUT = -10, -20  # what the ends of a subgraph are called
 
 
 class Input(NamedTuple):
@@ -48,7 +48,7 @@ def blueprint(
         entries = [_socket(nodes[node], socket, schemas) for node, socket in port.targets]
         for (node, _), entry in zip(port.targets, entries, strict=True):
             number, position = nodes[node]["id"], nodes[node]["inputs"].index(entry)
-            entry["link"] = link(_INPUT, slot, number, position, entry["type"])
+            entry["link"] = link(INPUT, slot, number, position, entry["type"])
         ids = [entry["link"] for entry in entries]
         ports.append(
             {"id": _id(name, "input", port.name), "name": port.name, "type": entries[0]["type"], "linkIds": ids}
@@ -58,7 +58,7 @@ def blueprint(
     results = []
     for slot, output in enumerate(outputs):
         source = nodes[output.node]["outputs"][output.slot]
-        number = link(nodes[output.node]["id"], output.slot, _OUTPUT, slot, source["type"])
+        number = link(nodes[output.node]["id"], output.slot, OUTPUT, slot, source["type"])
         source["links"].append(number)
         results.append(
             {"id": _id(name, "output", output.name), "name": output.name, "type": source["type"], "linkIds": [number]}
@@ -74,8 +74,8 @@ def blueprint(
         "name": name,
         "description": description,
         "category": "WanQuant",
-        "inputNode": {"id": _INPUT, "bounding": [-220, 0, 160, 40 + 20 * len(inputs)]},
-        "outputNode": {"id": _OUTPUT, "bounding": [right + 60, 0, 160, 40 + 20 * len(outputs)]},
+        "inputNode": {"id": INPUT, "bounding": [-220, 0, 160, 40 + 20 * len(inputs)]},
+        "outputNode": {"id": OUTPUT, "bounding": [right + 60, 0, 160, 40 + 20 * len(outputs)]},
         "inputs": ports,
         "outputs": results,
         "widgets": [],

@@ -13,8 +13,9 @@ from wanquant.templates import models
 from wanquant.templates.blueprints import blueprints
 from wanquant.templates.canvas import Json, workflow
 from wanquant.templates.wan import templates
+from wanquant.tests.host.graphs import node
 from wanquant.tests.host.server import HostServer
-from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, prompt, saved_files, shrunk, write_files
+from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, inside, prompt, saved_files, shrunk, write_files
 
 pytestmark = pytest.mark.host
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -51,10 +52,30 @@ def test_template_runs_to_a_saved_file(path: Path, server: HostServer, schemas, 
     assert all(file.stat().st_size for file in written)
 
 
+@pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda path: path.stem)
+def test_blueprint_samples(path: Path, server: HostServer, schemas, tiny_models):
+    around = {
+        "clip": node("WanQuantTextEncoderLoader", encoder_name=models.UMT5.name, type="wan"),
+        "prompt": node("CLIPTextEncode", clip=["clip", 0], text="a red ball"),
+        "empty": node("EmptyHunyuanLatentVideo", width=128, height=64, length=5, batch_size=1),
+        "vae": node("VAELoader", vae_name=models.VAE_21.name),
+    }
+    sources = {"positive": "prompt", "negative": "prompt", "latent_image": "empty", "vae": "vae"}
+    blueprint = json.loads(path.read_text(encoding="utf-8"))
+    graph, outputs = inside(blueprint, schemas, {name: [source, 0] for name, source in sources.items()})
+    savers = {"LATENT": ("SaveLatent", "samples"), "IMAGE": ("SaveImage", "images")}
+    for name in outputs.keys() & savers.keys():
+        kind, socket = savers[name]
+        graph["save"] = node(kind, **{socket: outputs[name]}, filename_prefix="blueprint")
+    written = saved_files(server.run(around | graph), server.output)
+    assert written
+    assert all(file.stat().st_size for file in written)
+
+
 def test_template_browser_lists_them_with_thumbnails(server: HostServer):
-    assert sorted(server.get("/workflow_templates")["renamed-pack.2"]) == sorted(path.stem for path in FILES)
+    assert sorted(server.get("/workflow_templates")["renamed_pack-2"]) == sorted(path.stem for path in FILES)
     for path in FILES:
-        base = f"/api/workflow_templates/renamed-pack.2/{path.stem}"
+        base = f"/api/workflow_templates/renamed_pack-2/{path.stem}"
         assert server.fetch(f"{base}.json") == path.read_bytes()
         assert server.fetch(f"{base}.jpg").startswith(b"\xff\xd8")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wanquant.dev import ROOT
+from wanquant.templates.blueprint import INPUT, OUTPUT
 from wanquant.templates.canvas import Json, Schemas, widgets
 from wanquant.tests.host.server import Graph
 
@@ -49,6 +50,31 @@ def prompt(workflow: Json, schemas: Schemas) -> Graph:
             title = {"title": node.get("title", "")}
             graph[str(node["id"])] = {"class_type": node["type"], "inputs": inputs, "_meta": title}
     return graph
+
+
+def inside(blueprint: Json, schemas: Schemas, sources: dict[str, list[Any]]) -> tuple[Graph, dict[str, list[Any]]]:
+    """What the canvas sends of a blueprint's only node, made small: the nodes in it, and where its outputs come from.
+
+    Args:
+        sources: [node, slot] for each of its inputs that is no widget.
+    """
+    (whole,) = blueprint["definitions"]["subgraphs"]
+    rows, nodes = [], copy.deepcopy(whole["nodes"])
+    for link in whole["links"]:
+        source = [link["origin_id"], link["origin_slot"]]
+        if link["origin_id"] == INPUT:
+            source = sources.get(whole["inputs"][link["origin_slot"]]["name"], [])
+        rows += [[link["id"], *source]] if source else []
+    linked = {row[0] for row in rows}
+    for entry in (entry for item in nodes for entry in item["inputs"]):
+        entry["link"] = entry["link"] if entry["link"] in linked else None  # else a widget with its value
+    ends = {
+        link["target_slot"]: [str(link["origin_id"]), link["origin_slot"]]
+        for link in whole["links"]
+        if link["target_id"] == OUTPUT
+    }
+    outputs = {port["name"]: ends[slot] for slot, port in enumerate(whole["outputs"])}
+    return prompt(shrunk({"nodes": nodes, "links": rows}, schemas), schemas), outputs
 
 
 def saved_files(outputs: dict[str, Any], folder: Path) -> list[Path]:
