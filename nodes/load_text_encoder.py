@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+import comfy.model_management
 import comfy.sd
 import folder_paths
 import torch
@@ -10,7 +13,10 @@ from comfy_api.latest import io
 from ..ops.text_encoder import load_text_encoder
 from .folders import GGUF_ENCODERS, check_names, model_path, stat_token
 
-# Not float16, whose range T5's activations leave.
+logger = logging.getLogger(__name__)
+
+# Not float16: what T5's gated layers multiply leaves its range, and the prompt would be NaN.
+# Source: transformers 5.23 modeling_t5.py, which keeps T5DenseGatedActDense.wo in float32 and clamps in T5Block.
 DTYPES = {"default": None, "bfloat16": torch.bfloat16}
 # Wan first: it is what the pack is for. The others take the same kind of file.
 TYPES = ("wan", "sd3", "mochi", "ltxv", "pixart", "chroma")
@@ -58,4 +64,7 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
         path = model_path(GGUF_ENCODERS, encoder_name)
         clip_type = comfy.sd.CLIPType[type.upper()]
         embeddings = folder_paths.get_folder_paths("embeddings")
+        device = comfy.model_management.text_encoder_device()
+        if compute_dtype == "bfloat16" and not comfy.model_management.should_use_bf16(device):
+            logger.warning("ComfyUI would not use bfloat16 on %s: compute_dtype default may be faster", device)
         return io.NodeOutput(load_text_encoder(path, clip_type, embeddings, dtype=DTYPES[compute_dtype]))

@@ -23,7 +23,8 @@ def save_conditioning(conditioning: Conditioning, path: str) -> None:
     """Write atomically; tensors keep their dtype.
 
     Raises:
-        QuantError: a field holds an object that is neither a tensor nor plain data (a ControlNet, say).
+        QuantError: a field holds an object that is neither a tensor nor plain data (a ControlNet, say), or the system
+            refuses the file.
     """
     tensors: dict[str, torch.Tensor] = {}
     layout = _flatten(conditioning, "conditioning", tensors)
@@ -31,6 +32,8 @@ def save_conditioning(conditioning: Conditioning, path: str) -> None:
     try:
         save_file(tensors, temporary, metadata={_KEY: json.dumps(layout)})
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise QuantError(f"{path}: cannot be written: {error}; choose another name or folder") from None
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

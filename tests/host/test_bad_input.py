@@ -42,6 +42,13 @@ def files(server: HostServer) -> None:
     write_gguf(models / "mmproj.gguf", "clip", "v.blk.0.attn_q.weight")
     write_gguf(models / "llm.gguf", "qwen2", "blk.0.attn_q.weight")
     write_gguf(encoders / "llm.gguf", "qwen2", "blk.0.attn_q.weight", "token_embd.weight")
+    encoder_layers = ("token_embd.weight", "enc.blk.0.attn_q.weight", "enc.blk.1.attn_q.weight")
+    biases = ("enc.blk.0.attn_rel_b.weight", "enc.blk.1.attn_rel_b.weight")
+    write_gguf(encoders / "umt5-small.gguf", "t5encoder", *encoder_layers, *biases)
+    write_gguf(encoders / "t5.gguf", "t5encoder", *encoder_layers, biases[0])
+    (models / "links").mkdir()
+    (models / "links" / "itself.gguf").symlink_to("itself.gguf")
+    (models / "links" / "around").symlink_to(models / "links")
     save_file({"lora": torch.zeros(1)}, server.models / "conditioning" / "elsewhere.safetensors")
 
 
@@ -49,8 +56,8 @@ def model(name: str) -> Graph:
     return node("WanQuantLoader", model_name=name, compute_dtype="default")
 
 
-def encoder(name: str) -> Graph:
-    return node("WanQuantTextEncoderLoader", encoder_name=name, type="wan")
+def encoder(name: str, kind: str = "wan") -> Graph:
+    return node("WanQuantTextEncoderLoader", encoder_name=name, type=kind)
 
 
 def conditioning(name: str) -> Graph:
@@ -72,6 +79,10 @@ def target(name: str) -> Graph:
         (model("absent.gguf"), "choose a file, or put this one there and press R"),
         (encoder("video.gguf"), "not a T5 text encoder .*load it with Load Diffusion Model"),
         (encoder("llm.gguf"), "not a T5 text encoder .*choose umt5-xxl for Wan"),
+        (encoder("umt5-small.gguf", "sd3"), "umT5, the text encoder of Wan; choose type wan"),
+        (encoder("t5.gguf"), "T5, but Wan's text encoder is umT5; choose umt5-xxl"),
+        (model("links/itself.gguf"), "a link that leads nowhere: repair it, or choose another file"),
+        (model("links/around/around/itself.gguf"), "a link that leads nowhere: repair it, or choose another file"),
         (conditioning("elsewhere.safetensors"), "no saved conditioning in this file; write one with Save Conditioning"),
         (target("taken/x.gguf"), "cannot be written: .*choose another name or folder"),
         (target(f"{'n' * 300}.gguf"), "File name too long; choose another name or folder"),

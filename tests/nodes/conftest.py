@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from wanquant.tests.ops.conftest import (  # noqa: F401
@@ -31,3 +34,17 @@ def models(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
     register_folders()
     return tmp_path / "models"
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """A folder that takes no files; for root, who may write to any, one of the kernel's."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        folder = Path("/sys/kernel")
+    if not folder.is_dir():
+        pytest.skip("this user writes everywhere")
+    yield folder
+    (tmp_path / "read-only").chmod(0o700)

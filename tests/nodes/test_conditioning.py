@@ -24,3 +24,9 @@ def test_saved_prompt_is_listed_and_loaded(models):
 def test_name_that_leads_out_is_refused(models):
     with pytest.raises(QuantError, match="leads out of"):
         WanQuantSaveConditioning.execute([[torch.zeros(1), {}]], "../ball.safetensors")
+
+
+def test_read_only_folder_is_told(models, read_only, monkeypatch):
+    monkeypatch.setattr("wanquant.nodes.save_conditioning.CONDITIONING", str(read_only))
+    with pytest.raises(QuantError, match=r"cannot be written: .*denied.*choose another name or folder"):
+        WanQuantSaveConditioning.execute([[torch.zeros(1), {}]], "ball.safetensors")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import folder_paths
 import pytest
 from safetensors.torch import load_file, save_file
 
 from wanquant.nodes.convert import WanQuantConvert
+from wanquant.quant import QuantError
 from wanquant.quant.gguf_file import open_gguf
 
 
@@ -79,3 +82,10 @@ def test_changes_of_any_file_are_noticed(folder):
     before = WanQuantConvert.fingerprint_inputs(**inputs, module="wan-Q8_0.gguf")
     (folder / "wan-Q8_0.gguf").touch()
     assert WanQuantConvert.fingerprint_inputs(**inputs, module="wan-Q8_0.gguf") != before
+
+
+def test_read_only_folder_is_told(folder, read_only, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))  # the kernel's have no space
+    folder_paths.folder_names_and_paths["diffusion_models"][0].append(str(read_only))
+    with pytest.raises(QuantError, match=r"wan-Q4_0\.gguf: cannot be written: .*denied"):
+        convert("wan.safetensors", folder=str(read_only))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 
+import folder_paths
 import torch
 
+from wanquant.nodes import load_text_encoder
 from wanquant.nodes.load_diffusion_model import WanQuantLoader
 from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
 
@@ -46,3 +48,15 @@ def test_module_is_found_by_its_kind_and_checked(models):
     before = WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors")
     (folder / "vace.safetensors").write_bytes(b"1")
     assert WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors") != before
+
+
+def test_bfloat16_text_encoder_is_told_where_the_host_would_not_use_it(models, monkeypatch, caplog):
+    calls = []
+    monkeypatch.setattr(load_text_encoder, "load_text_encoder", lambda *_, dtype: calls.append(dtype))
+    monkeypatch.setattr(load_text_encoder, "model_path", lambda *_: "umt5.gguf")
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [])
+    for choice in ("default", "bfloat16"):
+        assert "bfloat16" not in caplog.text
+        load_text_encoder.WanQuantTextEncoderLoader.execute("umt5.gguf", "wan", choice)
+    assert calls == [None, torch.bfloat16]
+    assert "would not use bfloat16 on cpu: compute_dtype default may be faster" in caplog.text
