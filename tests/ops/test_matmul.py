@@ -91,3 +91,17 @@ def test_the_next_layer_does_not_change_the_gradient_of_this():
     matmul.packed_linear(x.detach(), second, None)
     out.sum().backward()
     torch.testing.assert_close(x.grad, QTYPES["Q8_0"].dequantize(first._qdata).sum(0).expand(3, -1))
+
+
+def test_weight_of_more_than_2_31_elements():
+    """All but the last rows are zeros that nothing was written to, so that they take no memory."""
+    quant, columns = QTYPES["Q2_K"], 8192
+    rows = (1 << 31) // columns + 16
+    data = torch.zeros(quant.packed_shape((rows, columns)), dtype=torch.uint8)
+    last = quant.quantize(torch.randn(2, columns), effort="fast")
+    data[-2:] = last
+    x = torch.randn(1, columns)
+    with torch.inference_mode():
+        out = matmul.packed_linear(x, pack(data, "Q2_K", (rows, columns), torch.float32), None)
+    torch.testing.assert_close(out[:, -2:], linear(x, quant.dequantize(last)), rtol=0, atol=1e-2)
+    assert out.count_nonzero() == 2

@@ -31,6 +31,13 @@ def test_fake_tensors_decode_to_the_right_shape() -> None:
     assert (weight.shape, weight.dtype, weight.device.type) == ((3, 5, 512), torch.float16, "meta")
 
 
+def test_shape_of_more_than_2_31_elements() -> None:
+    packed = torch.empty(1 << 20, 16 * 144, dtype=torch.uint8, device="meta")
+    assert QTYPES["Q4_K"].dequantize(packed, torch.float16).shape == (1 << 20, 4096)
+    with pytest.raises(QuantError, match="Q4_K"):
+        op.dequantize_into(packed, "Q4_K", torch.empty((1 << 32) - 256, dtype=torch.float16, device="meta"))
+
+
 def test_second_copy_of_the_pack_shares_the_operator() -> None:
     copy = types.ModuleType("second_copy")
     copy.__path__ = sys.modules["wanquant"].__path__

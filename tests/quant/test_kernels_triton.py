@@ -41,15 +41,23 @@ def test_every_type_is_bit_exact_in_the_interpreter() -> None:
     assert names == [name for name in TYPES for _ in DTYPES]
 
 
-def compiled(name: str, dtype: str, target: GPUTarget) -> str:
-    """Assembly, compiled as a launch with aligned pointers does."""
+def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, str]:
+    """Every stage of the compiler, as a launch with aligned pointers runs it."""
     constants = triton_kernel.constants(QTYPES[name])
     signature = {"packed": "*u8", "out": f"*{dtype}", "n_weights": "i64"} | dict.fromkeys(constants, "constexpr")
     aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1)}
     source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm[
-        "ptx" if target.backend == "cuda" else "amdgcn"
-    ]
+    stages: dict[str, str] = triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm
+    return stages
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_offsets_of_a_program_are_64_bits_wide(name: str) -> None:
+    """So that a weight may have more than 2^31 elements: the program's number is widened before it is multiplied."""
+    stage = compiled(name, "bf16", TARGETS[3])["ttir"]
+    (number,) = re.findall(r"(%\w+) = tt\.get_program_id", stage)
+    uses = re.findall(rf"= (\S+) .*{number}\b(?!.*get_program_id).*", stage)
+    assert uses == ["arith.extsi"], "of i32 to i64"
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
@@ -57,7 +65,7 @@ def compiled(name: str, dtype: str, target: GPUTarget) -> str:
 def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
     """At most 25 for a weight, no spills, 16-byte stores; and of 32 weights at most eight loads of a single byte."""
     for dtype in ("fp32", "bf16"):  # float16 is bfloat16 with another conversion
-        assembly = compiled(name, dtype, target)
+        assembly = compiled(name, dtype, target)["ptx" if target.backend == "cuda" else "amdgcn"]
         if target.backend == "hip":
             assert "scratch_" not in assembly
             assert len(re.findall(r"^\s+(?:[vs]|global|buffer|ds)_\w+", assembly, re.M)) <= 25 * 32
