@@ -47,7 +47,9 @@ def columns() -> Columns:
     }
     files = {
         "convert": node("WanQuantConvert", source=SOURCE, recipe="Q4_K_M"),
-        "merged": node("WanQuantSaveModel", model=["model", 0], name="TinyWan-merged.gguf", effort="fast"),
+        "merged": node(
+            "WanQuantSaveModel", model=["model", 0], name="TinyWan-merged.gguf", recipe="Q8_0", effort="fast"
+        ),
     }
     shown = {
         "keep": node("WanQuantSaveConditioning", conditioning=["prompt", 0], name="a red ball again.safetensors"),
