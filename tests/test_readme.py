@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import re
 
-from wanquant.bench import sizes
+import pytest
+import torch
+
+from wanquant.bench import dequant, sizes
 from wanquant.dev import ROOT
+from wanquant.quant import QTYPES
 
 
 def test_size_table_is_current(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["sizes"])
     sizes.main()
     assert capsys.readouterr().out in (ROOT / "README.md").read_text()
+
+
+def test_speed_table_is_that_of_the_results_and_counts_as_today():
+    pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+    rows = json.loads((ROOT / "bench" / "results" / "dequant-epyc-2026-11-22.json").read_text())["rows"]
+    fused = [row for row in rows if row["ours"]["kernels"] == 1]
+    assert len(fused) == 12
+    for row in fused:
+        quant, ours, peer = QTYPES[row["type"]], row["ours"], row["peer"]
+        packed = torch.zeros(quant.packed_shape((64, 4096)), dtype=torch.uint8)
+        assert dequant.our_traffic(quant, packed) == ours
+        counts = f"{ours['kernels']} | {ours['bytes']:.2f} | {peer['kernels']} | {peer['bytes']:.2f}"
+        line = f"| {row['type']} | {counts} | {row['of_peer']}x ({row['torch_of_peer']}x) |"
+        assert line in (ROOT / "README.md").read_text()
 
 
 def test_chinese_readme_has_the_same_parts_and_figures():

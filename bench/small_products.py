@@ -1,0 +1,116 @@
+"""What fusing could save in products of few rows (time embedding: 1, text: 512) with a packed 5120 x 5120 weight.
+
+On the CPU, in milliseconds of processor time: as the Linear does it, decoded in tiles of 64 MiB; in tiles of 1 MiB,
+which stay in the cache between decoding and product; the product alone, with a dense weight; and, for one row, ggml's
+dot product of blocks, which rounds the activations to 8 bits, so that its result is another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..quant import QTYPES, QuantType
+from ..quant.kernels import libggml
+from .dequant import fastest, machine
+from .step import import_host
+
+SIZE = 5120
+_VecDot = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+)
+
+
+class _CpuTraits(ctypes.Structure):
+    """Source: ggml-cpu.h struct ggml_type_traits_cpu @ ggml 0.20.2."""
+
+    _fields_ = (
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("vec_dot", _VecDot),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    )
+
+
+def vec_dot(qtype: QuantType, packed: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    """One row of float32 against every row of blocks, by ggml."""
+    library = ctypes.CDLL(str(next(Path(libggml._library._name).parent.glob("*ggml-cpu.*"))))
+    library.ggml_cpu_init()
+    library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTraits)
+    traits = library.ggml_get_type_traits_cpu(qtype.ggml_type).contents
+    other = library.ggml_get_type_traits_cpu(traits.vec_dot_type).contents
+    rounded, out = torch.empty(4 * SIZE, dtype=torch.uint8), torch.empty(SIZE)
+    rows = [(out.data_ptr() + 4 * index, packed[index].data_ptr()) for index in range(SIZE)]
+
+    def multiply() -> Tensor:
+        other.from_float(x.data_ptr(), rounded.data_ptr(), SIZE)
+        for result, row in rows:
+            traits.vec_dot(SIZE, result, 0, row, 0, rounded.data_ptr(), 0, 1)
+        return out
+
+    return multiply
+
+
+def measure(name: str, tokens: int, seconds: float) -> dict[str, Any]:
+    from ..ops import matmul
+    from ..ops.layout import pack
+
+    qtype = QTYPES[name]
+    packed = qtype.quantize(torch.randn(SIZE, SIZE), effort="fast")
+    weight, dense = pack(packed, name, (SIZE, SIZE), torch.bfloat16), qtype.dequantize(packed, torch.bfloat16)
+    x = torch.randn(tokens, SIZE, dtype=torch.bfloat16)
+
+    def tiled(n_bytes: int) -> Callable[[], Tensor]:
+        def multiply() -> Tensor:
+            matmul.TILE_BYTES = n_bytes
+            return matmul.packed_linear(x, weight, None)
+
+        return multiply
+
+    calls: list[Callable[[], object]] = [tiled(64 << 20), tiled(1 << 20), lambda: linear(x, dense)]
+    calls += [vec_dot(qtype, packed, x.float())] if tokens == 1 else []
+    usual = matmul.TILE_BYTES
+    names = ("tile_64_mib", "tile_1_mib", "dense", "vec_dot")
+    times = fastest(seconds, *calls, clock=time.process_time)
+    matmul.TILE_BYTES = usual
+    return {"type": name, "tokens": tokens} | {key: round(ms, 1) for key, ms in zip(names, times, strict=False)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--types", nargs="+", default=["Q8_0", "Q6_K", "Q4_K", "Q4_0"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 512])
+    parser.add_argument("--seconds", type=float, default=5, help="to measure each")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    import_host()
+    with torch.inference_mode():
+        rows = [measure(name, tokens, options.seconds) for name in options.types for tokens in options.tokens]
+    if options.json:
+        print(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+        return
+    print(f"{machine()}\n| type | tokens | 64 MiB | 1 MiB | dense | vec-dot |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {' | '.join(str(value) for value in row.values())} |")
+
+
+if __name__ == "__main__":
+    main()
