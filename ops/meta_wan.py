@@ -38,7 +38,7 @@ def meta_model(
         shapes: by the tensor's name without prefix, in torch's order.
         dtype: of the arithmetic.
     """
-    state = {name: _from_file(name, shape, types[name], dtype) for name, shape in shapes.items()}
+    state = {name: meta_packed(name, shape, types[name], dtype) for name, shape in shapes.items()}
     config = comfy.model_detection.model_config_from_unet(state, "")
     config.set_inference_dtype(dtype, dtype)
     config.custom_operations = GGUFOps
@@ -68,7 +68,8 @@ def _kept(name: str, fewer: Mapping[str, int]) -> bool:
     return not (fewer and block) or int(block[2]) < fewer["vace_layers" if block[1] else "num_layers"]
 
 
-def _from_file(name: str, shape: tuple[int, ...], qtype: QuantType, dtype: torch.dtype) -> Tensor:
+def meta_packed(name: str, shape: tuple[int, ...], qtype: QuantType, dtype: torch.dtype) -> Tensor:
+    """A tensor as it would be loaded from a GGUF."""
     data = torch.empty(qtype.packed_shape(shape), dtype=torch.uint8, device=META)
     return host_tensor(TensorRecord(name, qtype, shape, shape, Path(), 0, data.nbytes), data, dtype)
 

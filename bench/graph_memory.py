@@ -1,0 +1,90 @@
+"""Peak video memory of what comes before and after sampling: umT5-XXL encoding a prompt, the VAE decoding in tiles.
+
+Simulated on meta tensors as in `bench memory`, for the budgets of Wan 14B: needs no GPU. The text encoder's weights are
+Q8_0 and streamed, its arithmetic is float32, the host's; its embedding stays in main memory. Where the host keeps the
+text encoder on the CPU it takes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .memory import CASES, MODELS, Video, start_host
+
+if TYPE_CHECKING:
+    from ..ops.simulator import Peak
+
+TOKENS = 512
+Row = dict[str, object]
+
+
+def encoding_peak() -> Peak:
+    """Of a prompt, which the host pads to 512 tokens."""
+    import comfy.text_encoders.t5
+    import comfy.text_encoders.wan
+    import torch
+
+    from ..ops.linear import GGUFOps, gguf_modules
+    from ..ops.live_memory import LiveMemory
+    from ..ops.meta_wan import META, meta_packed
+    from ..ops.simulator import Peak
+    from ..quant import QTYPES
+
+    config = json.loads(Path(comfy.text_encoders.wan.__file__).with_name("umt5_config_xxl.json").read_text())
+    model = comfy.text_encoders.t5.T5(config, torch.float32, META, GGUFOps).requires_grad_(False)
+    streamed = [0, 0]
+    for key, module in gguf_modules(model):
+        weight = meta_packed(key, module._shapes["weight"], QTYPES["Q8_0"], torch.float32)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, GGUFOps.Linear):
+            streamed.append(weight.nbytes)
+    norms = [parameter for name, parameter in model.named_parameters() if name.endswith("layer_norm.weight")]
+    memory = LiveMemory(META)
+    with torch.inference_mode(False), torch.no_grad(), memory:
+        tokens = torch.zeros(1, TOKENS, dtype=torch.long, device=META)
+        model(tokens, attention_mask=torch.ones(1, TOKENS, device=META))
+    weights = sum(sorted(streamed)[-2:]) + sum(norm.nbytes for norm in norms)
+    return Peak(weights, memory.peak.scratch, memory.peak.activations, memory.now.flops)
+
+
+def rows() -> list[Row]:
+    import torch
+
+    from ..ops.decoding import tiles_within
+    from ..ops.simulator import Job
+
+    found = [row("umT5-XXL", None, None, encoding_peak())]
+    for model, vae in (("14B-T2V", "Wan 2.1 VAE"), ("5B-TI2V", "Wan 2.2 VAE")):
+        for video, budget in CASES[model]:
+            job = Job.of_video(*video, channels=MODELS[model].out_dim)
+            tiles = tiles_within(job, round(budget * 2**30), torch.bfloat16)
+            found.append(row(vae, video, budget, tiles.peak) | {"tile_size": tiles.size, "overlap": tiles.overlap})
+    return found
+
+
+def row(part: str, video: Video | None, budget: float | None, peak: Peak) -> Row:
+    size = f"{video.width}x{video.height}x{video.frames}" if video else ""
+    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in peak.parts.items()}
+    return {"part": part, "video": size, "budget_gib": budget, "peak_gib": round(peak.total / 2**30, 4), "parts": parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    start_host()
+    found = rows()
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    print("| part | video | tiles | peak | budget |\n|---|---|---|---|---|")
+    for each in found:
+        cells = [each["part"], each["video"], each.get("tile_size", ""), f"{each['peak_gib']:.2f}"]
+        print(f"| {' | '.join(map(str, cells))} | {each['budget_gib'] or ''} |")
+
+
+if __name__ == "__main__":
+    main()

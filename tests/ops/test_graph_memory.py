@@ -1,0 +1,15 @@
+"""The peak of encoding a prompt, by the host's umT5 in its true size."""
+
+from __future__ import annotations
+
+from wanquant.bench.graph_memory import TOKENS, encoding_peak
+from wanquant.ops.simulator import GIB
+
+
+def test_text_encoding_fits_the_smallest_budget_of_14b():
+    peak = encoding_peak()
+    layer, norms = 10240 * 4096 * 34 // 32, 49 * 4096 * 4
+    assert peak.weights == 2 * layer + norms
+    assert peak.scratch <= 64 << 20  # a tile, whatever the layer
+    assert peak.activations >= 3 * TOKENS * 10240 * 4  # the gated FFN's
+    assert peak.total < 1.95 * GIB
