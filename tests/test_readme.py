@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from wanquant.bench import dequant, sizes
+from wanquant.bench import dequant, sizes, tables
 from wanquant.dev import ROOT
 from wanquant.quant import QTYPES
 
@@ -31,6 +31,14 @@ def test_speed_table_is_that_of_the_results_and_counts_as_today():
         counts = f"{ours['kernels']} | {ours['bytes']:.2f} | {peer['kernels']} | {peer['bytes']:.2f}"
         line = f"| {row['type']} | {counts} | {row['of_peer']}x ({row['torch_of_peer']}x) |"
         assert line in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", tables.READMES, ids=lambda path: path.name)
+def test_tables_are_those_of_the_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert tables.updated(text) == text, "run python3 dev.py bench tables"
+    stale = re.sub(r"^\| Q6_K \| [-+].*\n", "", text, flags=re.MULTILINE)
+    assert stale != text and tables.updated(stale) == text
 
 
 def test_chinese_readme_has_the_same_parts_and_figures():

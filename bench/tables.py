@@ -1,0 +1,47 @@
+"""Writes the rows of the README's marked tables, in both languages, from bench/results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = (ROOT / "README.md", ROOT / "README.zh.md")
+
+
+def convert_row(row: dict[str, Any]) -> str:
+    """Errors of both efforts against ggml's, and their speed as a multiple of ggml's."""
+    errors = (f"{100 * error:+.1f} %" if (error := row[f"{effort}_error"]) else "0" for effort in ("fast", "best"))
+    speeds = (f"{row[f'{effort}_mws'] / row['ggml_mws']:.2f}x" for effort in ("fast", "best"))
+    return f"| {' | '.join((row['type'], *errors, *speeds))} |\n"
+
+
+def convert_rows() -> str:
+    result = json.loads((ROOT / "bench" / "results" / "convert-14B.json").read_text())
+    return "".join(map(convert_row, result["encoders"]))
+
+
+TABLES: dict[str, Callable[[], str]] = {"convert": convert_rows}
+"""What writes the rows below the heading of the table behind `<!-- table: NAME -->`."""
+
+
+def updated(text: str) -> str:
+    """A README with the rows of today; headings, which are translated, stay."""
+    for name, rows in TABLES.items():
+        pattern = rf"(<!-- table: {name} -->\n\|.*\n\|[-|]+\n)(?:\|.*\n)*"
+        text, found = re.subn(pattern, lambda match, rows=rows: match[1] + rows(), text)
+        if found != 1:
+            raise SystemExit(f"{found} tables are marked {name}, expected one")
+    return text
+
+
+def main() -> None:
+    for path in READMES:
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
