@@ -38,7 +38,7 @@ class WanQuantCollectImportance(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Measure also how the inputs go together, for rounding that makes up for its own errors."
-                    " The file has 1.6 GiB for a 14B model.",
+                    " The file has 1.5 GiB for a 14B model.",
                 ),
             ],
             outputs=[

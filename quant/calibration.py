@@ -18,7 +18,7 @@ from .qtype import Effort, QuantType
 from .search import Encoder, encode_with_feedback
 
 SPAN = 256
-"""Columns whose products are kept: a super-block's. At 14B they take 1.6 GiB, those of all columns 48 GiB."""
+"""Columns whose products are kept: a super-block's. At 14B they take 1.5 GiB, those of all columns 48 GiB."""
 
 # Of an evaluation. 256 columns need a few thousand rows in all, which a few steps of one clip have.
 _ROWS = 1 << 10

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, QuantError, open_gguf
-from wanquant.quant.calibration import Calibration, CalibrationCollector, Inputs
+from wanquant.quant.calibration import SPAN, Calibration, CalibrationCollector, Inputs
 from wanquant.quant.checkpoint import open_checkpoint
 from wanquant.quant.convert import convert
 from wanquant.quant.recipe import treatment
+from wanquant.quant.wan import wan_shapes
 from wanquant.tests.tiny_wan import write_tiny_wan
 
 NAME = "blocks.0.ffn.0.weight"
@@ -125,6 +128,16 @@ def test_some_rows_of_many_are_enough():
     assert calibration.counts["w"] == 2000
     every_third = torch.arange(3000.0)[0::3].square().sum() + torch.arange(3000.0)[1::3].square().sum()
     torch.testing.assert_close(calibration.sums["w"], every_third.expand(32))
+
+
+def test_size_at_14b():
+    widths = {name: shape[-1] for name, shape in wan_shapes("14B").items() if len(shape) == 2}
+    collected = sum(width * SPAN * 4 for width in widths.values()) / 2**30
+    shared = sum(
+        width * SPAN * 4 for name, width in widths.items() if re.search("self_attn.[kv]|cross_attn.[kv]", name)
+    )
+    assert 2.2 < collected < 2.35, "GiB of main memory"
+    assert 1.45 < collected - shared / 2**30 < 1.55, "GiB of the file"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
