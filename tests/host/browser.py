@@ -63,6 +63,9 @@ _CLOSE_UP = """types => {
     return [place.left + 300, place.top + 40, right + 12 - left, low + 12 - top];
 }"""
 
+# Until the page has drawn what changed, however busy the machine is.
+_DRAWN = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
 
 class Canvas:
     """The page with its graph."""
@@ -112,7 +115,7 @@ class Canvas:
         """The one at the right."""
         self.page.evaluate("app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false)")
 
-    def run(self, timeout: float = 300) -> dict[str, Any]:
+    def run(self, timeout: float = 600) -> dict[str, Any]:
         """Press Run and wait; what /history says of the run."""
         return self.result(self.start(), timeout)
 
@@ -163,6 +166,7 @@ class Canvas:
         return width, height
 
     def _screenshot(self, left: float, top: float, width: float, height: float) -> Image.Image:
+        self.page.evaluate(_DRAWN)
         clip = {"x": left, "y": top, "width": width, "height": height}
         return Image.open(io.BytesIO(self.page.screenshot(clip=clip))).convert("RGB")
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from wanquant.dev import ROOT
+from wanquant.templates import models
+from wanquant.templates.canvas import Box, Node, Schemas, workflow
 from wanquant.templates.wan import COMFYUI_GGUF
 from wanquant.tests.host.browser import Canvas
 from wanquant.tests.host.graphs import node
@@ -50,6 +52,31 @@ def test_dropped_template_runs(path: Path, canvas: Canvas, server: HostServer, s
         thumbnail.save(path.with_suffix(".jpg"), quality=80)
         if path.stem in SHOWN:
             picture.save(ROOT / "docs" / "images" / f"{SHOWN[path.stem]}.png", optimize=True)
+
+
+ADVANCED_WIDGETS = {"dequant_dtype": "target", "patch_dtype": "float16", "patch_on_device": True}
+ADVANCED: Schemas = {
+    "UnetLoaderGGUFAdvanced": {
+        "input": {"required": {"unet_name": ["COMBO"]} | {name: ["COMBO"] for name in ADVANCED_WIDGETS}},
+        "output": ["MODEL"],
+        "output_name": ["MODEL"],
+    }
+}
+
+
+def test_advanced_loader_of_comfyui_gguf_is_replaced(canvas: Canvas, server: HostServer, schemas: Schemas):
+    """The other two are in the template for migration."""
+    if server.version().startswith("0.2"):
+        pytest.skip("the canvas of this ComfyUI offers replacements in another place")
+    loader = Node("UnetLoaderGGUFAdvanced", {"unet_name": models.T2V_14B.name, **ADVANCED_WIDGETS})
+    shift = Node("ModelSamplingSD3", {"model": ["loader", 0], "shift": 5.0})
+    graph = workflow("advanced", [[Box("", {"loader": loader, "shift": shift})]], schemas | ADVANCED)
+    canvas.drop(Path("advanced.json"), json.dumps(graph).encode())
+    canvas.replace_missing()
+    sent = canvas.prompt()
+    assert sent["1"]["class_type"] == "WanQuantLoader"
+    assert sent["1"]["inputs"].items() >= {"model_name": models.T2V_14B.name, "compute_dtype": "default"}.items()
+    assert sent["2"]["inputs"]["model"] == ["1", 0]
 
 
 def _overlaps(nodes: list[dict[str, Any]]) -> list[tuple[str, str]]:

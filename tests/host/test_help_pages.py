@@ -26,7 +26,7 @@ def every_node(canvas: Canvas, server: HostServer, schemas: Schemas) -> Iterator
     help_graph.prepare(server)
     canvas.refresh()
     canvas.drop(Path("help.json"), json.dumps(workflow("help", help_graph.columns(), schemas)).encode())
-    assert canvas.run(timeout=600)["status"]["status_str"] == "success"
+    assert canvas.run()["status"]["status_str"] == "success"
     assert canvas.errors() == ""
     yield canvas
     canvas.close_panel()
