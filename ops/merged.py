@@ -64,7 +64,7 @@ class _Parameter(SourceTensor):
             weight = weight.dequantize()
         if not self.patches:
             return weight.to(self.dtype)
-        weight = weight.to(device, torch.float32, copy=True)
+        weight = weight.to(device, torch.float32, copy=weight is self.weight)
         key = _PREFIX + self.name
         merged: Tensor = comfy.lora.calculate_weight(
             self.patches, weight, key, torch.float32, {key: [(weight.clone(), None)]}

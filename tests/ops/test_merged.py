@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from wanquant.ops.layout import is_packed
+from wanquant.ops.live_memory import LiveMemory
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.ops.merged import merged_checkpoint
 from wanquant.quant import QuantError, budget
@@ -138,3 +139,13 @@ def test_packed_weights_without_patches_are_copied(t2v, state, tmp_path):
     copied, merged = (open_gguf(report.path).tensors[name].data for name in (PLAIN, PATCHED))
     assert torch.equal(copied, open_gguf(t2v[1]).tensors[PLAIN].data)
     assert not torch.equal(merged, open_gguf(t2v[1]).tensors[PATCHED].data)
+
+
+@pytest.mark.parametrize(("name", "times"), [(PLAIN, 0.3), (PATCHED, 4.1)])
+def test_memory_is_a_few_times_the_weight_at_hand(t2v, state, name, times):
+    model = with_lora(load_diffusion_model(t2v[1], dtype=torch.float32), lora(state))
+    with merged_checkpoint(model, CPU) as merged, LiveMemory("cpu") as live:
+        rows, columns = merged.tensors[name].shape
+        for row in range(0, rows, rows // 4):
+            merged.tensors[name].read(row * columns, (row + rows // 4) * columns)
+    assert live.peak.nbytes <= times * 4 * rows * columns
