@@ -13,7 +13,8 @@ from wanquant.dev import ROOT, checkout
 if not (checkout() / "comfy").is_dir():
     pytest.skip("no ComfyUI: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)
 
-from wanquant.bench import quality, train_tinywan
+from wanquant.bench import quality, sensitivity, train_tinywan
+from wanquant.bench.tinywan.allocation import HALVES, by_half
 from wanquant.bench.tinywan.data import CAPTIONS, HELD_OUT, MOTIONS, TRAINING, WORDS, draw, to_latent, word_embeddings
 from wanquant.bench.tinywan.model import build, velocity
 from wanquant.bench.tinywan.reference import load_weights
@@ -105,3 +106,18 @@ def test_quality_at_equal_bytes():
     assert steps["plain"] > steps["ggml"]
     assert steps["calibrated"] > steps["importance"] > steps["ggml + importance"]
     assert steps["importance + LoRA"] > steps["importance"]
+
+
+def test_steps_count_by_the_noise_that_they_take_away():
+    row = sensitivity.Sensitivity("a.weight", (1.0,) * len(sensitivity.LEVELS[:-1]))
+    high, low = (row.of_half(half) for half in ("high", "low"))
+    taken = torch.tensor(sensitivity.LEVELS).diff().square().sum().item()
+    assert high + low == pytest.approx(taken)
+    assert low > high, "the schedule spends most of its steps where the noise is high"
+
+
+def test_each_half_has_its_model():
+    x, text = torch.zeros(1), torch.zeros(1)
+    model = by_half({half: lambda *_, half=half: half for half in HALVES})
+    halves = [model(x, torch.tensor([1000 * level]), text) for level in sensitivity.LEVELS[:-1]]
+    assert halves == ["high"] * 5 + ["low"] * 3

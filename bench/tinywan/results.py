@@ -16,7 +16,7 @@ RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "images"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--update", action="store_true", help="write bench/results and the README's picture anew")
+    parser.add_argument("--update", action="store_true", help="write its file in bench/results, and its picture, anew")
 
 
 def checkpoint() -> str:

@@ -1,0 +1,90 @@
+"""How many prompts an importance matrix needs: the error of TinyWan's steps against the number of its captions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from wanquant.bench.convert import machine
+from wanquant.bench.tinywan.data import TRAINING
+from wanquant.bench.tinywan.reference import (
+    CHECKPOINT,
+    Reference,
+    Spread,
+    collect,
+    load_model,
+    load_weights,
+    prompts,
+)
+from wanquant.bench.tinywan.results import add_options, checkpoint, table, write_results
+from wanquant.quant.calibration import CalibrationCollector, Inputs
+from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.importance import Collector
+from wanquant.quant.recipe import find_recipe, plan
+
+COUNTS = (0, 1, 2, 4, 8, 16, len(TRAINING))
+COLLECTORS = {"importance": Collector, "calibrated": CalibrationCollector}
+
+
+@dataclass(frozen=True)
+class Point:
+    """The steps' velocity over its error, in dB: mean and deviation over draws of captions."""
+
+    method: str
+    prompts: int
+    velocity_sqnr: Spread
+
+
+def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[Point]:
+    """All points; 0 captions are no importance matrix, the same for both methods."""
+    reference, source = Reference.sample(clips), load_weights()
+    with open_checkpoint(CHECKPOINT) as file:
+        types = plan(find_recipe(recipe), file.tensors).types
+
+    def sqnr(method: str, count: int, draw: int) -> float:
+        captions = prompts(count, start=draw * (1 + len(TRAINING) // draws)) if count else []
+        known = collect(source, captions, COLLECTORS[method]()) if captions else {}
+        weights = {
+            name: qtype.dequantize(Inputs.of(known, name).quantize(qtype, source[name]))
+            if qtype.block_size > 1
+            else source[name]
+            for name, qtype in types.items()
+        }
+        steps = reference.velocity_sqnr(load_model(weights))
+        return sum(steps) / len(steps)
+
+    return [
+        Point(method, count, Spread.of(torch.tensor([sqnr(method, count, draw) for draw in range(draws)])))
+        for method in COLLECTORS
+        for count in counts
+    ]
+
+
+def text(points: Sequence[Point]) -> str:
+    """The table."""
+    rows = [(p.method, str(p.prompts), f"{p.velocity_sqnr.mean:.2f} ± {p.velocity_sqnr.deviation:.2f}") for p in points]
+    return table(("method", "captions", "velocity"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="dev.py bench importance-prompts", description=__doc__)
+    parser.add_argument("--recipe", default="Q3_K_M")
+    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS)
+    parser.add_argument("--draws", type=int, default=3, help="of captions, for each number of them")
+    parser.add_argument("--seeds", type=int, default=4)
+    add_options(parser)
+    options = parser.parse_args()
+    points = measure(options.recipe, options.counts, options.draws, options.seeds)
+    settings = {"machine": machine(), "checkpoint": checkpoint(), "recipe": options.recipe, "draws": options.draws}
+    result = {**settings, "points": [asdict(point) for point in points]}
+    if options.update:
+        write_results("importance-prompts", result)
+    print(json.dumps(result, indent=2) if options.json else text(points))
+
+
+if __name__ == "__main__":
+    main()
