@@ -78,7 +78,7 @@ class Workshop:
     def recovered(self, recipe: str) -> Encoded:
         """With importance, and a recovery LoRA added."""
         file, lora = self.weighted(recipe), self.folder / f"{recipe}.safetensors"
-        path, size = self._path(recipe, self.importance), LORA_SHARE * file.nbytes / GIB
+        path, size = self.path(recipe, self.importance), LORA_SHARE * file.nbytes / GIB
         report = recover(path, CHECKPOINT, lora, size, importance=self.importance, overwrite=True)
         factors, weights = load_file(lora), dict(file.weights)
         for layer in report.layers:
@@ -89,7 +89,7 @@ class Workshop:
         return Encoded(file.nbytes + report.nbytes, weights, file.quantized)
 
     def _converted(self, recipe: str, importance: Importance | None) -> Encoded:
-        path = self._path(recipe, importance)
+        path = self.path(recipe, importance)
         report = convert(CHECKPOINT, path, recipe, importance=importance)
         tensors = open_gguf(path).tensors
         quantized = frozenset(name for name, tensor in tensors.items() if tensor.qtype.block_size > 1)
@@ -98,7 +98,7 @@ class Workshop:
     def _by_ggml(self, recipe: str, importance: Mapping[str, Tensor]) -> Encoded:
         """By ggml's C library, in the very types of our file."""
         ours, library = self.plain(recipe), load_libggml()
-        tensors, weights = open_gguf(self._path(recipe, None)).tensors, dict(ours.weights)
+        tensors, weights = open_gguf(self.path(recipe, None)).tensors, dict(ours.weights)
         for name in ours.quantized:
             qtype = tensors[name].qtype.name
             columns = importance[name].numpy() if name in importance else None
@@ -106,7 +106,7 @@ class Workshop:
             weights[name] = torch.from_numpy(library.dequantize(qtype, packed))
         return Encoded(ours.nbytes, weights, ours.quantized)
 
-    def _path(self, recipe: str, importance: Importance | None) -> Path:
+    def path(self, recipe: str, importance: Importance | None) -> Path:
         return self.folder / f"{recipe}-{type(importance).__name__}.gguf"
 
 

@@ -99,7 +99,7 @@ def load_weights() -> dict[str, Tensor]:
 
 
 def load_model(weights: Weights) -> Model:
-    return velocity(_module(weights))
+    return velocity(load_module(weights))
 
 
 def sqnr(reference: Tensor, values: Tensor) -> float:
@@ -121,7 +121,7 @@ def collect(
     wanted: Callable[[float], bool] = lambda level: True,
 ) -> Importance:
     """What the collector makes of sampling; `wanted` chooses the steps by their noise level."""
-    model, counted = _module(weights), True
+    model, counted = load_module(weights), True
 
     def add(name: str, _: torch.nn.Module, inputs: tuple[Tensor]) -> None:
         if counted:
@@ -148,7 +148,7 @@ def prompts(count: int, start: int = 0) -> list[Caption]:
     return [TRAINING[(start + index * step) % len(TRAINING)] for index in range(count)]
 
 
-def _module(weights: Weights) -> torch.nn.Module:
+def load_module(weights: Weights) -> torch.nn.Module:
     model = build()
     model.load_state_dict(dict(weights))
     return model.eval()
