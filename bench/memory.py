@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from ..dev import checkout
 from ..quant.recipe import find_recipe, plan
 from ..quant.wan import SIZES, VACE_14B, WanSize, transformer_shapes
@@ -39,6 +41,8 @@ class Video(NamedTuple):
 
 SMALL, LARGE = Video(832, 480, 81), Video(1280, 720, 81)
 UNLIMITED_GIB = 24
+RANK = 64
+"""Of the LoRAs, as most that are published."""
 # Videos, and a budget in GiB for each.
 CASES = {
     "1.3B-T2V": ((SMALL, 1.2), (LARGE, 1.75)),
@@ -59,15 +63,27 @@ def start_host() -> None:
     logging.getLogger().setLevel(logging.ERROR)
 
 
-def simulator(size: WanSize, recipe: str) -> Simulator:
-    """Of a model of this size in this recipe."""
-    from ..ops.meta_wan import meta_model, meta_twin
-    from ..ops.simulator import Simulator, streamed_bytes
+def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
+    """Of a model of this size in this recipe, with so many LoRAs of every quantized layer."""
+    from comfy.model_patcher import ModelPatcher
+    from comfy.weight_adapter import LoRAAdapter
+
+    from ..ops.linear import packed_modules
+    from ..ops.meta_wan import META, meta_model
+    from ..ops.simulator import Simulator
 
     shapes = transformer_shapes(size)
     types = plan(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
-    model = meta_model(shapes, types)
-    return Simulator(meta_twin(model), weights=streamed_bytes(model))
+    patcher = ModelPatcher(meta_model(shapes, types), META, META)
+
+    def lora(rows: int, columns: int) -> LoRAAdapter:
+        up, down = (torch.empty(*shape, dtype=torch.bfloat16, device=META) for shape in ((rows, RANK), (RANK, columns)))
+        return LoRAAdapter(set(), (up, down, None, None, None, None))
+
+    for _ in range(loras):
+        layers = packed_modules(patcher.model)
+        patcher.add_patches({key: lora(layer.out_features, layer.in_features) for key, layer in layers})
+    return Simulator.of(patcher)
 
 
 def job(size: WanSize, video: Video) -> Job:
@@ -78,12 +94,12 @@ def job(size: WanSize, video: Video) -> Job:
     return replace(plain, image_tokens=257 * size.image, control_streams=2 * bool(size.vace_layers))
 
 
-def rows(recipe: str) -> Iterator[dict[str, object]]:
+def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
     """For each model and video the host's own forward, and what Wan Low VRAM chooses for the budget."""
     from ..ops.vram import choose
 
     for model, size in MODELS.items():
-        simulated = simulator(size, recipe)
+        simulated = simulator(size, recipe, loras)
         for video, budget in CASES[model]:
             wanted = job(size, video)
             for gib in (UNLIMITED_GIB, budget):
@@ -156,13 +172,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--recipe", default="Q4_K_M")
+    parser.add_argument("--loras", type=int, default=0, help=f"this many, of rank {RANK}, on every quantized layer")
     parser.add_argument("--picture", type=Path, help="only draw 14B's memory over the course of one block (PNG)")
     options = parser.parse_args()
     start_host()
     if options.picture:
         draw(options.picture, options.recipe)
         return
-    found = list(rows(options.recipe))
+    found = list(rows(options.recipe, options.loras))
     print(json.dumps(found, indent=2) if options.json else table(found))
 
 

@@ -71,6 +71,13 @@ def test_refuses_absurd_budgets(gib):
     assert checked_budget(3.5) == 3.5 * GIB
 
 
+def test_loras_of_every_layer_are_counted():
+    plain, patched = (simulator(TINY, "Q8_0", loras).peak(LATENT, None) for loras in (0, 2))
+    layers = 8 * 1536 * 1536 + 2 * 1536 * 8960
+    ranks_a_weight = 2 * 64 * 2
+    assert patched.flops - plain.flops >= ranks_a_weight * layers
+
+
 def test_rows_are_as_promised(monkeypatch):
     monkeypatch.setattr("wanquant.bench.memory.MODELS", {"1.3B-T2V": TINY})
     monkeypatch.setattr("wanquant.bench.memory.CASES", {"1.3B-T2V": ((SMALL, 1.2),)})
