@@ -28,6 +28,8 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
     axis = figure.add_subplot()
     for method, (colour, dash, label) in _STYLES.items():
         line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["nbytes"])
+        if not line:
+            continue
         sizes, psnr = [row["nbytes"] / 1e6 for row in line], [row["latent_psnr"]["mean"] for row in line]
         axis.plot(sizes, psnr, color=colour, linestyle=dash, marker="o", markersize=4, label=label)
         if method == "importance":
