@@ -52,6 +52,15 @@ def test_rows_are_as_strong_as_they_were(name, weighted, weight):
     assert squares[1] < 1.08 * squares[0], "what it costs in squared error"
 
 
+@pytest.mark.parametrize("name", [name for name in TYPES if len(QTYPES[name].factors) == 2])
+def test_types_with_minima_keep_the_sums_of_rows(name, weight):
+    qtype = QTYPES[name]
+    weight += 0.01
+    after = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
+    assert ((after.sum(1) / weight.sum(1)) - 1).abs().max() < 1e-2, "float16 rounds"
+    assert (gains(weight, after) - 1).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_rows_without_weights_or_importance_stay(name, weight):
     qtype = QTYPES[name]
