@@ -16,9 +16,9 @@ if not (checkout() / "comfy").is_dir():
 from wanquant.bench import quality, sensitivity, train_tinywan
 from wanquant.bench.tinywan.allocation import HALVES, by_half
 from wanquant.bench.tinywan.data import CAPTIONS, HELD_OUT, MOTIONS, TRAINING, WORDS, draw, to_latent, word_embeddings
-from wanquant.bench.tinywan.model import build, velocity
+from wanquant.bench.tinywan.model import build
 from wanquant.bench.tinywan.reference import load_weights
-from wanquant.bench.tinywan.score import generate, right
+from wanquant.bench.tinywan.score import right
 from wanquant.ops.conditioning import load_conditioning
 
 import comfy.model_management  # isort: skip (wanquant.bench.tinywan puts the host on the path)
@@ -89,11 +89,23 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_it_draws_the_colours_that_held_out_captions_say():
+def test_it_draws_the_colours_and_motions_that_held_out_captions_say():
     model = build()
     model.load_state_dict(load_weights())
-    captions = HELD_OUT[:16]
-    assert right(generate(velocity(model), captions, seed=1), captions)[:, 0].sum() >= 15
+    # 58 of 64 where it was trained; another machine's rounding may tip a clip.
+    assert train_tinywan.score(model, 64)["both"] >= 0.85
+
+
+def test_heads_start_out_looking_one_frame_back_and_one_ahead():
+    attention = build().blocks[1].self_attn
+    query, key = (bias.view(2, 64, 2)[:, :22] for bias in (attention.q.bias, attention.k.bias))
+    frequencies = 10000 ** -(torch.arange(22) / 22)
+    scores = []
+    for frames in range(-3, 4):
+        cosine, sine = (frames * frequencies).cos(), (frames * frequencies).sin()
+        turned = torch.stack([cosine * key[..., 0] - sine * key[..., 1], sine * key[..., 0] + cosine * key[..., 1]], -1)
+        scores.append((query * turned).sum((1, 2)))
+    assert (torch.stack(scores).argmax(0) - 3).tolist() == [-1, 1]
 
 
 def test_quality_at_equal_bytes():

@@ -1,8 +1,8 @@
 """The clips that TinyWan learns: a coloured shape moves over grey ground, drawn as a Wan latent.
 
-Captions are three words. A shape that moves leaves a fading trail, as in a long exposure. Wan knows only how far apart
-two places are, not where they are: a direction is learned only by comparing frames, long after colours and shapes. The
-trail shows it inside each frame as well.
+Captions are three words. A shape leaves a fading trail, as in a long exposure. Wan knows only how far apart two places
+are, not where they are, and that a shape moves on is seen only by comparing frames with the word for its direction; the
+trail makes that word matter inside each frame as well, and so it is learned.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ WORDS = (*COLOURS, *SHAPES, *MOTIONS)
 FRAMES, SIZE, CHANNELS, TEXT_DIM = 5, 16, 16, 4096
 """A clip's latent: (CHANNELS, FRAMES, SIZE, SIZE); lengths below are in latent cells."""
 
+SPEED = 1.5
+"""Cells a frame."""
+
 _OVERSAMPLING = 2
 _HIDDEN_SCALE = 2.5
-_TRAIL, _ECHOES = 4.5, 6
+_TRAIL, _ECHOES = 4.0, 6
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ TRAINING = tuple(caption for caption in CAPTIONS if not _held_out(caption))
 
 
 def word_embeddings() -> dict[str, Tensor]:
-    """One fixed vector (TEXT_DIM,) a word, normal with a deviation of 0.1, rounded to bfloat16."""
-    table = 0.1 * torch.randn(len(WORDS), TEXT_DIM, generator=torch.Generator().manual_seed(0))
+    """One fixed vector (TEXT_DIM,) a word, standard normal, rounded to bfloat16."""
+    table = torch.randn(len(WORDS), TEXT_DIM, generator=torch.Generator().manual_seed(0))
     return dict(zip(WORDS, table.bfloat16().float(), strict=True))
 
 
@@ -73,43 +76,49 @@ def embed(captions: Sequence[Caption]) -> Tensor:
     return torch.stack([torch.stack([table[word] for word in caption.words]) for caption in captions])
 
 
-def draw(captions: Sequence[Caption], generator: torch.Generator) -> Tensor:
-    """Pictures (captions, 3, FRAMES, SIZE, SIZE) in 0..1, with random sizes, speeds, places and grounds."""
-    position = (torch.arange(SIZE * _OVERSAMPLING) + 0.5) / _OVERSAMPLING
-    x, y = position.expand(SIZE * _OVERSAMPLING, -1), position.view(-1, 1).expand(-1, SIZE * _OVERSAMPLING)
-    clips = [_draw_one(caption, x, y, torch.rand(9, generator=generator).tolist()) for caption in captions]
-    return torch.nn.functional.avg_pool3d(torch.stack(clips), (1, _OVERSAMPLING, _OVERSAMPLING))
+def draw(captions: Sequence[Caption], generator: torch.Generator, size: int = SIZE) -> Tensor:
+    """Pictures (captions, 3, FRAMES, size, size) in 0..1, with random sizes, places and grounds."""
+    chance = torch.rand(len(captions), 7, generator=generator)
+    position = (torch.arange(size * _OVERSAMPLING) + 0.5) / _OVERSAMPLING
+    seen = _shapes(captions, chance[:, :3], position, size)
+    ground = _grounds(chance[:, 3:], position)
+    colours = torch.tensor([COLOURS[caption.colour] for caption in captions]).view(-1, 3, 1, 1, 1)
+    pictures = torch.lerp(ground.expand(-1, 3, FRAMES, -1, -1), colours, seen.unsqueeze(1))
+    return torch.nn.functional.avg_pool3d(pictures, (1, _OVERSAMPLING, _OVERSAMPLING))
 
 
-def _draw_one(caption: Caption, x: Tensor, y: Tensor, chance: list[float]) -> Tensor:
-    """One clip at the finer resolution; `chance` are uniform draws."""
-    radius = 2.5 + chance[0]
-    start, end = radius + chance[1] * (5 - radius), 11 + chance[2] * (5 - radius)
-    speed, aside = 0.8 + 0.4 * chance[3], 4 + 8 * chance[4]
-    checks = ((x + 8 * chance[5]) // 4 + (y + 8 * chance[6]) // 4) % 2
-    ground = 0.3 + 0.25 * chance[7] + (0.08 * checks if chance[8] < 0.25 else 0 * checks)
-    colour = torch.tensor(COLOURS[caption.colour]).view(3, 1, 1)
-    right, down = MOTIONS[caption.motion]
-    frames = []
-    for frame in range(FRAMES):
-        place = start + (end - start) * (frame / (FRAMES - 1)) ** speed
-        place = place if right + down > 0 else SIZE - place
-        dx, dy = x - (place if right else aside), y - (place if down else aside)
-        echoes = (_TRAIL * echo / _ECHOES for echo in range(_ECHOES))
-        seen = [
-            (1 - behind / _TRAIL) * _inside(caption.shape, dx + right * behind, dy + down * behind, radius)
-            for behind in echoes
-        ]
-        frames.append(torch.lerp(ground.expand(3, -1, -1), colour, torch.stack(seen).amax(0)))
-    return torch.stack(frames, dim=1)
+def _shapes(captions: Sequence[Caption], chance: Tensor, position: Tensor, size: int) -> Tensor:
+    """How much of the shape, or of its trail, is at each place: (captions, frames, places, places) in 0..1."""
+    way = torch.tensor([MOTIONS[caption.motion] for caption in captions], dtype=torch.float32)
+    half = SPEED * (FRAMES - 1) / 2
+    # Half-way it may be anywhere from where the whole way lies inside the picture.
+    margin = torch.where(way != 0, half + 0.5, 1.0)
+    middle = margin + (size - 2 * margin) * chance[:, :2]
+    times = SPEED * torch.arange(FRAMES) - half
+    centres = middle.unsqueeze(1) + way.unsqueeze(1) * times.view(1, -1, 1)
+    radius = (1.9 + 0.6 * chance[:, 2]).view(-1, 1, 1, 1)
+    kinds = torch.tensor([SHAPES.index(caption.shape) for caption in captions]).view(-1, 1, 1, 1)
+    echoes = []
+    for echo in range(_ECHOES):
+        x, y = (centres - way.unsqueeze(1) * (_TRAIL * echo / _ECHOES)).unbind(-1)
+        dx, dy = position - x[:, :, None, None], position.view(-1, 1) - y[:, :, None, None]
+        echoes.append((1 - echo / _ECHOES) * _inside(kinds, dx, dy, radius))
+    return torch.stack(echoes).amax(0)
 
 
-def _inside(shape: str, dx: Tensor, dy: Tensor, radius: float) -> Tensor:
-    if shape == "ball":
-        return dx.square() + dy.square() <= radius**2
-    if shape == "square":
-        return torch.maximum(dx.abs(), dy.abs()) <= 0.85 * radius
-    return (dy <= 0.8 * radius) & (dx.abs() <= 0.6 * (dy + 1.1 * radius))
+def _inside(kinds: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
+    """Whether a place is in the shape around it; `kinds` are indices of SHAPES."""
+    ball = dx.square() + dy.square() <= radius**2
+    square = torch.maximum(dx.abs(), dy.abs()) <= 0.85 * radius
+    triangle = (dy <= 0.8 * radius) & (dx.abs() <= 0.6 * (dy + 1.1 * radius))
+    return torch.where(kinds == 0, ball, torch.where(kinds == 1, square, triangle))
+
+
+def _grounds(chance: Tensor, position: Tensor) -> Tensor:
+    """Grey (captions, 1, 1, places, places), one in four chequered; `chance` are uniform draws (captions, 4)."""
+    brightness, shift_x, shift_y, kind = chance.view(-1, 4, 1, 1, 1, 1).unbind(1)
+    checks = ((position + 8 * shift_x) // 4 + (position.view(-1, 1) + 8 * shift_y) // 4) % 2
+    return 0.35 + 0.15 * brightness + 0.08 * checks * (kind < 0.25)
 
 
 def _colour_maps() -> tuple[Tensor, Tensor, Tensor]:

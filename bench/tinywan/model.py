@@ -32,11 +32,43 @@ def build(seed: int = 0, *, training: bool = False) -> torch.nn.Module:
         Linear=torch.nn.Linear, Conv3d=torch.nn.Conv3d, LayerNorm=torch.nn.LayerNorm, RMSNorm=_RMSNorm
     )
     model = comfy.ldm.wan.model.WanModel(**SHAPE, operations=operations, dtype=torch.float32)
-    for name, parameter in model.named_parameters():
-        if name.endswith("modulation"):  # the host leaves them uninitialised
-            torch.nn.init.normal_(parameter, std=SHAPE["dim"] ** -0.5)
-    torch.nn.init.zeros_(model.head.head.weight)
+    _initialise(model)
+    for block in model.blocks[1:]:
+        _look_to_neighbouring_frames(block.self_attn)
     return model
+
+
+def _initialise(model: torch.nn.Module) -> None:
+    """Xavier's initialisation, as in Wan's own code, except that words keep their size through their embedding.
+
+    Source: `init_weights`, https://github.com/Wan-Video/Wan2.1/blob/main/wan/modules/model.py
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("modulation"):
+            torch.nn.init.normal_(parameter, std=SHAPE["dim"] ** -0.5)
+        elif name.endswith("bias") or name.startswith("head.head"):
+            torch.nn.init.zeros_(parameter)
+        elif name.startswith(("text_embedding", "patch_embedding")):
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif parameter.ndim == 2:
+            torch.nn.init.xavier_normal_(parameter)
+
+
+def _look_to_neighbouring_frames(attention: torch.nn.Module) -> None:
+    """Start the first head out at the same place a frame before, the second a frame after.
+
+    Which place of which frame matters for a direction cannot be told from one that looks both ways, or nowhere: the
+    gradient is zero there. Rotary embeddings turn pairs of channels of q and k by place times frequency, so that a
+    constant q that is ahead by the angle of one frame scores best with the k of the next.
+    """
+    widths = [attention.head_dim - 4 * (attention.head_dim // 6)] + 2 * [2 * (attention.head_dim // 6)]
+    frequencies = torch.cat([10000 ** -(torch.arange(0, width, 2) / width) for width in widths])
+    size = 2.0 * (frequencies > 0.05)  # slower ones hardly differ between neighbours
+    in_time = torch.arange(len(frequencies)) < widths[0] // 2
+    angles = torch.tensor([[-1.0], [1.0]]) * frequencies * in_time
+    with torch.no_grad():
+        attention.q.bias.copy_(torch.stack([size * angles.cos(), size * angles.sin()], -1).flatten())
+        attention.k.bias.copy_(torch.stack([size, 0 * size], -1).repeat(2, 1, 1).flatten())
 
 
 def velocity(model: torch.nn.Module, arithmetic: torch.dtype = torch.float32) -> Model:

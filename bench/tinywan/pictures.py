@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 Row = Mapping[str, Any]
 
@@ -71,4 +72,18 @@ def draw_sensitivity(rows: Sequence[Row], levels: Sequence[float], path: Path) -
     axis.set_title("Squared error of a step's velocity over its square,\none layer of TinyWan in Q3_K", fontsize=11)
     axis.spines[:].set_visible(False)
     figure.colorbar(image)
+    figure.savefig(path)
+
+
+def draw_clips(clips: Tensor, captions: Sequence[object], path: Path) -> None:
+    """Clips (n, 3, frames, height, width) in 0..1, two a row, frames side by side under the caption."""
+    figure = _figure(10, 0.65 * len(clips))
+    axes = figure.subplots(len(clips) // 2, 2).flat
+    for axis, clip, caption in zip(axes, clips, captions, strict=True):
+        axis.imshow(clip.permute(2, 1, 3, 0).flatten(1, 2).numpy(), interpolation="nearest")
+        axis.set_xticks([edge - 0.5 for edge in range(0, clip.shape[1] * clip.shape[3], clip.shape[3])], labels=[])
+        axis.grid(axis="x", color="white")
+        axis.tick_params(length=0)
+        axis.set_yticks([])
+        axis.set_title(str(caption), fontsize=11)
     figure.savefig(path)
