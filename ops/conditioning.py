@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
-from comfy.clip_vision import Output as ClipVisionOutput
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -64,13 +63,13 @@ def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  #
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in value.items()}}
-    if isinstance(value, ClipVisionOutput):  # of image to video; nothing but a bag of attributes
-        return {"clip_vision": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in vars(value).items()}}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"  # torch.Size among them
         return {kind: [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, _clip_vision_output()):  # of image to video; nothing but a bag of attributes
+        return {"clip_vision": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in vars(value).items()}}
     raise QuantError(
         f"{name}: a {type(value).__name__} cannot be saved; expected tensors, numbers, text, lists or dicts:"
         " apply this field after loading the conditioning"
@@ -86,9 +85,16 @@ def _restore(value: Any, file: Any) -> Any:  # noqa: ANN401
     if kind == "dict":
         return {key: _restore(item, file) for key, item in content.items()}
     if kind == "clip_vision":
-        output = ClipVisionOutput()
+        output = _clip_vision_output()()
         for key, item in content.items():
             output[key] = _restore(item, file)
         return output
     items = [_restore(item, file) for item in content]
     return tuple(items) if kind == "tuple" else items
+
+
+def _clip_vision_output() -> type:
+    # Late: the demo writes its prompt where no host can be imported.
+    from comfy.clip_vision import Output
+
+    return cast("type", Output)

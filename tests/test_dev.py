@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
@@ -66,3 +67,10 @@ def test_comfyui_path_and_host_exclude_each_other(monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", "anywhere")
     with pytest.raises(dev.DevError, match="leave out --host"):
         dev.setup("0.27.0")
+
+
+def test_demo_imports_without_a_host_on_the_path():
+    code = dev.RUN_IN_PACKAGE.replace('run_name="__main__"', 'run_name="imported"')
+    assert "imported" in code
+    command = [sys.executable, "-I", "-c", code, str(dev.ROOT), "wanquant.bench.demo"]
+    assert subprocess.run(command, check=False).returncode == 0
