@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,7 +21,10 @@ LETTERS = {"zh": "[\u4e00-\u9fff]", "ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7
 
 @pytest.fixture
 def schemas(models):
-    return [node.GET_SCHEMA() for node in asyncio.run(WanQuantExtension().get_node_list())]
+    # In a thread of its own: the loop of the browser tests may still run in this one.
+    with ThreadPoolExecutor(1) as pool:
+        nodes = pool.submit(asyncio.run, WanQuantExtension().get_node_list()).result()
+    return [node.GET_SCHEMA() for node in nodes]
 
 
 @pytest.fixture
