@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.hooks import HookGroup
+from comfy.hooks import HookGroup, WeightHook
 from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..quant import QuantError
 from .layout import is_packed
 from .linear import GGUFModule, gguf_modules, packed_modules
-from .patch_fit import fitting
+from .patch_fit import fitting, follow_loras
 from .patch_rows import Patch
 from .patches import OnTheFly
 
@@ -80,6 +80,14 @@ class PackedPatcher(ModelPatcher):
         added: list[Any] = super().add_patches(fitting(self.model, patches), strength_patch, strength_model)
         return added
 
+    def add_hook_patches(
+        self, hook: WeightHook, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
+        # None at all is usual: the host gives each hook to the model and to the text encoder.
+        fits = fitting(self.model, patches) if patches else patches
+        added: list[Any] = super().add_hook_patches(hook, fits, strength_patch, strength_model)
+        return added
+
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
         super().unpatch_model(device_to, unpatch_weights)
         self.sync()
@@ -126,6 +134,7 @@ def with_packed_patches(patcher: ModelPatcher) -> ModelPatcher:
     """Make `patcher` one that keeps packed weights packed, whatever its class (legacy or dynamic), and return it."""
     if not isinstance(patcher, PackedPatcher):
         patcher.__class__ = _mixed(type(patcher))  # type: ignore[arg-type]
+        follow_loras(patcher)
     if not patcher.get_callbacks(CallbacksMP.ON_LOAD, _KEY):
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _KEY, _after_load)
     return patcher

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.hooks
 import pytest
 import torch
 
@@ -15,16 +16,35 @@ def of_other_width(tensors, stem=""):
     return {key: t.repeat(1, 2) if key.startswith(stem) and "lora_A" in key else t for key, t in tensors.items()}
 
 
-def test_names_of_another_model(model):
-    foreign = {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_up.weight": torch.zeros(320, 4)}
-    with pytest.raises(QuantError, match="none of its tensors names a weight"):
-        with_lora(model, foreign)
+def of_other_names(count):
+    return {f"lora_unet_down_blocks_{i}_proj_in.lora_up.weight": torch.zeros(320, 4) for i in range(count)}
+
+
+def test_names_of_another_model(model, decoded):
+    with_lora(decoded, of_other_names(9))
+    for count, more in ((5, " and 2 more"), (1, "")):
+        named = ", ".join(list(of_other_names(count))[:3])
+        with pytest.raises(QuantError) as refusal:
+            with_lora(model, of_other_names(count))
+        assert f"none of its {count} tensors ({named}{more}) names a weight of this one" in str(refusal.value)
+
+
+def test_names_of_another_model_that_nobody_logged(model):
+    with pytest.raises(QuantError, match="none of its tensors names a weight of this one"):
+        model.clone().add_patches({})
 
 
 def test_sizes_of_another_model(model, state):
     message = r"10 of its 10 patches .*self_attn.q.weight for 131,072 weights, not 65,536.* and 7 more"
     with pytest.raises(QuantError, match=message):
         with_lora(model, of_other_width(lora(state)))
+
+
+def test_a_hook_of_another_model(model, state):
+    hooks = comfy.hooks.create_hook_lora(lora=of_other_width(lora(state)), strength_model=1.0, strength_clip=0)
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    with pytest.raises(QuantError, match="10 of its 10 patches do not fit this model"):
+        model.register_all_hook_patches(hooks, target)
 
 
 @pytest.mark.parametrize("suffix", ["diff", "set_weight"])
