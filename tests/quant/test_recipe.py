@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf.constants import LlamaFileType
 
-from wanquant.quant import QuantError
+from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.recipe import RECIPES, find_recipe, plan, predicted_size
 from wanquant.quant.wan import SIZES, wan_shapes
 
@@ -44,6 +44,18 @@ def test_parameters_of_the_published_models(size, parameters):
 def test_predicted_size_is_that_of_published_files(size, recipe, published):
     tensors = infos(size)
     assert predicted_size(plan(RECIPES[recipe], tensors).types, tensors) == pytest.approx(published, rel=1e-3)
+
+
+def test_published_files_of_wan_2_1_differ_by_f32():
+    """Wan2.1-I2V-14B-480P Q4_K_M: the same types, but F32 for the matrices that are not quantized; ours have 16 bits.
+
+    Source: city96/ComfyUI-GGUF tools/lcpp.patch @ 929a9e5, "Keep img_emb in F32 for wan i2v".
+    """
+    tensors = infos("I2V-14B")
+    types = plan(RECIPES["Q4_K_M"], tensors).types
+    wide = {name: QTYPES["F32"] if qtype.name == "BF16" else qtype for name, qtype in types.items()}
+    assert predicted_size(wide, tensors) == pytest.approx(11_341_184_384, abs=1024)
+    assert predicted_size(types, tensors) == pytest.approx(11_341_184_384, rel=0.043)
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
