@@ -29,6 +29,9 @@ class Output(NamedTuple):
     slot: int
 
 
+_LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+
+
 def blueprint(
     name: str, description: str, columns: Columns, inputs: Sequence[Input], outputs: Sequence[Output], schemas: Schemas
 ) -> Json:
@@ -36,37 +39,19 @@ def blueprint(
     inner = workflow(name, columns, schemas)
     keys = [key for column in columns for box in column for key in box.nodes]
     nodes = dict(zip(keys, inner["nodes"], strict=True))
-    fields = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-    links = [dict(zip(fields, link, strict=True)) for link in inner["links"]]
-
-    def link(origin: int, origin_slot: int, target: int, target_slot: int, kind: str) -> int:
-        links.append(dict(zip(fields, (len(links) + 1, origin, origin_slot, target, target_slot, kind), strict=True)))
-        return len(links)
-
-    ports, shown = [], []
-    for slot, port in enumerate(inputs):
-        entries = [_socket(nodes[node], socket, schemas) for node, socket in port.targets]
-        for (node, _), entry in zip(port.targets, entries, strict=True):
-            number, position = nodes[node]["id"], nodes[node]["inputs"].index(entry)
-            entry["link"] = link(INPUT, slot, number, position, entry["type"])
-        ids = [entry["link"] for entry in entries]
-        ports.append(
-            {"id": _id(name, "input", port.name), "name": port.name, "type": entries[0]["type"], "linkIds": ids}
-        )
-        widget = {"widget": {"name": port.name}} if "widget" in entries[0] else {}
-        shown.append({"name": port.name, "type": entries[0]["type"], **widget, "link": None})
-    results = []
-    for slot, output in enumerate(outputs):
-        source = nodes[output.node]["outputs"][output.slot]
-        number = link(nodes[output.node]["id"], output.slot, OUTPUT, slot, source["type"])
-        source["links"].append(number)
-        results.append(
-            {"id": _id(name, "output", output.name), "name": output.name, "type": source["type"], "linkIds": [number]}
-        )
-    right = max(node["pos"][0] + node["size"][0] for node in inner["nodes"])
-    whole = _id(name, "subgraph", "")
+    links = [dict(zip(_LINK, link, strict=True)) for link in inner["links"]]
+    sockets = [[_Socket.of(nodes[key], socket, schemas) for key, socket in port.targets] for port in inputs]
+    # Links are numbered as they are made: the inputs' first.
+    ports = [
+        _port(name, "input", port.name, [socket.link(slot, links) for socket in entries])
+        for slot, (port, entries) in enumerate(zip(inputs, sockets, strict=True))
+    ]
+    results = [
+        _port(name, "output", output.name, [_result(nodes[output.node], output.slot, slot, links)])
+        for slot, output in enumerate(outputs)
+    ]
     subgraph = {
-        "id": whole,
+        "id": _id(name, "subgraph", ""),
         "version": 1,
         "state": {"lastGroupId": 0, "lastNodeId": len(nodes), "lastLinkId": len(links), "lastRerouteId": 0},
         "revision": 0,
@@ -74,8 +59,7 @@ def blueprint(
         "name": name,
         "description": description,
         "category": "WanQuant",
-        "inputNode": {"id": INPUT, "bounding": [-220, 0, 160, 40 + 20 * len(inputs)]},
-        "outputNode": {"id": OUTPUT, "bounding": [right + 60, 0, 160, 40 + 20 * len(outputs)]},
+        **_ends(inner["nodes"], len(inputs), len(outputs)),
         "inputs": ports,
         "outputs": results,
         "widgets": [],
@@ -84,39 +68,94 @@ def blueprint(
         "links": links,
         "extra": {},
     }
-    promoted = [
-        [str(nodes[port.targets[0][0]]["id"]), port.targets[0][1]]
-        for port, entry in zip(inputs, shown, strict=True)
-        if "widget" in entry
-    ]
-    node = {
-        "id": len(nodes) + 1,
-        "type": whole,
-        "title": name,
-        "pos": [0, 0],
-        "size": [360, 40 + 24 * len(inputs)],
-        "flags": {},
-        "order": 0,
-        "mode": 0,
-        "inputs": shown,
-        "outputs": [{"name": output["name"], "type": output["type"], "links": []} for output in results],
-        "properties": {"proxyWidgets": promoted},
-        "widgets_values": [],
-    }
+    node = _whole(subgraph, [entries[0] for entries in sockets])
     outer = {**inner, "nodes": [node], "links": [], "groups": [], "last_node_id": node["id"], "last_link_id": 0}
     return {**outer, "definitions": {"subgraphs": [subgraph]}}
 
 
-def _socket(node: Json, name: str, schemas: Schemas) -> Json:
-    """The node's entry for an input; made if it is a widget without one so far."""
-    for entry in node["inputs"]:
-        if entry["name"] == name:
-            return entry
-    declared = schemas[node["type"]]["input"]
-    kind = (declared["required"] | declared.get("optional", {}))[name][0]
-    entry = {"name": name, "type": kind if isinstance(kind, str) else "COMBO", "widget": {"name": name}, "link": None}
-    node["inputs"].append(entry)
-    return entry
+class _Socket(NamedTuple):
+    """An input of an inner node that an input of the whole sets."""
+
+    node: Json
+    entry: Json
+
+    @classmethod
+    def of(cls, node: Json, name: str, schemas: Schemas) -> _Socket:
+        """Its entry is made if it is a widget without one so far."""
+        for entry in node["inputs"]:
+            if entry["name"] == name:
+                return cls(node, entry)
+        declared = schemas[node["type"]]["input"]
+        kind = (declared["required"] | declared.get("optional", {}))[name][0]
+        kind = kind if isinstance(kind, str) else "COMBO"
+        node["inputs"].append({"name": name, "type": kind, "widget": {"name": name}, "link": None})
+        return cls(node, node["inputs"][-1])
+
+    def link(self, slot: int, links: list[Json]) -> Json:
+        """From the whole's input `slot`."""
+        position = self.node["inputs"].index(self.entry)
+        made = _link(links, INPUT, slot, self.node["id"], position, self.entry["type"])
+        self.entry["link"] = made["id"]
+        return made
+
+
+def _result(node: Json, origin_slot: int, slot: int, links: list[Json]) -> Json:
+    """The link from an inner node to the whole's output `slot`."""
+    source = node["outputs"][origin_slot]
+    made = _link(links, node["id"], origin_slot, OUTPUT, slot, source["type"])
+    source["links"].append(made["id"])
+    return made
+
+
+def _link(links: list[Json], *ends: int | str) -> Json:
+    """One more link, numbered from 1: `ends` are all fields but its id."""
+    links.append(dict(zip(_LINK, (len(links) + 1, *ends), strict=True)))
+    return links[-1]
+
+
+def _port(whole: str, end: str, name: str, links: Sequence[Json]) -> Json:
+    numbers = [link["id"] for link in links]
+    return {"id": _id(whole, end, name), "name": name, "type": links[0]["type"], "linkIds": numbers}
+
+
+def _ends(nodes: Sequence[Json], inputs: int, outputs: int) -> Json:
+    """The columns of sockets left and right of the nodes."""
+    right = max(node["pos"][0] + node["size"][0] for node in nodes)
+    return {
+        "inputNode": {"id": INPUT, "bounding": [-220, 0, 160, 40 + 20 * inputs]},
+        "outputNode": {"id": OUTPUT, "bounding": [right + 60, 0, 160, 40 + 20 * outputs]},
+    }
+
+
+def _whole(subgraph: Json, sockets: Sequence[_Socket]) -> Json:
+    """The one node that stands for the subgraph, whose inputs set these inner ones, if not more."""
+    ports = list(zip(subgraph["inputs"], sockets, strict=True))
+    return {
+        "id": len(subgraph["nodes"]) + 1,
+        "type": subgraph["id"],
+        "title": subgraph["name"],
+        "pos": [0, 0],
+        "size": [360, 40 + 24 * len(ports)],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [
+            {
+                "name": port["name"],
+                "type": socket.entry["type"],
+                **({"widget": {"name": port["name"]}} if "widget" in socket.entry else {}),
+                "link": None,
+            }
+            for port, socket in ports
+        ],
+        "outputs": [{"name": port["name"], "type": port["type"], "links": []} for port in subgraph["outputs"]],
+        "properties": {
+            "proxyWidgets": [
+                [str(socket.node["id"]), socket.entry["name"]] for _, socket in ports if "widget" in socket.entry
+            ]
+        },
+        "widgets_values": [],
+    }
 
 
 def _id(*parts: str) -> str:

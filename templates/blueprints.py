@@ -5,7 +5,8 @@ from __future__ import annotations
 from . import models
 from .blueprint import Input, Output, blueprint
 from .canvas import Box, Json, Schemas, node
-from .wan import expert_samplers, tiled_decode
+from .parts import tiled_decode
+from .wan22 import expert_samplers
 
 
 def blueprints(schemas: Schemas) -> dict[str, Json]:

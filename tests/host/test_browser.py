@@ -1,4 +1,4 @@
-"""Every template in a real browser: dropped on the canvas, run, and drawn for the documentation."""
+"""Every template in a real browser: dropped on the canvas, run, and drawn for its thumbnail."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from wanquant.dev import ROOT
 from wanquant.templates import models
 from wanquant.templates.canvas import Box, Node, Schemas, workflow
-from wanquant.templates.wan import COMFYUI_GGUF
+from wanquant.templates.tools import COMFYUI_GGUF
 from wanquant.tests.host.browser import Canvas
 from wanquant.tests.host.graphs import node
 from wanquant.tests.host.server import HostServer
@@ -20,8 +19,6 @@ from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, prompt, saved_
 
 pytestmark = pytest.mark.host
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-# In the README and the help pages; every template's picture is also its thumbnail.
-SHOWN = {"quality_comparison": "canvas", "convert_any_wan": "convert"}
 
 
 @each_file
@@ -50,8 +47,6 @@ def test_dropped_template_runs(path: Path, canvas: Canvas, server: HostServer, s
         width = 640
         thumbnail = picture.resize((width, width * picture.height // picture.width))
         thumbnail.save(path.with_suffix(".jpg"), quality=80)
-        if path.stem in SHOWN:
-            picture.save(ROOT / "docs" / "images" / f"{SHOWN[path.stem]}.png", optimize=True)
 
 
 ADVANCED_WIDGETS = {"dequant_dtype": "target", "patch_dtype": "float16", "patch_on_device": True}

@@ -1,0 +1,79 @@
+"""What the graphs share: prompts, loaders, samplers and the way to a video file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import models
+from .canvas import Box, Model, Node, node, note
+
+_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+FOX = "A red fox runs through fresh snow between pines, low winter sun, the camera tracks beside it."
+STREET = "A rainy street at night, neon signs mirrored in puddles, a cyclist in a yellow coat passes, slow dolly."
+PICTURE = "The subject slowly turns towards the camera and smiles, soft light, gentle camera push in."
+PROMPTED = {"positive": ["positive", 0], "negative": ["negative", 0]}
+
+
+def read_me(title: str, text: str, *files: Model) -> Box:
+    """A note that lists every file with its folder and address."""
+    rows = "\n".join(f"- [{file.name}]({file.url}) → `models/{file.directory}`" for file in files)
+    gguf = any(file.name.endswith(".gguf") for file in files)
+    advice = "\n\nComfyUI offers to download `.safetensors` files; fetch `.gguf` files by hand, then press **R**."
+    return note(f"# {title}\n\n{text}\n\n## Files\n\n{rows}{advice if gguf else ''}\n")
+
+
+def clip() -> Node:
+    return node("WanQuantTextEncoderLoader", encoder_name=models.UMT5.name, type="wan")
+
+
+def vae(file: Model = models.VAE_21) -> Node:
+    return node("VAELoader", models=[file], vae_name=file.name)
+
+
+def prompt(text: str) -> Box:
+    green, red = {"color": "#232", "bgcolor": "#353"}, {"color": "#322", "bgcolor": "#533"}
+    positive = Node("CLIPTextEncode", {"text": text, "clip": ["clip", 0]}, "Prompt", color=green)
+    negative = Node("CLIPTextEncode", {"text": _NEGATIVE, "clip": ["clip", 0]}, "Negative prompt", color=red)
+    return Box("Prompt", {"positive": positive, "negative": negative})
+
+
+def loader(file: Model) -> Node:
+    return node("WanQuantLoader", model_name=file.name)
+
+
+def shift(shift: float, model: str = "model", slot: int = 0) -> Node:
+    return node("ModelSamplingSD3", model=[model, slot], shift=shift)
+
+
+def size(width: int, height: int, length: int) -> Box:
+    latent = node("EmptyHunyuanLatentVideo", width=width, height=height, length=length, batch_size=1)
+    return Box("Video size", {"empty": latent})
+
+
+def sampler(steps: int, cfg: float, seed: int, **inputs: Any) -> Node:
+    defaults = {"model": ["shift", 0], **PROMPTED, "latent_image": ["empty", 0]}
+    settings = {"sampler_name": "uni_pc", "scheduler": "simple", "denoise": 1.0}
+    return node("KSampler", steps=steps, cfg=cfg, seed=seed, **defaults | settings | inputs)
+
+
+def tiled_decode(**inputs: Any) -> Node:
+    """In tiles that node `budget` chose. The VAE decodes frame by frame, so that tiles in time would save nothing."""
+    tiles = {"tile_size": ["budget", 2], "overlap": ["budget", 3]}
+    return node("VAEDecodeTiled", samples=["sampler", 0], **tiles, temporal_size=4096, **inputs)
+
+
+def video(name: str, fps: float = 16.0, samples: str = "sampler", decode: Node | None = None) -> Box:
+    return Box(
+        "Video",
+        {
+            "decode": decode or node("VAEDecode", samples=[samples, 0], vae=["vae", 0]),
+            "frames": node("CreateVideo", images=["decode", 0], fps=fps),
+            "video": node(
+                "SaveVideo", video=["frames", 0], filename_prefix=f"video/{name}", format="auto", codec="auto"
+            ),
+        },
+    )

@@ -1,0 +1,128 @@
+"""Wan 2.1: settings are the authors' own, from the README of Wan2.1."""
+
+from __future__ import annotations
+
+from . import models, parts
+from .canvas import Box, Columns, node
+
+
+def t2v_small() -> Columns:
+    text = (
+        "The smallest Wan, quantized on the first run: **Convert to GGUF** makes the file, later runs reuse it. Only "
+        "the text encoder has to be fetched by hand. Settings: shift 8, 30 steps, cfg 6."
+    )
+    source = models.T2V_1_3B
+    convert = node("WanQuantConvert", models=[source], source=source.name, recipe="Q6_K")
+    loaders = {
+        "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
+        "shift": parts.shift(8.0),
+        "clip": parts.clip(),
+        "vae": parts.vae(),
+    }
+    return [
+        [parts.read_me("Wan 2.1 text to video, 1.3B", text, source, models.VAE_21, models.UMT5)],
+        [Box("Quantize once", {"convert": convert})],
+        [Box("Models", loaders), parts.size(832, 480, 33)],
+        [parts.prompt(parts.FOX)],
+        [Box("Sampling", {"sampler": parts.sampler(30, 6.0, 1)})],
+        [parts.video("wan2.1_t2v_1.3B")],
+    ]
+
+
+def low_vram() -> Columns:
+    text = (
+        "14B on a small GPU: **Wan Low VRAM** samples within `budget_gib`, and shows the predicted peak for the size "
+        "that is set on it. The latent decides: a size that does not fit is refused before the first step. The file's "
+        "9 GiB lie in main memory.\n\nThe VAE decodes in tiles of the size that the budget allows; ComfyUI places the "
+        "text encoder as it sees fit. LoRAs go in front of Wan Low VRAM. Settings: shift 5, 30 steps, cfg 5."
+    )
+    size = {"width": 1280, "height": 720}
+    loaders = {
+        "model": parts.loader(models.T2V_14B),
+        "shift": parts.shift(5.0),
+        "clip": parts.clip(),
+        "vae": parts.vae(),
+    }
+    budget = node("WanQuantLowVRAM", model=["shift", 0], budget_gib=3.5, frames=81, **size)
+    return [
+        [parts.read_me("Wan 2.1 text to video, 14B in 3.5 GiB", text, models.T2V_14B, models.VAE_21, models.UMT5)],
+        [Box("Models", loaders)],
+        [Box("Memory", {"budget": budget}), parts.size(**size, length=81)],
+        [parts.prompt(parts.FOX)],
+        [Box("Sampling", {"sampler": parts.sampler(30, 5.0, 1, model=["budget", 0])})],
+        [parts.video("wan2.1_t2v_14B_low_vram", decode=parts.tiled_decode(vae=["vae", 0]))],
+    ]
+
+
+def i2v() -> Columns:
+    text = (
+        "Animates a picture. 480p model: keep the area near 832 x 480. The picture is also read by CLIP Vision, as the "
+        "model was trained. Settings: shift 3, 20 steps, cfg 6."
+    )
+    loaders = {
+        "model": parts.loader(models.I2V_14B),
+        "shift": parts.shift(3.0),
+        "clip": parts.clip(),
+        "vae": parts.vae(),
+    }
+    vision = {
+        "clip_vision": node("CLIPVisionLoader", models=[models.CLIP_VISION], clip_name=models.CLIP_VISION.name),
+        "image": node("LoadImage", image="example.png"),
+        "seen": node("CLIPVisionEncode", clip_vision=["clip_vision", 0], image=["image", 0], crop="none"),
+    }
+    start = node(
+        "WanImageToVideo",
+        **parts.PROMPTED,
+        vae=["vae", 0],
+        clip_vision_output=["seen", 0],
+        start_image=["image", 0],
+        width=832,
+        height=480,
+        length=33,
+        batch_size=1,
+    )
+    conditioned = {"positive": ["start", 0], "negative": ["start", 1], "latent_image": ["start", 2]}
+    files = (models.I2V_14B, models.CLIP_VISION, models.VAE_21, models.UMT5)
+    return [
+        [parts.read_me("Wan 2.1 image to video, 14B 480p", text, *files)],
+        [Box("Models", loaders)],
+        [Box("Picture", vision)],
+        [parts.prompt(parts.PICTURE)],
+        [Box("Video size", {"start": start})],
+        [Box("Sampling", {"sampler": parts.sampler(20, 6.0, 1, **conditioned)})],
+        [parts.video("wan2.1_i2v_14B")],
+    ]
+
+
+def vace() -> Columns:
+    text = (
+        "Makes a video with the subject of a reference picture. VACE also takes a control video and masks: connect "
+        "them to **WanVaceToVideo**. Settings: shift 8, 20 steps, cfg 6."
+    )
+    loaders = {
+        "model": parts.loader(models.VACE_14B),
+        "shift": parts.shift(8.0),
+        "clip": parts.clip(),
+        "vae": parts.vae(),
+    }
+    control = node(
+        "WanVaceToVideo",
+        **parts.PROMPTED,
+        vae=["vae", 0],
+        reference_image=["image", 0],
+        width=832,
+        height=480,
+        length=33,
+        batch_size=1,
+        strength=1.0,
+    )
+    conditioned = {"positive": ["control", 0], "negative": ["control", 1], "latent_image": ["control", 2]}
+    trim = node("TrimVideoLatent", samples=["sampler", 0], trim_amount=["control", 3])
+    return [
+        [parts.read_me("Wan 2.1 VACE, 14B", text, models.VACE_14B, models.VAE_21, models.UMT5)],
+        [Box("Models", loaders), Box("Reference", {"image": node("LoadImage", image="example.png")})],
+        [parts.prompt(parts.PICTURE)],
+        [Box("Control", {"control": control})],
+        [Box("Sampling", {"sampler": parts.sampler(20, 6.0, 1, **conditioned), "trim": trim})],
+        [parts.video("wan2.1_vace_14B", samples="trim")],
+    ]

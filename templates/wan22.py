@@ -1,0 +1,147 @@
+"""Wan 2.2: settings are the authors' own, from the README of Wan2.2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import models, parts
+from .canvas import Box, Columns, Model, Node, node
+
+
+def expert_samplers(steps: int, switch: int, cfg: float, **inputs: Any) -> Box:
+    """The high-noise expert does the first steps, the low-noise expert goes on from its latent.
+
+    Args:
+        inputs: links that the first sampler takes beside its model; the second takes all but the latent.
+    """
+    shared = {"steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple"}
+    high = node(
+        "KSamplerAdvanced",
+        title="High noise: first steps",
+        model=["shift_high", 0],
+        add_noise="enable",
+        noise_seed=1,
+        start_at_step=0,
+        end_at_step=switch,
+        return_with_leftover_noise="enable",
+        **shared,
+        **inputs,
+    )
+    low = node(
+        "KSamplerAdvanced",
+        title="Low noise: last steps",
+        model=["shift_low", 0],
+        add_noise="disable",
+        noise_seed=0,
+        control_after_generate="fixed",
+        start_at_step=switch,
+        end_at_step=10000,
+        return_with_leftover_noise="disable",
+        **shared,
+        **{**inputs, "latent_image": ["high", 0]},
+    )
+    return Box("Sampling", {"high": high, "sampler": low})
+
+
+def _experts(files: tuple[Model, Model]) -> Node:
+    high, low = (file.name for file in files)
+    return node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low)
+
+
+def experts_t2v() -> Columns:
+    text = (
+        "Two experts of 14B share the work: one for the first half of the steps, one for the rest. Only the one that "
+        "runs is in VRAM. Settings: shift 8, 20 steps, cfg 3.5."
+    )
+    loaders = {
+        "model": _experts(models.T2V_A14B),
+        "shift_high": parts.shift(8.0),
+        "shift_low": parts.shift(8.0, slot=1),
+        "clip": parts.clip(),
+        "vae": parts.vae(),
+    }
+    return [
+        [parts.read_me("Wan 2.2 text to video, A14B", text, *models.T2V_A14B, models.VAE_21, models.UMT5)],
+        [Box("Models", loaders), parts.size(832, 480, 33)],
+        [parts.prompt(parts.STREET)],
+        [expert_samplers(20, 10, 3.5, latent_image=["empty", 0], **parts.PROMPTED)],
+        [parts.video("wan2.2_t2v_A14B")],
+    ]
+
+
+def experts_4_steps() -> Columns:
+    text = (
+        "The two experts with lightx2v's LoRAs: 4 steps instead of 20, cfg 1. A LoRA is added to each layer as it "
+        "runs; the quantized file is never changed. Settings: shift 5, 4 steps, cfg 1."
+    )
+
+    def lora(file: Model, slot: int) -> Node:
+        return node(
+            "LoraLoaderModelOnly", models=[file], model=["model", slot], lora_name=file.name, strength_model=1.0
+        )
+
+    loaders = {
+        "model": _experts(models.T2V_A14B),
+        "lora_high": lora(models.LORA_HIGH, 0),
+        "lora_low": lora(models.LORA_LOW, 1),
+        "shift_high": parts.shift(5.0, "lora_high"),
+        "shift_low": parts.shift(5.0, "lora_low"),
+    }
+    files = (*models.T2V_A14B, models.LORA_HIGH, models.LORA_LOW, models.VAE_21, models.UMT5)
+    return [
+        [parts.read_me("Wan 2.2 in 4 steps", text, *files)],
+        [Box("Models", loaders), Box("Text and video", {"clip": parts.clip(), "vae": parts.vae()})],
+        [parts.prompt(parts.STREET), parts.size(832, 480, 33)],
+        [expert_samplers(4, 2, 1.0, latent_image=["empty", 0], **parts.PROMPTED)],
+        [parts.video("wan2.2_t2v_A14B_4_steps")],
+    ]
+
+
+def experts_i2v() -> Columns:
+    text = "Animates a picture with two experts of 14B; no CLIP Vision is needed. Settings: shift 5, 20 steps, cfg 3.5."
+    loaders = {
+        "model": _experts(models.I2V_A14B),
+        "shift_high": parts.shift(5.0),
+        "shift_low": parts.shift(5.0, slot=1),
+        "clip": parts.clip(),
+        "vae": parts.vae(),
+    }
+    size = {"width": 832, "height": 480, "length": 33, "batch_size": 1}
+    start = node("WanImageToVideo", **parts.PROMPTED, vae=["vae", 0], start_image=["image", 0], **size)
+    conditioning = {"positive": ["start", 0], "negative": ["start", 1]}
+    return [
+        [parts.read_me("Wan 2.2 image to video, A14B", text, *models.I2V_A14B, models.VAE_21, models.UMT5)],
+        [Box("Models", loaders), Box("Picture", {"image": node("LoadImage", image="example.png")})],
+        [parts.prompt(parts.PICTURE)],
+        [Box("Video size", {"start": start})],
+        [expert_samplers(20, 10, 3.5, latent_image=["start", 2], **conditioning)],
+        [parts.video("wan2.2_i2v_A14B")],
+    ]
+
+
+def ti2v_5b() -> Columns:
+    text = (
+        "One model for text and pictures, 24 frames a second, with a VAE of its own. For image to video connect a "
+        "picture to `start_image`. It is quantized on the first run. Settings: shift 8, 20 steps, cfg 5."
+    )
+    source = models.TI2V_5B
+    loaders = {
+        "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
+        "shift": parts.shift(8.0),
+        "clip": parts.clip(),
+        "vae": parts.vae(models.VAE_22),
+    }
+    size = {"width": 1280, "height": 704, "length": 49, "batch_size": 1}
+    return [
+        [parts.read_me("Wan 2.2 text and image to video, 5B", text, source, models.VAE_22, models.UMT5)],
+        [
+            Box(
+                "Quantize once",
+                {"convert": node("WanQuantConvert", models=[source], source=source.name, recipe="Q5_K_M")},
+            )
+        ],
+        [Box("Models", loaders), Box("Video size", {"empty": node("Wan22ImageToVideoLatent", vae=["vae", 0], **size)})],
+        [parts.prompt(parts.FOX)],
+        [Box("Sampling", {"sampler": parts.sampler(20, 5.0, 1)})],
+        [parts.video("wan2.2_ti2v_5B", fps=24.0)],
+    ]
