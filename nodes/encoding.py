@@ -74,7 +74,7 @@ def target_size_input() -> io.Float.Input:
         default=0.0,
         min=0.0,
         max=100.0,
-        step=0.1,
+        step=0.01,
         optional=True,  # graphs saved before it was added lack it
         tooltip="GiB of the file: the types are chosen for the lowest error in that size. 0: the recipe's.",
     )

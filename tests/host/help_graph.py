@@ -1,4 +1,4 @@
-"""One graph with every node, on TinyWan: what the help pages' pictures are taken from."""
+"""Graphs on TinyWan for the documentation's pictures: every node for the help pages, and the README's."""
 
 from __future__ import annotations
 
@@ -77,7 +77,29 @@ def columns() -> Columns:
     return [[Box("", {name: item}) for name, item in part.items()] for part in parts]
 
 
+def readme_columns() -> Columns:
+    """What most people want to see: a model quantized, sampled, and compared with itself."""
+    models = {
+        "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
+        "dense": node("UNETLoader", unet_name=SOURCE, weight_dtype="default"),
+        "prompt": node("WanQuantLoadConditioning", name=PROMPT),
+        "empty": node("EmptyHunyuanLatentVideo", length=17, batch_size=1, **_SIZE),
+    }
+    results = {
+        "decode": node("WanQuantPreviewDecode", samples=["quantized", 0]),
+        "frames": node("SaveImage", images=["decode", 0], filename_prefix="wanquant/frames"),
+    }
+    compare = node("WanQuantCompareLatents", reference=["full", 0], compared=["quantized", 0])
+    return [
+        [Box("Quantize once", {"convert": node("WanQuantConvert", source=SOURCE, recipe="Q4_K_M")})],
+        [Box("Models", models)],
+        [Box("The same seed", {"quantized": _sampler("model"), "full": _sampler("dense")})],
+        [Box("What the quantized model drew", results)],
+        [Box("What it cost", {"compare": compare})],
+    ]
+
+
 def _sampler(model: str) -> Node:
     settings: dict[str, Any] = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
     links = {"model": [model, 0], "positive": ["prompt", 0], "negative": ["prompt", 0], "latent_image": ["empty", 0]}
-    return node("KSampler", steps=4, cfg=1.0, seed=7, **links, **settings)
+    return node("KSampler", steps=20, cfg=1.0, seed=7, control_after_generate="fixed", **links, **settings)

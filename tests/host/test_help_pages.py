@@ -1,4 +1,4 @@
-"""The help pages in the browser: each shows its node as the canvas draws it today."""
+"""The pictures of the documentation: each page shows its node as the canvas draws it today, the README a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from wanquant.dev import DEFAULT_HOST, ROOT
-from wanquant.templates.canvas import Schemas, workflow
+from wanquant.templates.canvas import Columns, Schemas, workflow
 from wanquant.tests.host import help_graph
 from wanquant.tests.host.browser import Canvas
 from wanquant.tests.host.server import HostServer
@@ -25,11 +25,15 @@ def every_node(canvas: Canvas, server: HostServer, schemas: Schemas) -> Iterator
         pytest.skip(f"drawn with ComfyUI {DEFAULT_HOST}")
     help_graph.prepare(server)
     canvas.refresh()
-    canvas.drop(Path("help.json"), json.dumps(workflow("help", help_graph.columns(), schemas)).encode())
-    assert canvas.run()["status"]["status_str"] == "success"
-    assert canvas.errors() == ""
+    _run(canvas, help_graph.columns(), schemas)
     yield canvas
     canvas.close_panel()
+
+
+def _run(canvas: Canvas, columns: Columns, schemas: Schemas) -> None:
+    canvas.drop(Path("help.json"), json.dumps(workflow("help", columns, schemas)).encode())
+    assert canvas.run()["status"]["status_str"] == "success"
+    assert canvas.errors() == ""
 
 
 @pytest.mark.parametrize("kind", NODES)
@@ -41,3 +45,13 @@ def test_page_shows_the_node_as_it_is(kind: str, every_node: Canvas, pytestconfi
     shown = every_node.help_picture(kind)
     assert shown == Image.open(path).size
     assert shown == pytest.approx(picture.size, abs=4), "the node has changed: dev.py test tests/host --update"
+
+
+def test_readme_shows_a_graph_that_runs(every_node: Canvas, schemas: Schemas, pytestconfig: pytest.Config):
+    _run(every_node, help_graph.readme_columns(), schemas)
+    every_node.close_panel()
+    picture = every_node.picture()
+    path = ROOT / "docs" / "images" / "canvas.png"
+    if pytestconfig.getoption("update"):
+        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    assert picture.size == pytest.approx(Image.open(path).size, abs=4), "dev.py test tests/host --update"
