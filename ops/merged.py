@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from .layout import dense, is_packed
 from .patch_rows import Patch
 
 _PREFIX = "diffusion_model."
+# In float32: the weight, what the host adds to, its patch, and what that is made of.
+_MERGING_COPIES = 4
 _STORED = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -147,7 +150,9 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
     memory.tensors += [_parameter(patcher, name, weight, memory) for name, weight in weights.items()]
     tensors: Mapping[str, SourceTensor] = {tensor.name: tensor for tensor in memory.tensors}
     identity = _Identity(name, (), sum(tensor.nbytes for tensor in memory.tensors))
-    return Checkpoint(identity, str(name), {}, architecture, {}, tensors, memory)
+    on_cpu = (tensor for tensor in memory.tensors if tensor.patches and device.type == "cpu")
+    held = max((_MERGING_COPIES * 4 * math.prod(tensor.shape) for tensor in on_cpu), default=0)
+    return Checkpoint(identity, str(name), {}, architecture, {}, tensors, memory, held)
 
 
 def _parameter(patcher: ModelPatcher, name: str, weight: Tensor, memory: _Memory) -> _Parameter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -34,14 +34,14 @@ class AtomicFile:
 
     def __init__(self, path: Path, nbytes: int, *, overwrite: bool = False, resume: bool = False) -> None:
         self.path, self.nbytes, self.overwrite, self.resume = path, nbytes, overwrite, resume
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._temporary = _temporary(path)
         self._file: BinaryIO
         self._is_committed = False
 
     def __enter__(self) -> AtomicFile:
         self._check_destination()
         with self._reporting():
-            self._check_space()
+            check_space({self.path: self.nbytes})
             self._file = open(self._temporary, "r+b", opener=_open_or_create)
             if not (_try_lock(self._file) and self._is_in_place()):
                 self._file.close()
@@ -129,21 +129,38 @@ class AtomicFile:
         if self.path.is_dir() or (self.path.exists() and not self.overwrite):
             raise QuantError(f"{self.path}: exists already; choose another name or allow overwriting")
 
-    def _check_space(self) -> None:
-        left = self._temporary.stat().st_size if self._temporary.exists() else 0
-        free = shutil.disk_usage(self.path.parent).free + left
-        if free < self.nbytes:
-            raise QuantError(
-                f"{self.path}: needs {self.nbytes / _GIB:.2f} GiB, {free / _GIB:.2f} GiB are free in its folder;"
-                " free some space or choose another folder"
-            )
-
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder") from None
+
+
+def check_space(nbytes: Mapping[Path, int]) -> None:
+    """Refuses files whose volume has no room for all of them, what a killed job left of them counted as room.
+
+    Raises:
+        QuantError: less is free than they take.
+    """
+    volumes: dict[int, list[Path]] = {}
+    for path in nbytes:
+        with suppress(FileNotFoundError):  # without a folder, which its writer tells
+            volumes.setdefault(path.parent.stat().st_dev, []).append(path)
+    for paths in volumes.values():
+        left = sum(temporary.stat().st_size for temporary in map(_temporary, paths) if temporary.exists())
+        free = shutil.disk_usage(paths[0].parent).free + left
+        needed = sum(nbytes[path] for path in paths)
+        if free < needed:
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            raise QuantError(
+                f"{paths[0]}{more}: {needed / _GIB:.2f} GiB needed, {free / _GIB:.2f} GiB free in the folder;"
+                " free some space or choose another folder"
+            )
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _open_or_create(path: str, flags: int) -> int:

@@ -38,6 +38,8 @@ class Checkpoint:
     """Keys that a GGUF of this architecture has."""
     tensors: Mapping[str, SourceTensor]
     file: SourceFiles = field(repr=False, compare=False)
+    held_bytes: int = 0
+    """Of main memory, that reading takes at most besides what is read."""
     zeroed: set[str] | None = field(default=None, compare=False)
     """Tensors in which NaN and infinity were read as 0 so far; None where these are refused."""
 

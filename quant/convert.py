@@ -20,6 +20,7 @@ from .gguf_header import read_header
 from .gguf_writer import GGUFWriter, TensorSpec
 from .importance import check_importance
 from .job import Job, is_up_to_date, job_metadata
+from .preflight import check_resources
 from .provenance import FIVE_D, SOURCE_MTIME
 from .qtype import QTYPES, Effort
 from .recipe import Fallback, Plan, find_recipe, plan
@@ -154,6 +155,7 @@ def convert_all(
         with checkpoint.file.glancing():
             _plan(stream, new)
         writers = [task.writer(checkpoint, overwrite) for task in new]
+        check_resources(checkpoint, writers)
         paths = dict(zip(new, stream.write(writers) if new else (), strict=True))
     seconds = time.monotonic() - started
     return [

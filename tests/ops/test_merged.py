@@ -149,3 +149,4 @@ def test_memory_is_a_few_times_the_weight_at_hand(t2v, state, name, times):
         for row in range(0, rows, rows // 4):
             merged.tensors[name].read(row * columns, (row + rows // 4) * columns)
     assert live.peak.nbytes <= times * 4 * rows * columns
+    assert live.peak.nbytes <= 1.03 * merged.held_bytes, "what a conversion asks for before it begins"

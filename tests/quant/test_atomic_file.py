@@ -76,7 +76,7 @@ def test_unwritable_folder(tmp_path: Path):
 
 def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
-    with pytest.raises(QuantError, match=r"needs 3\.00 GiB, 1\.00 GiB are free"), AtomicFile(tmp_path / "a", 3 << 30):
+    with pytest.raises(QuantError, match=r"3\.00 GiB needed, 1\.00 GiB free"), AtomicFile(tmp_path / "a", 3 << 30):
         pass
     assert not any(tmp_path.iterdir())
 

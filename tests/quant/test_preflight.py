@@ -1,0 +1,61 @@
+"""What a conversion takes of disk and memory is known before its first byte is written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from wanquant.quant import QuantError, atomic_file
+from wanquant.quant.convert import convert, convert_all
+from wanquant.quant.job import Job
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_tiny_wan(tmp_path_factory.mktemp("source") / "wan.safetensors", layers=1, ffn_dim=512)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets what is free of one of the two, in bytes."""
+
+    def free(*, disk=1 << 50, memory=1 << 50):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+
+    return free
+
+
+def test_files_of_one_pass_need_room_together(tmp_path, source, free):
+    jobs = [Job(tmp_path / f"{recipe}.gguf", recipe) for recipe in ("Q8_0", "Q4_0")]
+    sizes = [convert(source, job.destination, job.recipe, effort="fast").nbytes for job in jobs]
+    for job in jobs:
+        job.destination.unlink()
+    free(disk=sum(sizes) - 1)
+    with pytest.raises(QuantError, match=r"Q8_0\.gguf and 1 more: 0\.01 GiB needed, 0\.01 GiB free in the folder"):
+        convert_all(source, jobs, effort="fast")
+    assert not list(tmp_path.iterdir())
+    free(disk=sum(sizes))
+    assert [report.nbytes for report in convert_all(source, jobs, effort="fast")] == sizes
+
+
+def test_what_a_killed_job_left_is_room(tmp_path, free):
+    (tmp_path / ".a.gguf.tmp").write_bytes(bytes(10))
+    free(disk=90)
+    atomic_file.check_space({tmp_path / "a.gguf": 60, tmp_path / "b.gguf": 40})
+    with pytest.raises(QuantError, match="and 1 more"):
+        atomic_file.check_space({tmp_path / "a.gguf": 60, tmp_path / "b.gguf": 41})
+
+
+def test_memory(tmp_path, source, free, monkeypatch):
+    free(memory=1 << 20)
+    with pytest.raises(QuantError, match=r"wan\.safetensors: converting takes 0\.25 GiB, and 0\.00 GiB of main memory"):
+        convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "psutil", None)  # comes with the host only
+    convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
