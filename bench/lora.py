@@ -6,7 +6,6 @@ processor time of each counts. What LoRAs cost does not depend on the tokens; th
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 
 from ..quant.convert import convert
-from .convert import write_source
 from .dequant import fastest
-from .step import CHANNELS, SIZE, import_host, packed_model, peer_model, show, step_of
+from .step import packed_model, peer_model, run, step_of
 
 RANK, COUNT = 64, 2
 
@@ -71,24 +69,8 @@ def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
-    parser.add_argument("--recipes", nargs="+", default=["Q4_K_M"])
-    parser.add_argument("--frames", nargs="+", type=int, default=[3, 9], help="latent frames of 832 x 480 pixels")
-    parser.add_argument("--blocks", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=30, help="to measure each row")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    import_host()
-    source = write_source(SIZE, options.blocks)
-    rows = [
-        measure(source, recipe, torch.Size((1, CHANNELS, frames, 60, 104)), options.seconds, options.peer)
-        for recipe in options.recipes
-        for frames in options.frames
-    ]
-    show(rows, ("recipe", "tokens", "seconds", "with_loras", "peer_seconds", "peer_with_loras"), options)
+    columns = ("recipe", "tokens", "seconds", "with_loras", "peer_seconds", "peer_with_loras")
+    run(__doc__ or "", measure, columns, recipes=["Q4_K_M"], frames=[3, 9], blocks=1, seconds=30)
 
 
 if __name__ == "__main__":

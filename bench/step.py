@@ -12,7 +12,7 @@ import json
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from .convert import machine, write_source
 from .dequant import fastest
 
 Step = Callable[[], object]
+Measure = Callable[[Path, str, torch.Size, float, Path | None], dict[str, object]]
+"""A row of a table: source, recipe, shape of the latent, seconds to spend, and the peer's checkout."""
 SIZE, CHANNELS, TEXT = "1.3B", 16, (512, 4096)
 
 
@@ -84,8 +86,26 @@ def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer:
     return row
 
 
-def show(rows: list[dict[str, object]], columns: tuple[str, ...], options: argparse.Namespace) -> None:
-    """As JSON if asked for, else as a table."""
+def run(description: str, measure: Measure, columns: Sequence[str], **defaults: Any) -> None:
+    """Measure every recipe at every length, as the command line asks; print a table, or JSON."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
+    parser.add_argument("--recipes", nargs="+")
+    parser.add_argument("--frames", nargs="+", type=int, help="latent frames of 832 x 480 pixels")
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--seconds", type=float, help="to measure each row")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.set_defaults(**defaults)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    import_host()
+    source = write_source(SIZE, options.blocks)
+    rows = [
+        measure(source, recipe, torch.Size((1, CHANNELS, frames, 60, 104)), options.seconds, options.peer)
+        for frames in options.frames
+        for recipe in options.recipes
+    ]
     if options.json:
         print(json.dumps({"machine": machine(), "blocks": options.blocks, "rows": rows}, indent=1))
         return
@@ -97,24 +117,9 @@ def show(rows: list[dict[str, object]], columns: tuple[str, ...], options: argpa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
-    parser.add_argument("--recipes", nargs="+", default=["Q8_0", "Q6_K", "Q5_0", "Q4_K_M", "Q4_0"])
-    parser.add_argument("--frames", nargs="+", type=int, default=[1, 3], help="latent frames of 832 x 480 pixels")
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=20, help="to measure each recipe")
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    import_host()
-    source = write_source(SIZE, options.blocks)
-    rows = [
-        measure(source, recipe, torch.Size((1, CHANNELS, frames, 60, 104)), options.seconds, options.peer)
-        for frames in options.frames
-        for recipe in options.recipes
-    ]
-    show(rows, ("recipe", "tokens", "seconds", "of_bf16", "peer_of_bf16"), options)
+    columns = ("recipe", "tokens", "seconds", "of_bf16", "peer_of_bf16")
+    recipes = ["Q8_0", "Q6_K", "Q5_0", "Q4_K_M", "Q4_0"]
+    run(__doc__ or "", measure, columns, recipes=recipes, frames=[1, 3], blocks=2, seconds=20)
 
 
 if __name__ == "__main__":
