@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import folder_paths
 from comfy_api.latest import io
@@ -89,6 +90,14 @@ class WanQuantConvert(io.ComfyNode):
                     advanced=True,
                     tooltip="4d is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper.",
                 ),
+                io.MultiCombo.Input(
+                    "more_modules",
+                    options=source_names(),
+                    default=[],
+                    optional=True,
+                    advanced=True,
+                    tooltip="Further modules that become part of the file, in this order.",
+                ),
             ],
             outputs=encoding.report_outputs(),
         )
@@ -100,10 +109,9 @@ class WanQuantConvert(io.ComfyNode):
         importance: str | None = _NONE,
         importance_path: str | None = "",
         module: str | None = _NONE,
+        more_modules: Sequence[str] | None = (),
     ) -> bool | str:
-        named = [(source_folder(source), source)]
-        if module != _NONE:
-            named.append((source_folder(module), module))
+        named = [(source_folder(name), name) for name in (source, *_modules(module, more_modules or ()))]
         if importance != _NONE and importance_path == "":  # a linked path is None at this point
             named.append((IMPORTANCE, importance))
         answers = (check_names(folder, name) for folder, name in named)
@@ -119,11 +127,13 @@ class WanQuantConvert(io.ComfyNode):
         target_size: float = 0.0,
         importance: str = _NONE,
         module: str = _NONE,
+        more_modules: Sequence[str] = (),
         **_: object,
     ) -> str:
-        name = _name(output_name, source, module, recipe, target_size)
+        modules = _modules(module, more_modules)
+        name = _name(output_name, source, modules, recipe, target_size)
         target = os.path.join(destinations().get(folder, folder), name)
-        read = [(source_folder(source), source), (source_folder(module), module), (IMPORTANCE, importance)]
+        read = [*((source_folder(file), file) for file in (source, *modules)), (IMPORTANCE, importance)]
         return " ".join((*(stat_token(where, what) for where, what in read), written_token(target)))
 
     @classmethod
@@ -141,8 +151,10 @@ class WanQuantConvert(io.ComfyNode):
         importance_path: str = "",
         module: str = _NONE,
         patch_embedding: str = _FLAT,
+        more_modules: Sequence[str] = (),
     ) -> io.NodeOutput:
-        name = _name(output_name, source, module, recipe, target_size)
+        modules = _modules(module, more_modules)
+        name = _name(output_name, source, modules, recipe, target_size)
         target = output_path(destinations()[folder], name, ".gguf")
         if importance != _NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
@@ -156,7 +168,7 @@ class WanQuantConvert(io.ComfyNode):
             device=encoding.encoder_device(device),
             overwrite=overwrite,
             five_d=patch_embedding == _DEEP,
-            modules=[] if module == _NONE else [model_path(source_folder(module), module)],
+            modules=[model_path(source_folder(file), file) for file in modules],
             progress=encoding.progress_bar(),
         )
         return encoding.shown(report, cls)
@@ -166,8 +178,13 @@ def _read_importance(path: str) -> Importance:
     return read_calibration(path) if path.endswith(".safetensors") else read_importance(path)
 
 
-def _name(output_name: str, source: str, module: str, recipe: str, target_size: float) -> str:
+def _modules(first: str | None, more: Sequence[str]) -> list[str]:
+    """Those chosen, as far as they are known: a linked name is None before it is."""
+    return [name for name in (first, *more) if name is not None and name != _NONE]
+
+
+def _name(output_name: str, source: str, modules: Sequence[str], recipe: str, target_size: float) -> str:
     """Of the file to write: the one that was typed, or the source's with what is made of it."""
-    added = [] if module == _NONE else [os.path.basename(source_stem(module))]
+    added = [os.path.basename(source_stem(module)) for module in modules]
     parts = (source_stem(source), *added, f"{target_size:g}GiB" if target_size else recipe)
     return portable(output_name) or "-".join(parts) + ".gguf"

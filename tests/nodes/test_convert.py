@@ -70,6 +70,23 @@ def test_module_becomes_part_of_the_file(folder):
     assert "vace.safetensors" in refusal
 
 
+def test_several_modules(folder):
+    state = load_file(folder / "wan.safetensors")
+    for module, source in (("vace", "blocks.0.ffn.0.weight"), ("audio", "blocks.0.cross_attn.k.weight")):
+        name = {"vace": "vace_blocks.0.ffn.0.weight", "audio": "blocks.0.audio_cross_attn.k.weight"}[module]
+        save_file({name: state[source].clone()}, folder / f"{module}.safetensors")
+    more = ["audio.safetensors"]
+    assert WanQuantConvert.validate_inputs("wan.safetensors", module="vace.safetensors", more_modules=more) is True
+    refusal = WanQuantConvert.validate_inputs("wan.safetensors", more_modules=[*more, "vaze.safetensors"])
+    assert "vace.safetensors" in refusal
+    path, _, _ = convert("wan.safetensors", module="vace.safetensors", more_modules=more)
+    assert path.endswith("wan-vace-audio-Q4_0.gguf")
+    added = open_gguf(path).tensors.keys() - state.keys()
+    assert added == {"vace_blocks.0.ffn.0.weight", "blocks.0.audio_cross_attn.k.weight"}
+    again, _, summary = convert("wan.safetensors", more_modules=["vace.safetensors", *more])
+    assert again == path and "up to date already" in summary
+
+
 def test_patch_embedding_keeps_its_dimensions_on_request(folder):
     flat = convert("wan.safetensors", output_name="flat.gguf")[0]
     deep = convert("wan.safetensors", output_name="deep.gguf", patch_embedding="5d")[0]
@@ -82,6 +99,9 @@ def test_changes_of_any_file_are_noticed(folder):
     before = WanQuantConvert.fingerprint_inputs(**inputs, module="wan-Q8_0.gguf")
     (folder / "wan-Q8_0.gguf").touch()
     assert WanQuantConvert.fingerprint_inputs(**inputs, module="wan-Q8_0.gguf") != before
+    before = WanQuantConvert.fingerprint_inputs(**inputs, more_modules=["wan-Q8_0.gguf"])
+    (folder / "wan-Q8_0.gguf").touch()
+    assert WanQuantConvert.fingerprint_inputs(**inputs, more_modules=["wan-Q8_0.gguf"]) != before
 
 
 def test_read_only_folder_is_told(folder, read_only, monkeypatch):
