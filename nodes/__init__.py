@@ -19,6 +19,7 @@ from .replacements import register_replacements
 from .save_conditioning import WanQuantSaveConditioning
 from .save_importance import WanQuantSaveImportance
 from .save_model import WanQuantSaveModel
+from .save_recovery_lora import WanQuantSaveRecoveryLora
 
 
 class WanQuantExtension(ComfyExtension):
@@ -40,5 +41,6 @@ class WanQuantExtension(ComfyExtension):
             WanQuantCollectImportance,
             WanQuantSaveImportance,
             WanQuantSaveModel,
+            WanQuantSaveRecoveryLora,
             WanQuantLowVRAM,
         ]

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import folder_paths
 from comfy_api.latest import io
 
-from ..quant import read_calibration, read_importance
 from ..quant.convert import convert
-from ..quant.importance import Importance
 from ..quant.qtype import Effort
 from . import encoding
 from .folders import (
@@ -164,7 +162,7 @@ class WanQuantConvert(io.ComfyNode):
             recipe,
             target_size=target_size or None,
             effort=effort,
-            importance=_read_importance(importance_path) if importance_path else None,
+            importance=encoding.read_importance(importance_path) if importance_path else None,
             device=encoding.encoder_device(device),
             overwrite=overwrite,
             five_d=patch_embedding == _DEEP,
@@ -172,10 +170,6 @@ class WanQuantConvert(io.ComfyNode):
             progress=encoding.progress_bar(),
         )
         return encoding.shown(report, cls)
-
-
-def _read_importance(path: str) -> Importance:
-    return read_calibration(path) if path.endswith(".safetensors") else read_importance(path)
 
 
 def _modules(first: str | None, more: Sequence[str]) -> list[str]:

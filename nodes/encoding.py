@@ -1,4 +1,4 @@
-"""What the nodes that write GGUF files share: their folder and device choices, and the progress bar."""
+"""What the nodes that write GGUF files share: their choices, and the progress bar."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from comfy_api.latest import io
 from comfy_execution.utils import ExecutionContext, get_executing_context
 from server import PromptServer
 
+from .. import quant
 from ..quant.convert import ConversionReport
+from ..quant.importance import Importance
 from ..quant.recipe import RECIPES
 from ..quant.stream import Progress
 from .folders import MODELS, destinations
@@ -58,13 +60,13 @@ def effort_input() -> io.Combo.Input:
     )
 
 
-def device_input() -> io.Combo.Input:
+def device_input(what: str = "the weights are encoded") -> io.Combo.Input:
     return io.Combo.Input(
         "device",
         options=["default", "cpu"],
         default="default",
         advanced=True,
-        tooltip="Where the weights are encoded; default is the GPU if there is one.",
+        tooltip=f"Where {what}; default is the GPU if there is one.",
     )
 
 
@@ -95,8 +97,13 @@ def encoder_device(choice: str) -> torch.device:
     return device
 
 
+def read_importance(path: str) -> Importance:
+    """An importance matrix, or a calibration, which is one too."""
+    return quant.read_calibration(path) if path.endswith(".safetensors") else quant.read_importance(path)
+
+
 def progress_bar() -> Progress:
-    """For one conversion: a bar and the tensor's name on the running node; the user can interrupt it."""
+    """For one file: a bar and the tensor's name on the running node; the user can interrupt it."""
     bar = comfy.utils.ProgressBar(1)
     running, told = get_executing_context(), 0.0
 
@@ -111,6 +118,11 @@ def progress_bar() -> Progress:
     return progress
 
 
+def say(text: str) -> None:
+    """On the running node, instead of the last tensor's name."""
+    _tell(get_executing_context(), text)
+
+
 def _tell(running: ExecutionContext | None, text: str) -> None:
     """On the node itself."""
     if running:
@@ -120,5 +132,5 @@ def _tell(running: ExecutionContext | None, text: str) -> None:
 def shown(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:
     """What `report_outputs` declares, and the same below the node."""
     picture, summary = picture_tensor(report.image()), report.text()
-    _tell(get_executing_context(), summary.partition("\n")[0])
+    say(summary.partition("\n")[0])
     return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, node))

@@ -21,6 +21,7 @@ GGUF = "unet_gguf"
 GGUF_ENCODERS = "clip_gguf"
 CONDITIONING = "conditioning"
 IMPORTANCE = "importance"
+LORAS = "loras"
 OUTPUT = "output"
 
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.(safetensors|gguf)$)")

@@ -54,6 +54,7 @@ def columns() -> Columns:
     shown = {
         "keep": node("WanQuantSaveConditioning", conditioning=["prompt", 0], name="a red ball again.safetensors"),
         "info": node("WanQuantInspect", model_name=QUANTIZED),
+        "recover": node("WanQuantSaveRecoveryLora", model_name=QUANTIZED, source=SOURCE, size=0.5),
     }
     measured = {
         "collect": node("WanQuantCollectImportance", model=["dense", 0], steps="alike"),

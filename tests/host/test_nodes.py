@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from wanquant.ops.conditioning import save_conditioning
 from wanquant.quant import open_gguf
@@ -17,6 +17,7 @@ from wanquant.tests.tiny_wan import write_tiny_wan
 pytestmark = pytest.mark.host
 
 NAME = "job.safetensors"
+SAVED = {"folder": "diffusion_models", "overwrite": False, "effort": "fast", "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +128,34 @@ def test_model_with_lora_is_saved(server: HostServer, target: Path):
     convert(server, overwrite=True)
     loader = node("WanQuantLoader", model_name=target.name, compute_dtype="default")
     lora = node("LoraLoaderModelOnly", model=["loader", 0], lora_name="job.safetensors", strength_model=0.5)
-    settings = {"recipe": "Q4_0", "folder": "diffusion_models", "overwrite": False, "effort": "fast", "device": "cpu"}
-    save = node("WanQuantSaveModel", model=["lora", 0], name="job-merged.gguf", **settings)
+    save = node("WanQuantSaveModel", model=["lora", 0], name="job-merged.gguf", recipe="Q4_0", **SAVED)
     text = server.run({"loader": loader, "lora": lora, "save": save})["save"]["text"][0]
     assert "written in" in text and "MODEL is quantized already (Q4_0)" in text
     saved, base = (open_gguf(target.with_name(name)).tensors for name in ("job-merged.gguf", target.name))
     difference = {name: (saved[name].dequantize() - base[name].dequantize()).abs().max() for name in saved}
     assert max(difference, key=difference.get) == "blocks.0.ffn.0.weight"
+
+
+def test_recovery_lora_goes_straight_into_the_hosts_loader(server: HostServer, target: Path):
+    convert(server, overwrite=True)
+    files = {"model_name": target.name, "source": NAME}
+    settings = {"size": 1.0, "name": "", "overwrite": True, "device": "cpu"}
+    events: list[Event] = []
+    graph = {
+        "recover": node("WanQuantSaveRecoveryLora", **files, **settings),
+        "loader": node("WanQuantLoader", model_name=target.name, compute_dtype="default"),
+        "lora": node("LoraLoaderModelOnly", model=["loader", 0], lora_name=["recover", 0], strength_model=1.0),
+        "save": node("WanQuantSaveModel", model=["lora", 0], name="job-recovered.gguf", recipe="F16", **SAVED),
+    }
+    text = server.run(graph, events.append)["recover"]["text"][0]
+    assert "takes away" in text and "job-Q4_0-recovery.safetensors" in text
+    assert any(e["type"] == "progress_text" and e["data"].get("node") == "recover" for e in events)
+    source = load_file(target.with_name(NAME))["blocks.0.ffn.0.weight"].float()
+    before, after = (open_gguf(target.with_name(name)) for name in (target.name, "job-recovered.gguf"))
+    errors = [(f.tensors["blocks.0.ffn.0.weight"].dequantize() - source).norm() for f in (before, after)]
+    assert errors[1] < 0.99 * errors[0]
+    with pytest.raises(GraphError, match="exists"):
+        server.run({"recover": node("WanQuantSaveRecoveryLora", **files, **{**settings, "overwrite": False})})
 
 
 def test_latents_are_compared(server: HostServer):

@@ -25,6 +25,7 @@ NODES = [
     "WanQuantSaveConditioning",
     "WanQuantSaveImportance",
     "WanQuantSaveModel",
+    "WanQuantSaveRecoveryLora",
     "WanQuantTextEncoderLoader",
 ]
 

@@ -30,6 +30,7 @@ def models(tmp_path, monkeypatch):
     folders = {
         "diffusion_models": diffusion_models,
         "text_encoders": ([str(tmp_path / "models" / "text_encoders")], set()),
+        "loras": ([str(tmp_path / "models" / "loras")], {".safetensors"}),
     }
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", folders)
     register_folders()

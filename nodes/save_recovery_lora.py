@@ -1,0 +1,128 @@
+"""WanQuantSaveRecoveryLora."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..quant.recovery import recover
+from . import encoding
+from .folders import (
+    GGUF,
+    IMPORTANCE,
+    LORAS,
+    check_names,
+    model_path,
+    output_path,
+    portable,
+    source_folder,
+    source_names,
+    source_stem,
+    stat_token,
+    written_token,
+)
+
+_NONE = "none"
+_SUFFIX = ".safetensors"
+_MIB_PER_GIB = 1024
+
+
+class WanQuantSaveRecoveryLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="WanQuantSaveRecoveryLora",
+            display_name="Save Recovery LoRA",
+            category="WanQuant/convert",
+            description="Writes what quantization took from a GGUF, as much as fits a size, as a LoRA that any loader"
+            " takes, at strength 1.",
+            search_aliases=["quality lora", "error lora", "recover quality"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(GGUF),
+                    tooltip="The quantized model that the LoRA is for.",
+                ),
+                io.Combo.Input(
+                    "source", options=source_names(), tooltip="The checkpoint that the quantized model was made from."
+                ),
+                io.Float.Input(
+                    "size",
+                    default=256.0,
+                    min=0.01,
+                    max=16384.0,
+                    step=0.01,
+                    tooltip="MiB that the file takes at most. Each layer gets the rank that is worth its bytes.",
+                ),
+                io.String.Input(
+                    "name",
+                    default="",
+                    tooltip="Name of the .safetensors file in models/loras; empty: the model's with -recovery.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
+                encoding.device_input("the arithmetic runs"),
+                io.Combo.Input(
+                    "importance",
+                    options=[_NONE, *folder_paths.get_filename_list(IMPORTANCE)],
+                    default=_NONE,
+                    optional=True,
+                    tooltip="An importance matrix of this model: the errors that count most are taken back first.",
+                ),
+            ],
+            # The lists of LoRA loaders take no string.
+            outputs=[io.AnyType.Output(display_name="lora_name", tooltip="Connect to lora_name of a LoRA loader.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls, model_name: str | None = None, source: str | None = None, importance: str | None = _NONE
+    ) -> bool | str:
+        named = [(GGUF, model_name), (source_folder(source), source)]
+        if importance != _NONE:
+            named.append((IMPORTANCE, importance))
+        answers = (check_names(folder, name) for folder, name in named)
+        return next((answer for answer in answers if answer is not True), True)
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, source: str, name: str, importance: str = _NONE, **_: object) -> str:
+        read = [(GGUF, model_name), (source_folder(source), source), (IMPORTANCE, importance)]
+        target = os.path.join(_folder(), _name(name, model_name))
+        return " ".join((*(stat_token(folder, file) for folder, file in read), written_token(target)))
+
+    @classmethod
+    def execute(
+        cls,
+        model_name: str,
+        source: str,
+        size: float,
+        name: str,
+        overwrite: bool,
+        device: str,
+        importance: str = _NONE,
+    ) -> io.NodeOutput:
+        name = _name(name, model_name)
+        matrix = None if importance == _NONE else encoding.read_importance(model_path(IMPORTANCE, importance))
+        report = recover(
+            model_path(GGUF, model_name),
+            model_path(source_folder(source), source),
+            output_path(_folder(), name, _SUFFIX),
+            size / _MIB_PER_GIB,
+            importance=matrix,
+            device=encoding.encoder_device(device),
+            overwrite=overwrite,
+            progress=encoding.progress_bar(),
+        )
+        encoding.say(report.text())
+        return io.NodeOutput(os.path.relpath(report.path, _folder()), ui=ui.PreviewText(report.text()))
+
+
+def _folder() -> str:
+    first: str = folder_paths.get_folder_paths(LORAS)[0]
+    return first
+
+
+def _name(name: str, model_name: str) -> str:
+    return portable(name) or f"{source_stem(model_name)}-recovery{_SUFFIX}"
