@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Beside a missing package or compiler: one of another version or language (ValueError is also what a driver says of
+# memory it does not know, and a UnicodeError).
+_FAILURES = (
+    *(ImportError, OSError, RuntimeError, subprocess.SubprocessError),
+    *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
+)
+
 
 class _Module(Protocol):
     FORMATS: Container[str]
@@ -47,9 +54,11 @@ class OptionalPath:
             return True
         except torch.OutOfMemoryError:
             raise
-        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-            self._lost = True
-            logger.info("WanQuant decodes without %s (%s)", self._title, str(error).partition("\n")[0])
+        except _FAILURES as error:
+            # A driver has no class for this; with the next weight there may be memory again.
+            self._lost = "out of memory" not in str(error)
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            logger.info("WanQuant decodes without %s (%s)", self._title, reason)
             return False
 
 
