@@ -21,6 +21,10 @@ WeightFunction = Callable[[Tensor], Tensor]
 TILE_BYTES = 64 << 20
 """Of decoded weight at any time, whatever the size of the layer."""
 
+# Before macOS 15 a product there never reaches a slice given as `out`, and no error says so.
+# Source: https://github.com/pytorch/pytorch/issues/104832.
+_LOSES_SLICES = ("mps",)
+
 # Rows of blocks of every type start on 16 bytes again after this many.
 _ROWS = 16
 
@@ -108,9 +112,11 @@ def packed_linear(
     rows, columns = weight.shape
     flat, out = x.reshape(-1, columns), x.new_empty(*x.shape[:-1], rows)
     for part, tile in decoded_tiles(weight, functions, x):
-        product = out.view(-1, rows)[:, part]
-        if bias is None:
+        product, part_bias = out.view(-1, rows)[:, part], None if bias is None else bias[part]
+        if x.device.type in _LOSES_SLICES:
+            product.copy_(linear(flat, tile, part_bias))
+        elif part_bias is None:
             torch.mm(flat, tile.t(), out=product)
         else:
-            torch.addmm(bias[part], flat, tile.t(), out=product)
+            torch.addmm(part_bias, flat, tile.t(), out=product)
     return out

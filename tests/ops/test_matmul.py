@@ -70,6 +70,17 @@ def test_no_allocation_but_output_once_warm():
     assert matmul._scratch._bytes.data_ptr() == before
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
+def test_no_product_into_a_slice_where_the_device_loses_it(with_bias, monkeypatch):
+    monkeypatch.setattr(matmul, "TILE_BYTES", 16 * COLUMNS * 4)
+    monkeypatch.setattr(matmul, "_LOSES_SLICES", ("cpu",))
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: None)
+    x, bias = torch.randn(2, 5, COLUMNS), torch.randn(ROWS) if with_bias else None
+    actual = matmul.packed_linear(x, weight(), bias)
+    torch.testing.assert_close(actual, expected(x, weight(), bias), rtol=0, atol=1e-4)
+
+
 def test_threads_do_not_share_a_tile():
     seen = []
     x = torch.randn(1, COLUMNS)
