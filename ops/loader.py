@@ -71,7 +71,7 @@ def load_diffusion_model(
     # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
     stand_in = dtype or torch.bfloat16
     check_memory(header, decoded_bytes(header, stand_in))
-    data = map_files(header.parts)
+    data = map_files(header.parts, dynamic=not disable_dynamic)
     state_dict = {r.name: host_tensor(r, data(r), stand_in) for r in header.tensors.values()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict,

@@ -15,6 +15,7 @@ import comfy.memory_management
 import torch
 from torch import Tensor
 
+from ..quant import QuantError
 from ..quant.gguf_file import map_private
 from ..quant.gguf_header import FileIdentity, Header, TensorRecord
 
@@ -24,13 +25,16 @@ TensorData = Callable[[TensorRecord], Tensor]
 """A record's bytes, uint8 (*stored_shape[:-1], row_bytes), mapped and not copied."""
 
 
-def map_files(parts: Sequence[FileIdentity]) -> TensorData:
+def map_files(parts: Sequence[FileIdentity], *, dynamic: bool = True) -> TensorData:
     """Map files of any format: with dynamic VRAM through the host's own map, else through a private one, to be pinned.
+
+    Args:
+        dynamic: off for a model in the legacy memory mode: the host's map is read-only, so CUDA cannot pin it.
 
     Raises:
         QuantError: a file cannot be mapped, or is no longer the one whose records were read.
     """
-    aimdo = comfy.memory_management.aimdo_enabled
+    aimdo = dynamic and comfy.memory_management.aimdo_enabled
     maps = {part.path: _HostMap(part.path) if aimdo else _PrivateMap(part) for part in parts}
     for part in parts:
         part.check_unchanged()
@@ -75,7 +79,10 @@ class _HostMap:
         # Not at the top: the module takes its library as it is imported, and the host loads that only for dynamic VRAM.
         from comfy_aimdo.model_mmap import ModelMMAP
 
-        self._map = ModelMMAP(os.fspath(path))
+        try:
+            self._map = ModelMMAP(os.fspath(path))
+        except RuntimeError as error:
+            raise QuantError(f"{path}: cannot be mapped into memory: {error}") from None
         self._handle, self._lock = self._map.get_file_handle(), threading.Lock()
         self._view = memoryview((ctypes.c_uint8 * path.stat().st_size).from_address(self._map.get()))
 

@@ -51,7 +51,7 @@ def load_text_encoder(
     names = {transformers_name(name): record for name, record in header.tensors.items()}
     _check(header, names.keys(), clip_type)
     check_memory(header, decoded_bytes(header, torch.bfloat16))
-    data = map_files(header.parts)
+    data = map_files(header.parts, dynamic=not disable_dynamic)
     state_dict = {name: host_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
     options = {
         "custom_operations": computing_in(dtype) if dtype else GGUFOps,

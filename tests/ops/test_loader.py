@@ -260,3 +260,17 @@ def test_dynamic_vram_gets_file_slices(dynamic_vram, t2v, state, sqnr, dense):
             file.seek(file_slice.offset)
             assert file.read(file_slice.size) == module.weight._qdata.numpy().tobytes()
     assert sqnr(forward(dense), forward(patcher)) > 40
+
+
+def test_legacy_copy_beside_dynamic_vram_can_be_pinned(dynamic_vram, t2v):
+    """The host's map is read-only, which CUDA refuses to pin; nobody reads slices of the file in the legacy mode."""
+    patcher = load_diffusion_model(t2v[1], disable_dynamic=True)
+    for _, module in packed_modules(patcher.model):
+        assert not hasattr(module.weight._qdata.untyped_storage(), "_comfy_tensor_file_slice")
+        module.weight._qdata[:1].zero_()  # a fault of the process in a read-only map
+
+
+def test_a_file_that_the_host_cannot_map_is_named(dynamic_vram, t2v, tmp_path, monkeypatch):
+    monkeypatch.setattr("comfy_aimdo.model_mmap.lib", None)
+    with pytest.raises(QuantError, match=f"{t2v[1].name}: cannot be mapped into memory: comfy-aimdo is not init"):
+        load_diffusion_model(t2v[1])
