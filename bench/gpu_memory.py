@@ -208,7 +208,8 @@ class Bench:
         import comfy.model_management
 
         from wanquant.ops.budget import with_budget
-        from wanquant.ops.simulator import Job, Simulator
+        from wanquant.ops.job import Job
+        from wanquant.ops.simulator import Simulator
         from wanquant.ops.vram import candidates, choose
 
         patcher, job = with_loras(self._plain, case.loras), Job.of_video(*case.video)

@@ -54,7 +54,7 @@ def rows() -> list[Row]:
     import torch
 
     from ..ops.decoding import tiles_within
-    from ..ops.simulator import Job
+    from ..ops.job import Job
 
     found = [row("umT5-XXL", None, None, encoding_peak())]
     for model, vae in (("14B-T2V", "Wan 2.1 VAE"), ("5B-TI2V", "Wan 2.2 VAE")):

@@ -8,7 +8,6 @@ import logging
 import runpy
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,8 @@ from ..quant.wan import SIZES, VACE_14B, WanSize, transformer_shapes
 from .sizes import Source
 
 if TYPE_CHECKING:
-    from ..ops.simulator import Job, Simulator
+    from ..ops.job import Job
+    from ..ops.simulator import Simulator
     from ..ops.vram import Choice
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,10 +88,12 @@ def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
 
 def job(size: WanSize, video: Video) -> Job:
     """With one image for image-to-video, and two control videos for VACE."""
-    from ..ops.simulator import Job
+    from ..ops.job import Job, image_fields
 
     plain = Job.of_video(*video, channels=size.out_dim)
-    return replace(plain, image_tokens=257 * size.image, control_streams=2 * bool(size.vace_layers))
+    if size.image:
+        return plain.given(**image_fields(257))
+    return plain.with_controls(2) if size.vace_layers else plain
 
 
 def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:

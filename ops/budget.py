@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +17,10 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from .experts import simulate
+from .job import Condition, Job, image_fields
 from .low_vram import LeanPlan, apply_lean, one_by_one
 from .prefetch import prefetch_blocks
-from .simulator import GIB, Job, Simulator
+from .simulator import GIB, Simulator
 from .vram import Choice, choose
 
 logger = logging.getLogger(__name__)
@@ -65,18 +65,13 @@ def _without_prefetch(model: ModelPatcher) -> ModelPatcher:
 
 
 def preview_job(model: ModelPatcher, width: int, height: int, frames: int) -> Job:
-    """One video with what the model takes beside the prompt: an image, or one control video.
+    """One video, from an image where the model takes one.
 
     Raises:
         QuantError: sizes or frames that Wan cannot take.
     """
     video = Job.of_video(width, height, frames, channels=model.model.latent_format.latent_channels)
-    images = int(model.model.diffusion_model.img_emb is not None)
-    return replace(video, image_tokens=257 * images, control_streams=_least_controls(model))
-
-
-def _least_controls(model: ModelPatcher) -> int:
-    return int(isinstance(model.model.diffusion_model, wan.VaceWanModel))
+    return video.given(**image_fields(257)) if model.model.diffusion_model.img_emb is not None else video
 
 
 class _Sampling:
@@ -84,7 +79,8 @@ class _Sampling:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._masked = False
+        self._mask: dict[str, object] = {}
+        """The field of the conditionings that the sampler adds."""
         self._ample = False
         """There is room for all weights."""
         self._choice: Choice | None = None
@@ -97,7 +93,7 @@ class _Sampling:
     def outer_sample(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
         """`args` are (noise, latent image, sampler, sigmas, denoise mask, ...)."""
         mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
-        self._masked = mask is not None
+        self._mask = {} if mask is None else {"denoise_mask": mask}
         out: Tensor = executor(*args, **kwargs)
         return out
 
@@ -109,7 +105,8 @@ class _Sampling:
         conds: dict[str, list[dict[str, Any]]],
         **kwargs: object,
     ) -> tuple[BaseModel, object, object]:
-        job = _job(model, tuple(noise_shape), conds, masked=self._masked)
+        each = [Condition.of(self._mask | fields) for conditioning in conds.values() for fields in conditioning]
+        job = Job(tuple(noise_shape), tuple(each))
         self._choice = choose(self._simulator_of(model), job, self._budget)
         logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, self._budget / GIB, self._choice)
         if self._choice.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILED):
@@ -133,18 +130,6 @@ class _Sampling:
         with _time_projection_in_main_memory(executor.class_obj, unless=self._ample):
             out: Tensor = executor(*args, **kwargs)
         return out
-
-
-def _job(model: ModelPatcher, latent: tuple[int, ...], conds: dict[str, list[dict[str, Any]]], *, masked: bool) -> Job:
-    """The largest of the conditionings."""
-    each = [cond for conditioning in conds.values() for cond in conditioning]
-    images = (cond["clip_vision_output"] for cond in each if cond.get("clip_vision_output") is not None)
-    return Job(
-        latent,
-        image_tokens=max((image.penultimate_hidden_states.shape[-2] for image in images), default=0),
-        control_streams=max([_least_controls(model), *(len(cond.get("vace_frames", ())) for cond in each)]),
-        masked=masked,
-    )
 
 
 def _make_way(model: ModelPatcher) -> None:

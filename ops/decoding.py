@@ -12,9 +12,10 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from .job import Job, pixels
 from .live_memory import LiveMemory
 from .meta_wan import META
-from .simulator import GIB, Job, Peak
+from .simulator import GIB, Peak
 
 # Source: comfy/sd.py VAE.__init__, ComfyUI 0.30.0.
 _SAME = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
@@ -48,7 +49,7 @@ class Tiles:
 def decoding_peak(job: Job, size: int, dtype: torch.dtype) -> Peak:
     """Of one tile with `size` pixels to a side at most, of all frames of the video, with the whole VAE resident."""
     _, channels, frames, *cells = job.latent
-    vae, tile = _vae(channels, dtype), [min(count, size // _pixels(job)) for count in cells]
+    vae, tile = _vae(channels, dtype), [min(count, size // pixels(channels)) for count in cells]
     memory = LiveMemory(META)
     with torch.inference_mode(False), torch.no_grad(), memory:
         latent = torch.empty(1, channels, frames, *tile, device=META)
@@ -64,7 +65,7 @@ def tiles_within(job: Job, budget: int, dtype: torch.dtype | None = None) -> Til
         dtype: that the VAE computes in, by default what the host takes on its device.
     """
     dtype = dtype or comfy.model_management.vae_dtype(comfy.model_management.vae_device(), _DTYPES)
-    sides = [_pixels(job) * cells for cells in job.latent[3:]]
+    sides = [pixels(job.latent[1]) * cells for cells in job.latent[3:]]
     least = decoding_peak(job, _STEP, dtype)
 
     def fits(size: int) -> bool:
@@ -75,11 +76,6 @@ def tiles_within(job: Job, budget: int, dtype: torch.dtype | None = None) -> Til
     sizes = range(_STEP, max(sides) + _STEP, _STEP)
     size = next((size for size in reversed(sizes) if fits(size)), _STEP)
     return Tiles(size, decoding_peak(job, size, dtype))
-
-
-def _pixels(job: Job) -> int:
-    """To a side of a latent's cell."""
-    return 16 if job.latent[1] == 48 else 8
 
 
 @lru_cache(maxsize=2)

@@ -10,8 +10,9 @@ import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from .job import Job
 from .low_vram import LeanPlan
-from .simulator import Job, Peak, Simulator
+from .simulator import Peak, Simulator
 
 
 def share_memory(first: ModelPatcher, second: ModelPatcher) -> None:

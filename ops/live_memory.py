@@ -137,7 +137,7 @@ class _MetaKernels:
         self._known: dict[Hashable, list[_Form] | None] = {}
 
     def __call__(self, func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -> object:
-        key = (func, _signature(args), _signature(kwargs))
+        key = (func, signature(args), signature(kwargs))
         forms = self._known.get(key)
         if forms:
             remade = [torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta") for form in forms]
@@ -171,11 +171,12 @@ def _written(func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -
     return written[0] if len(written) == 1 else None
 
 
-def _signature(value: object) -> Hashable:
+def signature(value: object) -> Hashable:
+    """Equal for arguments that differ only in the values of tensors."""
     if isinstance(value, Tensor):
         return value.device, value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):
-        return tuple(_signature(part) for part in value)
+        return tuple(signature(part) for part in value)
     if isinstance(value, dict):
-        return tuple((name, _signature(part)) for name, part in value.items())
+        return tuple((name, signature(part)) for name, part in value.items())
     return type(value), value

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.samplers import cond_cat
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from ..quant import QuantError
+from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
+from .job import Job
 from .linear import packed_modules
-from .live_memory import LiveMemory
+from .live_memory import LiveMemory, signature
 from .low_vram import LeanPlan, apply_lean
 from .meta_wan import META, meta_twin
 from .patch_rows import Patch
@@ -30,58 +30,9 @@ CONTEXT_BYTES = round(0.4 * GIB)
 # previous prediction, and of each of two conditionings the output and the weights it is averaged with.
 _SAMPLER_LATENTS = 8
 _PROMPT_TOKENS = 512
-_HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
-_CLIP_WIDTH = 1280
 
 TIME_PROJECTION = "diffusion_model.time_projection.1"
 """A sixth of a gigabyte in 16 bits, for a product with a single row: a plan leaves it in main memory."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """The inputs of one forward that its memory depends on."""
-
-    latent: tuple[int, ...]
-    """(batch, channels, frames, height, width)."""
-    image_tokens: int = 0
-    """Of CLIP vision, 257 an image."""
-    control_streams: int = 0
-    """Of VACE."""
-    masked: bool = False
-    """With a mask of what to sample, by which the 5B has a time for each frame."""
-
-    @classmethod
-    def of_video(cls, width: int, height: int, frames: int, *, channels: int = 16) -> Job:
-        """One video of so many pixels.
-
-        Args:
-            channels: of the latent: 16 for Wan 2.1's VAE, 48 for Wan 2.2's.
-
-        Raises:
-            QuantError: sizes or frames that Wan cannot take.
-        """
-        step = 2 * _pixels(channels)
-        if width < step or height < step or width % step or height % step:
-            raise QuantError(f"size {width}x{height}: this Wan model takes multiples of {step} from {step} on")
-        if frames < 1 or frames % 4 != 1:
-            raise QuantError(f"frames {frames}: Wan takes 1, 5, 9, ... (a multiple of 4 and 1 more)")
-        size = height // _pixels(channels), width // _pixels(channels)
-        return cls((1, channels, frames // 4 + 1, *size))
-
-    def with_latent_frames(self, frames: int) -> Job:
-        batch, channels, _, *size = self.latent
-        return replace(self, latent=(batch, channels, frames, *size))
-
-    def __str__(self) -> str:
-        batch, channels, frames, height, width = self.latent
-        pixels = _pixels(channels)
-        videos = f"{batch} videos of " if batch > 1 else ""
-        return f"{videos}{pixels * width}x{pixels * height}, {4 * frames - 3} frames"
-
-
-def _pixels(channels: int) -> int:
-    """To a side of a latent's cell."""
-    return 16 if channels == 48 else 8
 
 
 @dataclass(frozen=True)
@@ -118,6 +69,7 @@ class Simulator:
 
     def __init__(self, model: BaseModel, *, weights: int) -> None:
         """`model` is on meta tensors; `weights` are the bytes of the true model's, see `streamed_bytes`."""
+        use_flash_attention(model.diffusion_model)
         self._model, self._weights = model, weights
         self._known: dict[tuple[Job, LeanPlan | None], Peak] = {}
 
@@ -148,67 +100,30 @@ class Simulator:
             patcher = apply_lean(patcher, plan)
         memory = LiveMemory(META, record=record)
         # The host samples in inference mode, where the count would not see operations that are made of others.
-        with torch.inference_mode(False), torch.no_grad(), memory, _FusedNorms():
-            options = {"wrappers": patcher.wrappers, "optimized_attention_override": _FlashAttention(memory)}
+        with torch.inference_mode(False), torch.no_grad(), memory, FusedNorms():
+            options = {"wrappers": patcher.wrappers, "optimized_attention_override": FlashAttention()}
             state = torch.empty(_SAMPLER_LATENTS, *job.latent, device=META)
-            time = torch.ones(job.latent[0], device=META)
-            self._model.apply_model(state[0], time, transformer_options=options, **self._inputs(job))
+            predict(self._model, state[0], [self._prompt() | each.fields() for each in job.conditions], options)
         return memory
 
-    def _inputs(self, job: Job) -> dict[str, Any]:
-        batch, channels, *size = job.latent
-        model = self._model.diffusion_model
-        prompt = torch.empty(batch, _PROMPT_TOKENS, model.text_dim, device=META)
-        inputs: dict[str, Any] = {"c_crossattn": prompt}
-        if model.in_dim > channels:
-            inputs["c_concat"] = torch.empty(batch, model.in_dim - channels, *size, device=META)
-        if job.image_tokens:
-            inputs["clip_fea"] = torch.empty(batch, job.image_tokens, _CLIP_WIDTH, device=META)
-        if job.masked:
-            inputs["denoise_mask"] = torch.empty(job.latent, device=META)
-        if job.control_streams:
-            control = (batch, job.control_streams, model.vace_in_dim, *size)
-            inputs |= {"vace_context": torch.empty(control, device=META), "vace_strength": [1.0] * job.control_streams}
-        return inputs
+    def _prompt(self) -> dict[str, Any]:
+        """What the host makes of every prompt that is not longer."""
+        return {"cross_attn": torch.empty(()).expand(1, _PROMPT_TOKENS, self._model.diffusion_model.text_dim)}
 
 
-@dataclass(frozen=True)
-class _FlashAttention:
-    """In place of the host's attention: allocates what flash attention does."""
+def predict(model: BaseModel, latent: Tensor, conditions: list[dict[str, Any]], options: dict[str, Any]) -> None:
+    """A forward for each conditioning that takes another amount of memory than those before, while all are there.
 
-    memory: LiveMemory
-    takes_some_queries: bool = True
-
-    def __call__(
-        self, _: object, q: Tensor, k: Tensor, v: Tensor, heads: int, *_args: object, **_kwargs: object
-    ) -> Tensor:
-        batch, queries, width = q.shape
-        self.memory.add_flops(4 * batch * queries * k.shape[1] * width)
-        statistics = q.new_empty(batch, heads, queries, dtype=torch.float32)
-        output = torch.empty_like(q)
-        del statistics
-        return output
-
-
-class _FusedNorms(TorchFunctionMode):
-    """In place of torch's RMS norm, which on meta tensors is made of others: allocates what its GPU kernel does.
-
-    Source: aten/src/ATen/native/layer_norm.cpp rms_norm_symint, torch 2.9.0, the first that has it for CUDA.
+    Source: comfy/samplers.py encode_model_conds, _calc_cond_batch, ComfyUI 0.30.0.
     """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> object:
-        if func is not torch.nn.functional.rms_norm or not _HAS_FUSED_NORMS:
-            return func(*args, **(kwargs or {}))
-        x: Tensor = args[0]
-        output, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
-        del scales
-        return output
+    time, done = torch.ones(len(latent), device=latent.device), set()
+    encoded = [model.extra_conds(noise=latent, device=latent.device, **fields) for fields in conditions]
+    for conds in encoded:
+        given = {name: cond.process_cond(batch_size=len(latent), area=None) for name, cond in conds.items()}
+        form = signature({name: cond.cond for name, cond in given.items()})
+        if form not in done:
+            model.apply_model(latent, time, transformer_options=options, **cond_cat([given]))
+        done.add(form)
 
 
 def _attach_patches(model: BaseModel, patcher: ModelPatcher) -> None:

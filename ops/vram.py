@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ..quant import QuantError
+from .job import Job
 from .low_vram import LeanPlan
-from .simulator import GIB, Job, Peak, Simulator
+from .simulator import GIB, Peak, Simulator
 
 MOST_EXTRA_ARITHMETIC = 0.03
 _ABSURD_GIB = 1024
@@ -104,10 +105,16 @@ def _refusal(simulator: Simulator, job: Job, budget: int, leanest: Choice) -> st
 
 def _most_frames(simulator: Simulator, job: Job, budget: int, plan: LeanPlan | None) -> int:
     """Frames of video within the budget, 0 if none."""
+
+    def plain(frames: int) -> int:
+        return simulator.peak(job.from_text(frames), plan).total
+
     low, high = 0, job.latent[2]  # so many latent frames fit, so many do not
+    # What is given beside the text cannot be cut here; it is taken to shrink with the frames.
+    given_a_frame = (simulator.peak(job, plan).total - plain(high)) / high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = simulator.peak(job.with_latent_frames(middle), plan).total <= budget
+        fits = plain(middle) + given_a_frame * middle <= budget
         low, high = (middle, high) if fits else (low, middle)
     return 4 * low - 3 if low else 0
 

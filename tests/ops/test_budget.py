@@ -12,13 +12,16 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from wanquant.ops.budget import preview_job, with_budget
+from wanquant.ops.job import Job
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.ops.prefetch import prefetch_blocks
-from wanquant.ops.simulator import GIB, Job, Simulator
+from wanquant.ops.simulator import GIB, Simulator
 from wanquant.ops.vram import candidates
 from wanquant.quant import QuantError
 
-SHAPE = (1, 16, 5, 32, 32)
+SHAPE, PROMPT = (1, 16, 5, 32, 32), (1, 16, 4096)
+CONDS = {"positive": [{"cross_attn": torch.empty(PROMPT)}]}
+JOB = Job(SHAPE).given(cross_attn=torch.empty(PROMPT))
 AMPLE = 100 * GIB
 
 
@@ -31,14 +34,14 @@ def model(t2v):
 
 def leanest(model):
     simulator = Simulator.of(model)
-    return simulator.peak(Job(SHAPE), candidates(simulator.heads)[-1]).total
+    return simulator.peak(JOB, candidates(simulator.heads)[-1]).total
 
 
 def sample(model):
     """Two steps with a positive and a negative prompt."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SHAPE, generator=generator)
-    prompts = [[[torch.randn(1, 16, 4096, generator=generator), {}]] for _ in range(2)]
+    prompts = [[[torch.randn(PROMPT, generator=generator), {}]] for _ in range(2)]
     with torch.inference_mode():
         return comfy.sample.sample(
             model, noise, 2, 4.0, "euler", "simple", *prompts, torch.zeros(SHAPE), disable_pbar=True, seed=0
@@ -77,13 +80,21 @@ def test_refuses_at_sampling(model):
         sample(with_budget(model, GIB // 8))
 
 
+def test_counts_what_the_conditionings_bring(model):
+    positive, latents = CONDS["positive"][0], {"time_dim_concat": torch.empty(SHAPE)}
+    (prepare,) = with_budget(model, leanest(model)).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+    prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive]})
+    with pytest.raises(QuantError, match="needs at least"):
+        prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive | latents]})
+
+
 def test_warns_that_a_compiled_model_runs_stock(model, caplog):
     compiled = model.clone()
     set_torch_compile_wrapper(compiled, "eager")
     for start, budget, warnings in ((model, leanest(model), 0), (compiled, AMPLE, 0), (compiled, leanest(model), 1)):
         caplog.clear()
         (prepare,) = with_budget(start, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
-        prepare(lambda *_, **__: None, start, torch.Size(SHAPE), {"positive": [{}]})
+        prepare(lambda *_, **__: None, start, torch.Size(SHAPE), CONDS)
         assert sum("compiled model" in record.getMessage() for record in caplog.records) == warnings
 
 
@@ -125,7 +136,12 @@ def test_weights_take_what_is_left(model, monkeypatch, dynamic):
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda *args, **kwargs: freed.append(args))
     budget = leanest(model) + 1000
     (prepare,) = with_budget(model, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
-    prepare(lambda *_, **kwargs: asked.append(kwargs), patcher, torch.Size(SHAPE), {"positive": [{}]})
+    prepare(
+        lambda *_, **kwargs: asked.append(kwargs),
+        patcher,
+        torch.Size(SHAPE),
+        CONDS,
+    )
     assert asked == [{"force_full_load": False, "force_offload": True}]
     assert [device for _, device in freed] == [patcher.load_device]
     assert patcher.loaded == [(patcher.load_device, 1000)]

@@ -8,8 +8,9 @@ from comfy.ldm.modules.diffusionmodules.model import pytorch_attention
 
 from wanquant.ops import decoding
 from wanquant.ops.decoding import decoding_peak, tiles_within
+from wanquant.ops.job import Job
 from wanquant.ops.live_memory import LiveMemory
-from wanquant.ops.simulator import GIB, Job
+from wanquant.ops.simulator import GIB
 
 SMALL = Job.of_video(832, 480, 5)
 

@@ -14,8 +14,9 @@ from comfy.patcher_extension import WrappersMP
 
 from wanquant.ops.budget import with_budget
 from wanquant.ops.experts import share_memory, simulate
+from wanquant.ops.job import Job
 from wanquant.ops.loader import load_diffusion_model
-from wanquant.ops.simulator import Job, Simulator
+from wanquant.ops.simulator import Simulator
 from wanquant.quant.convert import convert
 from wanquant.tests.ops.patching import lora, with_lora
 

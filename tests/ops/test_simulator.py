@@ -11,11 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from wanquant.bench.sizes import Source
+from wanquant.ops.job import Job, image_fields
 from wanquant.ops.live_memory import LiveMemory
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.ops.low_vram import LeanPlan, apply_lean
 from wanquant.ops.meta_wan import meta_model, meta_twin
-from wanquant.ops.simulator import GIB, Job, Simulator, streamed_bytes
+from wanquant.ops.simulator import GIB, Simulator, streamed_bytes
 from wanquant.quant import QuantError
 from wanquant.quant.recipe import find_recipe, plan
 from wanquant.quant.wan import SIZES, transformer_shapes
@@ -28,7 +29,7 @@ class FlashAttention:
     takes_some_queries = True
 
     def __call__(self, _, q, k, v, heads, *args, **kwargs):
-        return attention.attention_pytorch(q, k, v, heads, _inside_attn_wrapper=True)
+        return attention.attention_pytorch(q, k, v, heads, *args, **kwargs)
 
 
 class FusedNorms(TorchFunctionMode):
@@ -84,7 +85,7 @@ def simulator(size, recipe="Q4_K_M"):
 @pytest.mark.parametrize(("tokens", "gib"), [((21, 60, 104), 3.48), ((21, 90, 160), 8.03)])
 def test_stock_forward_of_14b_without_fused_norms(tokens, gib, monkeypatch):
     """Figures of a count by other means; here the sampler's latents and the prompt come on top."""
-    monkeypatch.setattr("wanquant.ops.simulator._HAS_FUSED_NORMS", False)
+    monkeypatch.setattr("wanquant.ops.gpu_kernels._HAS_FUSED_NORMS", False)
     peak = simulator(SIZES["14B"]).peak(Job((1, 16, *tokens)), None)
     around = (8 * 16 * tokens[0] * tokens[1] * tokens[2] + 512 * 4096) * 4 / GIB
     assert (peak.activations + peak.scratch) / GIB - around == pytest.approx(gib, abs=0.02)
@@ -129,10 +130,11 @@ def test_loras_are_added(t2v):
 
 def test_control_streams_and_images_take_memory():
     vace = simulator(SIZES["1.3B"]._replace(layers=4, vace_layers=2))
-    one, two = (vace.peak(Job(LATENT, control_streams=count), LEAN).activations for count in (1, 2))
+    one, two = (vace.peak(Job(LATENT).with_controls(count), LEAN).activations for count in (1, 2))
     assert two - one >= 2 * 1536 * 3 * 16 * 16
     image = simulator(SIZES["1.3B"]._replace(layers=1, in_dim=36, image=True))
-    assert image.peak(Job(LATENT, 514), LEAN).flops > image.peak(Job(LATENT, 257), LEAN).flops
+    one, two = (image.peak(Job(LATENT).given(**image_fields(257 * count)), LEAN).flops for count in (1, 2))
+    assert two > one
 
 
 @pytest.mark.parametrize(

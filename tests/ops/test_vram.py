@@ -7,7 +7,8 @@ import math
 import pytest
 
 from wanquant.bench.memory import CASES, MODELS, SMALL, job, rows, simulator
-from wanquant.ops.simulator import GIB, Job
+from wanquant.ops.job import Job
+from wanquant.ops.simulator import GIB
 from wanquant.ops.vram import MOST_EXTRA_ARITHMETIC, candidates, checked_budget, choose
 from wanquant.quant import QuantError
 from wanquant.quant.wan import SIZES
