@@ -13,8 +13,8 @@ READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 
 
 def convert_row(row: dict[str, Any]) -> str:
-    """Errors of both efforts against ggml's, and their speed as a multiple of ggml's."""
-    errors = (f"{100 * error:+.1f} %" if (error := row[f"{effort}_error"]) else "0" for effort in ("fast", "best"))
+    """Errors against ggml's, and speeds as a multiple of ggml's."""
+    errors = (f"{100 * error:+.1f} %" if (error := row[f"{what}_error"]) else "0" for what in ("fast", "best", "file"))
     speeds = (f"{row[f'{effort}_mws'] / row['ggml_mws']:.2f}x" for effort in ("fast", "best"))
     return f"| {' | '.join((row['type'], *errors, *speeds))} |\n"
 

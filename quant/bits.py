@@ -20,9 +20,8 @@ def half(field: Tensor) -> Tensor:
 
 
 def half_bytes(values: Tensor) -> Tensor:
-    """(n, k) floats -> (n, 2 * k) uint8, saturated at float16's largest finite value; -0 becomes +0."""
-    # Which zero a search comes to may depend on whether torch worked on it in a vector or alone.
-    return values.clamp(-65504.0, 65504.0).add_(0.0).half().contiguous().view(torch.uint8)
+    """(n, k) floats -> (n, 2 * k) uint8; too large is infinite, as in ggml."""
+    return values.half().contiguous().view(torch.uint8)
 
 
 def unpack_bits(field: Tensor, bits: int, run: int) -> Tensor:

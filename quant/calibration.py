@@ -101,13 +101,11 @@ class Inputs(NamedTuple):
     def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
         """Like `QuantType.quantize` for (rows, columns), with rows as strong as they were at its best.
 
-        With feedback it is for the least error of the outputs, and their strength comes with it.
-
-        A type without a search is encoded as it always is; one whose `fast` encoder has none takes its `best`.
+        With feedback, and a type that has a search, it is for the least error of the outputs, whose strength comes with
+        it, at either effort.
         """
-        encoders = (qtype.encoder(effort), qtype.best)
-        encode = next((encode for encode in encoders if isinstance(encode, Encoder)), None)
-        if self.importance is None or self.feedback is None or encode is None:
+        encode = qtype.best
+        if self.importance is None or self.feedback is None or not isinstance(encode, Encoder):
             packed = qtype.quantize(weight, self.importance, effort)
             return restore_gain(qtype, packed, weight, self.importance) if effort == "best" else packed
         limit = _CPU_WEIGHTS if weight.device.type == "cpu" else _DEVICE_WEIGHTS

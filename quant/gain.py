@@ -42,7 +42,8 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
     blocks = packed.view(len(packed), -1, qtype.type_size)
     for offset, gain in zip(qtype.factors, gains, strict=True):
         field = blocks[..., offset : offset + 2]
-        field.copy_(half_bytes(half(field.contiguous()) * gain.view(-1, 1, 1)))
+        changed = half(field.contiguous()) * gain.view(-1, 1, 1)
+        field.copy_(half_bytes(changed.clamp_(-65504.0, 65504.0)))
     return packed
 
 

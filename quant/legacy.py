@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import fields, half, pack_bits, unpack_bits
+from .bits import fields, half, half_bytes, pack_bits, unpack_bits
 
 # Q4_0 block, 18 bytes / 32 weights: d f16 | qs 16
 # Q4_1 block, 20 bytes / 32 weights: d f16 | m f16 | qs 16
@@ -33,7 +33,7 @@ def decode_f16(blocks: Tensor) -> Tensor:
 
 
 def encode_f16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    return _f16(blocks)
+    return half_bytes(blocks)
 
 
 def decode_bf16(blocks: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def decode_q4_0(blocks: Tensor) -> Tensor:
 def encode_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d = _signed_absmax(blocks) / -8
     codes = _truncate(blocks * _inverse(d) + 8.5).clamp_(max=15)
-    return torch.cat((_f16(d), pack_bits(codes, 4, run=16)), 1)
+    return torch.cat((half_bytes(d), pack_bits(codes, 4, run=16)), 1)
 
 
 def decode_q4_1(blocks: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def decode_q4_1(blocks: Tensor) -> Tensor:
 def encode_q4_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d, m = _step_and_min(blocks, 15)
     codes = _truncate((blocks - m) * _inverse(d) + 0.5).clamp_(max=15)
-    return torch.cat((_f16(d), _f16(m), pack_bits(codes, 4, run=16)), 1)
+    return torch.cat((half_bytes(d), half_bytes(m), pack_bits(codes, 4, run=16)), 1)
 
 
 def decode_q5_0(blocks: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def decode_q5_0(blocks: Tensor) -> Tensor:
 def encode_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d = _signed_absmax(blocks) / -16
     codes = _truncate(blocks * _inverse(d) + 16.5).clamp_(max=31)
-    return torch.cat((_f16(d), _pack_5_bits(codes)), 1)
+    return torch.cat((half_bytes(d), _pack_5_bits(codes)), 1)
 
 
 def decode_q5_1(blocks: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def decode_q5_1(blocks: Tensor) -> Tensor:
 def encode_q5_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d, m = _step_and_min(blocks, 31)
     codes = _truncate((blocks - m) * _inverse(d) + 0.5)
-    return torch.cat((_f16(d), _f16(m), _pack_5_bits(codes)), 1)
+    return torch.cat((half_bytes(d), half_bytes(m), _pack_5_bits(codes)), 1)
 
 
 def decode_q8_0(blocks: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def decode_q8_0(blocks: Tensor) -> Tensor:
 def encode_q8_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d = blocks.abs().amax(1, keepdim=True) / 127
     codes = _truncate(round_half_away(blocks * _inverse(d))).to(torch.int8)
-    return torch.cat((_f16(d), codes.view(torch.uint8)), 1)
+    return torch.cat((half_bytes(d), codes.view(torch.uint8)), 1)
 
 
 def round_half_away(x: Tensor) -> Tensor:
@@ -112,11 +112,6 @@ def _unpack_5_bits(qh: Tensor, qs: Tensor) -> Tensor:
 def _pack_5_bits(codes: Tensor) -> Tensor:
     high = (codes > 15).to(torch.uint8)
     return torch.cat((pack_bits(high, 1, run=1), pack_bits(codes - 16 * high, 4, run=16)), 1)
-
-
-def _f16(values: Tensor) -> Tensor:
-    """(n, k) float32 -> (n, 2 * k) uint8; too large is infinite, as in ggml."""
-    return values.half().view(torch.uint8)
 
 
 def _inverse(d: Tensor) -> Tensor:

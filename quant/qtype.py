@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from . import iq4, iquants, kquants, legacy, microscaling, search, ternary
+from . import iq4, iquants, kquants, legacy, microscaling, reference, search, ternary
 from .errors import QuantError
 
 Effort = Literal["fast", "best"]
@@ -92,22 +91,24 @@ class QuantType:
         Args:
             weight: floating point, (..., n), n a multiple of `block_size`.
             importance: float, (n,), the weight of each input column in the squared error, at least 0.
-            effort: "best" minimises the squared error; "fast" is bit-equal to ggml for Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, which
-                then ignore the importance.
+            effort: "best" minimises the squared error; "fast" is ggml's own encoding without importance, bit for bit.
+                With importance both are "best"; types that have no such encoder ignore it.
 
         Raises:
             QuantError: no encoder for this type, a row that is no multiple of the block size, or importance that does
                 not fit the weight.
         """
         encode = self.encoder(effort)
-        if effort == "fast" and weight.device.type == "cpu":
-            encode = _ggml_encoders().get(self.name, encode)
+        if importance is not None and self.best:
+            encode = self.best
         if not weight.is_floating_point():
             raise QuantError(f"{self.name}: weight is {weight.dtype}, expected floating point; convert it first")
         out = torch.empty(self.packed_shape(tuple(weight.shape)), dtype=torch.uint8, device=weight.device)
         n_blocks = weight.numel() // self.block_size
         blocks, packed = weight.reshape(n_blocks, self.block_size), out.view(n_blocks, self.type_size)
         columns = None if importance is None else self._columns(importance, weight)
+        if encode is self.fast and weight.device.type == "cpu" and _encoded_by_ggml(self, blocks, packed):
+            return out
         for chunk in self._chunks(n_blocks, weight.device):
             packed[chunk] = encode(blocks[chunk].float().contiguous(), None if columns is None else columns(chunk))
         return out
@@ -140,14 +141,13 @@ class QuantType:
             yield slice(start, min(start + step, n_blocks))
 
 
-@cache
-def _ggml_encoders() -> Mapping[str, Encoder]:
-    """By type name, of the same bytes as `fast`: ggml's own C code, where its library is installed."""
+def _encoded_by_ggml(qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
+    """Whether ggml's own C code could, and has: where its library is installed and encodes as `fast`."""
     try:
-        from .kernels.libggml import ENCODERS  # which imports this module
+        from .kernels import libggml  # which imports this module
     except (ImportError, OSError):
-        return {}
-    return ENCODERS
+        return False
+    return libggml.quantize(qtype, blocks, packed)
 
 
 def qtype_of(ggml_type: int) -> QuantType:
@@ -169,13 +169,13 @@ _TYPES = (
     QuantType("Q5_0", 6, 32, 22, legacy.decode_q5_0, legacy.encode_q5_0, search.best_q5_0, (0,)),
     QuantType("Q5_1", 7, 32, 24, legacy.decode_q5_1, legacy.encode_q5_1, search.best_q5_1, (0, 2)),
     QuantType("Q8_0", 8, 32, 34, legacy.decode_q8_0, legacy.encode_q8_0, search.best_q8_0, (0,)),
-    QuantType("Q2_K", 10, 256, 84, kquants.decode_q2_k, search.fast_q2_k, search.best_q2_k, (80, 82)),
-    QuantType("Q3_K", 11, 256, 110, kquants.decode_q3_k, search.fast_q3_k, search.best_q3_k, (108,)),
-    QuantType("Q4_K", 12, 256, 144, kquants.decode_q4_k, search.fast_q4_k, search.best_q4_k, (0, 2)),
-    QuantType("Q5_K", 13, 256, 176, kquants.decode_q5_k, search.fast_q5_k, search.best_q5_k, (0, 2)),
-    QuantType("Q6_K", 14, 256, 210, kquants.decode_q6_k, search.fast_q6_k, search.best_q6_k, (208,)),
-    QuantType("IQ4_NL", 20, 32, 18, iq4.decode_iq4_nl, search.fast_iq4_nl, search.best_iq4_nl, (0,)),
-    QuantType("IQ4_XS", 23, 256, 136, iq4.decode_iq4_xs, search.fast_iq4_xs, search.best_iq4_xs, (0,)),
+    QuantType("Q2_K", 10, 256, 84, kquants.decode_q2_k, reference.encode_q2_k, search.best_q2_k, (80, 82)),
+    QuantType("Q3_K", 11, 256, 110, kquants.decode_q3_k, reference.encode_q3_k, search.best_q3_k, (108,)),
+    QuantType("Q4_K", 12, 256, 144, kquants.decode_q4_k, reference.encode_q4_k, search.best_q4_k, (0, 2)),
+    QuantType("Q5_K", 13, 256, 176, kquants.decode_q5_k, reference.encode_q5_k, search.best_q5_k, (0, 2)),
+    QuantType("Q6_K", 14, 256, 210, kquants.decode_q6_k, reference.encode_q6_k, search.best_q6_k, (208,)),
+    QuantType("IQ4_NL", 20, 32, 18, iq4.decode_iq4_nl, reference.encode_iq4_nl, search.best_iq4_nl, (0,)),
+    QuantType("IQ4_XS", 23, 256, 136, iq4.decode_iq4_xs, reference.encode_iq4_xs, search.best_iq4_xs, (0,)),
     QuantType("IQ1_S", 19, 256, 50, iquants.decode_iq1_s),
     QuantType("IQ1_M", 29, 256, 56, iquants.decode_iq1_m),
     QuantType("IQ2_XXS", 16, 256, 66, iquants.decode_iq2_xxs),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,9 +24,8 @@ _NAMES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
 )
-
-# Those whose encoder without a search it has too.
-_ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# Those that it encodes faster.
+_ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
 
 _Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -81,19 +80,40 @@ def _same_bits(qtype: QuantType) -> bool:
     return bool((same | weights.isnan()).all())
 
 
-def _encode(qtype: QuantType, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    packed = torch.empty(len(blocks), qtype.type_size, dtype=torch.uint8)
-    _run(type_traits(qtype).from_float_ref, blocks, packed, qtype.block_size)
-    return packed
-
-
 def _same_codes(qtype: QuantType) -> bool:
-    """Whether it encodes as the torch operations, from weights of every exponent to scales that are subnormal."""
-    if not _same_sizes(qtype) or not type_traits(qtype).from_float_ref or qtype.fast is None:
+    """Whether it encodes as the torch operations, weights of every exponent whose cubes float32 holds."""
+    traits = type_traits(qtype)
+    if not _same_sizes(qtype) or not traits.from_float_ref or qtype.fast is None:
         return False
-    steps = torch.arange(256 * qtype.block_size).view(256, -1)
-    weights = torch.ldexp(torch.sin(steps.float()), steps[:, :1] // qtype.block_size - 148)
-    return torch.equal(_encode(qtype, weights), qtype.fast(weights, None))
+    steps = torch.arange(376 * qtype.block_size).view(376, -1)
+    weights = torch.ldexp(torch.sin(steps.float()), torch.arange(376)[:, None] % 188 - 148)
+    packed = torch.empty(len(weights), qtype.type_size, dtype=torch.uint8)
+    traits.from_float_ref(weights.data_ptr(), packed.data_ptr(), weights.numel())
+    return torch.equal(packed, qtype.fast(weights, None))
+
+
+@cache
+def _encoder(name: str) -> Callable[[int, int, int], None] | None:
+    """Checked when first asked for, as the torch operations take a while."""
+    qtype = QTYPES[name]
+    if name not in _ENCODED or not _same_codes(qtype):
+        return None
+    encode: Callable[[int, int, int], None] = type_traits(qtype).from_float_ref
+    return encode
+
+
+def quantize(qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
+    """Encodes (n, block_size) weights of any floating dtype into (n, type_size), contiguous; False if it does not."""
+    encode = _encoder(qtype.name)
+    if encode is None:
+        return False
+    if blocks.dtype is torch.float32 and blocks.is_contiguous():
+        _run(encode, blocks, packed, qtype.block_size)
+        return True
+    step = torch.get_num_threads() * _WEIGHTS // qtype.block_size
+    for source, destination in zip(torch.split(blocks, step), torch.split(packed, step), strict=True):
+        _run(encode, source.float().contiguous(), destination, qtype.block_size)
+    return True
 
 
 def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
@@ -113,12 +133,12 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
 def _run(convert: Callable[[int, int, int], None], source: Tensor, out: Tensor, block_size: int) -> None:
     """From blocks to as many blocks, on all of torch's threads: ctypes lets go of the interpreter's lock."""
     threads = torch.get_num_threads()
+    if threads == 1:
+        convert(source.data_ptr(), out.data_ptr(), len(source) * block_size)
+        return
     parts = zip(torch.tensor_split(source, threads), torch.tensor_split(out, threads), strict=True)
     calls = [(part.data_ptr(), to.data_ptr(), len(part) * block_size) for part, to in parts]
-    if threads == 1:
-        convert(*calls[0])
-    else:
-        list(_pool(threads).map(lambda call: convert(*call), calls))
+    list(_pool(threads).map(lambda call: convert(*call), calls))
 
 
 @cache
@@ -127,4 +147,3 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 FORMATS = {name: type_traits(QTYPES[name]).to_float for name in _NAMES if _same_bits(QTYPES[name])}
-ENCODERS = {name: partial(_encode, QTYPES[name]) for name in _ENCODED if _same_codes(QTYPES[name])}

@@ -1,8 +1,8 @@
 """Encoders that minimise the squared error, weighted by importance where given, under ggml's block formats.
 
 Every encoder takes blocks (n, block_size) float32 and importance of the same shape or None, on any device, and returns
-(n, type_size) uint8. `fast_*` look at fewer candidates than `best_*`; both aim at the same measure.
-`encode_with_feedback` takes any of them, and minimises the error of a layer's outputs for correlated inputs.
+(n, type_size) uint8. `encode_with_feedback` takes any of them, and minimises the error of a layer's outputs for
+correlated inputs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,6 @@ from .encoders import (
     best_q5_k,
     best_q6_k,
     best_q8_0,
-    fast_iq4_nl,
-    fast_iq4_xs,
-    fast_q2_k,
-    fast_q3_k,
-    fast_q4_k,
-    fast_q5_k,
-    fast_q6_k,
 )
 from .feedback import encode_with_feedback
 
@@ -46,11 +39,4 @@ __all__ = [
     "best_q6_k",
     "best_q8_0",
     "encode_with_feedback",
-    "fast_iq4_nl",
-    "fast_iq4_xs",
-    "fast_q2_k",
-    "fast_q3_k",
-    "fast_q4_k",
-    "fast_q5_k",
-    "fast_q6_k",
 ]

@@ -27,7 +27,7 @@ class Columns:
     @classmethod
     def of(cls, blocks: Tensor, importance: Tensor | None, size: int) -> Columns:
         """Sub-blocks of `size` weights from (n_blocks, block_size) weights and importance."""
-        x = blocks.clamp(-_LARGEST, _LARGEST).reshape(-1, size).t().contiguous()
+        x = blocks.nan_to_num(0.0).clamp_(-_LARGEST, _LARGEST).reshape(-1, size).t().contiguous()
         if importance is None:
             return cls(x)
         mean = importance.mean(1, keepdim=True)
@@ -85,5 +85,6 @@ def least(errors: Sequence[Tensor], *candidates: Sequence[Tensor]) -> tuple[Tens
 
 
 def float16(values: Tensor) -> Tensor:
-    """Rounded to float16 and saturated there, as float32."""
-    return values.clamp(-65504.0, 65504.0).half().float()
+    """Rounded to float16 and saturated there, as float32; -0 becomes +0."""
+    # Which zero a search comes to may depend on whether torch worked on it in a vector or alone.
+    return values.clamp(-65504.0, 65504.0).half().float().add_(0.0)

@@ -1,4 +1,4 @@
-"""One encoder for each type and effort: its integers, its sub-blocks and how far it looks."""
+"""One encoder for each type: its integers, its sub-blocks and how far it looks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ class _Effort:
     rounds: int
 
 
-_FAST = _Effort(peaks=6, starts=1, rounds=2)
 _BEST = _Effort(peaks=13, starts=3, rounds=3)
 _BEST_WITH_MIN = _Effort(peaks=17, starts=3, rounds=3)
 # Eight levels need no finer grid.
@@ -175,7 +174,7 @@ def _q8_0(blocks: Blocks, codes: Tensor) -> Tensor:
 
 
 def _d_and_min(blocks: Blocks) -> Tensor:
-    return half_bytes(torch.stack((blocks.d, -blocks.dmin), 1))
+    return half_bytes(torch.stack((blocks.d, 0.0 - blocks.dmin), 1))
 
 
 def _five_bits(codes: Tensor) -> Tensor:
@@ -184,19 +183,12 @@ def _five_bits(codes: Tensor) -> Tensor:
 
 
 best_q2_k = _affine(16, 3, Integers(0, 15), _BEST_WITH_MIN, _q2_k)
-fast_q2_k = _affine(16, 3, Integers(0, 15), _FAST, _q2_k)
 best_q3_k = _signed(16, Integers(-4, 3), 4, Integers(-32, 31), _BEST_OF_EIGHT, _q3_k)
-fast_q3_k = _signed(16, Integers(-4, 3), 4, Integers(-32, 31), _FAST, _q3_k)
 best_q4_k = _affine(32, 15, Integers(0, 63), _BEST_WITH_MIN, _q4_k)
-fast_q4_k = _affine(32, 15, Integers(0, 63), _FAST, _q4_k)
 best_q5_k = _affine(32, 31, Integers(0, 63), _BEST_WITH_MIN, _q5_k)
-fast_q5_k = _affine(32, 31, Integers(0, 63), _FAST, _q5_k)
 best_q6_k = _signed(16, Integers(-32, 31), 32, Integers(-128, 127), _BEST, _q6_k)
-fast_q6_k = _signed(16, Integers(-32, 31), 32, Integers(-128, 127), _FAST, _q6_k)
 best_iq4_xs = _signed(32, _IQ4, 127, Integers(-32, 31), _BEST, _iq4_xs)
-fast_iq4_xs = _signed(32, _IQ4, 127, Integers(-32, 31), _FAST, _iq4_xs)
 best_iq4_nl = _signed(32, _IQ4, 127, _ONE, _BEST_ALONE, _iq4_nl)
-fast_iq4_nl = _signed(32, _IQ4, 127, _ONE, _FAST, _iq4_nl)
 best_q4_0 = _signed(32, Integers(-8, 7), 8, _ONE, _BEST_ALONE, _q4_0)
 best_q4_1 = _affine(32, 15, _ONE, _BEST_ALONE_WITH_MIN, _q4_1)
 best_q5_0 = _signed(32, Integers(-16, 15), 16, _ONE, _BEST_ALONE, _q5_0)

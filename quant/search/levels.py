@@ -49,7 +49,7 @@ class Codebook:
 
     def nearest(self, values: Tensor) -> Tensor:
         # Twice a value, rounded down, decides: the middle of two levels is a whole number or a half.
-        return _look_up(_nearest(self.values, values.device), values.mul_(2).add_(256))
+        return _look_up(_nearest(self.values, values.device), values.mul_(2).floor_().add_(256))
 
     def codes(self, levels: Tensor) -> Tensor:
         return _look_up(_codes(self.values, levels.device), levels + 128)

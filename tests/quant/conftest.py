@@ -16,4 +16,4 @@ def libggml() -> LibGGML:
 @pytest.fixture
 def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding as where libggml-python is not installed."""
-    monkeypatch.setattr(qtype, "_ggml_encoders", dict)
+    monkeypatch.setattr(qtype, "_encoded_by_ggml", lambda *_: False)

@@ -17,7 +17,7 @@ _OPERATIONS = """
     expand select slice split split_with_sizes stack t transpose unbind unsqueeze _unsafe_view view
     __lshift__ __rshift__ bitwise_and bitwise_or
     abs add addcmul clamp div floor log2 mul nan_to_num neg pow reciprocal remainder round rsub sub trunc
-    amax amin any argmax argmin eq ge gt le lt max maximum mean min minimum prod sum
+    amax amin any argmax argmin eq ge gt le lt ne max maximum mean min minimum prod sqrt sum
     embedding gather index index_put index_select masked_fill nonzero where _local_scalar_dense
 """
 ALLOWED = frozenset(_OPERATIONS.split())

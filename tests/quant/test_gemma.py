@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from wanquant.quant import QTYPES
 from wanquant.quant.gguf_file import GGUFFile, open_gguf
 from wanquant.tests.libggml import LibGGML
 from wanquant.tests.quant.samples import assert_same_bits
@@ -77,5 +78,13 @@ def samples(file: GGUFFile) -> Iterator[NDArray[np.float32]]:
 @pytest.mark.parametrize("name", BEST)
 def test_best_is_not_worse_than_ggmls_on_any_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
     for weight in samples(gemma):
-        ours, theirs = errors(name, "best", weight, libggml)
+        ours, theirs = errors(name, weight, libggml)
         assert ours <= theirs
+
+
+@pytest.mark.usefixtures("torch_only")
+@pytest.mark.parametrize("name", BEST)
+def test_fast_writes_the_bytes_of_ggml_for_every_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+    for weight in samples(gemma):
+        packed = QTYPES[name].quantize(torch.from_numpy(weight), effort="fast").numpy()
+        np.testing.assert_array_equal(packed, libggml.quantize(name, weight))

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from wanquant.quant import QTYPES
 from wanquant.quant.kernels import libggml, op
 from wanquant.quant.kernels.optional import OptionalPath
+from wanquant.tests.libggml import LibGGML, load
 from wanquant.tests.quant.samples import WEIGHTS, assert_same_bits, random_blocks, special_blocks, weights
+
+
+@pytest.fixture(scope="module")
+def oracle() -> LibGGML:
+    return load()
 
 
 def test_is_what_decodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,34 +41,45 @@ def test_same_bits_as_the_torch_operations(name, dtype, threads, monkeypatch: py
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", libggml.ENCODERS)
-def test_same_bytes_as_the_torch_encoders(name, kind, threads, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", libggml._ENCODED)
+def test_encodes_any_part_of_a_tensor(name, kind, threads, oracle: LibGGML, monkeypatch: pytest.MonkeyPatch) -> None:
     quant = QTYPES[name]
+    size = quant.block_size
+    monkeypatch.setattr(libggml, "_WEIGHTS", 5 * size)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    weight = torch.from_numpy(weights(kind, 32))
-    for part in (weight[:1, :32], weight[:3, 32:], weight[:, 32:96].half(), weight[1:6].t().contiguous().t()):
-        expected = quant.fast(part.float().reshape(-1, 32), None)
-        assert torch.equal(quant.quantize(part, effort="fast").flatten(), expected.flatten())
+    weight = torch.from_numpy(weights(kind, size))
+    for part in (weight[:1, :size], weight[:3, size:], weight[:, size : 3 * size].half(), weight[:6].t().clone().t()):
+        packed = torch.empty(quant.packed_shape(tuple(part.shape)), dtype=torch.uint8)
+        assert libggml.quantize(quant, part.reshape(-1, size), packed.view(-1, quant.type_size))
+        assert np.array_equal(packed.numpy(), oracle.quantize(name, part.float().numpy()))
 
 
-def test_is_what_encodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def encode(blocks: Tensor, importance: Tensor | None) -> Tensor:
-        return torch.full((len(blocks), 34), 7, dtype=torch.uint8)
-
-    monkeypatch.setitem(libggml.ENCODERS, "Q8_0", encode)
-    weight = torch.ones(2, 32)
-    assert (QTYPES["Q8_0"].quantize(weight, torch.ones(32), effort="fast") == 7).all()
-    assert not (QTYPES["Q8_0"].quantize(weight) == 7).all()
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_is_what_encodes_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    quant, seen = QTYPES[name], []
+    monkeypatch.setattr(libggml, "quantize", lambda *arguments: seen.append(arguments) or True)
+    weight = torch.ones(2, 256)
+    quant.quantize(weight, effort="fast")
+    assert len(seen) == 1
+    quant.quantize(weight)
+    quant.quantize(weight, torch.ones(256), effort="fast")
+    assert len(seen) == 1
 
 
 def test_every_format_passes_its_check() -> None:
     assert tuple(libggml.FORMATS) == libggml._NAMES
-    assert tuple(libggml.ENCODERS) == libggml._ENCODED
+    assert all(map(libggml._encoder, libggml._ENCODED))
+    assert libggml._encoder("IQ4_XS") is None  # which torch operations encode faster
 
 
 def test_a_build_that_encodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libggml, "_encode", lambda quant, blocks: QTYPES["Q4_0"].fast(1.0001 * blocks, None))
+    other = {"Q4_0": "IQ4_NL", "Q4_K": "Q3_K"}
+    traits = libggml.type_traits
+    monkeypatch.setattr(libggml, "_same_sizes", lambda quant: True)
+    monkeypatch.setattr(libggml, "type_traits", lambda quant: traits(QTYPES[other.get(quant.name, quant.name)]))
     assert not libggml._same_codes(QTYPES["Q4_0"])
+    assert not libggml._same_codes(QTYPES["Q4_K"])
+    assert libggml._same_codes(QTYPES["Q8_0"])
     monkeypatch.setattr(libggml, "_same_sizes", lambda quant: False)
     assert not libggml._same_codes(QTYPES["Q8_0"])
 

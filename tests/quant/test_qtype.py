@@ -14,7 +14,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from wanquant.quant import QTYPES, QuantError, QuantType, qtype
+from wanquant.quant import QTYPES, QuantError, QuantType, qtype, reference
 from wanquant.quant.kernels import eager
 from wanquant.quant.qtype import QTYPES_BY_ID, Effort, qtype_of
 from wanquant.tests.libggml import LibGGML
@@ -67,7 +67,8 @@ def test_decoding_is_portable(quant: QuantType) -> None:
 )
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.usefixtures("torch_only")
-def test_encoding_is_portable(quant: QuantType, effort: Effort, weighted: bool) -> None:
+def test_encoding_is_portable(quant: QuantType, effort: Effort, weighted: bool, monkeypatch) -> None:
+    monkeypatch.setattr(reference, "_ROOTS", {})
     weight = torch.randn(4, 2 * quant.block_size)
     importance = torch.rand(2 * quant.block_size) if weighted else None
     with PortableOps() as ops:
@@ -171,6 +172,14 @@ def test_encoding_in_chunks_equals_encoding_at_once(quant: QuantType, monkeypatc
     whole = error()
     monkeypatch.setattr(qtype, "_CPU_WEIGHTS", quant.block_size)
     torch.testing.assert_close(error(), whole, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("quant", [q for q in QTYPES.values() if q.fast], ids=lambda quant: quant.name)
+def test_fast_searches_where_importance_is_given(quant: QuantType) -> None:
+    weight = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(256, generator=torch.Generator().manual_seed(1))
+    effort: Effort = "best" if quant.best else "fast"
+    assert torch.equal(quant.quantize(weight, importance, "fast"), quant.quantize(weight, importance, effort))
 
 
 def test_codes_survive_the_round_trip() -> None:

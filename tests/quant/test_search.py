@@ -1,4 +1,4 @@
-"""The encoders against ggml's own, and the searches they are made of."""
+"""The encoders of least error against ggml's own, and the searches they are made of."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from wanquant.quant.search.levels import Codebook, Integers
 from wanquant.quant.search.scale import search_scale, search_scale_and_min
 from wanquant.tests.libggml import LibGGML
 
-# Mean squared error of "best" against ggml's without importance, on Gaussian weights; a little is left for luck.
+# Mean squared error against ggml's without importance, on Gaussian weights; a little is left for luck.
 BEST = {
     **{"Q2_K": 0.785, "Q3_K": 0.91, "Q4_K": 0.96, "Q5_K": 0.905, "Q6_K": 0.89},
     **{"IQ4_NL": 0.94, "IQ4_XS": 0.935, "Q4_0": 0.895, "Q4_1": 0.81, "Q5_0": 0.885, "Q5_1": 0.79, "Q8_0": 0.82},
 }
-FAST = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-ENCODERS = [*((name, "best") for name in BEST), *((name, "fast") for name in FAST)]
 SHAPE = (32, 1024)
 
 
@@ -65,35 +63,33 @@ def error(decoded: NDArray[np.float32], weight: NDArray[np.float32], importance:
 
 
 def errors(
-    name: str, effort: str, weight: NDArray[np.float32], libggml: LibGGML, importance: NDArray[np.float32] | None = None
+    name: str, weight: NDArray[np.float32], libggml: LibGGML, importance: NDArray[np.float32] | None = None
 ) -> tuple[float, float]:
     """Ours and ggml's, both decoded by ggml."""
-    ours = QTYPES[name].quantize(
-        torch.from_numpy(weight), None if importance is None else torch.from_numpy(importance), effort
-    )
+    ours = QTYPES[name].quantize(torch.from_numpy(weight), None if importance is None else torch.from_numpy(importance))
     packed = (ours.numpy(), libggml.quantize(name, weight, importance))
     first, second = (error(libggml.dequantize(name, p), weight, importance) for p in packed)
     return first, second
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "student_t5"])
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_error_is_below_ggmls(name: str, effort: str, kind: str, libggml: LibGGML) -> None:
-    ours, theirs = errors(name, effort, weights(kind), libggml)
-    assert ours <= theirs * (BEST[name] if effort == "best" and kind == "gaussian" else 1)
+@pytest.mark.parametrize("name", BEST)
+def test_error_is_below_ggmls(name: str, kind: str, libggml: LibGGML) -> None:
+    ours, theirs = errors(name, weights(kind), libggml)
+    assert ours <= theirs * (BEST[name] if kind == "gaussian" else 1)
 
 
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_weighted_error_is_below_ggmls_with_the_same_importance(name: str, effort: str, libggml: LibGGML) -> None:
+@pytest.mark.parametrize("name", BEST)
+def test_weighted_error_is_below_ggmls_with_the_same_importance(name: str, libggml: LibGGML) -> None:
     importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
-    ours, theirs = errors(name, effort, weights("student_t5"), libggml, importance)
+    ours, theirs = errors(name, weights("student_t5"), libggml, importance)
     assert ours <= theirs
 
 
 @pytest.mark.parametrize("kind", ["zeros", "sparse", "subnormal scales", "subnormal weights"])
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_special_weights_are_not_worse_than_ggmls(name: str, effort: str, kind: str, libggml: LibGGML) -> None:
-    ours, theirs = errors(name, effort, weights(kind), libggml)
+@pytest.mark.parametrize("name", BEST)
+def test_special_weights_are_not_worse_than_ggmls(name: str, kind: str, libggml: LibGGML) -> None:
+    ours, theirs = errors(name, weights(kind), libggml)
     assert ours <= theirs
 
 
@@ -102,10 +98,10 @@ HARD = ("outlier columns", "constant rows", "uniform", "positive", "far above 0"
 
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("name", BEST)
-def test_best_is_not_worse_than_ggmls_on_hard_weights(name: str, kind: str, libggml: LibGGML) -> None:
+def test_is_not_worse_than_ggmls_on_hard_weights(name: str, kind: str, libggml: LibGGML) -> None:
     importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
     for used in (None, importance):
-        ours, theirs = errors(name, "best", weights(kind)[:16], libggml, used)
+        ours, theirs = errors(name, weights(kind)[:16], libggml, used)
         assert ours <= theirs
 
 
@@ -115,7 +111,7 @@ def test_one_large_weight_does_not_spoil_the_small_ones(name: str, libggml: LibG
     for column in rng.integers(256, size=4):
         weight = rng.standard_normal((4, 256), np.float32) * np.float32(0.02)
         weight[:, column] *= 100
-        ours, theirs = errors(name, "best", weight, libggml)
+        ours, theirs = errors(name, weight, libggml)
         assert ours <= theirs
 
 
@@ -123,19 +119,19 @@ def test_one_large_weight_does_not_spoil_the_small_ones(name: str, libggml: LibG
     "value", np.random.default_rng(9).standard_normal(12).tolist(), ids=lambda value: f"{value:.3f}"
 )
 @pytest.mark.parametrize("name", BEST)
-def test_best_constants_are_not_worse_than_ggmls(name: str, value: float, libggml: LibGGML) -> None:
+def test_constants_are_not_worse_than_ggmls(name: str, value: float, libggml: LibGGML) -> None:
     importance = np.random.default_rng(8).chisquare(2, 256).astype(np.float32)
     weight = np.full((1, 256), value, np.float32)
     for used in (None, importance):
-        ours, theirs = errors(name, "best", weight, libggml, used)
+        ours, theirs = errors(name, weight, libggml, used)
         assert ours <= theirs
 
 
 @pytest.mark.parametrize("value", [1.0, 0.37, -0.5, -3.0])
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_constants_are_as_exact_as_a_float16_scale(name: str, effort: str, value: float) -> None:
+@pytest.mark.parametrize("name", BEST)
+def test_constants_are_as_exact_as_a_float16_scale(name: str, value: float) -> None:
     weight = torch.full((1, 256), value)
-    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, effort=effort))
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
     assert (decoded - weight).abs().max() <= abs(value) * 2**-10
 
 
@@ -154,20 +150,20 @@ def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(name: str, monk
 
 
 @pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_too_large_weights_saturate(name: str, effort: str, magnitude: float) -> None:
+@pytest.mark.parametrize("name", BEST)
+def test_too_large_weights_saturate(name: str, magnitude: float) -> None:
     weight = torch.randn(4, 256).clamp_(-1, 1) * magnitude
-    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, effort=effort))
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
     assert decoded.isfinite().all()
     assert (decoded * weight >= 0).float().mean() > 0.8
 
 
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_columns_without_importance_do_not_spoil_the_others(name: str, effort: str) -> None:
+@pytest.mark.parametrize("name", BEST)
+def test_columns_without_importance_do_not_spoil_the_others(name: str) -> None:
     weight = torch.from_numpy(weights("gaussian"))
     importance = torch.ones(SHAPE[1])
     importance[: SHAPE[1] // 2] = 0
-    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, importance, effort))
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, importance))
     assert decoded.isfinite().all()
     assert (decoded - weight).square().mean() < weight.square().mean() / 4
 
@@ -181,26 +177,26 @@ def test_equal_importance_is_no_importance(name: str) -> None:
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_encoding_is_deterministic(name: str, effort: str) -> None:
+@pytest.mark.parametrize("name", BEST)
+def test_encoding_is_deterministic(name: str) -> None:
     weight = torch.from_numpy(weights("student_t5"))[:4]
-    assert torch.equal(QTYPES[name].quantize(weight, effort=effort), QTYPES[name].quantize(weight, effort=effort))
+    assert torch.equal(QTYPES[name].quantize(weight), QTYPES[name].quantize(weight))
 
 
-@pytest.mark.parametrize(("name", "effort"), ENCODERS)
-def test_bytes_do_not_depend_on_threads_or_slices(name: str, effort: str) -> None:
+@pytest.mark.parametrize("name", BEST)
+def test_bytes_do_not_depend_on_threads_or_slices(name: str) -> None:
     weight = torch.randn(160, 2560, generator=torch.Generator().manual_seed(1))
     importance = torch.rand(2560, generator=torch.Generator().manual_seed(2))
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        whole = QTYPES[name].quantize(weight, importance, effort)
+        whole = QTYPES[name].quantize(weight, importance)
         torch.set_num_threads(2)
-        assert torch.equal(whole, QTYPES[name].quantize(weight, importance, effort))
+        assert torch.equal(whole, QTYPES[name].quantize(weight, importance))
     finally:
         torch.set_num_threads(threads)
     for rows in (1, 7):
-        parts = [QTYPES[name].quantize(part, importance, effort) for part in weight[: 3 * rows].split(rows)]
+        parts = [QTYPES[name].quantize(part, importance) for part in weight[: 3 * rows].split(rows)]
         assert torch.equal(whole[: 3 * rows], torch.cat(parts))
 
 
