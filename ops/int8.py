@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..quant import QuantError
 from .linear import GGUFOps
-from .matmul import WeightFunction, decoded_tiles, packed_linear
+from .matmul import WeightFunction, decoded_tiles, needs_whole, packed_linear
 
 try:
     import comfy_kitchen
@@ -33,7 +33,7 @@ def int8_linear(
     Takes a byte for each weight, and one tile. Source: comfy-kitchen 0.2.26, TensorWiseINT8Layout, `convrot`.
     """
     rows, columns = weight.shape
-    if columns % GROUP or x.numel() < MIN_TOKENS * columns or torch.compiler.is_compiling():
+    if columns % GROUP or x.numel() < MIN_TOKENS * columns or needs_whole(x, bias, functions):
         return packed_linear(x, weight, bias, functions)
     codes, scales = x.new_empty(rows, columns, dtype=torch.int8), x.new_empty(rows, 1, dtype=torch.float32)
     for part, tile in decoded_tiles(weight, functions, x):

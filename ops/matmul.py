@@ -93,6 +93,14 @@ def decoded_tiles(
         yield part, decoded.decode(start, tile[: part.stop - start])
 
 
+def needs_whole(x: Tensor, bias: Tensor | None, functions: Sequence[WeightFunction]) -> bool:
+    """Whether a graph is made of the product: a compiled one plans its own memory, and a backward pass needs the weight
+    that was multiplied with. What is trained may be what a function of another node adds to weight or bias."""
+    trained = x.requires_grad or (bias is not None and bias.requires_grad)
+    trained = trained or not all(isinstance(function, OnTheFly) for function in functions)
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and trained)
+
+
 def packed_linear(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None, functions: Sequence[WeightFunction] = ()
 ) -> Tensor:
@@ -103,8 +111,7 @@ def packed_linear(
         weight: packed, (rows, columns).
         bias: of the dtype of x, (rows,).
     """
-    # A compiled graph plans its own memory, and a backward pass needs the weight that was multiplied with.
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+    if needs_whole(x, bias, functions):
         whole = dense(weight, x.dtype)
         for function in functions:
             whole = function(whole)

@@ -43,6 +43,7 @@ def test_stands_aside_where_it_cannot_pay(tokens, columns):
     assert torch.equal(int8_linear(x, packed, None), packed_linear(x, packed, None))
 
 
+@torch.no_grad()
 def test_bias_and_weight_functions_count():
     _, packed, x = weight_and_input()
     bias = torch.randn(96).bfloat16()
@@ -68,3 +69,10 @@ def test_a_host_without_it(monkeypatch: pytest.MonkeyPatch, t2v):
     monkeypatch.setattr(int8, "comfy_kitchen", None)
     with pytest.raises(QuantError, match=r"update it to 0\.27"):
         load_diffusion_model(t2v[1], int8=True)
+
+
+def test_training_needs_the_weight():
+    _, packed, x = weight_and_input()
+    x.requires_grad_()
+    int8_linear(x, packed, None).sum().backward()
+    assert torch.equal(x.grad[0], QTYPES["Q8_0"].dequantize(packed._qdata, torch.bfloat16).sum(0))

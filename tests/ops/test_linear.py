@@ -103,6 +103,7 @@ def test_missing_unexpected_and_misshapen_keys_are_reported():
         module.load_state_dict({"0.weight": packed_weight("Q4_0", rows=12)}, strict=False)
 
 
+@torch.no_grad()
 def test_weight_functions_get_a_private_decoded_weight():
     module = linear(packed_weight("Q8_0"))
     x = torch.randn(3, COLUMNS)

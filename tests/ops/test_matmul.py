@@ -104,6 +104,16 @@ def test_the_next_layer_does_not_change_the_gradient_of_this():
     torch.testing.assert_close(x.grad, QTYPES["Q8_0"].dequantize(first._qdata).sum(0).expand(3, -1))
 
 
+def test_a_patch_in_training_gets_its_gradient_whatever_the_input():
+    """The text is no result of a layer before, so it needs none."""
+    difference, bias = torch.zeros(ROWS, COLUMNS, requires_grad=True), torch.zeros(ROWS, requires_grad=True)
+    x = torch.randn(3, COLUMNS)
+    matmul.packed_linear(x, weight(), None, [lambda dense: dense + difference]).sum().backward()
+    matmul.packed_linear(x, weight(), bias).sum().backward()
+    torch.testing.assert_close(difference.grad, x.sum(0).expand(ROWS, -1))
+    assert torch.equal(bias.grad, torch.full((ROWS,), 3.0))
+
+
 def test_weight_of_more_than_2_31_elements():
     """All but the last rows are zeros that nothing was written to, so that they take no memory."""
     quant, columns = QTYPES["Q2_K"], 8192

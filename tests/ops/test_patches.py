@@ -202,6 +202,7 @@ def test_what_a_function_or_an_offset_does_is_left_to_the_host(patch):
     torch.testing.assert_close(function(module.weight.dequantize()), by_the_host(patch))
 
 
+@torch.no_grad()
 def test_functions_of_others_get_the_whole_weight(monkeypatch):
     monkeypatch.setattr(matmul, "TILE_BYTES", 16 * COLUMNS * 4)
     patch = (1.0, LORA, 1.0, None, None)
