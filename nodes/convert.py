@@ -94,6 +94,7 @@ class WanQuantConvert(io.ComfyNode):
                     default=[],
                     optional=True,
                     advanced=True,
+                    placeholder="more modules",  # all that the canvas shows of its name
                     tooltip="Further modules that become part of the file, in this order.",
                 ),
             ],
