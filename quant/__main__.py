@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +13,12 @@ from typing import Any, Protocol, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from .batch import plan_batch
 from .calibration_file import read_calibration
 from .convert import ConversionReport, convert_all
 from .errors import QuantError
+from .importance import Importance
 from .importance_file import read_importance
-from .job import Job
 from .qtype import Effort
 from .recipe import RECIPES
 from .recovery import recover
@@ -164,14 +164,16 @@ def _restore(options: argparse.Namespace) -> Report:
 
 
 def _convert(options: argparse.Namespace) -> Report:
-    importance = read_importance(options.imatrix) if options.imatrix else None
-    importance = read_calibration(options.calibrate) if options.calibrate else importance
+    batch = plan_batch(options.source, options.destination, options.recipe, options.target_size, options.modules)
+    importance: Importance | None = None
+    if options.imatrix or options.calibrate:
+        importance = read_importance(options.imatrix) if options.imatrix else read_calibration(options.calibrate)
     reports: list[ConversionReport] = []
-    for source in _sources(options):
+    for source, jobs in batch.items():
         with _bar() as progress:
             reports += convert_all(
                 source,
-                _jobs(options, source),
+                jobs,
                 effort=options.effort,
                 importance=importance,
                 device=options.device,
@@ -184,38 +186,12 @@ def _convert(options: argparse.Namespace) -> Report:
     return reports[0] if len(reports) == 1 else Reports(reports)
 
 
-def _sources(options: argparse.Namespace) -> list[Path]:
-    """The source, or all files that it matches as a pattern; these need a folder for their results."""
-    source: Path = options.source
-    if source.exists() or not glob.has_magic(str(source)):
-        return [source]
-    sources = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
-    if not sources:
-        raise QuantError(f"{source}: no file matches; check the pattern and its folder")
-    if not options.destination.is_dir():
-        raise QuantError(f"{options.destination}: not a folder, which a pattern of sources needs; create it first")
-    return sources
-
-
 def _recipes(text: str) -> list[str]:
     names = text.upper().split(",")
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown recipe {unknown[0]}; choose from {', '.join(RECIPES)}")
     return names
-
-
-def _jobs(options: argparse.Namespace, source: Path) -> list[Job]:
-    """One file for each recipe, or one of the target size."""
-    size, destination = options.target_size, options.destination
-    mixes = [f"{size:g}GiB"] if size else options.recipe
-    if destination.is_dir():
-        paths = [destination / f"{source.stem}-{mix}.gguf" for mix in mixes]
-    elif len(mixes) == 1:
-        paths = [destination]
-    else:
-        raise QuantError(f"{destination}: not a folder, and there are {len(mixes)} recipes; give a folder that exists")
-    return [Job(path, recipe, size) for path, recipe in zip(paths, options.recipe, strict=True)]
 
 
 def _inspect(options: argparse.Namespace) -> Report:

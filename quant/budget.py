@@ -76,6 +76,24 @@ class Front:
         return self.corners[min(corner, len(self.corners) - 1)]
 
 
+def check_size(
+    nbytes: int, tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], *, five_d: bool = False
+) -> None:
+    """Refuses, before anything is measured, a size of file that no choice of types comes to.
+
+    Raises:
+        QuantError: it is below the smallest or above the largest.
+    """
+    sizes = [[_padded_bytes(q, tensor) for q in candidates(name, tensor)] for name, tensor in tensors.items()]
+    header = _header_bytes(tensors, metadata, five_d)
+    low, high = (header + sum(map(pick, sizes)) for pick in (min, max))
+    if not low <= nbytes <= high:
+        raise QuantError(
+            f"target size {nbytes / _GIB:.4g} GiB: cannot be reached with this model;"
+            f" choose one from {math.ceil(1000 * low / _GIB) / 1000:.3f} to {high / _GIB:.3f} GiB"
+        )
+
+
 def plan_for_size(
     nbytes: int,
     tensors: Mapping[str, SourceTensor],
@@ -84,21 +102,8 @@ def plan_for_size(
     *,
     five_d: bool = False,
 ) -> Plan:
-    """The types of a file of at most `nbytes`, headers included.
-
-    Raises:
-        QuantError: no choice of types comes to this size.
-    """
-    smallest = {name: front.choices[0].qtype for name, front in fronts.items()}
-    data = sum(front.choices[0].nbytes for front in fronts.values())
-    header = predicted_size(smallest, tensors, metadata, five_d=five_d) - data
-    low, high = (header + _size(fronts, price) for price in (math.inf, 0.0))
-    if not low <= nbytes <= high:
-        raise QuantError(
-            f"target size {nbytes / _GIB:.3f} GiB: cannot be reached with this model;"
-            f" choose one from {math.ceil(1000 * low / _GIB) / 1000:.3f} to {high / _GIB:.3f} GiB"
-        )
-    chosen = allocate(fronts, nbytes - header)
+    """The types of a file of at most `nbytes`, headers included, which `check_size` let pass."""
+    chosen = allocate(fronts, nbytes - _header_bytes(tensors, metadata, five_d))
     return Plan({name: choice.qtype for name, choice in chosen.items()}, ())
 
 
@@ -180,6 +185,12 @@ def _is_raised(name: str, n_blocks: int) -> bool:
     if match is None:
         return False
     return not _FIRST <= int(match[1]) < n_blocks - _LAST or _EARLY_CROSS.fullmatch(name) is not None
+
+
+def _header_bytes(tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], five_d: bool) -> int:
+    types = {name: candidates(name, tensor)[0] for name, tensor in tensors.items()}
+    data = sum(_padded_bytes(qtype, tensors[name]) for name, qtype in types.items())
+    return predicted_size(types, tensors, metadata, five_d=five_d) - data
 
 
 def _padded_bytes(qtype: QuantType, tensor: SourceTensor) -> int:

@@ -202,6 +202,9 @@ def _plan(stream: Stream, tasks: Sequence[_Task]) -> None:
     """Gives every task its types; those of a size share the errors measured."""
     tensors, fronts = stream.checkpoint.tensors, None
     for task in tasks:
+        if task.job.target_size is not None:
+            budget.check_size(task.job.target_bytes, tensors, task.metadata, five_d=task.metadata[FIVE_D])
+    for task in tasks:
         if task.job.target_size is None:
             planned = plan(find_recipe(task.job.recipe), tensors)
         else:

@@ -31,6 +31,7 @@ from .provenance import (
 from .qtype import Effort
 from .recipe import find_recipe
 from .report import GIB
+from .sources.opening import shard_of
 
 # LLAMA_FTYPE_GUESSED of llama.cpp's include/llama.h: the tensors tell.
 _MIXED = 1024
@@ -63,7 +64,7 @@ def job_metadata(
         "general.architecture": checkpoint.architecture,
         "general.quantization_version": 2,
         "general.file_type": _MIXED if job.target_bytes else recipe.file_type,
-        "general.name": checkpoint.path.stem,
+        "general.name": shard_of(checkpoint.path)[0],
         "wanquant.version": VERSION,
         "wanquant.recipe": "" if job.target_bytes else recipe.name,
         TARGET_SIZE: np.uint64(job.target_bytes),

@@ -39,7 +39,10 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[Entry]]:
     """
     file_bytes = path.stat().st_size
     with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start.startswith(b"GGUF"):
+            raise QuantError(f"{path}: a GGUF file, expected safetensors; choose another file")
+        header_bytes = int.from_bytes(start, "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
             raise QuantError(
                 f"{path}: header length {header_bytes} in a file of {file_bytes} bytes, at most {MAX_HEADER_BYTES}"

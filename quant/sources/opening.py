@@ -17,6 +17,7 @@ from .tensors import StoredTensor
 INDEX_SUFFIX = ".safetensors.index.json"
 
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
+_NUMBER = re.compile(r"-(\d{5})-of-\d{5}$")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -29,6 +30,13 @@ class Opened(NamedTuple):
     """Of a GGUF all its keys, else the `__metadata__` of safetensors."""
     tensors: list[StoredTensor]
     is_gguf: bool
+
+
+def shard_of(path: Path) -> tuple[str, int]:
+    """The name of a checkpoint without suffix and number of a shard, and that number: 1 for what is none."""
+    stem = path.name if path.is_dir() else Path(path.name.removesuffix(".index.json")).stem
+    number = _NUMBER.search(stem)
+    return (stem[: number.start()], int(number[1])) if number else (stem, 1)
 
 
 def open_files(path: Path) -> Opened:

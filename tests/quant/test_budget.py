@@ -118,6 +118,13 @@ def test_size_belongs_to_the_job(tmp_path, source):
             convert(source, report.destination, effort="fast", **settings)
 
 
+@pytest.mark.parametrize(("nbytes", "told"), [(1 << 20, "0.0009766"), (1 << 40, "1024")])
+def test_size_out_of_reach_is_refused_before_anything_is_measured(tmp_path, source, monkeypatch, nbytes, told):
+    monkeypatch.setattr(budget, "measure", None)
+    with pytest.raises(QuantError, match=rf"target size {told} GiB: cannot be reached.* from 0\.006 to 0\.024 GiB"):
+        sized(source, tmp_path, nbytes)
+
+
 @pytest.mark.parametrize("size", [0.0, -1.0, math.inf, math.nan])
 def test_no_size_at_all(tmp_path, source, size):
     with pytest.raises(QuantError, match="not a size"):

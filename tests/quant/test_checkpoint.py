@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.checkpoint import open_checkpoint
 from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
+from wanquant.quant.safetensors_header import read_safetensors_header
 from wanquant.quant.sources.files import HashedFile
 from wanquant.tests.tiny_wan import write_tiny_wan
 
@@ -199,6 +200,12 @@ def test_impossible_header_lengths(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(QuantError, match=r"header length \d+ in a file of \d+ bytes"):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_gguf_is_told(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"GGUF" + bytes(99))
+    with pytest.raises(QuantError, match=r"a\.safetensors: a GGUF file, expected safetensors"):
+        read_safetensors_header(tmp_path / "a.safetensors")
 
 
 def test_missing_file(tmp_path):

@@ -83,7 +83,7 @@ def test_several_recipes_into_a_folder(source, tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path), *options]) == 0
     assert capsys.readouterr().out.count("is up to date already") == 2
     assert main(["convert", str(source), str(tmp_path / "a.gguf"), *options]) == 1
-    assert "there are 2 recipes; give a folder" in capsys.readouterr().err
+    assert "2 files are to be made; give a folder" in capsys.readouterr().err
 
 
 def test_pattern_of_sources(source, tmp_path, capsys):
@@ -96,7 +96,7 @@ def test_pattern_of_sources(source, tmp_path, capsys):
     assert main(["convert", pattern, str(tmp_path / "a.gguf"), *options]) == 1
     assert main(["convert", str(tmp_path / "no*"), str(tmp_path / "out"), *options]) == 1
     errors = capsys.readouterr().err
-    assert "which a pattern of sources needs" in errors and "no file matches" in errors
+    assert "2 files are to be made; give a folder" in errors and "no file matches" in errors
 
 
 def test_target_size(source, tmp_path, capsys):
