@@ -19,6 +19,7 @@ from torch import Tensor
 from .experts import simulate
 from .job import Condition, Job, image_fields
 from .low_vram import LeanPlan, apply_lean, one_by_one
+from .patcher import PackedPatcher
 from .prefetch import prefetch_blocks
 from .simulator import GIB, Simulator
 from .vram import Choice, choose
@@ -115,6 +116,7 @@ class _Sampling:
         self._ample = room >= model.model_size()
         if self._ample or comfy.model_management.is_device_cpu(model.load_device):
             prepared: tuple[BaseModel, object, object] = executor(model, noise_shape, conds, **kwargs)
+            _keep_factors(model, room - model.model_size())
             return prepared
         _make_way(model)
         prepared = executor(model, noise_shape, conds, **kwargs | {"force_full_load": False, "force_offload": True})
@@ -144,10 +146,21 @@ def _keep_weights(model: ModelPatcher, room: int) -> None:
     if not model.is_dynamic():
         model.partially_load(model.load_device, room)
         return
+    held = _keep_factors(model, room)
     # The host lifts the limit when the next prompt begins.
     vbar = model.model.dynamic_vbars.get(model.load_device)
     if vbar is not None:
-        vbar.set_watermark_limit(room)
+        vbar.set_watermark_limit(room - held)
+
+
+def _keep_factors(model: ModelPatcher, room: int) -> int:
+    """Bytes of LoRAs that stay on the accelerator, in the legacy memory mode after the weights, by the patcher itself.
+
+    With dynamic VRAM they come first: the weights are read ahead, the LoRAs where they are used.
+    """
+    if not (model.is_dynamic() and isinstance(model, PackedPatcher)):
+        return 0
+    return model.keep_factors_on_device(model.load_device, room)
 
 
 @contextmanager

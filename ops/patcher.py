@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NoReturn
 
@@ -47,16 +48,29 @@ class PackedPatcher(ModelPatcher):
                 # The host keeps some tiny layers dense, with the patches in them.
                 module.weight_function = [f for f in module.weight_function if not isinstance(f, OnTheFly)]
 
-    def keep_factors_on_device(self, device: torch.device, budget: float) -> None:
-        """Legacy memory mode: move the LoRA factors of resident layers too, as long as `budget` bytes last."""
-        if comfy.model_management.is_device_cpu(device):
-            return
-        resident = (m for _, m in packed_modules(self.model) if m.weight.device.type == device.type)
-        for module in resident:
-            for function in module.weight_function:
-                if isinstance(function, OnTheFly) and function.size() <= budget:
-                    budget -= function.size()
-                    self.model.model_loaded_weight_memory += function.move_to(device)
+    def keep_factors_on_device(self, device: torch.device, budget: float) -> int:
+        """Move LoRA factors too, as long as `budget` bytes last; returns the bytes that they take.
+
+        In the legacy memory mode those of resident layers; with dynamic VRAM no layer is resident for good.
+        """
+        used = 0
+        for function in self._on_the_fly(None if self.is_dynamic() else device):
+            if not comfy.model_management.is_device_cpu(device) and used + function.size() <= budget:
+                used += function.move_to(device)
+        self.model.model_loaded_weight_memory += used
+        return used
+
+    def restore_loaded_backups(self) -> int:
+        """The host's, when dynamic VRAM gives back what was loaded beside its pages."""
+        for function in self._on_the_fly():
+            function.move_to(torch.device("cpu"))
+        restored: int = super().restore_loaded_backups()
+        return restored
+
+    def _on_the_fly(self, device: torch.device | None = None) -> Iterator[OnTheFly]:
+        """Of layers whose weights lie on `device`."""
+        modules = (m for _, m in packed_modules(self.model) if device is None or m.weight.device.type == device.type)
+        return (f for module in modules for f in module.weight_function if isinstance(f, OnTheFly))
 
     def patch_weight_to_device(
         self,

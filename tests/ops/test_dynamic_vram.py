@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wanquant.ops.budget import _keep_weights
 from wanquant.ops.layout import is_packed
 from wanquant.ops.linear import packed_modules
 from wanquant.ops.loader import load_diffusion_model
@@ -129,6 +130,34 @@ def test_loras_follow_the_patcher_that_is_loaded(dynamic, lora):
     assert [type(f) for f in base.weight_function] == [OnTheFly]
     assert torch.equal(cast(load(dynamic)[KEY]).dequantize(), expected)
     assert base.weight_function == []
+
+
+def held(patcher):
+    return sum(f.size() for _, m in packed_modules(patcher.model) for f in m.weight_function if f._held)
+
+
+def test_factors_are_held_by_budget_and_given_back(dynamic, lora):
+    patched, _ = comfy.sd.load_lora_for_models(dynamic, None, lora, 1.0, 0)
+    modules = load(patched)
+    expected, sizes = cast(modules[KEY]), [lora[name].nbytes for name in lora]
+    for budget, taken in ((0, 0), (sum(sizes) - 1, max(sizes[0] + sizes[2], sizes[1] + sizes[3])), (1e9, sum(sizes))):
+        load(patched)
+        before = patched.loaded_size()
+        assert patched.keep_factors_on_device(DEVICE, budget) == held(patched) == patched.loaded_size() - before
+        assert held(patched) == taken
+        assert torch.equal(cast(modules[KEY]), expected)
+        assert patched.partially_unload(CPU, 1 << 40) == before + taken
+        assert held(patched) == patched.loaded_size() == 0
+
+
+def test_what_is_held_leaves_less_for_weights(dynamic, lora, monkeypatch):
+    patched, _ = comfy.sd.load_lora_for_models(dynamic, None, lora, 1.0, 0)
+    load(patched)
+    limits = []
+    monkeypatch.setattr(StandInVBAR, "set_watermark_limit", lambda _, nbytes: limits.append(nbytes), raising=False)
+    _keep_weights(patched, 1 << 20)
+    assert limits == [(1 << 20) - held(patched)]
+    assert held(patched) == sum(factor.nbytes for factor in lora.values())
 
 
 def test_legacy_delegate_for_torch_compile_and_hooks(dynamic, lora):
