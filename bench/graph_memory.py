@@ -61,7 +61,10 @@ def rows() -> list[Row]:
         for video, budget in CASES[model]:
             job = Job.of_video(*video, channels=MODELS[model].out_dim)
             tiles = tiles_within(job, round(budget * 2**30), torch.bfloat16)
-            found.append(row(vae, video, budget, tiles.peak) | {"tile_size": tiles.size, "overlap": tiles.overlap})
+            found.append(
+                row(vae, video, budget, tiles.peak)
+                | {"tile_size": tiles.size, "overlap": tiles.overlap, "streamed": tiles.streamed}
+            )
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .job import Job, pixels
 from .live_memory import LiveMemory
 from .meta_wan import META
-from .simulator import GIB, Peak
+from .simulator import GIB, Peak, streamed_bytes
 
 # Source: comfy/sd.py VAE.__init__, ComfyUI 0.30.0.
 _SAME = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
@@ -35,6 +35,8 @@ class Tiles:
     size: int
     """Pixels of a side."""
     peak: Peak
+    streamed: bool
+    """The host moves weights to the accelerator layer by layer, as it does by itself where they do not fit."""
 
     @property
     def overlap(self) -> int:
@@ -42,31 +44,36 @@ class Tiles:
         return self.size // 4
 
     def __str__(self) -> str:
-        return f"decoded in tiles of {self.size} pixels, overlap {self.overlap}: {self.peak.total / GIB:.2f} GiB"
+        how = ", its weights streamed" if self.streamed else ""
+        return f"decoded in tiles of {self.size} pixels, overlap {self.overlap}: {self.peak.total / GIB:.2f} GiB{how}"
 
 
 @lru_cache
-def decoding_peak(job: Job, size: int, dtype: torch.dtype) -> Peak:
-    """Of one tile with `size` pixels to a side at most, of all frames of the video, with the whole VAE resident."""
+def decoding_peak(job: Job, size: int, dtype: torch.dtype, *, streamed: bool = False) -> Peak:
+    """Of one tile with `size` pixels to a side at most, of all frames of the video; the VAE is resident or streamed."""
     _, channels, frames, *cells = job.latent
     vae, tile = _vae(channels, dtype), [min(count, size // pixels(channels)) for count in cells]
     memory = LiveMemory(META)
     with torch.inference_mode(False), torch.no_grad(), memory:
         latent = torch.empty(1, channels, frames, *tile, device=META)
         vae.decode(latent.to(dtype)).float()
-    weights = sum(parameter.nbytes for parameter in vae.parameters())
+    weights = streamed_bytes(vae) if streamed else sum(parameter.nbytes for parameter in vae.parameters())
     return Peak(weights, memory.peak.scratch, memory.peak.activations, memory.now.flops)
 
 
 def tiles_within(job: Job, budget: int, dtype: torch.dtype | None = None) -> Tiles:
     """The largest that keep within `budget` bytes, or else the smallest; no larger than the video.
 
+    Weights are streamed only where no tile fits beside all of them.
+    Source: comfy/sd.py VAE.decode_tiled, which loads as much as there is room for, ComfyUI 0.30.0.
+
     Args:
         dtype: that the VAE computes in, by default what the host takes on its device.
     """
     dtype = dtype or comfy.model_management.vae_dtype(comfy.model_management.vae_device(), _DTYPES)
     sides = [pixels(job.latent[1]) * cells for cells in job.latent[3:]]
-    least = decoding_peak(job, _STEP, dtype)
+    streamed = decoding_peak(job, _STEP, dtype).total > budget
+    least = decoding_peak(job, _STEP, dtype, streamed=streamed)
 
     def fits(size: int) -> bool:
         # Convolutions take as much for every cell.
@@ -75,7 +82,7 @@ def tiles_within(job: Job, budget: int, dtype: torch.dtype | None = None) -> Til
 
     sizes = range(_STEP, max(sides) + _STEP, _STEP)
     size = next((size for size in reversed(sizes) if fits(size)), _STEP)
-    return Tiles(size, decoding_peak(job, size, dtype))
+    return Tiles(size, decoding_peak(job, size, dtype, streamed=streamed), streamed)
 
 
 @lru_cache(maxsize=2)

@@ -146,7 +146,7 @@ def _patch_on_meta(patch: Patch) -> Patch:
     return (strength, tree_map(on_meta, value), *rest)
 
 
-def streamed_bytes(model: BaseModel) -> int:
+def streamed_bytes(model: torch.nn.Module) -> int:
     """Weights on the device when all that can be is streamed, with `TIME_PROJECTION` left in main memory.
 
     Source: comfy/model_management.py get_cast_buffer (a buffer for each of two streams, as large as the largest layer
