@@ -2,7 +2,7 @@
 
 Simulated on meta tensors as in `bench memory`, for the budgets of Wan 14B: needs no GPU. The text encoder's weights are
 Q8_0 and streamed, its arithmetic is float32, the host's; its embedding stays in main memory. Where the host keeps the
-text encoder on the CPU it takes nothing.
+text encoder on the CPU it takes nothing. The VAE's weights are on the GPU, or streamed where no tile fits beside them.
 """
 
 from __future__ import annotations
@@ -61,10 +61,8 @@ def rows() -> list[Row]:
         for video, budget in CASES[model]:
             job = Job.of_video(*video, channels=MODELS[model].out_dim)
             tiles = tiles_within(job, round(budget * 2**30), torch.bfloat16)
-            found.append(
-                row(vae, video, budget, tiles.peak)
-                | {"tile_size": tiles.size, "overlap": tiles.overlap, "streamed": tiles.streamed}
-            )
+            plan = {"tile_size": tiles.size, "overlap": tiles.overlap, "streamed": tiles.streamed}
+            found.append(row(vae, video, budget, tiles.peak) | plan)
     return found
 
 
