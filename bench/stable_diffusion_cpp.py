@@ -1,0 +1,85 @@
+"""stable-diffusion.cpp samples from converted files: a picture of each, against that of the unconverted checkpoint.
+
+Needs `pip install stable-diffusion-cpp-python`. The weights are random, in the shapes of Wan 2.1 1.3B, and so are the
+VAE's: the pictures show nothing, but they are the same where the weights are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ..quant.convert import convert
+from .convert import machine, write_source
+from .step import import_host
+
+SIZE = "1.3B"
+# In a process of its own, which the library may abort; the array has 8 bits a colour.
+SAMPLE = """
+import sys
+import numpy as np
+from stable_diffusion_cpp import StableDiffusion
+model, vae, destination = sys.argv[1:]
+model = StableDiffusion(diffusion_model_path=model, vae_path=vae, n_threads=1, vae_decode_only=False)
+(frame,) = model.generate_video("", width=64, height=64, video_frames=1, sample_steps=2, cfg_scale=1.0, seed=1)
+np.save(destination, np.asarray(frame))
+"""
+
+
+def write_vae(path: Path) -> Path:
+    """Wan 2.1's, with random weights of the usual scale."""
+    from comfy.ldm.wan.vae import WanVAE
+
+    torch.manual_seed(0)
+    model = WanVAE(96, 16, [1, 2, 4, 4], 2, [], [False, True, True])
+    for name, value in model.state_dict().items():
+        fan_in = value[0].numel() if value.dim() > 1 and "gamma" not in name else 0
+        value.copy_(torch.randn(value.shape) * fan_in**-0.5 if fan_in else torch.full_like(value, "gamma" in name))
+    save_file({name: value.half() for name, value in model.state_dict().items()}, path)
+    return path
+
+
+def sample(model: Path, vae: Path) -> np.ndarray:
+    """Float64 (height, width, channels)."""
+    frame = model.with_suffix(".npy")
+    subprocess.run([sys.executable, "-c", SAMPLE, str(model), str(vae), str(frame)], check=True, capture_output=True)
+    return np.load(frame).astype(np.float64)
+
+
+def measure(source: Path, vae: Path, recipes: list[str]) -> list[dict[str, object]]:
+    expected = sample(source, vae)
+    rows = []
+    for recipe in recipes:
+        file = source.with_name(f"{source.stem}-{recipe}.gguf")
+        frame = sample(convert(source, file, recipe, effort="fast").path, vae)
+        file.unlink()
+        error = float(np.square(frame - expected).mean())
+        rows.append({"recipe": recipe, "psnr_db": round(10 * np.log10(255**2 / error), 2) if error else "equal"})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--recipes", nargs="+", default=["BF16", "Q8_0", "Q4_0"])
+    options = parser.parse_args()
+    import_host()
+    source = write_source(SIZE, None)
+    rows = measure(source, write_vae(source.with_name("vae.safetensors")), options.recipes)
+    if options.json:
+        print(json.dumps({"machine": machine(), "model": SIZE, "rows": rows}, indent=1))
+        return
+    print(f"{machine()}; {SIZE}, PSNR of the picture in dB")
+    for row in rows:
+        print(f"{row['recipe']:8} {row['psnr_db']}")
+
+
+if __name__ == "__main__":
+    main()
