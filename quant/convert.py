@@ -6,24 +6,23 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import budget
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import QuantError
-from .gguf_header import read_header
 from .gguf_writer import GGUFWriter, TensorSpec
 from .importance import check_importance
 from .job import Job, is_up_to_date, job_metadata
+from .planning import plan_jobs, plan_of_reused
 from .preflight import check_resources
 from .provenance import FIVE_D, SOURCE_MTIME
-from .qtype import QTYPES, Effort
-from .recipe import Fallback, Plan, find_recipe, plan
+from .qtype import Effort
+from .recipe import Fallback, Plan
 from .report import GIB, FileReport, inspect
 from .stream import Progress, Stream
 
@@ -146,98 +145,50 @@ def convert_all(
         for job in jobs:
             _check_paths(checkpoint.path, job.destination)
         warnings = _warnings(checkpoint, check_importance(importance, checkpoint.tensors) if importance else ())
+        metadata = {job: job_metadata(checkpoint, job, effort, importance, five_d) for job in jobs}
+        new = {job: of_file for job, of_file in metadata.items() if not _is_done(checkpoint, job, of_file, overwrite)}
+        plans = {job: plan_of_reused(checkpoint, job) for job in jobs if job not in new}
         stream = Stream(checkpoint, effort, importance or {}, device, progress)
-        tasks = [_Task(job, job_metadata(checkpoint, job, effort, importance, five_d)) for job in jobs]
-        new = [task for task in tasks if not task.is_up_to_date(checkpoint, overwrite)]
-        for task in tasks:
-            if task not in new:
-                task.planned = _plan_of_reused(checkpoint, task.job)
         with checkpoint.file.glancing():
-            _plan(stream, new)
-        writers = [task.writer(checkpoint, overwrite) for task in new]
+            plans |= plan_jobs(stream, new)
+        writers = [_writer(checkpoint, job, of_file, plans[job], overwrite) for job, of_file in new.items()]
         check_resources(checkpoint, writers)
         paths = dict(zip(new, stream.write(writers) if new else (), strict=True))
     seconds = time.monotonic() - started
     return [
         ConversionReport(
-            **vars(inspect(paths.get(task, task.job.destination))),
+            **vars(inspect(paths.get(job, job.destination))),
             source=checkpoint.path,
             source_bytes=checkpoint.identity.size,
-            fallbacks=task.planned.fallbacks,
+            fallbacks=plans[job].fallbacks,
             warnings=(*warnings, *_zeroed(checkpoint)),
             seconds=seconds,
-            reused=task not in paths,
+            reused=job not in paths,
         )
-        for task in tasks
+        for job in jobs
     ]
 
 
-@dataclass(eq=False)
-class _Task:
-    """A job in the making."""
-
-    job: Job
-    metadata: dict[str, Any]
-    planned: Plan = field(default_factory=lambda: Plan({}, ()))
-
-    def is_up_to_date(self, checkpoint: Checkpoint, overwrite: bool) -> bool:
-        destination = self.job.destination
-        reused = destination.exists() and is_up_to_date(destination, checkpoint, self.metadata)
-        if destination.exists() and not reused and not overwrite:
-            raise QuantError(f"{destination}: exists, made in another way; choose another name or allow overwriting")
-        return reused
-
-    def writer(self, checkpoint: Checkpoint, overwrite: bool) -> GGUFWriter:
-        destination, shapes = self.job.destination, checkpoint.tensors
-        if destination.exists() and not _is_replaceable(destination):
-            _log.warning("%s is in use by a program: the new file gets a name beside it", destination)
-        specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in self.planned.types.items()]
-        # A source in memory has no time that tells it from another one; what is zeroed is found by reading everything.
-        resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
-        five_d = self.metadata[FIVE_D]
-        return GGUFWriter(destination, self.metadata, specs, overwrite=overwrite, five_d=five_d, resume=resume)
+def _is_done(checkpoint: Checkpoint, job: Job, metadata: Mapping[str, Any], overwrite: bool) -> bool:
+    """Whether the file is there already; any other file there is refused."""
+    if not job.destination.exists():
+        return False
+    done = is_up_to_date(job.destination, checkpoint, metadata)
+    if not done and not overwrite:
+        raise QuantError(f"{job.destination}: exists, made in another way; choose another name or allow overwriting")
+    return done
 
 
-def _plan(stream: Stream, tasks: Sequence[_Task]) -> None:
-    """Gives every task its types; those of a size share the errors measured."""
-    tensors, fronts = stream.checkpoint.tensors, None
-    for task in tasks:
-        if task.job.target_size is not None:
-            budget.check_size(task.job.target_bytes, tensors, task.metadata, five_d=task.metadata[FIVE_D])
-    for task in tasks:
-        if task.job.target_size is None:
-            planned = plan(find_recipe(task.job.recipe), tensors)
-        else:
-            fronts = fronts or budget.measure(
-                tensors, stream.importance, stream.effort, stream.device, lambda tensor: stream.report(tensor, 0)
-            )
-            nbytes, five_d = task.job.target_bytes, task.metadata[FIVE_D]
-            planned = budget.plan_for_size(nbytes, tensors, task.metadata, fronts, five_d=five_d)
-        task.planned = _within_range(stream, planned)
-
-
-def _plan_of_reused(checkpoint: Checkpoint, job: Job) -> Plan:
-    """What the file that is there was made by; which types a target size would rather have chosen, it does not tell."""
-    if job.target_size is not None:
-        return Plan({}, ())
-    planned, stored = plan(find_recipe(job.recipe), checkpoint.tensors), read_header(job.destination).tensors
-    wanted = (name for name, qtype in planned.types.items() if qtype.name == "F16")
-    beyond = (_beyond_f16(name) for name in wanted if name in stored and stored[name].qtype.name == "BF16")
-    return Plan(planned.types, (*planned.fallbacks, *beyond))
-
-
-def _within_range(stream: Stream, planned: Plan) -> Plan:
-    """Replaces F16 by BF16 for tensors with values that F16 cannot hold."""
-    types, fallbacks = dict(planned.types), list(planned.fallbacks)
-    for name, tensor in stream.checkpoint.tensors.items():
-        if types[name].name == "F16" and tensor.dtype != torch.float16 and not stream.fits_f16(tensor):
-            types[name] = QTYPES["BF16"]
-            fallbacks.append(_beyond_f16(name))
-    return Plan(types, tuple(fallbacks))
-
-
-def _beyond_f16(name: str) -> Fallback:
-    return Fallback(name, "F16", "BF16", "values beyond the range of F16")
+def _writer(
+    checkpoint: Checkpoint, job: Job, metadata: Mapping[str, Any], planned: Plan, overwrite: bool
+) -> GGUFWriter:
+    destination, shapes = job.destination, checkpoint.tensors
+    if destination.exists() and not _is_replaceable(destination):
+        _log.warning("%s is in use by a program: the new file gets a name beside it", destination)
+    specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in planned.types.items()]
+    # A source in memory has no time that tells it from another one; what is zeroed is found by reading everything.
+    resume = int(metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
+    return GGUFWriter(destination, metadata, specs, overwrite=overwrite, five_d=metadata[FIVE_D], resume=resume)
 
 
 def _warnings(checkpoint: Checkpoint, unknown: Sequence[str]) -> tuple[str, ...]:

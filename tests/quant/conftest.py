@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from wanquant.quant import qtype
 from wanquant.tests.libggml import LibGGML, load
+from wanquant.tests.tiny_wan import write_tiny_wan
+
+_PREFIX = "model.diffusion_model."
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +24,16 @@ def libggml() -> LibGGML:
 def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding as where libggml-python is not installed."""
     monkeypatch.setattr(qtype, "_encoded_by_ggml", lambda *_: False)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan of one block in bfloat16, with a prefix and with metadata."""
+    path = tmp_path_factory.mktemp("source") / "wan.safetensors"
+    return write_tiny_wan(path, layers=1, ffn_dim=512, prefix=_PREFIX, metadata={"config": '{"a": 1}'})
+
+
+@pytest.fixture
+def state(source: Path) -> dict[str, Tensor]:
+    """Its tensors, without the prefix."""
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(source).items()}

@@ -12,12 +12,6 @@ import pytest
 from wanquant.quant import QuantError, atomic_file
 from wanquant.quant.convert import convert, convert_all
 from wanquant.quant.job import Job
-from wanquant.tests.tiny_wan import write_tiny_wan
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return write_tiny_wan(tmp_path_factory.mktemp("source") / "wan.safetensors", layers=1, ffn_dim=512)
 
 
 @pytest.fixture

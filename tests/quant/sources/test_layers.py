@@ -1,0 +1,103 @@
+"""Scales and markers beside the weights: folded in, left out, or refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from wanquant.quant import QuantError
+from wanquant.quant.checkpoint import open_checkpoint
+
+FP8 = torch.ones(4, 8).to(torch.float8_e4m3fn)
+INT8 = torch.ones(4, 8, dtype=torch.int8)
+
+
+def marker(**config):
+    return torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"weight": INT8}, "dtype I8 without ComfyUI's scales"),
+        ({"weight": INT8, "comfy_quant": marker(format="int8_tensorwise")}, "'int8_tensorwise' but has no scale"),
+        ({"weight": FP8, "comfy_quant": marker(format="fp3"), "weight_scale": torch.ones(())}, "'fp3' is unknown"),
+        ({"weight": FP8, "comfy_quant": marker(), "weight_scale": torch.ones(())}, "format None is unknown"),
+        ({"weight": FP8, "comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "not the JSON table"),
+        (
+            {"weight": FP8, "weight_scale": torch.ones(3)},
+            r"F32 of shape \(3,\), expected one number or \(4, 1\)",
+        ),
+        ({"weight": FP8, "weight_scale": torch.ones(1, dtype=torch.uint8)}, "scale is U8"),
+        ({"weight": FP8, "weight_scale_inv": torch.ones(1, 1)}, "scaled in blocks by weight_scale_inv"),
+        ({"weight": INT8, "weight_scale": torch.ones(())}, "I8 in format float8_e4m3fn, expected F32"),
+        (
+            {"weight": FP8, "comfy_quant": marker(format="nvfp4"), "weight_scale": torch.ones(())},
+            "F8_E4M3 of shape .* in format nvfp4, expected U8",
+        ),
+        (
+            {"weight": FP8.repeat(1, 4), "comfy_quant": marker(format="mxfp8"), "weight_scale": torch.ones(3)},
+            "12 bytes of block scales, expected 512",
+        ),
+        (
+            {
+                "weight": INT8,
+                "comfy_quant": marker(format="int8_tensorwise", convrot=True, convrot_groupsize=8),
+                "weight_scale": torch.ones(()),
+            },
+            "convrot_groupsize is 8, expected a power of 4 that divides 8 columns",
+        ),
+        (
+            {"weight": FP8, "weight_scale": torch.ones(()), "pre_quant_scale": torch.ones(3)},
+            "_scale has shape",
+        ),
+        ({"weight": torch.zeros(0, 4)}, "dimension of size 0"),
+    ],
+)
+def test_damaged_quantized_layers(tmp_path, parts, message):
+    tensors = {f"blocks.0.ffn.0.{name}": value for name, value in parts.items()}
+    save_file(tensors | {"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=r"tensor blocks\.0\.ffn\.0\.\w+: .*" + message):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"layers": 3}', '{"layers": {"a": 3}}'])
+def test_damaged_quantization_metadata(tmp_path, text):
+    tensors = {"head.modulation": torch.zeros(1, 2, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": text})
+    with pytest.raises(QuantError, match="metadata _quantization_metadata is malformed"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_block_scales_need_comfy_kitchen(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
+    tensors = {
+        "head.modulation": torch.zeros(1, 2, 2),
+        "blocks.0.ffn.0.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn),
+        "blocks.0.ffn.0.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
+        "blocks.0.ffn.0.comfy_quant": marker(format="mxfp8"),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=r"ffn\.0\.weight: mxfp8 is decoded by the package comfy-kitchen"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_factor_of_the_inputs_is_folded(tmp_path):
+    factor = torch.rand(8)
+    tensors = {"weight": FP8, "weight_scale": torch.tensor(2.0), "pre_quant_scale": factor}
+    tensors = {f"blocks.0.ffn.0.{name}": value for name, value in tensors.items()}
+    save_file(tensors | {"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        weight = checkpoint.tensors["blocks.0.ffn.0.weight"].read().view(4, 8)
+        assert torch.equal(weight, (2 * factor).expand(4, 8))
+
+
+def test_empty_markers_are_left_out(tmp_path):
+    tensors = {"head.modulation": torch.zeros(1, 2, 2), "model_type.Wan2_1-FLF2V-14B-720P": torch.zeros(0)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        assert list(checkpoint.tensors) == ["head.modulation"]
