@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from operator import itemgetter
@@ -39,7 +40,7 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, {threads} threads, {platform.system()}, torch {torch.__version__}"
 
 
-def resident(pid: int) -> dict[str, int]:
+def resident(pid: int | str) -> dict[str, int]:
     """Bytes of anonymous memory and of all resident pages of a process (Linux)."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM") if key in fields}
@@ -88,11 +89,24 @@ def encoder_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def convert(source: Path, recipe: str, effort: str) -> dict[str, object]:
-    destination = source.with_name(f"{source.stem}-{recipe}.gguf")
-    command = [sys.executable, "-m", "quant", "convert", str(source), str(destination)]
-    command += ["--recipe", recipe, "--effort", effort, "--overwrite", "--json"]
-    destination.unlink(missing_ok=True)
+def convert(source: Path, recipes: str, effort: str) -> dict[str, object]:
+    """One pass over the source, to a file for each of the comma-separated recipes."""
+    with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+        command = [sys.executable, "-m", "quant", "convert", str(source), folder]
+        command += ["--recipe", recipes, "--effort", effort, "--json"]
+        usage = run(command)
+        nbytes = sum(file.stat().st_size for file in Path(folder).iterdir())
+    return {
+        "recipe": recipes,
+        "effort": effort,
+        "source_gib": round(source.stat().st_size / 2**30, 3),
+        "gib": round(nbytes / 2**30, 3),
+        **usage,
+    }
+
+
+def run(command: list[str]) -> dict[str, float]:
+    """Seconds and peak memory of a process."""
     peak_anonymous = peak_resident = 0
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -104,27 +118,27 @@ def convert(source: Path, recipe: str, effort: str) -> dict[str, object]:
     seconds = time.monotonic() - started
     if process.returncode:
         raise SystemExit(f"conversion failed with exit code {process.returncode}")
-    nbytes = destination.stat().st_size
-    destination.unlink()
     return {
-        "recipe": recipe,
-        "effort": effort,
-        "source_gib": round(source.stat().st_size / 2**30, 3),
-        "gib": round(nbytes / 2**30, 3),
         "seconds": round(seconds, 1),
         "peak_anonymous_gib": round(peak_anonymous / 2**30, 3),
         "peak_resident_gib": round(peak_resident / 2**30, 3),
     }
 
 
-def write_source(size: str, blocks: int | None) -> Path:
-    """A checkpoint of true shapes, of some blocks only if asked; those of 14B are zeros in a sparse file."""
-    shapes = SIZES[size]._replace(layers=blocks) if blocks else SIZES[size]
-    source = ROOT / "out" / "bench" / f"wan-{size}{f'-{blocks}-blocks' if blocks else ''}.safetensors"
+def write_source(size: str, blocks: int | None, drawn_blocks: int | None = None) -> Path:
+    """A checkpoint of true shapes: random values, in one of 14B's size in two blocks only, else zeros in a hole."""
+    drawn_blocks = 2 if drawn_blocks is None and "14B" in size else drawn_blocks
+    shapes = transformer_shapes(SIZES[size]._replace(layers=blocks) if blocks else SIZES[size])
+    marks = [f"{blocks}-blocks"] if blocks else []
+    marks += [f"{drawn_blocks}-drawn"] if drawn_blocks is not None else []
+    source = ROOT / "out" / "bench" / f"{'-'.join(['wan', size, *marks])}.safetensors"
     if not source.exists():
         source.parent.mkdir(parents=True, exist_ok=True)
-        write = write_sparse_checkpoint if "14B" in size else write_random_checkpoint
-        write(source, transformer_shapes(shapes))
+        if drawn_blocks is None:
+            write_random_checkpoint(source, shapes)
+        else:
+            prefixes = tuple(f"blocks.{number}." for number in range(drawn_blocks))
+            write_sparse_checkpoint(source, shapes, drawn={name for name in shapes if name.startswith(prefixes)})
     return source
 
 
@@ -133,11 +147,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--size", default="1.3B", choices=SIZES)
     parser.add_argument("--blocks", type=int, help="convert a model of fewer blocks")
-    parser.add_argument("--recipes", nargs="*", default=["Q8_0", "Q4_K_M"], help="none: the encoders only")
+    parser.add_argument(
+        "--drawn-blocks", type=int, metavar="N", help="zeros, which take no disk, in all but N blocks (14B: 2)"
+    )
+    parser.add_argument(
+        "--recipes", nargs="*", default=["Q8_0", "Q4_K_M"], help="none: the encoders only; A,B: both in one pass"
+    )
     parser.add_argument("--effort", default="fast", choices=["fast", "best"])
     options = parser.parse_args()
     encoders = encoder_rows()
-    files = [convert(write_source(options.size, options.blocks), recipe, options.effort) for recipe in options.recipes]
+    source = write_source(options.size, options.blocks, options.drawn_blocks) if options.recipes else None
+    files = [convert(source, recipes, options.effort) for recipes in options.recipes] if source else []
     if options.json:
         print(json.dumps({"machine": machine(), "encoders": encoders, "files": files}, indent=2))
         return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import torch
@@ -63,13 +64,24 @@ def write_random_checkpoint(
 
 
 def write_sparse_checkpoint(
-    path: str | Path, shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype = torch.bfloat16
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    drawn: Container[str] = (),
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Writes zeros of these shapes as a hole, which takes no disk."""
-    header, nbytes = _header(shapes, dtype, None)
+    """Writes random values for the tensors that are `drawn`, and zeros as holes, which take no disk, for the others."""
+    header, _ = _header(shapes, dtype, None)
+    generator = torch.Generator().manual_seed(0)
     with open(path, "wb") as file:
         file.write(header)
-        file.truncate(len(header) + nbytes)
+        for name, shape in shapes.items():
+            if name in drawn:
+                tensor = random_tensor(name, shape, generator).to(dtype)
+                file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            else:
+                file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
+        file.truncate()
     return Path(path)
 
 
