@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 
-def encode_constants_once(encode: Callable[[Tensor], Tensor], blocks: Tensor) -> Tensor:
-    """(n, block_size) float32 -> what `encode` makes of each block; of two zeros that differ in sign it sees +0."""
+def encode_constants_once(
+    encode: Callable[[Tensor, Tensor | None], Tensor], blocks: Tensor, importance: Tensor | None
+) -> Tensor:
+    """(n, block_size) float32 -> what `encode` makes of each block; of two zeros that differ in sign it sees +0.
+
+    Importance does not matter to blocks of one value, whose weights all get the same code.
+    """
     low = blocks.amin(1)
     constant = low == blocks.amax(1)
     if not constant.any():
-        return encode(blocks)
+        return encode(blocks, importance)
     values, index = torch.unique(low[constant] + 0.0, return_inverse=True)
-    varied = blocks[~constant]
+    varied, once = blocks[~constant], values[:, None].expand(-1, blocks.shape[1])
     order = torch.empty(len(blocks), dtype=torch.int64, device=blocks.device)
     order[~constant] = torch.arange(len(varied), device=blocks.device)
     order[constant] = len(varied) + index
-    return encode(torch.cat((varied, values[:, None].expand(-1, blocks.shape[1]))))[order]
+    weights = None if importance is None else torch.cat((importance[~constant], torch.ones_like(once)))
+    return encode(torch.cat((varied, once)), weights)[order]

@@ -58,11 +58,9 @@ class Encoder:
     pack: Pack
 
     def __call__(self, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-        if importance is None:
-            return encode_constants_once(self._search, blocks)
-        return self._search(blocks, importance)
+        return encode_constants_once(self._search, blocks, importance)
 
-    def _search(self, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
+    def _search(self, blocks: Tensor, importance: Tensor | None) -> Tensor:
         columns = Columns.of(blocks, importance, self.size)
         found = self.fit(columns, len(blocks))
         levels = found.nearest(columns, self.levels)[0].t()

@@ -16,6 +16,8 @@ from .scale import solve
 # Of the squared weights of a sub-block the part that its mean takes where all lie far from 0, at 3 sigma, and the part
 # that the largest takes where it stands alone.
 _FAR, _PEAKED = 0.9, 0.9
+# Of the weights of a sub-block, or a block, the part that is not 0 at least.
+_FILLED = 0.75
 # How far the scales of such blocks are tried.
 _REACH = 8
 
@@ -124,12 +126,18 @@ def refine(
 
 
 def _is_hard(columns: Columns, error: Tensor, shape: torch.Size, search: Search) -> Tensor:
-    """Whether the error is that of rounded scales, or weights lie far from 0 or, but for one, near it; (n,) bool."""
+    """Whether the error is that of rounded scales, or weights lie far from 0 or, but for one, near it; (n,) bool.
+
+    Not where many weights are 0: what is left has scales to choose from.
+    """
     x, size = columns.x, len(columns.x)
     signal = total(columns.sum(x * x).view(shape).t())
     energy, extreme = total(x * x), columns.extreme().square_()
+    filled = total((x != 0).float())
     alike = (total(x).square_() > _FAR * size * energy) | (extreme > _PEAKED * energy)
-    return (error < search.rounding**2 * signal) | alike.view(shape).any(1)
+    alike &= filled > _FILLED * size
+    rounded = error < search.rounding**2 * signal
+    return rounded & (total(filled.view(shape).t()) > _FILLED * len(x) * shape[1]) | alike.view(shape).any(1)
 
 
 def _best(found: Iterable[tuple[Blocks, Tensor]]) -> tuple[Blocks, Tensor]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from wanquant.quant import QTYPES
 from wanquant.quant.iq4 import KVALUES
 from wanquant.quant.search.columns import Columns
+from wanquant.quant.search.fit import Blocks
 from wanquant.quant.search.levels import Codebook, Integers
 from wanquant.quant.search.scale import search_scale, search_scale_and_min
 from wanquant.tests.libggml import LibGGML
@@ -89,8 +90,23 @@ def test_weighted_error_is_below_ggmls_with_the_same_importance(name: str, libgg
 @pytest.mark.parametrize("kind", ["zeros", "sparse", "subnormal scales", "subnormal weights"])
 @pytest.mark.parametrize("name", BEST)
 def test_special_weights_are_not_worse_than_ggmls(name: str, kind: str, libggml: LibGGML) -> None:
-    ours, theirs = errors(name, weights(kind), libggml)
-    assert ours <= theirs
+    importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
+    for used in (None, importance):
+        ours, theirs = errors(name, weights(kind), libggml, used)
+        assert ours <= theirs
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_mostly_zero_weights_are_searched_as_often_as_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    nearest = Blocks.nearest
+    monkeypatch.setattr(Blocks, "nearest", lambda blocks, *rest: tried.append(blocks) or nearest(blocks, *rest))
+    counts = []
+    for kind in ("gaussian", "sparse"):
+        tried.clear()
+        QTYPES[name].quantize(torch.from_numpy(weights(kind)))
+        counts.append(sum(len(blocks.d) for blocks in tried))
+    assert counts[1] <= 1.1 * counts[0]
 
 
 HARD = ("outlier columns", "constant rows", "uniform", "positive", "far above 0", "far below 0", "ramp")
@@ -135,18 +151,24 @@ def test_constants_are_as_exact_as_a_float16_scale(name: str, value: float) -> N
     assert (decoded - weight).abs().max() <= abs(value) * 2**-10
 
 
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("name", BEST)
-def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(
+    name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importance = torch.rand(256, generator=torch.Generator().manual_seed(3)) if weighted else None
+    repeated = None if importance is None else importance.repeat(4)
     weight = torch.from_numpy(weights("gaussian"))[:4].clone()
     weight[1, :512], weight[1, 512:], weight[2, 256:] = 0.37, -2.5, 0.37
     weight[3] = torch.tensor([0.0, -0.0]).repeat(512)
     seen = []
     of = Columns.of
     monkeypatch.setattr(Columns, "of", lambda blocks, *rest: seen.append(len(blocks)) or of(blocks, *rest))
-    whole = QTYPES[name].quantize(weight)
+    whole = QTYPES[name].quantize(weight, repeated)
     per_row = SHAPE[1] // QTYPES[name].block_size
     assert seen == [per_row + per_row // 4 + 3]
-    assert torch.equal(whole, torch.cat([QTYPES[name].quantize(part) for part in weight.view(-1, 256)]).view_as(whole))
+    parts = [QTYPES[name].quantize(part, importance) for part in weight.view(-1, 256)]
+    assert torch.equal(whole, torch.cat(parts).view_as(whole))
 
 
 @pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
