@@ -37,8 +37,10 @@ _BEST = _Effort(peaks=13, starts=3, rounds=3)
 _BEST_WITH_MIN = _Effort(peaks=17, starts=3, rounds=3)
 # Eight levels need no finer grid.
 _BEST_OF_EIGHT = _Effort(peaks=7, starts=3, rounds=3)
-_BEST_ALONE = _Effort(peaks=24, starts=1, rounds=3)
-_BEST_ALONE_WITH_MIN = _Effort(peaks=40, starts=1, rounds=3)
+_BEST_ALONE = _Effort(peaks=16, starts=1, rounds=3)
+# More levels lie closer together.
+_BEST_OF_256 = _Effort(peaks=24, starts=1, rounds=3)
+_BEST_ALONE_WITH_MIN = _Effort(peaks=20, starts=1, rounds=3)
 
 
 @dataclass(frozen=True)
@@ -191,4 +193,4 @@ best_q4_0 = _signed(32, Integers(-8, 7), 8, _ONE, _BEST_ALONE, _q4_0)
 best_q4_1 = _affine(32, 15, _ONE, _BEST_ALONE_WITH_MIN, _q4_1)
 best_q5_0 = _signed(32, Integers(-16, 15), 16, _ONE, _BEST_ALONE, _q5_0)
 best_q5_1 = _affine(32, 31, _ONE, _BEST_ALONE_WITH_MIN, _q5_1)
-best_q8_0 = _signed(32, Integers(-128, 127), 128, _ONE, _BEST_ALONE, _q8_0)
+best_q8_0 = _signed(32, Integers(-128, 127), 128, _ONE, _BEST_OF_256, _q8_0)
