@@ -55,8 +55,7 @@ class OptionalPath:
         except torch.OutOfMemoryError:
             raise
         except _FAILURES as error:
-            # A driver has no class for this; with the next weight there may be memory again.
-            self._lost = "out of memory" not in str(error)
+            self._lost = True
             reason = str(error).partition("\n")[0] or type(error).__name__
             logger.info("WanQuant decodes without %s (%s)", self._title, reason)
             return False

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from .triton_formats import FORMATS
+from .triton_formats import FORMATS, read
 
 if TYPE_CHECKING:
     from ..qtype import QuantType
@@ -34,7 +34,7 @@ def dequantize_kernel(
     packed,
     out,
     n_weights,
-    READ: tl.constexpr,
+    FORMAT: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -47,7 +47,7 @@ def dequantize_kernel(
     group = tl.arange(0, TILE // 8)
     inside = tl.minimum(group, groups - 1).to(tl.uint32)  # unsigned: // and % are a shift and a mask
     block = packed + start // BLOCK_SIZE * TYPE_SIZE + inside // (BLOCK_SIZE // 8) * TYPE_SIZE
-    low, high, scale, minimum = READ(block, inside % (BLOCK_SIZE // 8))
+    low, high, scale, minimum = read(block, inside % (BLOCK_SIZE // 8), FORMAT)
 
     words = tl.join(low, high).to(tl.int32)
     codes = (words[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]) & 255
@@ -68,7 +68,7 @@ def constants(qtype: QuantType) -> dict[str, object]:
     """The kernel's constants for a type of FORMATS."""
     form = FORMATS[qtype.name]
     return {
-        "READ": form.read,
+        "FORMAT": qtype.name,
         "BIAS": form.bias,
         "HAS_MINIMUM": form.has_minimum,
         "BLOCK_SIZE": qtype.block_size,

@@ -99,21 +99,6 @@ def test_a_path_that_fails_is_left_with_one_line(error, monkeypatch, caplog) -> 
     assert caplog.messages == ["WanQuant decodes without fakes (no compiler)"]
 
 
-def test_a_driver_without_memory_is_asked_again(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
-    """Triton says so as it loads a kernel: a RuntimeError, of which torch's allocator knows nothing."""
-    calls = []
-
-    def fail(*_: object) -> None:
-        calls.append(1)
-        raise RuntimeError("Triton Error [CUDA]: out of memory")
-
-    optional_path(monkeypatch, fail)
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            QTYPES["Q8_0"].dequantize(random_blocks(QTYPES["Q8_0"], 2))
-    assert len(calls) == len(caplog.messages) == 2
-
-
 def test_a_missing_path_is_left_with_one_line(caplog) -> None:
     path = OptionalPath("absent", "absentees")
     with caplog.at_level("INFO"):

@@ -6,9 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from wanquant.quant import QTYPES
 
@@ -49,6 +53,46 @@ def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, str]:
     source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)
     stages: dict[str, str] = triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm
     return stages
+
+
+class StubDriver:
+    """Of no GPU: takes a compiled kernel and its arguments, and does nothing with them."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.utils = types.SimpleNamespace(
+            load_binary=lambda *_: (1, 2, 30, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 1 << 16}
+        )
+
+    def launcher_cls(self, *_: object) -> Callable[..., None]:
+        return lambda *arguments: self.launches.append(arguments)
+
+    def get_current_device(self) -> int:
+        return 99  # nobody else's compiled kernels
+
+    def get_current_stream(self, _: int) -> int:
+        return 7
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[3]
+
+
+def test_a_launch_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the checks of Triton's own launch, which neither the interpreter nor the compiler has."""
+    stub = StubDriver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", stub)
+    packed = torch.zeros(3 * triton_kernel.TILE // 256 * 144, dtype=torch.uint8)
+    out = torch.empty(3 * triton_kernel.TILE, dtype=torch.float16)
+    triton_kernel.launch(QTYPES["Q4_K"], packed, out)
+    ((*grid, stream), arguments) = stub.launches[0][:4], stub.launches[0][4:]
+    assert (grid, stream) == ([3, 1, 1], 7)
+    assert any(argument is packed for argument in arguments)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_no_constant_is_a_function(name: str) -> None:
+    """Triton 3.2, of torch 2.6, would not launch the kernel."""
+    assert not [key for key, value in triton_kernel.constants(QTYPES[name]).items() if callable(value)]
 
 
 @pytest.mark.parametrize("name", TYPES)
