@@ -66,9 +66,8 @@ def encode_q6_k(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
         return _sum(wx * q), _sum((w * q).mul_(q))
 
     largest = _largest(x, 0)[0]
-    steps = [step for step in range(-9, 10) if step]
-    units = (-(32 + 0.1 * torch.tensor([0.0, *steps])))[:, None] / largest
-    scale, unit = _scale(units, sums)
+    steps = torch.tensor([0, *range(-9, 0), *range(1, 10)])
+    scale, unit = _scale([step / largest for step in -(32 + 0.1 * steps)], sums)
     empty = largest.abs() < _EPSILON
     scale = scale.masked_fill(empty, 0).view(-1, 16)
     kept = _rounded(x * unit, -32, 31).masked_fill_(empty, -32)
@@ -165,9 +164,8 @@ def _iq4_scale(x: Tensor) -> Tensor:
         return _sum(wq * x), _sum(wq.mul_(q))
 
     largest = _largest(x, 0)[0]
-    first = (largest / 127).reciprocal()
-    units = (torch.arange(-7.0, 8) + KVALUES[0])[:, None] / largest
-    scale, _ = _scale(_finite(torch.cat((first[None], units))), sums)
+    units = [(largest / -KVALUES[0]).reciprocal(), *(step / largest for step in torch.arange(-7.0, 8) + KVALUES[0])]
+    scale, _ = _scale(map(_finite, units), sums)
     return scale.masked_fill(largest.abs() < _EPSILON, 0)
 
 

@@ -68,6 +68,12 @@ def test_weights_that_are_no_numbers_stay_in_their_block(name: str) -> None:
     assert torch.equal(packed[:, half:], QTYPES[name].quantize(weight[:, 256:], effort="fast"))
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_nothing_is_left_on_the_cpu(name: str) -> None:
+    shape = QTYPES[name].packed_shape((3, 512))
+    assert QTYPES[name].quantize(torch.empty(3, 512, device="meta"), effort="fast").shape == shape
+
+
 def test_square_roots_are_the_nearest_numbers() -> None:
     values = torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 100
     assert np.array_equal(reference._root(values).numpy(), np.sqrt(values.numpy()))

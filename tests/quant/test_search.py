@@ -181,6 +181,15 @@ def test_too_large_weights_saturate(name: str, magnitude: float) -> None:
 
 
 @pytest.mark.parametrize("name", BEST)
+def test_weights_that_are_no_numbers_count_as_zero(name: str) -> None:
+    weight = torch.from_numpy(weights("gaussian"))[:2].clone()
+    weight[0, ::7] = 0
+    expected = QTYPES[name].quantize(weight)
+    weight[0, ::7] = torch.nan
+    assert torch.equal(QTYPES[name].quantize(weight), expected)
+
+
+@pytest.mark.parametrize("name", BEST)
 def test_columns_without_importance_do_not_spoil_the_others(name: str) -> None:
     weight = torch.from_numpy(weights("gaussian"))
     importance = torch.ones(SHAPE[1])
