@@ -1,17 +1,21 @@
 """Wan 14B within a budget on a GPU: peaks and seconds a step, beside what was predicted. A script of its own.
 
-    python3 dev.py bench gpu-host                                    (once, where ComfyUI is: out/gpu-host)
     python bench/gpu_memory.py results.jsonl [--minutes 20]          (on the machine with the GPU)
     python bench/gpu_memory.py results.jsonl --selftest              (tiny shapes, no GPU)
 
-Needs torch, triton, numpy and the assembled folder; no server, no network. A random GGUF of true shapes is sampled for
+Needs torch, triton, numpy and a folder that `python3 dev.py bench gpu-host` assembles where ComfyUI is (out/gpu-host;
+where it is missing and ComfyUI is here, it is made); no server, no network. A random GGUF of true shapes is sampled for
 two steps, in ComfyUI's own forward and by Wan Low VRAM in its budget, with and without two LoRAs, first with dynamic
-VRAM, then without, each in a process of its own. All memory beyond the budget is allocated, so that nothing can exceed
-it. A JSON line is written for each case as soon as it is measured:
+VRAM, then without, each in a process of its own; after a case that crashes or hangs, another process goes on with the
+next. All memory beyond the budget is allocated, so that nothing can exceed it. A JSON line is written for each case as
+soon as it is measured, and a table at the end:
 
     predicted_gib   the simulated parts          torch_gib      most that torch's tensors held at once
-    context_gib     before the first tensor      reserved_gib   most that torch's allocator held: with fragmentation
+    context_gib     before the first tensor      reserved_gib   most that torch's allocator held
     resident_gib    weights that stayed          device_gib     most that the process held, by the driver, sampled
+    fragmentation_gib   reserved beyond torch's tensors
+    of_predicted    what was measured over what was predicted, with the weights that stayed: without dynamic VRAM
+                    torch's tensors, with it, where buffers lie outside torch's allocator, all that the process held
     difference      of the latent from that of ComfyUI's own forward, relative
 """
 
@@ -23,11 +27,8 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +40,15 @@ for name, place in (("wanquant", ROOT), ("wanquant.bench", ROOT / "bench")):
         sys.modules[name].__path__ = [str(place)]
 
 from wanquant.bench import gpu_host  # noqa: E402
+from wanquant.bench.gpu_meter import GIB, Meter, Row, gib, of_predicted  # noqa: E402
+from wanquant.dev import checkout  # noqa: E402
 
-GIB = 1 << 30
 RECIPE, STEPS, PROMPT = "Q4_K_M", 2, (1, 512, 4096)
 LORAS, RANK = 2, 64
 STOCK_GIB, LEANEST = 24.0, 0.0
 PATCHERS = ("dynamic", "legacy")
-Row = dict[str, object]
+HANGS_SECONDS = 300
+"""After its time a process has so many for the case at hand."""
 
 
 class Case(NamedTuple):
@@ -111,70 +114,6 @@ def with_loras(patcher: Any, count: int) -> Any:
     return patcher
 
 
-class Meter:
-    """What one process takes of the GPU; without a GPU, nothing is measured."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self._gpu = torch.cuda.is_available()
-        self.context = self._used() if self._gpu else 0
-
-    def synchronize(self) -> None:
-        import torch
-
-        if self._gpu:
-            torch.cuda.synchronize()
-
-    def run(self, work: Callable[[], Row], budget: int) -> Row:
-        """What `work` returns, and the most it took while all but `budget` bytes of the device were taken."""
-        import torch
-
-        if not self._gpu:
-            return work()
-        torch.cuda.empty_cache()
-        taken = torch.cuda.mem_get_info()[1] - max(budget, self._used())
-        ballast = torch.empty(taken, dtype=torch.uint8, device="cuda")
-        torch.cuda.reset_peak_memory_stats()
-        row: Row = {"context_gib": gib(self.context)}
-        with self._sampled() as device:
-            try:
-                row |= work()
-            except torch.cuda.OutOfMemoryError as error:
-                row["error"] = str(error).partition("\n")[0]
-        peaks = {"torch": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-        del ballast
-        return row | {f"{name}_gib": gib(nbytes - taken) for name, nbytes in (peaks | {"device": max(device)}).items()}
-
-    def _used(self) -> int:
-        """Bytes of the whole device: no other program must use it."""
-        import torch
-
-        free, total = torch.cuda.mem_get_info()
-        return int(total - free)
-
-    @contextmanager
-    def _sampled(self) -> Iterator[list[int]]:
-        """What is used, every 10 ms while open."""
-        used, done = [self._used()], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.01):
-                used.append(self._used())
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield used
-        finally:
-            done.set()
-            thread.join()
-
-
-def gib(nbytes: float) -> float:
-    return round(nbytes / GIB, 3)
-
-
 def sample(patcher: Any, latent: tuple[int, ...], meter: Meter) -> tuple[Any, float]:
     """The latent after two steps, and the seconds of the second."""
     import comfy.sample
@@ -201,8 +140,8 @@ class Bench:
         from wanquant.ops.loader import load_diffusion_model
 
         self._meter = Meter()
+        self._path = path
         self._plain = load_diffusion_model(path, dtype=torch.bfloat16)
-        self._stock: dict[tuple[object, ...], Any] = {}
 
     def row(self, case: Case) -> Row:
         import comfy.model_management
@@ -222,20 +161,31 @@ class Bench:
 
         def work() -> Row:
             latent, seconds = sample(patcher, job.latent, self._meter)
-            expected = self._stock.setdefault((case.video, case.loras), latent)
-            difference = float((latent - expected).norm() / expected.norm())
-            resident = gib(patcher.loaded_size())
-            return {"seconds_a_step": round(seconds, 3), "resident_gib": resident, "difference": difference}
+            row: Row = {"seconds_a_step": round(seconds, 3), "resident_gib": gib(patcher.loaded_size())}
+            return row | self._difference(case, latent, is_stock=choice.plan is None)
 
         row: Row = {"case": "sample", "is_dynamic": patcher.is_dynamic(), "plan": choice.name, **case._asdict()}
         row["predicted_gib"] = {name: gib(size) for name, size in choice.peak.parts.items()}
         row |= self._meter.run(work, budget)
+        row["of_predicted"] = of_predicted(row, dynamic=patcher.is_dynamic())
         comfy.model_management.unload_all_models()
         return row
 
+    def _difference(self, case: Case, latent: Any, *, is_stock: bool) -> Row:
+        """From the latent of ComfyUI's own forward, which a file keeps for the other processes."""
+        import torch
+
+        path = self._path.with_name(f"{self._path.stem}-{'x'.join(map(str, case.video))}-{case.loras}.latent")
+        if is_stock:
+            torch.save(latent, path)
+        if not path.exists():
+            return {}
+        expected = torch.load(path)
+        return {"difference": float((latent - expected).norm() / expected.norm())}
+
 
 def measure(options: argparse.Namespace, deadline: float) -> None:
-    """All cases of one patcher, in this process."""
+    """The cases of one patcher, in this process."""
     gpu_host.start(options.carried, dynamic=options.patcher == "dynamic")
     import torch
 
@@ -253,9 +203,48 @@ def measure(options: argparse.Namespace, deadline: float) -> None:
         if not options.model.exists():
             write_model(options.model, WanSize(256, 512, 1) if options.selftest else SIZES["14B"])
         bench = Bench(options.model)
-        for case in TINY if options.selftest else CASES:
+        for case in cases(options)[options.skip :]:
             if time.time() < deadline:
                 write(bench.row(case))
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    return TINY if options.selftest else CASES
+
+
+def measure_all(options: argparse.Namespace, patcher: str, minutes: float) -> int:
+    """The cases of one patcher, in as many processes as it takes; how many of them failed."""
+    skip, failures, deadline = 0, 0, time.time() + 60 * minutes
+    while skip < len(cases(options)) and time.time() < deadline:
+        seconds = deadline - time.time()
+        command = [sys.executable, __file__, *sys.argv[1:], "--patcher", patcher, "--skip", str(skip)]
+        command += ["--minutes", str(seconds / 60)]
+        before = len(measured(options.results))
+        try:
+            code = subprocess.run(command, check=False, timeout=seconds + HANGS_SECONDS).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        if not code:
+            break
+        skip += len(measured(options.results)) - before
+        with options.results.open("a") as file:
+            for case in cases(options)[skip : skip + 1]:
+                row = {"case": "failed", "patcher": patcher, "exit": code, **case._asdict()}
+                file.write(json.dumps(row) + "\n")
+        skip, failures = skip + 1, failures + 1
+    return failures
+
+
+def measured(results: Path) -> list[Row]:
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return [row for row in rows if row["case"] == "sample"]
+
+
+def show(rows: list[Row]) -> None:
+    columns = ("is_dynamic", "plan", "width", "height", "frames", "gib", "loras", "of_predicted", "seconds_a_step")
+    print("\t".join(columns))
+    for row in rows:
+        print("\t".join(str(row.get(column, "")) for column in columns))
 
 
 def main() -> int:
@@ -266,20 +255,22 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--selftest", action="store_true", help="tiny shapes, also on the CPU")
     parser.add_argument("--patcher", choices=PATCHERS, help="only this one, in this process")
+    parser.add_argument("--skip", type=int, default=0, help="so many of its cases")
     options = parser.parse_args()
     name = "tiny" if options.selftest else "14B"
     options.model = options.model or ROOT / "out" / "bench" / f"random-{name}-{RECIPE}.gguf"
     deadline = time.time() + 60 * options.minutes
+    if not options.carried.exists():
+        gpu_host.assemble(options.carried, checkout())
     if options.patcher:
         measure(options, deadline)
         return 0
-    codes = []
-    for patcher in PATCHERS:
-        # A crash of the driver's context must not take the other half along.
-        minutes = (deadline - time.time()) / 60 / (len(PATCHERS) - len(codes))
-        command = [sys.executable, __file__, *sys.argv[1:], "--patcher", patcher, "--minutes", str(minutes)]
-        codes.append(subprocess.run(command, check=False).returncode)
-    return max(map(abs, codes))
+    before, failures = len(measured(options.results)), 0
+    for index, patcher in enumerate(PATCHERS):
+        minutes = (deadline - time.time()) / 60 / (len(PATCHERS) - index)
+        failures += measure_all(options, patcher, minutes)
+    show(measured(options.results)[before:])
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

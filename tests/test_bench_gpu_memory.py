@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from wanquant.bench import gpu_host
+from wanquant.bench import gpu_host, gpu_memory
 from wanquant.dev import checkout
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,3 +54,39 @@ def test_selftest_with_what_is_carried(tmp_path: Path) -> None:
     for row in rows:
         assert 0 <= row["difference"] < 0.01
         assert row["seconds_a_step"] > 0
+
+
+def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process measures a case and crashes in the next, one hangs in the third, the last measures the fourth."""
+    options = argparse.Namespace(results=tmp_path / "results.jsonl", selftest=True)
+    seen, measures = [], iter([1, None, 1])
+
+    def process(command: list[str], **_: object) -> SimpleNamespace:
+        seen.append(int(command[command.index("--skip") + 1]))
+        count = next(measures)
+        if count is None:
+            raise subprocess.TimeoutExpired(command, 1)
+        with options.results.open("a") as file:
+            file.write(
+                json.dumps({"case": "machine"}) + "\n" + json.dumps({"case": "sample", "process": len(seen)}) + "\n"
+            )
+        return SimpleNamespace(returncode=1 if len(seen) == 1 else 0)
+
+    monkeypatch.setattr(gpu_memory.subprocess, "run", process)
+    assert gpu_memory.measure_all(options, "legacy", 1) == 2
+    assert seen == [0, 2, 3]
+    rows = [json.loads(line) for line in options.results.read_text().splitlines()]
+    assert [row["case"] for row in rows] == ["machine", "sample", "failed", "failed", "machine", "sample"]
+    failed = [
+        gpu_memory.Case(*(row[name] for name in gpu_memory.Case._fields)) for row in rows if row["case"] == "failed"
+    ]
+    assert failed == gpu_memory.TINY[1:3]
+    assert [row["exit"] for row in rows if row["case"] == "failed"] == [1, -1]
+
+
+@pytest.mark.parametrize(("dynamic", "ratio"), [(False, 1.1), (True, 0.9)])
+def test_measured_over_predicted(dynamic: bool, ratio: float) -> None:
+    parts = {"weights": 0.1, "scratch": 0.2, "activations": 1.3, "context": 0.4}
+    row = {"predicted_gib": parts, "resident_gib": 0.4, "torch_gib": 2.2, "device_gib": 2.16}
+    assert gpu_memory.of_predicted(row, dynamic=dynamic) == ratio
+    assert gpu_memory.of_predicted({"predicted_gib": parts, "resident_gib": 0.4}, dynamic=dynamic) is None
