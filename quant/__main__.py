@@ -190,7 +190,7 @@ def _recipes(text: str) -> list[str]:
     names = text.upper().split(",")
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
-        raise argparse.ArgumentTypeError(f"unknown recipe {unknown[0]}; choose from {', '.join(RECIPES)}")
+        raise argparse.ArgumentTypeError(f"unknown recipe {unknown[0]!r}; choose from {', '.join(RECIPES)}")
     return names
 
 

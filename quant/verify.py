@@ -110,7 +110,10 @@ def _check_data(file: GGUFFile) -> None:
 
 def _compare(packed: GGUFTensor, source: SourceTensor) -> TensorError:
     if math.prod(packed.shape) != math.prod(source.shape):
-        raise QuantError(f"{packed.path}: tensor {packed.name}: shape {packed.shape}, in the source {source.shape}")
+        raise QuantError(
+            f"{packed.path}: tensor {packed.name}: shape {packed.shape}, in the source {source.shape};"
+            " give the checkpoint that it was made from"
+        )
     rows = packed.data.view(-1, packed.data.shape[-1])
     columns = math.prod(packed.shape) // len(rows)
     step = max(1, _SLICE_WEIGHTS // columns)
