@@ -6,7 +6,8 @@
 Needs torch, triton and numpy, no ComfyUI and no gguf. Writes a JSON line for each case as soon as it is measured: the
 machine; for each type and dtype whether the bits are those of the torch operations, whatever the output held; ceilings
 (copy, bfloat16 product); microseconds and share of the copy's bandwidth; a Linear of 5120 x 13824 at four numbers of
-tokens against a resident bfloat16 weight, with peak memory. It stops when the minutes are over.
+tokens, decoded in tiles as the nodes do and whole, against a resident bfloat16 weight, with peak memory and how far the
+two results differ. It stops when the minutes are over.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))
 TOKENS = (512, 8190, 32760, 75600)
+LAYER = (13824, 5120)
+TILE_BYTES = 64 << 20
+"""As in ops/matmul.py, whose `packed_linear` needs ComfyUI."""
 Row = dict[str, object]
 
 
@@ -106,30 +110,39 @@ def speed(qtype: QuantType, shape: tuple[int, int], copy_gb_s: float) -> Row:
 
 
 def layer(qtype: QuantType, tokens: int) -> Row:
-    """A Linear as `GGUFOps.Linear` runs it, against the same with a bfloat16 weight at hand."""
-    shape = (13824, 5120)
-    packed = random_blocks(qtype, shape, "cuda") & 191  # finite scales: a product of NaN takes less power
-    x = torch.randn(tokens, shape[1], dtype=torch.bfloat16, device="cuda")
-    weight = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    """A Linear by `packed_linear`, tile by tile, and with the weight decoded whole, against a bfloat16 weight."""
+    rows, columns = LAYER
+    packed = random_blocks(qtype, LAYER, "cuda") & 191  # finite scales: a product of NaN takes less power
+    x, weight = (torch.randn(n, columns, dtype=torch.bfloat16, device="cuda") for n in (tokens, rows))
+    bias = torch.randn(rows, dtype=torch.bfloat16, device="cuda")
 
     def ours() -> Tensor:
+        out, tile = x.new_empty(tokens, rows), weight.new_empty(TILE_BYTES // (2 * columns) // 16 * 16, columns)
+        for start in range(0, rows, len(tile)):
+            part = slice(start, min(start + len(tile), rows))
+            some = tile[: part.stop - start]
+            triton_kernel.launch(qtype, packed[part], some)
+            torch.addmm(bias[part], x, some.t(), out=out[:, part])
+        return out
+
+    def whole() -> Tensor:
         scratch = torch.empty_like(weight)
         triton_kernel.launch(qtype, packed, scratch)
-        return linear(x, scratch)
+        return linear(x, scratch, bias)
+
+    def resident() -> Tensor:
+        return linear(x, weight, bias)
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     ours()
     peak = torch.cuda.max_memory_allocated() - before
-    first, mine, second = median_us(lambda: linear(x, weight)), median_us(ours), median_us(lambda: linear(x, weight))
-    row: Row = {
-        "case": "linear",
-        "type": qtype.name,
-        "tokens": tokens,
-        "us": round(mine, 1),
-        "bf16_us": round(first, 1),
-    }
-    return row | {"bf16_again_us": round(second, 1), "peak_mib": round(peak / 2**20, 1)}
+    exact = whole()[:512].clone().float()
+    error = float((ours()[:512] - exact).norm() / exact.norm())
+    calls = {"bf16_us": resident, "us": ours, "whole_us": whole, "bf16_again_us": resident}
+    row: Row = {"case": "linear", "type": qtype.name, "tokens": tokens, "error": float(f"{error:.1e}")}
+    row |= {name: round(median_us(call), 1) for name, call in calls.items()}
+    return row | {"peak_mib": round(peak / 2**20, 1)}
 
 
 def measurements() -> Iterator[Row]:
@@ -138,7 +151,12 @@ def measurements() -> Iterator[Row]:
     copy_gb_s = float(str(limits["copy_gb_s"]))
     for shape in SHAPES:
         yield from (speed(QTYPES[name], shape, copy_gb_s) for name in triton_kernel.FORMATS)
-    yield from (layer(QTYPES[name], tokens) for tokens in TOKENS for name in ("Q8_0", "Q4_K", "Q6_K", "Q5_0"))
+    for tokens in TOKENS:
+        for name in ("Q8_0", "Q4_K", "Q6_K", "Q5_0"):
+            try:
+                yield layer(QTYPES[name], tokens)
+            except torch.OutOfMemoryError:
+                yield {"case": "linear", "type": name, "tokens": tokens, "out_of_memory": True}
 
 
 def machine() -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -28,6 +29,45 @@ def test_selftest(tmp_path: Path) -> None:
     assert (rows[0]["case"], rows[0]["torch"]) == ("machine", torch.__version__)
     assert len(rows) == 1 + 12 * 3
     assert all(row["same_bits"] for row in rows[1:])
+
+
+STUB = """
+import runpy, sys, types
+import torch, triton
+from torch.overrides import TorchFunctionMode
+
+class StubCUDA(TorchFunctionMode):
+    \"\"\"The device "cuda" is main memory.\"\"\"
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args = tuple("cpu" if arg == "cuda" else arg for arg in args)
+        kwargs = {key: "cpu" if value == "cuda" else value for key, value in (kwargs or {}).items()}
+        return function(*args, **kwargs)
+
+torch.cuda.reset_peak_memory_stats = lambda: None
+torch.cuda.memory_allocated = lambda: 5 << 20
+torch.cuda.max_memory_allocated = lambda: 7 << 20
+triton.testing.do_bench = lambda call, **options: (call(), 2.5)[1]
+bench = runpy.run_path(sys.argv[1])
+bench["layer"].__globals__.update(LAYER=(64, 512), TILE_BYTES=24 * 1024)
+with StubCUDA():
+    print(bench["speed"](bench["QTYPES"]["Q4_K"], (16, 512), 1000.0))
+    print(bench["layer"](bench["QTYPES"]["Q8_0"], 3))
+"""
+
+
+def test_measurements_on_a_stub_of_cuda() -> None:
+    """That they run, and that a Linear in tiles is the Linear; the times are the stub's."""
+    command = [sys.executable, "-I", "-c", STUB, str(ROOT / "bench" / "gpu_dequant.py")]
+    result = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    speed, layer = (ast.literal_eval(line) for line in result.stdout.splitlines())
+    assert (speed["us"], speed["gb_s"], speed["of_copy"]) == (2500.0, 0, 0.0)
+    assert {layer[name] for name in ("us", "whole_us", "bf16_us", "bf16_again_us")} == {2500.0}
+    assert layer["error"] < 5e-3
+    assert layer["peak_mib"] == 2.0
 
 
 def test_without_a_gpu_it_says_so() -> None:
