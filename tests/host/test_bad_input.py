@@ -18,6 +18,7 @@ pytestmark = pytest.mark.host
 
 LONG = f"{'n' * 120}.gguf"
 NAME = "视频 é.gguf"
+OTHER_SIZE = (("A", (4, 5120)), ("B", (13824, 4)))
 
 
 def write_gguf(path: Path, architecture: str, *names: str) -> None:
@@ -50,6 +51,13 @@ def files(server: HostServer) -> None:
     (models / "links" / "itself.gguf").symlink_to("itself.gguf")
     (models / "links" / "around").symlink_to(models / "links")
     save_file({"lora": torch.zeros(1)}, server.models / "conditioning" / "elsewhere.safetensors")
+    (server.models / "loras").mkdir(exist_ok=True)
+    named = {
+        f"lora_unet_mid_block_{part}.lora_{way}.weight": torch.zeros(4, 4) for part in "ab" for way in ("up", "down")
+    }
+    save_file(named, server.models / "loras" / "other-names.safetensors")
+    sized = {f"diffusion_model.blocks.0.ffn.0.lora_{part}.weight": torch.zeros(shape) for part, shape in OTHER_SIZE}
+    save_file(sized, server.models / "loras" / "other-size.safetensors")
 
 
 def model(name: str) -> Graph:
@@ -62,6 +70,15 @@ def encoder(name: str, kind: str = "wan") -> Graph:
 
 def conditioning(name: str) -> Graph:
     return node("WanQuantLoadConditioning", name=name)
+
+
+def lora(name: str) -> Graph:
+    return node("LoraLoaderModelOnly", model=["good", 0], lora_name=f"{name}.safetensors", strength_model=1.0)
+
+
+def low_vram(**changed: float) -> Graph:
+    wanted = {"budget_gib": 3.5, "width": 64, "height": 64, "frames": 5} | changed
+    return node("WanQuantLowVRAM", model=["good", 0], **wanted)
 
 
 def target(name: str) -> Graph:
@@ -86,6 +103,13 @@ def target(name: str) -> Graph:
         (conditioning("elsewhere.safetensors"), "no saved conditioning in this file; write one with Save Conditioning"),
         (target("taken/x.gguf"), "cannot be written: .*choose another name or folder"),
         (target(f"{'n' * 300}.gguf"), "File name too long; choose another name or folder"),
+        (lora("other-names"), r"none of its 4 tensors \(lora_unet_mid_block_a.lora_.* and 1 more\) names a weight"),
+        (lora("other-size"), "1 of its 1 patches do not fit this model: .*ffn.0.weight for 70,778,880 weights, not"),
+        (low_vram(budget_gib=0), "budget_gib 0.*: expected GiB of video memory, more than 0 and at most 1024"),
+        (low_vram(budget_gib=-1), "Value -1.* smaller than min of 0"),
+        (low_vram(budget_gib=5000), "Value 5000.* bigger than max of 1024"),
+        (low_vram(width=72), "size 72x64: this Wan model takes multiples of 16"),
+        (low_vram(frames=80), "frames 80: Wan takes 1, 5, 9"),
         (node("WanQuantCompareLatents", reference=["small", 0], compared=["large", 0]), "sample both at the same size"),
     ],
 )
@@ -99,7 +123,7 @@ def test_message_says_what_to_do_and_the_next_prompt_runs(
     }
     show = {"show": node("PreviewAny", source=["subject", 0])}
     with pytest.raises(GraphError, match=message):
-        server.run({"subject": subject, **latents, **show})
+        server.run({"subject": subject, "good": model(NAME), **latents, **show})
     server.run({**latents, "show": node("PreviewAny", source=["small", 0])})
 
 
