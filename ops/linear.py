@@ -123,9 +123,10 @@ class GGUFOps(comfy.ops.manual_cast):
         def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
             weight, bias, functions, stream = self.cast(input)
             packed = is_packed(weight)
-            output = self.multiply(input, weight, bias, functions) if packed else linear(input, weight, bias)
-            comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-            return output
+            try:
+                return self.multiply(input, weight, bias, functions) if packed else linear(input, weight, bias)
+            finally:  # also when memory runs out, else the weight's page of video memory is held for ever
+                comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
     class Embedding(GGUFModule, comfy.ops.manual_cast.Embedding):
         def __init__(

@@ -43,11 +43,13 @@ def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
     if not is_known_linear(module):
         return module  # type: ignore[no-any-return]
     weight, bias, functions, stream = _cast(module, like)
-    if is_packed(weight):
-        held = DecodedRows(weight, functions, like).decode(0, like.new_empty(weight.shape))
-    else:
-        held = _kept(module, weight, stream)
-    comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+    try:
+        if is_packed(weight):
+            held = DecodedRows(weight, functions, like).decode(0, like.new_empty(weight.shape))
+        else:
+            held = _kept(module, weight, stream)
+    finally:  # also when memory runs out
+        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
     return lambda x: linear(x, held, bias)
 
 

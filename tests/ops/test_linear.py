@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 from wanquant.ops.layout import is_packed, pack
 from wanquant.ops.linear import GGUFOps, packed_modules
+from wanquant.ops.low_vram.weights import projection
 from wanquant.quant import QTYPES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -112,6 +113,21 @@ def test_weight_functions_get_a_private_decoded_weight():
     assert torch.equal(module(x), 2 * base)
     module.weight_function = []
     assert torch.equal(module(x), base)
+
+
+@pytest.mark.parametrize("use", ["forward", "projection"])
+def test_the_host_gets_its_weight_back_when_memory_runs_out(use, monkeypatch):
+    """It would keep the weight's page of video memory pinned."""
+    module, x, returned = linear(packed_weight("Q8_0")), torch.randn(3, COLUMNS), []
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *cast: returned.append(cast[0]))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("wanquant.ops.matmul.dequantize_into", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        module(x) if use == "forward" else projection(module, x)
+    assert returned == [module]
 
 
 def test_moving_and_casting_the_module_keeps_blocks():
