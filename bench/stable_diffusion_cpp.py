@@ -7,6 +7,7 @@ VAE's: the pictures show nothing, but they are the same where the weights are.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--recipes", nargs="+", default=["BF16", "Q8_0", "Q4_0"])
     options = parser.parse_args()
+    if importlib.util.find_spec("stable_diffusion_cpp") is None:
+        parser.error("pip install stable-diffusion-cpp-python first")
     import_host()
     source = write_source(SIZE, None)
     rows = measure(source, write_vae(source.with_name("vae.safetensors")), options.recipes)

@@ -107,7 +107,8 @@ def convert(
         allow_non_finite: write 0 for NaN and infinity, and report the tensors, instead of refusing these.
 
     Raises:
-        QuantError: an unusable source, destination, recipe, size or device, or the importance of another model.
+        QuantError: an unusable source, destination, recipe, size or device, the importance of another model, or less
+            disk or main memory than it takes.
     """
     (report,) = convert_all(
         source,

@@ -27,7 +27,7 @@ def check_resources(checkpoint: Checkpoint, writers: Iterable[GGUFWriter]) -> No
     if needed > free:
         raise QuantError(
             f"{checkpoint.path}: converting takes {needed / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB of main memory are"
-            " free; close other programs"
+            " free; close other programs, or unload models"
         )
 
 
