@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, TypeAlias, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -26,6 +26,8 @@ from .report import inspect
 from .restore import DTYPES, restore
 from .stream import Progress
 from .verify import verify
+
+_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Report(Protocol):
@@ -58,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted, nothing was written", file=sys.stderr)
+        print("interrupted; nothing unfinished was left", file=sys.stderr)
         return 1
     print(json.dumps(report.json(), indent=2) if options.json else report.text())
     return 0
@@ -67,9 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quant", description="Make and examine GGUF files of Wan models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_convert, _add_inspect, _add_restore, _add_recover, _add_verify):
+        add(commands)
+    return parser
 
+
+def _add_convert(commands: _Commands) -> None:
     command = _add(commands, "convert", _convert, "make a GGUF from a safetensors checkpoint")
-    command.add_argument("source", type=Path, metavar="SRC")
+    command.add_argument("source", type=Path, metavar="SRC", help="a file, a folder of shards, or a quoted pattern")
     command.add_argument("destination", type=Path, metavar="DST", help="a .gguf file, or a folder for one or several")
     mix = command.add_mutually_exclusive_group()
     recipes = ", ".join(RECIPES)
@@ -96,15 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     _add_modules(command)
     command.add_argument("--overwrite", action="store_true", help="replace a file that was made in another way")
 
+
+def _add_inspect(commands: _Commands) -> None:
     command = _add(commands, "inspect", _inspect, "list the types, sizes and metadata of a GGUF")
     command.add_argument("file", type=Path, metavar="FILE")
 
+
+def _add_restore(commands: _Commands) -> None:
     command = _add(commands, "restore", _restore, "make a dequantized safetensors file from a GGUF")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("destination", type=Path, metavar="DST")
     command.add_argument("--dtype", default="BF16", type=str.upper, choices=DTYPES, help="BF16 (default), F16 or F32")
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
+
+def _add_recover(commands: _Commands) -> None:
     command = _add(commands, "recover", _recover, "make a LoRA of the error of a GGUF against its source")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("source", type=Path, metavar="SRC")
@@ -115,11 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_modules(command)
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
+
+def _add_verify(commands: _Commands) -> None:
     command = _add(commands, "verify", _verify, "measure the error of a GGUF against its source")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("source", type=Path, metavar="SRC")
     _add_modules(command)
-    return parser
 
 
 def _add_modules(command: argparse.ArgumentParser) -> None:
@@ -135,7 +149,7 @@ def _add_modules(command: argparse.ArgumentParser) -> None:
 
 
 def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    commands: _Commands,
     name: str,
     run: Callable[[argparse.Namespace], Report],
     summary: str,
