@@ -36,7 +36,7 @@ class _Effort:
 _BEST = _Effort(peaks=13, starts=3, rounds=3)
 _BEST_WITH_MIN = _Effort(peaks=17, starts=3, rounds=3)
 # Eight levels need no finer grid.
-_BEST_OF_EIGHT = _Effort(peaks=7, starts=3, rounds=3)
+_BEST_OF_EIGHT = _Effort(peaks=5, starts=3, rounds=3)
 _BEST_ALONE = _Effort(peaks=16, starts=1, rounds=3)
 # More levels lie closer together.
 _BEST_OF_256 = _Effort(peaks=24, starts=1, rounds=3)
