@@ -35,6 +35,8 @@ def prefetch_blocks(execute: Any, x: torch.Tensor, *args: Any, **kwargs: Any) ->
     hooks = {("double_block", index): _after(then, block) for index, block in enumerate(blocks)}
     options["patches_replace"] = {**replaced, "dit": hooks}
     output = execute(x, *args, **kwargs)
+    # Nobody would use, and so give back, the weights of blocks that a node left out.
+    del queue[1:-1]
     then(None)
     return output
 

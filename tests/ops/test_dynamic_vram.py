@@ -15,6 +15,7 @@ import comfy_aimdo.model_vbar
 import comfy_aimdo.torch
 import pytest
 import torch
+from comfy.patcher_extension import WrapperExecutor
 from safetensors.torch import load_file
 
 from wanquant.ops.budget import _keep_weights
@@ -22,6 +23,7 @@ from wanquant.ops.layout import is_packed
 from wanquant.ops.linear import packed_modules
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.ops.patches import OnTheFly
+from wanquant.ops.prefetch import prefetch_blocks
 from wanquant.quant import QTYPES
 
 CPU = torch.device("cpu")
@@ -230,6 +232,22 @@ def test_blocks_that_a_node_replaces_are_not_prefetched(dynamic, streams):
     assert torch.equal(forward(dynamic, patches_replace=replaced), expected)
     assert seen == [[]]
     assert list(replaced["dit"]) == [("double_block", 0)]
+
+
+@pytest.mark.parametrize("some", [0, 1])
+def test_no_block_is_held_that_a_node_leaves_out(some, dynamic, streams):
+    """As caches of a step do, by a forward of their own."""
+    load(dynamic)
+
+    def cached(x, options):
+        for index in range(some):
+            x = options["patches_replace"]["dit"]["double_block", index](x, {"original_block": lambda x: x})
+        return x
+
+    model = dynamic.model.diffusion_model
+    executor = WrapperExecutor.new_class_executor(cached, model, [prefetch_blocks])
+    executor.execute(torch.zeros(1), {"prefetch_dynamic_vbars": True})
+    assert not [key for key, module in packed_modules(dynamic.model) if hasattr(module, "_prefetch")]
 
 
 def test_small_layers_are_made_resident_with_the_lora_in_them(dynamic, t2v, tmp_path, write_gguf):
