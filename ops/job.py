@@ -30,7 +30,7 @@ class Condition:
         return cls(_form(dict(fields)))
 
     def fields(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """Tensors of one repeated value, which take no memory, on the device where the host has conditionings."""
+        """With tensors of one repeated value, which take no memory, for those in main memory; others are on meta."""
         return dict(_filled(self.form, torch.device(device)) if self.form else {})
 
 
@@ -132,7 +132,8 @@ def _items(fields: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
 
 def _filled(form: Hashable, device: torch.device) -> Any:  # noqa: ANN401
     if isinstance(form, _Form):
-        return torch.zeros((), dtype=form.dtype, device=device if form.is_cpu else META).expand(form.shape)
+        one = torch.zeros((), dtype=form.dtype, device=device)
+        return one.expand(form.shape) if form.is_cpu else torch.empty(form.shape, dtype=form.dtype, device=META)
     if isinstance(form, _Fields):
         return form.make(**{name: _filled(value, device) for name, value in form.items})
     if isinstance(form, tuple):

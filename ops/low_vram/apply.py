@@ -116,7 +116,10 @@ class _LeanForward:
 
 @contextmanager
 def _in_place(forwards: Forwards) -> Iterator[None]:
-    """While open, these forwards take the place of the modules' own, for which the host has no hook."""
+    """While open, these forwards take the place of the modules' own, for which the host has no hook.
+
+    As the host's object patches do it, but these stay until the model is unloaded, and a plan is for one forward.
+    """
     try:
         for module, forward in forwards.items():
             module.forward = forward

@@ -113,5 +113,7 @@ def test_only_forms_tell_jobs_apart():
     assert hash(job(1.0)) == hash(job(2.0))
     assert job(1.0, control=object()) == job(1.0)
     assert len({job(1.0), job(1.0, 5), job(1.0, d="e"), Job(VIDEO)}) == 4
+    there = Condition.of({"a": torch.empty(3, device="meta")}).fields()["a"]
+    assert (there.device.type, there.untyped_storage().nbytes()) == ("meta", 12)
     (field,) = job(1.0).conditions[0].fields()["a"]
     assert (field.shape, field.dtype, field.untyped_storage().nbytes()) == ((4,), torch.float32, 4)
