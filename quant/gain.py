@@ -1,6 +1,9 @@
 """Rows as strong as they were. The nearest quantized values are weaker than the weights: by a share of the row that is
 its relative squared error. Errors of random signs average out over columns and layers, but such a loss adds up.
 
+Scales of least squared error cut the largest weights most, and a gain for the whole row makes up for these with the
+others. Inputs that meet large weights then see too little, all others too much. So large weights count more in the fit.
+
 Types with a factor for the scales and one for the minima keep the row's sum as well, which the first alone would spoil:
 inputs behind an activation function have a mean.
 
@@ -17,6 +20,19 @@ from .qtype import QuantType
 
 _LARGEST = 0.5
 """Of a change of a factor; rows that ask for more, whose parts hardly differ, keep only their strength."""
+
+
+def emphasis(weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """How much each weight (rows, columns) counts in the squared error that its scale is chosen by, of the same shape.
+
+    Args:
+        importance: (columns,) mean square of the inputs, or 1.
+
+    Source: the weights of quantize_row_q4_K_ref, ggml-quants.c @ ggml 0.15.3, over a row.
+    """
+    size = weight.abs()
+    size += weight.square().mean(1, keepdim=True).sqrt()
+    return size if importance is None else size * importance
 
 
 def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ def encode_with_feedback(
 
     Args:
         weight: float32 (rows, columns).
-        importance: of each block in the choice of its scales, float32 (columns,).
+        importance: of each weight in the choice of the scales, float32 (rows, columns).
         factors: float32 (n, span, span), the upper Cholesky factor of the inverse second moments of the inputs, for n
             runs of columns that are rounded on their own; `block_size` divides `span`.
 
@@ -32,7 +32,7 @@ def encode_with_feedback(
     n, span, _ = factors.shape
     rows = len(weight)
     left = weight.view(rows, n, span).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
-    weights = importance.view(n, 1, span).expand(n, rows, span)
+    weights = importance.reshape(rows, n, span).transpose(0, 1)
     packed = []
     for start in range(0, span, block_size):
         stop = start + block_size

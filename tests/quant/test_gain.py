@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, convert, open_gguf
+from wanquant.quant.calibration import Inputs
 from wanquant.quant.gain import restore_gain
 from wanquant.tests.tiny_wan import write_tiny_wan
 
@@ -80,3 +81,18 @@ def test_only_best_conversions_have_it(tmp_path, effort, expected):
     file = open_gguf(convert(source, tmp_path / "a.gguf", "Q2_K", effort=effort).path)
     gain = gains(load_file(source)[name].float(), file.tensors[name].dequantize())
     assert ((gain - 1).abs().mean() < 0.005) == expected
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_large_weights_stay_as_strong_as_others(name, weight):
+    """Where scales of least squared error cut them."""
+    qtype, large = QTYPES[name], weight.abs() > 2 * weight.std()
+
+    def strength(decoded):
+        return ((weight * decoded)[large].sum() / weight[large].square().sum()).item()
+
+    least = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
+    kept = qtype.dequantize(Inputs().quantize(qtype, weight))
+    assert abs(strength(kept) - 1) < max(0.9 * abs(strength(least) - 1), 2**-10)
+    squares = [(decoded - weight).square().sum() for decoded in (least, kept)]
+    assert squares[1] < 1.06 * squares[0], "what it costs in squared error"
