@@ -24,7 +24,8 @@ def plan_batch(
 
     Args:
         source: a file or folder, or a pattern that matches several files.
-        destination: a .gguf file, or a folder for one or several, named after source and recipe or size.
+        destination: a .gguf file, or a folder for one or several, named after source, modules and recipe
+            or size.
         target_size: GiB, which count instead of the recipes.
         modules: files that are merged onto each source.
 
@@ -42,7 +43,7 @@ def plan_batch(
     stems: dict[str, Path] = {}
     for path in sources:
         with open_checkpoint(path, modules):
-            stem, _ = shard_of(path)
+            stem = "-".join(shard_of(part)[0] for part in (path, *modules))
         other = stems.setdefault(stem, path)
         if other is not path:
             raise QuantError(f"{destination / stem}: the name for {other} and for {path}; convert these one by one")

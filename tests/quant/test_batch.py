@@ -42,6 +42,13 @@ def test_name_in_a_folder(source, out):
     assert job == Job(out / "Wan2.1-T2V-1.25GiB.gguf", target_size=1.25)
 
 
+def test_name_tells_the_modules(source, tmp_path, out):
+    module = tmp_path / "vace.safetensors"
+    save_file({"vace_blocks.0.ffn.0.weight": torch.ones(4, 8)}, module)
+    (job,) = plan_batch(source, out, ["Q8_0"], modules=[module])[source]
+    assert job.destination.name == "Wan2.1-T2V-vace-Q8_0.gguf"
+
+
 def test_sharded_folder_and_pattern_of_shards(tmp_path, out):
     folder = tmp_path / "Wan2.1-I2V"
     folder.mkdir()
