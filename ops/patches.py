@@ -124,7 +124,8 @@ class OnTheFly:
             freed = self.size() if self._held_as else 0
             self._held, self._held_as = (), None
             return freed
-        dtype = self._module.weight.dtype
+        # A tensor's device has an index, which the host's name for it may lack, as on Macs.
+        device, dtype = torch.empty(0, device=device).device, self._module.weight.dtype
         self._held, self._held_as = tuple(step.on(device, dtype) for step in self._steps), (device, dtype)
         return self.size()
 

@@ -224,6 +224,16 @@ def test_patches_are_held_on_a_device_until_they_move_back(name):
     assert function.move_to(torch.device("cpu")) == 0
 
 
+def test_held_patches_serve_whatever_the_host_calls_the_device(monkeypatch):
+    """Here "cpu:0" is "cpu" to a tensor; on a Mac "mps" is "mps:0"."""
+    function, module = on_the_fly((1.0, LORA, 1.0, None, None))
+    expected = function(module.weight.dequantize())
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    function.move_to(torch.device("cpu", 0))
+    monkeypatch.setattr(function, "_steps", ())
+    assert torch.equal(function(module.weight.dequantize()), expected)
+
+
 def tensors_of(step):
     found = []
     pending = [step.factors if hasattr(step, "factors") else step.patch[1]]
