@@ -24,6 +24,11 @@ def half_bytes(values: Tensor) -> Tensor:
     return values.half().contiguous().view(torch.uint8)
 
 
+def quotient(values: Tensor, divisor: float) -> Tensor:
+    """values / divisor, rounded once on every device: by a number, CUDA's kernels multiply with the inverse."""
+    return values / torch.full_like(values, divisor)
+
+
 def unpack_bits(field: Tensor, bits: int, run: int) -> Tensor:
     """Read unsigned integers of `bits` bits that ggml stores in runs of `run` bytes.
 

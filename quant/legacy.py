@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import fields, half, half_bytes, pack_bits, unpack_bits
+from .bits import fields, half, half_bytes, pack_bits, quotient, unpack_bits
 
 # Q4_0 block, 18 bytes / 32 weights: d f16 | qs 16
 # Q4_1 block, 20 bytes / 32 weights: d f16 | m f16 | qs 16
@@ -94,7 +94,7 @@ def decode_q8_0(blocks: Tensor) -> Tensor:
 
 
 def encode_q8_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d = blocks.abs().amax(1, keepdim=True) / 127
+    d = quotient(blocks.abs().amax(1, keepdim=True), 127)
     codes = _truncate(round_half_away(blocks * _inverse(d))).to(torch.int8)
     return torch.cat((half_bytes(d), codes.view(torch.uint8)), 1)
 
@@ -131,4 +131,4 @@ def _signed_absmax(blocks: Tensor) -> Tensor:
 def _step_and_min(blocks: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     # Not aminmax: of two zeros that differ in sign ggml keeps the first, and so do min and max with indices.
     low, high = blocks.min(1, keepdim=True).values, blocks.max(1, keepdim=True).values
-    return (high - low) / steps, low
+    return quotient(high - low, steps), low

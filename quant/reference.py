@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .bits import quotient
 from .iq4 import KVALUES, pack_iq4_nl, pack_iq4_xs
 from .kquants import pack_q2_k, pack_q3_k, pack_q4_k, pack_q5_k, pack_q6_k
 from .search.columns import inverse
@@ -164,7 +165,8 @@ def _iq4_scale(x: Tensor) -> Tensor:
         return _sum(wq * x), _sum(wq.mul_(q))
 
     largest = _largest(x, 0)[0]
-    units = [(largest / -KVALUES[0]).reciprocal(), *(step / largest for step in torch.arange(-7.0, 8) + KVALUES[0])]
+    first = quotient(largest, -KVALUES[0]).reciprocal()
+    units = [first, *(step / largest for step in torch.arange(-7.0, 8) + KVALUES[0])]
     scale, _ = _scale(map(_finite, units), sums)
     return scale.masked_fill(largest.abs() < _EPSILON, 0)
 
@@ -191,7 +193,7 @@ def _integers(values: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     """Of (n, k) values d, (n,), a float16 in float32, and what they are in its units, int32."""
     peak = values.amax(1, keepdim=True).clamp_(min=0).add_(0.0)
     unit = torch.where(peak > 0, torch.tensor(float(largest)) / peak, 0.0)
-    return (peak[:, 0] / largest).half().float(), _nearest_int(unit * values)
+    return quotient(peak[:, 0], largest).half().float(), _nearest_int(unit * values)
 
 
 def _codes(x: Tensor, scale: Tensor, low: int, high: int, kept: Tensor, minimum: Tensor | None = None) -> Tensor:
