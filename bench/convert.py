@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -11,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, 
     """Million weights a second, and the squared error relative to ggml's, on one thread."""
     array = weight.numpy()
     efforts: tuple[Effort, ...] = ("fast", "best")
-    ours = [lambda effort=effort: QTYPES[name].quantize(weight, effort=effort).numpy() for effort in efforts]
-    results = timed(lambda: libggml.quantize(name, array), *ours)
+    fast, best = (lambda effort=effort: QTYPES[name].quantize(weight, effort=effort).numpy() for effort in efforts)
+    results = [*timed(lambda: libggml.quantize(name, array), fast), *timed(best)]
     errors = [squared_error(libggml.dequantize(name, packed), array) for packed, _ in results]
     row: dict[str, Any] = {"type": name}
     for encoder, (_, seconds), error in zip(("ggml", *efforts), results, errors, strict=True):
@@ -64,14 +64,17 @@ def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, 
 
 
 def timed(*encoders: Callable[[], Any]) -> list[tuple[Any, float]]:
-    """What each returns, and its least processor time of three runs in turn, which other programs disturb least."""
-    times = []
-    for _ in range(3):
-        for encode in encoders:
+    """What each returns, and its least processor time, which other programs disturb least: three runs or a second's."""
+    results: list[Any] = [None] * len(encoders)
+    times = [math.inf] * len(encoders)
+    runs, end = 0, time.monotonic() + 1
+    while runs < 3 or time.monotonic() < end:
+        for index, encode in enumerate(encoders):
             started = time.process_time()
-            result = encode()
-            times.append((result, time.process_time() - started))
-    return [min(times[index :: len(encoders)], key=itemgetter(1)) for index in range(len(encoders))]
+            results[index] = encode()
+            times[index] = min(times[index], time.process_time() - started)
+        runs += 1
+    return list(zip(results, times, strict=True))
 
 
 def squared_error(decoded: NDArray[np.float32], weight: NDArray[np.float32]) -> float:
