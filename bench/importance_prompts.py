@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
-from wanquant.bench.convert import machine
 from wanquant.bench.tinywan.data import TRAINING
 from wanquant.bench.tinywan.reference import (
     CHECKPOINT,
@@ -20,7 +18,7 @@ from wanquant.bench.tinywan.reference import (
     load_weights,
     prompts,
 )
-from wanquant.bench.tinywan.results import add_options, checkpoint, table, write_results
+from wanquant.bench.tinywan.results import add_options, conclude, origin, table
 from wanquant.quant.calibration import CalibrationCollector, Inputs
 from wanquant.quant.checkpoint import open_checkpoint
 from wanquant.quant.importance import Collector
@@ -79,11 +77,8 @@ def main() -> None:
     add_options(parser)
     options = parser.parse_args()
     points = measure(options.recipe, options.counts, options.draws, options.seeds)
-    settings = {"machine": machine(), "checkpoint": checkpoint(), "recipe": options.recipe, "draws": options.draws}
-    result = {**settings, "points": [asdict(point) for point in points]}
-    if options.update:
-        write_results("importance-prompts", result)
-    print(json.dumps(result, indent=2) if options.json else text(points))
+    settings = {**origin(), "recipe": options.recipe, "draws": options.draws}
+    conclude(options, "importance-prompts", {**settings, "points": [asdict(p) for p in points]}, text(points))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from wanquant.bench.convert import machine
 from wanquant.bench.tinywan.encodings import METHODS, Workshop
 from wanquant.bench.tinywan.pictures import draw_quality
 from wanquant.bench.tinywan.reference import Errors, Reference, load_model, prompts
-from wanquant.bench.tinywan.results import PICTURES, add_options, checkpoint, table, write_results
+from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
 
 RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 
@@ -25,25 +23,46 @@ class Quality(Errors):
     nbytes: int
     weight_sqnr: float
     """Of all quantized weights, in dB."""
+    output_sqnr: float
+    """Of the mean quantized layer's outputs, in dB, for the inputs that it has unquantized."""
 
 
 def measure(recipes: Sequence[str], methods: Sequence[str], clips: int, captions: int) -> list[Quality]:
     """Every recipe by every method, the importance matrix being of so many captions."""
     reference = Reference.sample(clips)
-    rows = []
+    products, rows = reference.products(), []
     with Workshop.open(prompts(captions)) as workshop:
         for recipe in recipes:
             for method in methods:
                 file = METHODS[method](workshop, recipe)
                 errors = reference.errors(load_model(file.weights))
-                sqnr = file.weight_sqnr(workshop.source)
-                rows.append(Quality(**vars(errors), recipe=recipe, method=method, nbytes=file.nbytes, weight_sqnr=sqnr))
+                rows.append(
+                    Quality(
+                        **vars(errors),
+                        recipe=recipe,
+                        method=method,
+                        nbytes=file.nbytes,
+                        weight_sqnr=file.weight_sqnr(workshop.source),
+                        output_sqnr=file.output_sqnr(workshop.source, products),
+                    )
+                )
     return rows
 
 
 def text(rows: Sequence[Quality]) -> str:
     """The table."""
-    head = ("recipe", "method", "MB", "weights", "velocity", "latent", "motion", "colour right", "motion right")
+    head = (
+        "recipe",
+        "method",
+        "MB",
+        "weights",
+        "layers",
+        "velocity",
+        "latent",
+        "motion",
+        "colour right",
+        "motion right",
+    )
     return table(head, [_cells(row) for row in rows])
 
 
@@ -56,6 +75,7 @@ def _cells(row: Quality) -> list[str]:
         row.method,
         f"{row.nbytes / 1e6:.2f}",
         f"{row.weight_sqnr:.1f}",
+        f"{row.output_sqnr:.1f}",
         f"{velocity:.1f}",
         latent,
         motion,
@@ -72,12 +92,11 @@ def main() -> None:
     add_options(parser)
     options = parser.parse_args()
     rows = measure(options.recipes, options.methods, options.seeds, options.prompts)
-    settings = {"machine": machine(), "checkpoint": checkpoint(), "seeds": options.seeds, "prompts": options.prompts}
+    settings = {**origin(), "seeds": options.seeds, "prompts": options.prompts}
     result = {**settings, "rows": [asdict(row) for row in rows]}
     if options.update:
-        write_results("quality", result)
         draw_quality(result["rows"], PICTURES / "quality.png")
-    print(json.dumps(result, indent=2) if options.json else text(rows))
+    conclude(options, "quality", result, text(rows))
 
 
 if __name__ == "__main__":

@@ -109,20 +109,21 @@ def test_heads_start_out_looking_one_frame_back_and_one_ahead():
 
 
 def test_quality_at_equal_bytes():
-    """About as good as the same graph with weights by ggml's encoders, and better with all that is known."""
+    """Never below the same graph with weights by ggml's encoders, and better with all that is known."""
     methods = ("ggml", "ggml + importance", "plain", "importance", "calibrated", "importance + LoRA")
     rows = {row.method: row for row in quality.measure(("Q2_K",), methods, clips=2, captions=2)}
     steps = {method: sum(row.velocity_sqnr) / len(row.velocity_sqnr) for method, row in rows.items()}
     assert rows["ggml"].nbytes == rows["plain"].nbytes < rows["importance + LoRA"].nbytes < 1.06 * rows["plain"].nbytes
     assert rows["plain"].weight_sqnr > rows["ggml"].weight_sqnr
-    assert steps["plain"] > steps["ggml"] - 1
+    assert rows["plain"].output_sqnr > rows["ggml"].output_sqnr + 0.3
+    assert steps["plain"] > steps["ggml"]
     assert steps["importance"] > steps["ggml"] + 1
     assert steps["calibrated"] > steps["importance"] > steps["ggml + importance"]
     assert steps["importance + LoRA"] > steps["importance"]
 
 
 def test_steps_count_by_the_noise_that_they_take_away():
-    row = sensitivity.Sensitivity("a.weight", (1.0,) * len(sensitivity.LEVELS[:-1]))
+    row = sensitivity.Sensitivity("a.weight", (0.0,) * len(sensitivity.LEVELS[:-1]))
     high, low = (row.of_half(half) for half in ("high", "low"))
     taken = torch.tensor(sensitivity.LEVELS).diff().square().sum().item()
     assert high + low == pytest.approx(taken)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_weights
+from wanquant.bench.tinywan.tuning import tune
 from wanquant.quant import convert, open_gguf
 from wanquant.quant.calibration import Calibration, CalibrationCollector
 from wanquant.quant.importance import Collector, Importance
@@ -41,6 +42,16 @@ class Encoded:
         noise = sum(float((self.weights[name] - source[name]).square().sum()) for name in self.quantized)
         return 10 * math.log10(sum(float(source[name].square().sum()) for name in self.quantized) / noise)
 
+    def output_sqnr(self, source: Weights, products: Mapping[str, Tensor]) -> float:
+        """Of the mean layer's outputs, in dB, for inputs x of which `products` are the means of x x^T."""
+
+        def square(weight: Tensor, product: Tensor) -> float:
+            return float((weight @ product * weight).sum())
+
+        names = self.quantized & products.keys()
+        shares = (square(self.weights[n] - source[n], products[n]) / square(source[n], products[n]) for n in names)
+        return -10 * math.log10(sum(shares) / len(names))
+
 
 @dataclass(frozen=True)
 class Workshop:
@@ -50,6 +61,7 @@ class Workshop:
     source: Weights
     importance: Importance
     calibration: Calibration
+    captions: Sequence[Caption]
 
     @classmethod
     @contextmanager
@@ -58,7 +70,7 @@ class Workshop:
         source = load_weights()
         inputs = [collect(source, captions, collector) for collector in (Collector(), CalibrationCollector())]
         with tempfile.TemporaryDirectory() as folder:
-            yield cls(Path(folder), source, *inputs)
+            yield cls(Path(folder), source, *inputs, captions)
 
     def plain(self, recipe: str) -> Encoded:
         return self._converted(recipe, None)
@@ -68,6 +80,13 @@ class Workshop:
 
     def calibrated(self, recipe: str) -> Encoded:
         return self._converted(recipe, self.calibration)
+
+    def tuned(self, recipe: str) -> Encoded:
+        """The calibrated file's weights, tuned: not a part of the converter."""
+        file, tensors = self.calibrated(recipe), open_gguf(self.path(recipe, self.calibration)).tensors
+        types = {name: tensors[name].qtype for name in file.quantized}
+        weights = tune(self.source, file.weights, types, self.calibration, self.captions)
+        return Encoded(file.nbytes, weights, file.quantized)
 
     def ggml(self, recipe: str) -> Encoded:
         return self._by_ggml(recipe, {})
@@ -117,5 +136,6 @@ METHODS: dict[str, Callable[[Workshop, str], Encoded]] = {
     "importance": Workshop.weighted,
     "importance + LoRA": Workshop.recovered,
     "calibrated": Workshop.calibrated,
+    "tuned": Workshop.tuned,
 }
 """The ways to make a file, by the name that the tables give them."""

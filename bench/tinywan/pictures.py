@@ -20,6 +20,7 @@ _STYLES = {
     "importance": ("#009e73", "-", "WanQuant, importance matrix"),
     "importance + LoRA": ("#e69f00", ":", "the same and a recovery LoRA"),
     "calibrated": ("#d55e00", "-", "WanQuant, calibrated"),
+    "tuned": ("#cc79a7", ":", "calibrated, then tuned block by block"),
 }
 
 
@@ -58,20 +59,19 @@ def _figure(width: float, height: float) -> Figure:
 
 def draw_sensitivity(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
     """A row a layer, a column a step: what quantizing that layer alone costs that step."""
-    from matplotlib.colors import LogNorm
-
     figure = _figure(7, 0.19 * len(rows) + 1.2)
     axis = figure.add_subplot()
     roles = sorted(rows, key=lambda row: row["name"].split(".", 2)[2])
-    image = axis.imshow([row["velocity"] for row in roles], cmap="viridis", norm=LogNorm(), aspect="auto")
+    # Reversed, so that what costs most is brightest.
+    image = axis.imshow([row["velocity_sqnr"] for row in roles], cmap="viridis_r", aspect="auto")
     names = [row["name"].removesuffix(".weight").removeprefix("blocks.") for row in roles]
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xticks(range(len(levels)), [f"{level:.2f}" for level in levels], fontsize=8)
     axis.set_xlabel("noise level of the step")
     axis.set_ylabel("block and layer")
-    axis.set_title("Squared error of a step's velocity over its square,\none layer of TinyWan in Q3_K", fontsize=11)
+    axis.set_title("Error of a step's velocity, one layer of TinyWan in Q3_K", fontsize=11)
     axis.spines[:].set_visible(False)
-    figure.colorbar(image)
+    figure.colorbar(image, label="velocity over its error, dB").ax.invert_yaxis()
     figure.savefig(path)
 
 

@@ -53,6 +53,13 @@ class Errors:
     """Shares of the clips with the colour, and with the motion, of the caption."""
 
 
+class _Products(Collector):
+    @staticmethod
+    def measure(inputs: Tensor) -> Tensor:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return rows.mT @ rows
+
+
 @dataclass(frozen=True)
 class Reference:
     """The unquantized model's clips, and on the way to them what it was given and what it gave, step by step."""
@@ -88,6 +95,10 @@ class Reference:
     def generate(self, model: Model) -> Tensor:
         return generate(model, self.captions, seed=SEED, steps=STEPS, batch=len(self.captions))
 
+    def products(self) -> Importance:
+        """Means of x x^T, of all inputs x of every Linear on the way to these clips."""
+        return collect(load_weights(), self.captions, _Products(), seed=SEED)
+
     @torch.no_grad()
     def velocity_sqnr(self, model: Model) -> list[float]:
         return [sqnr(expected, model(*inputs)) for inputs, expected in self.calls]
@@ -118,6 +129,7 @@ def collect(
     captions: Sequence[Caption],
     collector: Collector,
     *,
+    seed: int = CALIBRATION_SEED,
     wanted: Callable[[float], bool] = lambda level: True,
 ) -> Importance:
     """What the collector makes of sampling; `wanted` chooses the steps by their noise level."""
@@ -138,7 +150,7 @@ def collect(
         collector.samples += len(x) * counted
         return call(x, timestep, text)
 
-    generate(observed, captions, seed=CALIBRATION_SEED, steps=STEPS)
+    generate(observed, captions, seed=seed, steps=STEPS)
     return collector.result()
 
 

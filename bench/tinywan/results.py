@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wanquant.bench.convert import machine
 from wanquant.bench.tinywan.reference import CHECKPOINT
 from wanquant.dev import ROOT
 
@@ -19,9 +20,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--update", action="store_true", help="write its file in bench/results, and its picture, anew")
 
 
-def checkpoint() -> str:
-    """The beginning of the SHA-256 of what was measured."""
-    return hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()[:16]
+def origin() -> dict[str, str]:
+    """Where it was measured, and on what: the beginning of the checkpoint's SHA-256."""
+    return {"machine": machine(), "checkpoint": hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()[:16]}
+
+
+def conclude(options: argparse.Namespace, name: str, result: Mapping[str, Any], shown: str) -> None:
+    """Writes and prints as `add_options` offers."""
+    if options.update:
+        write_results(name, result)
+    print(json.dumps(result, indent=2) if options.json else shown)
 
 
 def write_results(name: str, result: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ import comfy.model_management  # isort: skip (wanquant.bench.tinywan puts the ho
 
 # Neither that of what is measured nor that of the calibration.
 _SEED = 4
-# Optimisation steps between two fits of the scales, and clips that a step sees.
-_REFIT, _CLIPS = 16, 2
+# Optimisation steps for each block, those between two fits of the scales, and clips that a step sees.
+_STEPS, _REFIT, _CLIPS = 64, 16, 2
 # How far a step moves a weight at most, of the error that rounding made in its tensor.
 _RATE = 0.004
 
@@ -121,7 +121,6 @@ def tune(
     types: Mapping[str, QuantType],
     importance: Mapping[str, Tensor],
     captions: Sequence[Caption],
-    steps: int,
 ) -> Weights:
     """`start`, the weights of a file of these `types`, with all blocks tuned one after the other.
 
@@ -139,7 +138,7 @@ def tune(
         tuned = {local: Tuned(types[name], start[name], importance[name]) for local, name in names.items()}
         rates = {local: _RATE * _rms(start[name] - weights[name]) for local, name in names.items()}
         with _training():
-            rounded = block.tune(tuned, rates, steps)
+            rounded = block.tune(tuned, rates, _STEPS)
         final |= {names[local]: tensor for local, tensor in rounded.items()}
         with torch.no_grad():
             given = [block.run(rounded, item) for item in range(len(calls))]
