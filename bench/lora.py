@@ -1,7 +1,8 @@
 """A sampling step with two LoRAs of rank 64 over one without, at true 1.3B layer shapes on the CPU: ours, and a peer's.
 
 The LoRAs are on every Linear of the blocks. The steps of all models are taken in turns, in one process, and the least
-processor time of each counts. What LoRAs cost does not depend on the tokens; the rest does: with more the ratio falls.
+processor time of each counts. What LoRAs cost does not depend on the tokens; the rest does: with more the ratio falls,
+until it is less than what steps of the same model differ by. `loras` is therefore their part of a step, timed alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..quant.convert import convert
 from .dequant import fastest
-from .step import packed_model, peer_model, run, step_of
+from .step import Step, packed_model, peer_model, run, step_of
 
 RANK, COUNT = 64, 2
 
@@ -52,24 +53,41 @@ def give_to_weights(patcher: Any) -> Any:
     return patcher
 
 
+def loras_alone(patcher: Any) -> Step:
+    """The LoRAs of one step, on scratch weights."""
+    from ..ops.linear import packed_modules
+
+    layers = [
+        (function, torch.zeros(module.weight.shape, dtype=torch.bfloat16))
+        for _, module in packed_modules(patcher.model)
+        for function in module.weight_function
+    ]
+
+    def once() -> None:
+        for function, weight in layers:
+            function(weight)
+
+    return torch.inference_mode()(once)
+
+
 def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer: Path | None) -> dict[str, object]:
     file = source.with_name(f"{source.stem}-{recipe}.gguf")
     convert(source, file, recipe, effort="fast")
     models = [packed_model(file), with_loras(packed_model(file))]
     if peer:
         models += [peer_model(peer, file), give_to_weights(with_loras(peer_model(peer, file)))]
-    without, with_them, *others = fastest(
-        seconds, *(step_of(model, latent) for model in models), clock=time.process_time
-    )
+    steps = [step_of(model, latent) for model in models]
+    alone, without, with_them, *others = fastest(seconds, loras_alone(models[1]), *steps, clock=time.process_time)
     row: dict[str, object] = {"recipe": recipe, "tokens": latent[2:].numel() // 4}
     row |= {"seconds": round(without / 1e3, 2), "with_loras": round(with_them / without, 3)}
+    row |= {"loras": round(alone / without, 4)}
     if others:
         row |= {"peer_seconds": round(others[0] / 1e3, 2), "peer_with_loras": round(others[1] / others[0], 3)}
     return row
 
 
 def main() -> None:
-    columns = ("recipe", "tokens", "seconds", "with_loras", "peer_seconds", "peer_with_loras")
+    columns = ("recipe", "tokens", "seconds", "with_loras", "loras", "peer_seconds", "peer_with_loras")
     run(__doc__ or "", measure, columns, recipes=["Q4_K_M"], frames=[3, 9], blocks=1, seconds=30)
 
 
