@@ -17,8 +17,8 @@ from wanquant.quant.recovery import recover
 @pytest.fixture(scope="module")
 def run():
     generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.tensor([500.0])
-    text = torch.randn(1, 7, 4096, generator=generator)
+    x, t = torch.randn(8, 16, 2, 8, 8, generator=generator), torch.full((8,), 500.0)
+    text = torch.randn(8, 7, 4096, generator=generator)
 
     def run(patcher):
         comfy.model_management.load_models_gpu([patcher])
