@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..quant.gain import restore_gain
+from ..quant.calibration import Inputs
 from ..quant.qtype import QTYPES, Effort
 from ..quant.wan import SIZES, transformer_shapes
 from ..tests.libggml import LibGGML, load
@@ -58,8 +58,8 @@ def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, 
         row[f"{encoder}_mws"] = round(weight.numel() / seconds / 1e6, 1)
         if encoder != "ggml":
             row[f"{encoder}_error"] = round(error / errors[0] - 1, 4)
-    restored = restore_gain(QTYPES[name], torch.from_numpy(results[-1][0]), weight)
-    row["file_error"] = round(squared_error(libggml.dequantize(name, restored.numpy()), array) / errors[0] - 1, 4)
+    in_a_file = Inputs().quantize(QTYPES[name], weight).numpy()
+    row["file_error"] = round(squared_error(libggml.dequantize(name, in_a_file), array) / errors[0] - 1, 4)
     return row
 
 
