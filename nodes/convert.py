@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..quant.convert import convert
@@ -13,6 +12,7 @@ from ..quant.qtype import Effort
 from . import encoding
 from .folders import (
     IMPORTANCE,
+    NONE,
     check_names,
     destinations,
     model_path,
@@ -25,7 +25,6 @@ from .folders import (
     written_token,
 )
 
-_NONE = "none"
 _FLAT, _DEEP = "4d", "5d"
 
 
@@ -58,13 +57,9 @@ class WanQuantConvert(io.ComfyNode):
                 encoding.device_input(),
                 # Those from here on are optional: graphs saved before they were added lack them.
                 encoding.target_size_input(),
-                io.Combo.Input(
-                    "importance",
-                    options=[_NONE, *folder_paths.get_filename_list(IMPORTANCE)],
-                    default=_NONE,
-                    optional=True,
-                    tooltip="An importance matrix of this model: errors go where they count least. With a calibration"
-                    " (.safetensors) they also make up for each other.",
+                encoding.importance_input(
+                    "errors go where they count least. With a calibration (.safetensors) they also make up for each"
+                    " other."
                 ),
                 io.String.Input(
                     "importance_path",
@@ -74,8 +69,8 @@ class WanQuantConvert(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "module",
-                    options=[_NONE, *source_names()],
-                    default=_NONE,
+                    options=[NONE, *source_names()],
+                    default=NONE,
                     optional=True,
                     advanced=True,
                     tooltip="A separate module (VACE and the like) that becomes part of the file.",
@@ -105,16 +100,15 @@ class WanQuantConvert(io.ComfyNode):
     def validate_inputs(
         cls,
         source: str | None = None,
-        importance: str | None = _NONE,
+        importance: str | None = NONE,
         importance_path: str | None = "",
-        module: str | None = _NONE,
+        module: str | None = NONE,
         more_modules: Sequence[str] | None = (),
     ) -> bool | str:
         named = [(source_folder(name), name) for name in (source, *_modules(module, more_modules or ()))]
-        if importance != _NONE and importance_path == "":  # a linked path is None at this point
+        if importance != NONE and importance_path == "":  # a linked path is None at this point
             named.append((IMPORTANCE, importance))
-        answers = (check_names(folder, name) for folder, name in named)
-        return next((answer for answer in answers if answer is not True), True)
+        return check_names(*named)
 
     @classmethod
     def fingerprint_inputs(
@@ -124,8 +118,8 @@ class WanQuantConvert(io.ComfyNode):
         folder: str,
         output_name: str,
         target_size: float = 0.0,
-        importance: str = _NONE,
-        module: str = _NONE,
+        importance: str = NONE,
+        module: str = NONE,
         more_modules: Sequence[str] = (),
         **_: object,
     ) -> str:
@@ -146,16 +140,16 @@ class WanQuantConvert(io.ComfyNode):
         effort: Effort,
         device: str,
         target_size: float = 0.0,
-        importance: str = _NONE,
+        importance: str = NONE,
         importance_path: str = "",
-        module: str = _NONE,
+        module: str = NONE,
         patch_embedding: str = _FLAT,
         more_modules: Sequence[str] = (),
     ) -> io.NodeOutput:
         modules = _modules(module, more_modules)
         name = _name(output_name, source, modules, recipe, target_size)
         target = output_path(destinations()[folder], name, ".gguf")
-        if importance != _NONE:
+        if importance != NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
         report = convert(
             model_path(source_folder(source), source),
@@ -175,7 +169,7 @@ class WanQuantConvert(io.ComfyNode):
 
 def _modules(first: str | None, more: Sequence[str]) -> list[str]:
     """Those chosen, as far as they are known: a linked name is None before it is."""
-    return [name for name in (first, *more) if name is not None and name != _NONE]
+    return [name for name in (first, *more) if name is not None and name != NONE]
 
 
 def _name(output_name: str, source: str, modules: Sequence[str], recipe: str, target_size: float) -> str:

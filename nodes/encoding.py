@@ -6,6 +6,7 @@ import time
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import torch
 from comfy_api.latest import io
 from comfy_execution.utils import ExecutionContext, get_executing_context
@@ -16,7 +17,7 @@ from ..quant.convert import ConversionReport
 from ..quant.importance import Importance
 from ..quant.recipe import RECIPES
 from ..quant.stream import Progress
-from .folders import MODELS, destinations
+from .folders import IMPORTANCE, MODELS, NONE, destinations
 from .pictures import picture_tensor, text_and_picture
 
 # What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
@@ -67,6 +68,16 @@ def device_input(what: str = "the weights are encoded") -> io.Combo.Input:
         default="default",
         advanced=True,
         tooltip=f"Where {what}; default is the GPU if there is one.",
+    )
+
+
+def importance_input(tooltip: str) -> io.Combo.Input:
+    return io.Combo.Input(
+        "importance",
+        options=[NONE, *folder_paths.get_filename_list(IMPORTANCE)],
+        default=NONE,
+        optional=True,
+        tooltip=f"An importance matrix of this model: {tooltip}",
     )
 
 

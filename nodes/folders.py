@@ -23,6 +23,8 @@ CONDITIONING = "conditioning"
 IMPORTANCE = "importance"
 LORAS = "loras"
 OUTPUT = "output"
+NONE = "none"
+"""What a list offers where no file need be chosen."""
 
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.(safetensors|gguf)$)")
 
@@ -70,12 +72,15 @@ def model_path(folder: str, name: str) -> str:
     return path
 
 
-def check_names(folder: str, *names: str | None) -> bool | str:
-    """What `validate_inputs` answers: True, or why a name leads to no file. A linked name, still unknown, is None.
+def check_names(*named: tuple[str, str | None]) -> bool | str:
+    """What `validate_inputs` answers for (folder, name) pairs: True, or why one leads to no file.
+
+    A linked name, still unknown, is None.
 
     Declaring a combo in `validate_inputs` takes its check over from the host, which knows the separators of one system.
     """
-    return next((_absence(folder, name) for name in names if name is not None and _find(folder, name) is None), True)
+    known = ((folder, name) for folder, name in named if name is not None)
+    return next((_absence(folder, name) for folder, name in known if _find(folder, name) is None), True)
 
 
 def _find(folder: str, name: str) -> str | None:

@@ -32,7 +32,7 @@ class WanQuantInspect(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str | None = None) -> bool | str:
-        return check_names(GGUF, model_name)
+        return check_names((GGUF, model_name))
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str) -> str:

@@ -30,7 +30,7 @@ class WanQuantLoadConditioning(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, name: str | None = None) -> bool | str:
-        return check_names(CONDITIONING, name)
+        return check_names((CONDITIONING, name))
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:

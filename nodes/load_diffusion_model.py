@@ -7,10 +7,9 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loader import load_diffusion_model
-from .folders import GGUF, MODELS, check_names, model_path, source_names, stat_token
+from .folders import GGUF, MODELS, NONE, check_names, model_path, source_names, stat_token
 
 DTYPES = {"default": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-NO_MODULE = "none"
 
 
 def dtype_input() -> io.Combo.Input:
@@ -47,8 +46,8 @@ class WanQuantLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "module_name",
-                    options=[NO_MODULE, *sorted((*folder_paths.get_filename_list(GGUF), *source_names()))],
-                    default=NO_MODULE,
+                    options=[NONE, *sorted((*folder_paths.get_filename_list(GGUF), *source_names()))],
+                    default=NONE,
                     optional=True,  # graphs saved before it was added lack it
                     advanced=True,
                     tooltip="A file in models/diffusion_models that extends the model, such as a VACE module: .gguf,"
@@ -68,24 +67,25 @@ class WanQuantLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, model_name: str | None = None, path: str | None = "", module_name: str | None = NO_MODULE
+        cls, model_name: str | None = None, path: str | None = "", module_name: str | None = NONE
     ) -> bool | str:
         # A linked path, None at this point, makes a stale name irrelevant.
-        base = path != "" or check_names(GGUF, model_name)
-        return base if base is not True or module_name == NO_MODULE else check_names(_folder(module_name), module_name)
+        base = [(GGUF, model_name)] if path == "" else []
+        module = [] if module_name == NONE else [(_folder(module_name), module_name)]
+        return check_names(*base, *module)
 
     @classmethod
     def fingerprint_inputs(
-        cls, model_name: str = "", path: str | None = "", module_name: str = NO_MODULE, **_: object
+        cls, model_name: str = "", path: str | None = "", module_name: str = NONE, **_: object
     ) -> str:
         return f"{path or stat_token(GGUF, model_name)} {stat_token(_folder(module_name), module_name)}"
 
     @classmethod
     def execute(
-        cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NO_MODULE, int8: bool = False
+        cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NONE, int8: bool = False
     ) -> io.NodeOutput:
         path = path or model_path(GGUF, model_name)
-        module = None if module_name == NO_MODULE else model_path(_folder(module_name), module_name)
+        module = None if module_name == NONE else model_path(_folder(module_name), module_name)
         return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], module=module, int8=int8))
 
 

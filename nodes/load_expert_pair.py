@@ -31,7 +31,7 @@ class WanQuantExpertPairLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, high_noise_name: str | None = None, low_noise_name: str | None = None) -> bool | str:
-        return check_names(GGUF, high_noise_name, low_noise_name)
+        return check_names((GGUF, high_noise_name), (GGUF, low_noise_name))
 
     @classmethod
     def fingerprint_inputs(cls, high_noise_name: str, low_noise_name: str, **_: object) -> str:

@@ -53,7 +53,7 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder_name: str | None = None) -> bool | str:
-        return check_names(GGUF_ENCODERS, encoder_name)
+        return check_names((GGUF_ENCODERS, encoder_name))
 
     @classmethod
     def fingerprint_inputs(cls, encoder_name: str, **_: object) -> str:

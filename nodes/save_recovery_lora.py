@@ -13,6 +13,7 @@ from .folders import (
     GGUF,
     IMPORTANCE,
     LORAS,
+    NONE,
     check_names,
     model_path,
     output_path,
@@ -24,7 +25,6 @@ from .folders import (
     written_token,
 )
 
-_NONE = "none"
 _SUFFIX = ".safetensors"
 _MIB_PER_GIB = 1024
 
@@ -64,13 +64,7 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
                 encoding.device_input("the arithmetic runs"),
-                io.Combo.Input(
-                    "importance",
-                    options=[_NONE, *folder_paths.get_filename_list(IMPORTANCE)],
-                    default=_NONE,
-                    optional=True,
-                    tooltip="An importance matrix of this model: the errors that count most are taken back first.",
-                ),
+                encoding.importance_input("the errors that count most are taken back first."),
             ],
             # The lists of LoRA loaders take no string.
             outputs=[io.AnyType.Output(display_name="lora_name", tooltip="Connect to lora_name of a LoRA loader.")],
@@ -78,16 +72,15 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, model_name: str | None = None, source: str | None = None, importance: str | None = _NONE
+        cls, model_name: str | None = None, source: str | None = None, importance: str | None = NONE
     ) -> bool | str:
         named = [(GGUF, model_name), (source_folder(source), source)]
-        if importance != _NONE:
+        if importance != NONE:
             named.append((IMPORTANCE, importance))
-        answers = (check_names(folder, name) for folder, name in named)
-        return next((answer for answer in answers if answer is not True), True)
+        return check_names(*named)
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, source: str, name: str, importance: str = _NONE, **_: object) -> str:
+    def fingerprint_inputs(cls, model_name: str, source: str, name: str, importance: str = NONE, **_: object) -> str:
         read = [(GGUF, model_name), (source_folder(source), source), (IMPORTANCE, importance)]
         target = os.path.join(_folder(), _name(name, model_name))
         return " ".join((*(stat_token(folder, file) for folder, file in read), written_token(target)))
@@ -101,10 +94,10 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
         name: str,
         overwrite: bool,
         device: str,
-        importance: str = _NONE,
+        importance: str = NONE,
     ) -> io.NodeOutput:
         name = _name(name, model_name)
-        matrix = None if importance == _NONE else encoding.read_importance(model_path(IMPORTANCE, importance))
+        matrix = None if importance == NONE else encoding.read_importance(model_path(IMPORTANCE, importance))
         report = recover(
             model_path(GGUF, model_name),
             model_path(source_folder(source), source),

@@ -111,7 +111,7 @@ def library(models):
     ids=["own", "windows", "loop", "decomposed"],
 )
 def test_names_of_other_systems_resolve(library, name, file):
-    assert check_names("unet_gguf", name) is True
+    assert check_names(("unet_gguf", name)) is True
     assert os.path.samefile(model_path("unet_gguf", name), library / file)
     assert stat_token("unet_gguf", name) != "missing"
 
@@ -119,7 +119,7 @@ def test_names_of_other_systems_resolve(library, name, file):
 @pytest.mark.parametrize("listed", ["wan\\x.gguf"], ids=["windows"])
 def test_names_saved_on_linux_resolve_where_the_list_has_backslashes(library, monkeypatch, listed):
     monkeypatch.setattr(folder_paths, "get_filename_list", lambda folder: [listed])
-    assert check_names("unet_gguf", "wan/y.gguf") is not True
+    assert check_names(("unet_gguf", "wan/y.gguf")) is not True
     monkeypatch.setattr(folder_paths, "get_full_path", lambda folder, name: f"C:\\models\\{name}")
     assert model_path("unet_gguf", "wan/x.gguf") == "C:\\models\\wan\\x.gguf"
 
@@ -137,7 +137,7 @@ def test_names_saved_on_linux_resolve_where_the_list_has_backslashes(library, mo
     ids=["other_folder", "similar", "nothing_similar", "link_to_itself", "long", "empty"],
 )
 def test_missing_file_names_the_nearest_and_the_folder(library, name, hint):
-    answer = check_names("unet_gguf", name)
+    answer = check_names(("unet_gguf", name))
     assert hint in answer
     assert str(library) in answer
     assert ("wan/x-Q4_K_M.gguf" in answer) == ("nearest" in hint)
@@ -146,7 +146,7 @@ def test_missing_file_names_the_nearest_and_the_folder(library, name, hint):
 
 
 def test_linked_name_is_not_checked_yet(library):
-    assert check_names("unet_gguf", None, "wan/x-Q4_K_M.gguf") is True
+    assert check_names(("unet_gguf", None), ("unet_gguf", "wan/x-Q4_K_M.gguf")) is True
 
 
 def test_path_that_the_system_refuses_is_told(tmp_path):
