@@ -91,7 +91,8 @@ def _add_convert(commands: _Commands) -> None:
     inputs.add_argument(
         "--calibrate", type=Path, metavar="FILE", help="a calibration: columns make up for each other's errors as well"
     )
-    command.add_argument("--effort", default="best", choices=get_args(Effort), help="best (default) or fast")
+    effort = "best (default) searches for the least error, fast writes ggml's own bytes"
+    command.add_argument("--effort", default="best", choices=get_args(Effort), help=effort)
     command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
     command.add_argument(
         "--patch-embedding",

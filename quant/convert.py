@@ -96,8 +96,8 @@ def convert(
         destination: path of a .gguf file. One that holds the result of the same job already is left as it is.
         recipe: a key of `RECIPES`.
         target_size: GiB that the file takes at most; the types are then chosen for the least error, by no recipe.
-        effort: "best" searches for the smallest squared error and keeps every row as strong as it was, "fast" searches
-            less far, or not at all where ggml does not.
+        effort: "best" searches for the smallest squared error, large weights counting more, and keeps every row as
+            strong as it was; "fast" writes ggml's own bytes. With importance both search.
         importance: (n,) weight of each input column in the squared error, by tensor name: see `read_importance`. With
             that of `read_calibration`, codes are also rounded for the least error of the outputs.
         device: where encoding runs.
