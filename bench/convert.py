@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..quant.calibration import Inputs
+from ..quant.inputs import Inputs
 from ..quant.qtype import QTYPES, Effort
 from ..quant.wan import SIZES, transformer_shapes
 from ..tests.libggml import LibGGML, load

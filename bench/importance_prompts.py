@@ -19,9 +19,10 @@ from wanquant.bench.tinywan.reference import (
     prompts,
 )
 from wanquant.bench.tinywan.results import add_options, conclude, origin, table
-from wanquant.quant.calibration import CalibrationCollector, Inputs
+from wanquant.quant.calibration import CalibrationCollector
 from wanquant.quant.checkpoint import open_checkpoint
 from wanquant.quant.importance import Collector
+from wanquant.quant.inputs import Inputs
 from wanquant.quant.recipe import find_recipe, plan
 
 COUNTS = (0, 1, 2, 4, 8, 16, len(TRAINING))

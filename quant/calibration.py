@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import QuantError
-from .gain import emphasis, restore_gain
 from .importance import Collector, Importance
 from .provenance import CALIBRATED
-from .qtype import Effort, QuantType
-from .search import Encoder, encode_with_feedback
 
 SPAN = 256
 """Columns whose products are kept: a super-block's. At 14B they take 1.5 GiB, those of all columns 48 GiB."""
@@ -24,10 +21,6 @@ SPAN = 256
 _ROWS = 1 << 10
 # Of the mean square of a span's columns: what GPTQ adds to each. Float32 sums are positive definite only with it.
 _DAMPING = 0.01
-# Bits a weight. With more, feedback makes up for what scales of least squared error cut (TinyWan: 0.5 dB in Q4_K_M).
-_COARSE = 3
-_CPU_WEIGHTS = 1 << 18
-_DEVICE_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,42 +76,3 @@ def sum_of_products(inputs: Tensor) -> Tensor:
     span = math.gcd(inputs.shape[-1], SPAN)
     spans = inputs.float().view(len(inputs), -1, span).permute(1, 2, 0)
     return (spans @ spans.mT).cpu()
-
-
-class Inputs(NamedTuple):
-    """What is known of the inputs of a layer, and how its weight is encoded for them."""
-
-    importance: Tensor | None = None
-    feedback: Tensor | None = None
-
-    @classmethod
-    def of(cls, importance: Mapping[str, Tensor], name: str) -> Inputs:
-        if name not in importance:
-            return cls()
-        return cls(importance[name], importance.feedback(name) if isinstance(importance, Calibration) else None)
-
-    def to(self, device: torch.device) -> Inputs:
-        return Inputs(*(None if values is None else values.to(device, torch.float32) for values in self))
-
-    def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
-        """Like `QuantType.quantize` for (rows, columns), but at its best with rows as strong as they were.
-
-        With feedback, and a type that has a search, it is for the least error of the outputs, whose strength comes with
-        it, at either effort.
-        """
-        encode = qtype.best
-        if not isinstance(encode, Encoder) or (effort == "fast" and self.feedback is None):
-            return qtype.quantize(weight, self.importance, effort)
-        limit = _CPU_WEIGHTS if weight.device.type == "cpu" else _DEVICE_WEIGHTS
-        parts = torch.split(weight.float(), max(1, limit // weight.shape[-1]))
-        return torch.cat([self._encode(encode, qtype, part) for part in parts])
-
-    def _encode(self, encode: Encoder, qtype: QuantType, weight: Tensor) -> Tensor:
-        weights = emphasis(weight, self.importance)
-        if self.importance is not None and self.feedback is not None:
-            if qtype.bits_per_weight > _COARSE:
-                weights = self.importance.expand_as(weight)
-            return encode_with_feedback(encode, qtype.block_size, weight, weights, self.feedback)
-        blocks = weight.reshape(-1, qtype.block_size)
-        packed = encode(blocks, weights.view_as(blocks)).view(len(weight), -1)
-        return restore_gain(qtype, packed, weight, self.importance)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .calibration import Inputs
 from .checkpoint import Checkpoint, SourceTensor
 from .errors import QuantError
 from .gguf_writer import GGUFWriter
+from .inputs import Inputs
 from .provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from .qtype import Effort, QuantType
 

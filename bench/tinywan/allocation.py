@@ -13,9 +13,9 @@ from wanquant.bench.tinywan.model import Model
 from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_weights, prompts
 from wanquant.quant import budget
 from wanquant.quant.budget import Front
-from wanquant.quant.calibration import Inputs
 from wanquant.quant.checkpoint import open_checkpoint
 from wanquant.quant.importance import Collector, Importance
+from wanquant.quant.inputs import Inputs
 from wanquant.quant.qtype import QuantType
 from wanquant.quant.recipe import RECIPES, plan, treatment
 

@@ -1,4 +1,4 @@
-"""Input data of the quantization tests: packed bytes, and weights that are hard to quantize."""
+"""Input data of the quantization tests: packed bytes, weights that are hard to quantize, and inputs of layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wanquant.quant.calibration import Calibration, CalibrationCollector
 from wanquant.quant.qtype import QuantType
 
 F16_FIELDS = {
@@ -80,6 +81,24 @@ WEIGHTS = (
     *("gaussian", "student_t5", "zeros", "negative_zeros", "constant", "positive"),
     *("ties", "halves", "one", "huge", "tiny", "subnormal"),
 )
+
+
+def correlated(columns: int, *, rows: int = 2048, seed: int = 0) -> Tensor:
+    """(rows, columns) inputs that a few directions explain, their columns of unlike size, as a network's are."""
+    model, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
+    directions = torch.randn(32, columns, generator=model) * (-torch.arange(32) / 10).exp()[:, None]
+    scales = (0.7 * torch.randn(columns, generator=model)).exp()
+    explained = torch.randn(rows, 32, generator=draw) @ directions
+    return (explained / explained.std() + 0.5 * torch.randn(rows, columns, generator=draw)) * scales
+
+
+def collected(**inputs: Tensor) -> Calibration:
+    """Of layers with these inputs, (rows, columns)."""
+    collector = CalibrationCollector()
+    for name, values in inputs.items():
+        collector.add(name, values)
+    collector.samples = 1
+    return collector.result()
 
 
 def assert_same_bits(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> None:

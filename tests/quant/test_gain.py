@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, convert, open_gguf
-from wanquant.quant.calibration import Inputs
 from wanquant.quant.gain import restore_gain
+from wanquant.quant.inputs import Inputs
 from wanquant.tests.tiny_wan import write_tiny_wan
 
 TYPES = [name for name, qtype in QTYPES.items() if qtype.factors]
