@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from .disk_space import check_space, temporary_of
 from .errors import QuantError
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-_GIB = 1 << 30
+from .file_lock import try_lock
 
 
 class AtomicFile:
@@ -34,7 +28,7 @@ class AtomicFile:
 
     def __init__(self, path: Path, nbytes: int, *, overwrite: bool = False, resume: bool = False) -> None:
         self.path, self.nbytes, self.overwrite, self.resume = path, nbytes, overwrite, resume
-        self._temporary = _temporary(path)
+        self._temporary = temporary_of(path)
         self._file: BinaryIO
         self._is_committed = False
 
@@ -43,7 +37,7 @@ class AtomicFile:
         with self._reporting():
             check_space({self.path: self.nbytes})
             self._file = open(self._temporary, "r+b", opener=_open_or_create)
-            if not (_try_lock(self._file) and self._is_in_place()):
+            if not (try_lock(self._file) and self._is_in_place()):
                 self._file.close()
                 raise QuantError(f"{self.path}: another job writes it; wait for that one, or choose another name")
         if not self.resume:
@@ -137,45 +131,5 @@ class AtomicFile:
             raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder") from None
 
 
-def check_space(nbytes: Mapping[Path, int]) -> None:
-    """Refuses files whose volume has no room for all of them, what a killed job left of them counted as room.
-
-    Raises:
-        QuantError: less is free than they take.
-    """
-    volumes: dict[int, list[Path]] = {}
-    for path in nbytes:
-        with suppress(FileNotFoundError):  # without a folder, which its writer tells
-            volumes.setdefault(path.parent.stat().st_dev, []).append(path)
-    for paths in volumes.values():
-        left = sum(temporary.stat().st_size for temporary in map(_temporary, paths) if temporary.exists())
-        free = shutil.disk_usage(paths[0].parent).free + left
-        needed = sum(nbytes[path] for path in paths)
-        if free < needed:
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            raise QuantError(
-                f"{paths[0]}{more}: {needed / _GIB:.2f} GiB needed, {free / _GIB:.2f} GiB free in the folder;"
-                " free some space or choose another folder"
-            )
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def _open_or_create(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
-
-
-def _try_lock(file: BinaryIO) -> bool:
-    """Locks a file until it is closed or its process ends; False if another job has it."""
-    try:
-        if sys.platform == "win32":
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a network folder without locks
-        return True
-    return True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .disk_space import leftovers
 from .errors import QuantError
 from .gguf_writer import GGUFWriter, TensorSpec
 from .importance import check_importance
@@ -145,7 +146,8 @@ def convert_all(
         checkpoint = checkpoint.allowing_non_finite() if allow_non_finite else checkpoint
         for job in jobs:
             _check_paths(checkpoint.path, job.destination)
-        warnings = _warnings(checkpoint, check_importance(importance, checkpoint.tensors) if importance else ())
+        unknown = check_importance(importance, checkpoint.tensors) if importance else ()
+        warnings = _warnings(checkpoint, unknown, [job.destination for job in jobs])
         metadata = {job: job_metadata(checkpoint, job, effort, importance, five_d) for job in jobs}
         new = {job: of_file for job, of_file in metadata.items() if not _is_done(checkpoint, job, of_file, overwrite)}
         plans = {job: plan_of_reused(checkpoint, job) for job in jobs if job not in new}
@@ -192,8 +194,8 @@ def _writer(
     return GGUFWriter(destination, metadata, specs, overwrite=overwrite, five_d=metadata[FIVE_D], resume=resume)
 
 
-def _warnings(checkpoint: Checkpoint, unknown: Sequence[str]) -> tuple[str, ...]:
-    warnings = []
+def _warnings(checkpoint: Checkpoint, unknown: Sequence[str], destinations: Sequence[Path]) -> tuple[str, ...]:
+    warnings = leftovers(destinations)
     if checkpoint.lossy:
         stored = ", ".join(checkpoint.lossy)
         warnings.append(f"{checkpoint.name} is quantized already ({stored}): the errors of both add up")

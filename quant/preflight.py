@@ -6,8 +6,8 @@ import importlib
 import math
 from collections.abc import Iterable
 
-from .atomic_file import check_space
 from .checkpoint import Checkpoint
+from .disk_space import check_space
 from .errors import QuantError
 from .gguf_writer import GGUFWriter
 

@@ -157,7 +157,7 @@ def test_a_temporary_file_that_is_gone_once_it_is_locked_is_not_written(tmp_path
         os.replace(tmp_path / ".a.tmp", tmp_path / "a")
         return True
 
-    monkeypatch.setattr(atomic_file, "_try_lock", committed_meanwhile)
+    monkeypatch.setattr(atomic_file, "try_lock", committed_meanwhile)
     (tmp_path / ".a.tmp").write_bytes(b"theirs")
     with pytest.raises(QuantError, match="another job writes it"):
         write(tmp_path / "a")
