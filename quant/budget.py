@@ -21,8 +21,8 @@ from .errors import QuantError
 from .gguf_header import DEFAULT_ALIGNMENT
 from .qtype import QTYPES, Effort, QuantType
 from .recipe import EMBEDDING, EMBEDDING_TYPE, Plan, fitting_type, predicted_size, sixteen_bit, treatment
+from .report import GIB
 
-_GIB = 1 << 30
 _LADDER = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 # More rows would change the choice of few tensors; these take about a minute of one core at 14B.
 _SAMPLED_WEIGHTS = 1 << 16
@@ -89,8 +89,8 @@ def check_size(
     low, high = (header + sum(map(pick, sizes)) for pick in (min, max))
     if not low <= nbytes <= high:
         raise QuantError(
-            f"target size {nbytes / _GIB:.4g} GiB: cannot be reached with this model;"
-            f" choose one from {math.ceil(1000 * low / _GIB) / 1000:.3f} to {high / _GIB:.3f} GiB"
+            f"target size {nbytes / GIB:.4g} GiB: cannot be reached with this model;"
+            f" choose one from {math.ceil(1000 * low / GIB) / 1000:.3f} to {high / GIB:.3f} GiB"
         )
 
 

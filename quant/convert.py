@@ -146,8 +146,10 @@ def convert_all(
         checkpoint = checkpoint.allowing_non_finite() if allow_non_finite else checkpoint
         for job in jobs:
             _check_paths(checkpoint.path, job.destination)
-        unknown = check_importance(importance, checkpoint.tensors) if importance else ()
-        warnings = _warnings(checkpoint, unknown, [job.destination for job in jobs])
+        doubts = check_importance(importance, checkpoint.tensors)
+        warnings = (*leftovers([job.destination for job in jobs]), *_lossy(checkpoint), *doubts)
+        for warning in warnings:
+            _log.warning(warning)
         metadata = {job: job_metadata(checkpoint, job, effort, importance, five_d) for job in jobs}
         new = {job: of_file for job, of_file in metadata.items() if not _is_done(checkpoint, job, of_file, overwrite)}
         plans = {job: plan_of_reused(checkpoint, job) for job in jobs if job not in new}
@@ -194,16 +196,9 @@ def _writer(
     return GGUFWriter(destination, metadata, specs, overwrite=overwrite, five_d=metadata[FIVE_D], resume=resume)
 
 
-def _warnings(checkpoint: Checkpoint, unknown: Sequence[str], destinations: Sequence[Path]) -> tuple[str, ...]:
-    warnings = leftovers(destinations)
-    if checkpoint.lossy:
-        stored = ", ".join(checkpoint.lossy)
-        warnings.append(f"{checkpoint.name} is quantized already ({stored}): the errors of both add up")
-    if unknown:
-        warnings.append(f"the importance matrix lacks {len(unknown)} matrices, the first is {unknown[0]}")
-    for warning in warnings:
-        _log.warning(warning)
-    return tuple(warnings)
+def _lossy(checkpoint: Checkpoint) -> list[str]:
+    stored = ", ".join(checkpoint.lossy)
+    return [f"{checkpoint.name} is quantized already ({stored}): the errors of both add up"] if stored else []
 
 
 def _zeroed(checkpoint: Checkpoint) -> list[str]:

@@ -103,15 +103,17 @@ def sum_of_squares(inputs: Tensor) -> Tensor:
     return total
 
 
-def check_importance(importance: Mapping[str, Tensor], tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Checks that an importance matrix is of this model.
+def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Checks that an importance matrix, if there is one, is of this model.
 
     Returns:
-        Names of the matrices that will be quantized and are not in it: their inputs count as 1.
+        A warning where it lacks matrices that will be quantized, whose inputs count as 1.
 
     Raises:
         QuantError: the first tensor that the model lacks or has in another width, or values that are no mean squares.
     """
+    if not importance:
+        return ()
     label = importance.name if isinstance(importance, Importance) else "importance"
     for name, values in importance.items():
         tensor = tensors.get(name)
@@ -125,4 +127,5 @@ def check_importance(importance: Mapping[str, Tensor], tensors: Mapping[str, Ten
         if not (values.isfinite().all() and (values >= 0).all()):
             raise QuantError(f"{label}: tensor {name}: holds NaN, infinity or a negative value; collect it again")
     wanted = (name for name, tensor in tensors.items() if treatment(name, tensor) == "quantized" and name != EMBEDDING)
-    return tuple(name for name in wanted if name not in importance)
+    missing = [name for name in wanted if name not in importance]
+    return (f"the importance matrix lacks {len(missing)} matrices, the first is {missing[0]}",) if missing else ()

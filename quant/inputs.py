@@ -10,13 +10,11 @@ from torch import Tensor
 
 from .calibration import Calibration
 from .gain import emphasis, restore_gain
-from .qtype import Effort, QuantType
+from .qtype import Effort, QuantType, weights_at_a_time
 from .search import Encoder, encode_with_feedback
 
 # Bits a weight. With more, feedback makes up for what scales of least squared error cut (TinyWan: 0.5 dB in Q4_K_M).
 _COARSE = 3
-_CPU_WEIGHTS = 1 << 18
-_DEVICE_WEIGHTS = 1 << 22
 
 
 class Inputs(NamedTuple):
@@ -45,8 +43,7 @@ class Inputs(NamedTuple):
         encode = qtype.best
         if not isinstance(encode, Encoder) or (effort == "fast" and self.feedback is None):
             return qtype.quantize(weight, self.importance, effort)
-        limit = _CPU_WEIGHTS if weight.device.type == "cpu" else _DEVICE_WEIGHTS
-        parts = torch.split(weight.float(), max(1, limit // weight.shape[-1]))
+        parts = torch.split(weight.float(), max(1, weights_at_a_time(weight.device) // weight.shape[-1]))
         return torch.cat([self._encode(encode, qtype, part) for part in parts])
 
     def _encode(self, encode: Encoder, qtype: QuantType, weight: Tensor) -> Tensor:

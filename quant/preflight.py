@@ -10,8 +10,8 @@ from .checkpoint import Checkpoint
 from .disk_space import check_space
 from .errors import QuantError
 from .gguf_writer import GGUFWriter
+from .report import GIB
 
-_GIB = 1 << 30
 # Slices on their way and the search for their least error, with a calibration; `bench convert` measures less.
 _ENCODING_BYTES = 1 << 28
 
@@ -26,7 +26,7 @@ def check_resources(checkpoint: Checkpoint, writers: Iterable[GGUFWriter]) -> No
     needed, free = _ENCODING_BYTES + checkpoint.held_bytes, _free_memory()
     if needed > free:
         raise QuantError(
-            f"{checkpoint.path}: converting takes {needed / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB of main memory are"
+            f"{checkpoint.path}: converting takes {needed / GIB:.2f} GiB, and {free / GIB:.2f} GiB of main memory are"
             " free; close other programs, or unload models"
         )
 

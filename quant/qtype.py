@@ -14,13 +14,13 @@ from .errors import QuantError
 
 Effort = Literal["fast", "best"]
 _EFFORTS: tuple[Effort, ...] = get_args(Effort)
-Decoder = Callable[[Tensor], Tensor]
+Decode = Callable[[Tensor], Tensor]
 """(n, type_size) uint8 -> (n, block_size) float32."""
-Encoder = Callable[[Tensor, "Tensor | None"], Tensor]
+Encode = Callable[[Tensor, "Tensor | None"], Tensor]
 """(n, block_size) float32 weights, the same shape of importance or None -> (n, type_size) uint8."""
 
-# Weights to encode at a time. On a CPU the temporaries stay in its cache; an accelerator prefers few launches, but a
-# search keeps about 40 float32 temporaries of its input: 640 MiB.
+# On a CPU the temporaries stay in its cache; an accelerator prefers few launches, but a search keeps about 40 float32
+# temporaries of its input: 640 MiB.
 _CPU_WEIGHTS = 1 << 18
 _DEVICE_WEIGHTS = 1 << 22
 
@@ -33,9 +33,9 @@ class QuantType:
     ggml_type: int
     block_size: int
     type_size: int
-    decode: Decoder = field(repr=False, compare=False)
-    fast: Encoder | None = field(default=None, repr=False, compare=False)
-    best: Encoder | None = field(default=None, repr=False, compare=False)
+    decode: Decode = field(repr=False, compare=False)
+    fast: Encode | None = field(default=None, repr=False, compare=False)
+    best: Encode | None = field(default=None, repr=False, compare=False)
     factors: tuple[int, ...] = field(default=(), repr=False)
     """Where in a block its float16 factors lie, in which all of its weights are linear."""
 
@@ -113,7 +113,7 @@ class QuantType:
             packed[chunk] = encode(blocks[chunk].float().contiguous(), None if columns is None else columns(chunk))
         return out
 
-    def encoder(self, effort: str) -> Encoder:
+    def encoder(self, effort: str) -> Encode:
         """What encodes blocks; QuantError if there is no such effort, or none for this type."""
         if effort not in _EFFORTS:
             raise QuantError(f"{self.name}: unknown effort {effort!r}; choose from {', '.join(_EFFORTS)}")
@@ -136,7 +136,7 @@ class QuantType:
         return lambda chunk: row[torch.arange(chunk.start, chunk.stop, device=row.device) % len(row)]
 
     def _chunks(self, n_blocks: int, device: torch.device) -> Iterator[slice]:
-        step = max(1, (_CPU_WEIGHTS if device.type == "cpu" else _DEVICE_WEIGHTS) // self.block_size)
+        step = max(1, weights_at_a_time(device) // self.block_size)
         for start in range(0, n_blocks, step):
             yield slice(start, min(start + step, n_blocks))
 
@@ -148,6 +148,11 @@ def _encoded_by_ggml(qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
     except (ImportError, OSError):
         return False
     return libggml.quantize(qtype, blocks, packed)
+
+
+def weights_at_a_time(device: torch.device) -> int:
+    """How many weights to encode in one go."""
+    return _CPU_WEIGHTS if device.type == "cpu" else _DEVICE_WEIGHTS
 
 
 def qtype_of(ggml_type: int) -> QuantType:

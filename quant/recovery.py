@@ -126,7 +126,7 @@ def recover(
         open_checkpoint(source, modules) as checkpoint,
         AtomicFile(destination, int(size * GIB), overwrite=overwrite) as output,
     ):
-        unknown = check_importance(importance, checkpoint.tensors) if importance else ()
+        warnings = check_importance(importance, checkpoint.tensors)
         layers = _layers(packed, checkpoint)
         room = int(size * GIB) - _overhead(layers)
         parts = _best_parts(layers, importance or {}, room, device, progress)
@@ -136,7 +136,6 @@ def recover(
         content = save(tensors, _metadata(packed))
         output.write(content)
         path = output.commit()
-    warnings = (f"the importance matrix lacks {len(unknown)} matrices, the first is {unknown[0]}",) if unknown else ()
     summaries = tuple(RecoveredLayer(p.name, len(p.gains), p.error, p.remaining) for p in parts)
     return Recovery(path, len(content), summaries, warnings, time.monotonic() - started)
 

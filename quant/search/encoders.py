@@ -25,7 +25,7 @@ _IQ4 = Codebook(KVALUES)
 
 
 @dataclass(frozen=True)
-class _Effort:
+class _Tries:
     """How many peaks (for either sign of the scale), starts and rounds an encoder tries."""
 
     peaks: int
@@ -33,14 +33,14 @@ class _Effort:
     rounds: int
 
 
-_BEST = _Effort(peaks=13, starts=3, rounds=3)
-_BEST_WITH_MIN = _Effort(peaks=17, starts=3, rounds=3)
+_BEST = _Tries(peaks=13, starts=3, rounds=3)
+_BEST_WITH_MIN = _Tries(peaks=17, starts=3, rounds=3)
 # Eight levels need no finer grid.
-_BEST_OF_EIGHT = _Effort(peaks=5, starts=3, rounds=3)
-_BEST_ALONE = _Effort(peaks=16, starts=1, rounds=3)
+_BEST_OF_EIGHT = _Tries(peaks=5, starts=3, rounds=3)
+_BEST_ALONE = _Tries(peaks=16, starts=1, rounds=3)
 # More levels lie closer together.
-_BEST_OF_256 = _Effort(peaks=24, starts=1, rounds=3)
-_BEST_ALONE_WITH_MIN = _Effort(peaks=20, starts=1, rounds=3)
+_BEST_OF_256 = _Tries(peaks=24, starts=1, rounds=3)
+_BEST_ALONE_WITH_MIN = _Tries(peaks=20, starts=1, rounds=3)
 
 
 @dataclass(frozen=True)
@@ -104,19 +104,19 @@ class EncoderWithMin(Encoder):
         return [((high - low) / self.peak, -low), self._scales(part, fine, zero=True)]
 
 
-def _affine(size: int, largest: int, integers: Integers, effort: _Effort, pack: Pack) -> Encoder:
+def _affine(size: int, largest: int, integers: Integers, tries: _Tries, pack: Pack) -> Encoder:
     """Codes in [0, largest] of sub-blocks of `size`, whose scales and mins are `integers`."""
-    peaks = [largest, *_peaks(largest, effort.peaks, max(1.0, largest / 10))]
-    starts = range(integers.high, integers.high - effort.starts, -1)
-    search = Search(integers, integers, starts, effort.rounds)
+    peaks = [largest, *_peaks(largest, tries.peaks, max(1.0, largest / 10))]
+    starts = range(integers.high, integers.high - tries.starts, -1)
+    search = Search(integers, integers, starts, tries.rounds)
     return EncoderWithMin(size, Integers(0, largest), largest, peaks, search, pack)
 
 
-def _signed(size: int, levels: Levels, peak: int, integers: Integers, effort: _Effort, pack: Pack) -> Encoder:
+def _signed(size: int, levels: Levels, peak: int, integers: Integers, tries: _Tries, pack: Pack) -> Encoder:
     """Sub-blocks of `size` without a min, whose scales are `integers`."""
-    peaks = _peaks(peak, effort.peaks, max(1.0, peak / 5))
+    peaks = _peaks(peak, tries.peaks, max(1.0, peak / 5))
     both = [-peak, *peaks, *(-value for value in peaks)]
-    search = Search(integers, _NONE, (integers.low, integers.high)[: effort.starts], effort.rounds)
+    search = Search(integers, _NONE, (integers.low, integers.high)[: tries.starts], tries.rounds)
     return Encoder(size, levels, peak, both, search, pack)
 
 
