@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import torch
-
 from wanquant.bench.tinywan.data import TRAINING
 from wanquant.bench.tinywan.reference import (
     CHECKPOINT,
@@ -57,7 +55,7 @@ def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[
         return sum(steps) / len(steps)
 
     return [
-        Point(method, count, Spread.of(torch.tensor([sqnr(method, count, draw) for draw in range(draws)])))
+        Point(method, count, Spread.of([sqnr(method, count, draw) for draw in range(draws)]))
         for method in COLLECTORS
         for count in counts
     ]

@@ -1,102 +1,175 @@
-"""What each recipe costs TinyWan: the same seeds unquantized and quantized, by ggml's encoders and in our ways."""
+"""What each recipe costs TinyWan: the same seeds unquantized and quantized, by ggml's encoders and in our ways.
+
+One rounding of one network has its luck. So several equal networks are quantized, whose channels have other orders,
+each by all methods and with seeds of its own, and methods are compared file by file.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
+from statistics import fmean
 
 from wanquant.bench.tinywan.encodings import METHODS, Workshop
 from wanquant.bench.tinywan.pictures import draw_quality
-from wanquant.bench.tinywan.reference import Errors, Reference, load_model, prompts
+from wanquant.bench.tinywan.reference import Errors, Reference, Spread, load_model, prompts
 from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
 
 RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+SLOW = "tuned"
+"""A minute a file: it is measured, and recorded, apart from the others."""
+PEERS = {
+    "plain": "ggml",
+    "importance": "ggml + importance",
+    "importance + LoRA": "importance",
+    "calibrated": "ggml + importance",
+    "tuned": "calibrated",
+}
+"""What a method is compared with: ggml's encoders, told as much; what costs more, with the method that it adds to."""
 
 
 @dataclass(frozen=True)
-class Quality(Errors):
+class Sample(Errors):
     """One file."""
 
-    recipe: str
-    method: str
     nbytes: int
     weight_sqnr: float
     """Of all quantized weights, in dB."""
     output_sqnr: float
     """Of the mean quantized layer's outputs, in dB, for the inputs that it has unquantized."""
 
+    @property
+    def means(self) -> dict[str, float]:
+        """What methods are compared by, in dB."""
+        return {
+            "layers": self.output_sqnr,
+            "velocity": fmean(self.velocity_sqnr),
+            "latent": fmean(self.latent_psnr),
+            "motion": fmean(self.motion_psnr),
+        }
 
-def measure(recipes: Sequence[str], methods: Sequence[str], clips: int, captions: int) -> list[Quality]:
-    """Every recipe by every method, the importance matrix being of so many captions."""
-    reference = Reference.sample(clips)
-    products, rows = reference.products(), []
-    with Workshop.open(prompts(captions)) as workshop:
-        for recipe in recipes:
-            for method in methods:
+
+@dataclass(frozen=True)
+class Gain:
+    """By how many dB files are closer than their peers: the mean over the networks, and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Gain:
+        spread = Spread.of(values)
+        return cls(spread.mean, spread.deviation / len(values) ** 0.5)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """All files of a recipe by a method: means over the networks, and of clips also the deviation over all seeds."""
+
+    recipe: str
+    method: str
+    nbytes: int
+    weight_sqnr: float
+    output_sqnr: float
+    velocity_sqnr: tuple[float, ...]
+    latent_psnr: Spread
+    motion_psnr: Spread
+    colour: float
+    motion: float
+    gains: dict[str, Gain]
+    """By the names of `Sample.means`, over the peer, if that was measured."""
+
+    @classmethod
+    def of(cls, recipe: str, method: str, files: Sequence[Sample], peers: Sequence[Sample]) -> Quality:
+        pairs = [(file.means, peer.means) for file, peer in zip(files, peers, strict=False)]
+        return cls(
+            recipe=recipe,
+            method=method,
+            nbytes=files[0].nbytes,
+            weight_sqnr=fmean(file.weight_sqnr for file in files),
+            output_sqnr=fmean(file.output_sqnr for file in files),
+            velocity_sqnr=tuple(map(fmean, zip(*(file.velocity_sqnr for file in files), strict=True))),
+            latent_psnr=Spread.of([psnr for file in files for psnr in file.latent_psnr]),
+            motion_psnr=Spread.of([psnr for file in files for psnr in file.motion_psnr]),
+            colour=fmean(file.colour for file in files),
+            motion=fmean(file.motion for file in files),
+            gains={key: Gain.of([ours[key] - theirs[key] for ours, theirs in pairs]) for key in files[0].means}
+            if pairs
+            else {},
+        )
+
+
+def measure(
+    recipes: Sequence[str], methods: Sequence[str], *, roundings: int, clips: int, captions: int
+) -> list[Quality]:
+    """Every recipe by every method, so many clips a rounding, the importance matrix being of so many captions."""
+    files = defaultdict(list)
+    for order in range(roundings):
+        reference = Reference.sample(clips, order)
+        with Workshop.open(prompts(captions), order) as workshop:
+            products = reference.products(workshop.source)
+            for recipe, method in product(recipes, methods):
                 file = METHODS[method](workshop, recipe)
-                errors = reference.errors(load_model(file.weights))
-                rows.append(
-                    Quality(
-                        **vars(errors),
-                        recipe=recipe,
-                        method=method,
-                        nbytes=file.nbytes,
-                        weight_sqnr=file.weight_sqnr(workshop.source),
-                        output_sqnr=file.output_sqnr(workshop.source, products),
-                    )
+                sample = Sample(
+                    **vars(reference.errors(load_model(file.weights))),
+                    nbytes=file.nbytes,
+                    weight_sqnr=file.weight_sqnr(workshop.source),
+                    output_sqnr=file.output_sqnr(workshop.source, products),
                 )
-    return rows
+                files[recipe, method].append(sample)
+    return [
+        Quality.of(recipe, method, found, files.get((recipe, PEERS.get(method, "")), ()))
+        for (recipe, method), found in files.items()
+    ]
 
 
 def text(rows: Sequence[Quality]) -> str:
-    """The table."""
-    head = (
-        "recipe",
-        "method",
-        "MB",
-        "weights",
-        "layers",
-        "velocity",
-        "latent",
-        "motion",
-        "colour right",
-        "motion right",
-    )
-    return table(head, [_cells(row) for row in rows])
+    """The tables."""
+    measures = ("layers", "velocity", "latent", "motion")
+    head = ("recipe", "method", "MB", "weights", *measures, "colour right", "motion right")
+    gains = [
+        (row.recipe, row.method, PEERS[row.method], *(str(row.gains[key]) for key in measures))
+        for row in rows
+        if row.gains
+    ]
+    return f"{table(head, [_cells(row) for row in rows])}\n\n{table(('recipe', 'gain of', 'over', *measures), gains)}"
 
 
 def _cells(row: Quality) -> list[str]:
-    latent, motion = (f"{x.mean:.1f} ± {x.deviation:.1f}" for x in (row.latent_psnr, row.motion_psnr))
-    velocity = sum(row.velocity_sqnr) / len(row.velocity_sqnr)
-    shares = (f"{row.colour:.0%}", f"{row.motion:.0%}")
     return [
         row.recipe,
         row.method,
         f"{row.nbytes / 1e6:.2f}",
         f"{row.weight_sqnr:.1f}",
         f"{row.output_sqnr:.1f}",
-        f"{velocity:.1f}",
-        latent,
-        motion,
-        *shares,
+        f"{fmean(row.velocity_sqnr):.1f}",
+        *(str(row.latent_psnr), str(row.motion_psnr)),
+        *(f"{row.colour:.0%}", f"{row.motion:.0%}"),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench quality", description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != SLOW], choices=METHODS)
+    parser.add_argument("--roundings", type=int, default=16, help="networks, the first of which is TinyWan as it is")
+    parser.add_argument("--seeds", type=int, default=1, help="clips of each network")
     parser.add_argument("--prompts", type=int, default=8, help="captions that the importance matrix is made of")
     add_options(parser)
     options = parser.parse_args()
-    rows = measure(options.recipes, options.methods, options.seeds, options.prompts)
-    settings = {**origin(), "seeds": options.seeds, "prompts": options.prompts}
-    result = {**settings, "rows": [asdict(row) for row in rows]}
-    if options.update:
+    given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
+    rows = measure(options.recipes, options.methods, **given)
+    result = {**origin(), **given, "rows": [asdict(row) for row in rows]}
+    name = SLOW if SLOW in options.methods else "quality"
+    if options.update and name != SLOW:
         draw_quality(result["rows"], PICTURES / "quality.png")
-    conclude(options, "quality", result, text(rows))
+    conclude(options, name, result, text(rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from wanquant.bench.tinywan.allocation import HALVES, Allocator, Split, by_half, half_of
 from wanquant.bench.tinywan.data import noise_level
 from wanquant.bench.tinywan.pictures import draw_sensitivity
-from wanquant.bench.tinywan.reference import STEPS, Errors, Reference, load_model, load_weights
+from wanquant.bench.tinywan.reference import STEPS, Errors, Reference, Spread, load_model, load_weights
 from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
 from wanquant.quant import QTYPES
 from wanquant.quant.inputs import Inputs
@@ -77,8 +77,7 @@ def allocate(
 def text(rows: Sequence[Allocation]) -> str:
     """The table."""
     cells = [
-        [row.recipe, row.way, *(f"{x.mean:.1f} ± {x.deviation:.1f}" for x in (row.latent_psnr, row.motion_psnr))]
-        for row in rows
+        [row.recipe, row.way, *(str(Spread.of(clips)) for clips in (row.latent_psnr, row.motion_psnr))] for row in rows
     ]
     return table(("bytes of", "types chosen by", "latent", "motion"), cells)
 

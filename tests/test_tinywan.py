@@ -16,8 +16,9 @@ if not (checkout() / "comfy").is_dir():
 from wanquant.bench import quality, sensitivity, train_tinywan
 from wanquant.bench.tinywan.allocation import HALVES, by_half
 from wanquant.bench.tinywan.data import CAPTIONS, HELD_OUT, MOTIONS, TRAINING, WORDS, draw, to_latent, word_embeddings
+from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.model import build
-from wanquant.bench.tinywan.reference import load_weights
+from wanquant.bench.tinywan.reference import Reference, load_model, load_weights
 from wanquant.bench.tinywan.score import right
 from wanquant.ops.conditioning import load_conditioning
 
@@ -108,10 +109,20 @@ def test_heads_start_out_looking_one_frame_back_and_one_ahead():
     assert (torch.stack(scores).argmax(0) - 3).tolist() == [-1, 1]
 
 
+def test_draws_the_same_clips_in_any_order_of_its_channels():
+    weights, reference = load_weights(), Reference.sample(1)
+    assert reordered(weights, 0) is weights
+    for order in (1, 2):
+        others = reordered(weights, order)
+        layers = [name for name, tensor in weights.items() if name.startswith("blocks.") and tensor.ndim == 2]
+        assert not any(torch.equal(others[name], weights[name]) for name in layers)
+        assert min(reference.errors(load_model(others)).latent_psnr) > 90
+
+
 def test_quality_at_equal_bytes():
     """Never below the same graph with weights by ggml's encoders, and better with all that is known."""
     methods = ("ggml", "ggml + importance", "plain", "importance", "calibrated", "importance + LoRA")
-    rows = {row.method: row for row in quality.measure(("Q2_K",), methods, clips=2, captions=2)}
+    rows = {row.method: row for row in quality.measure(("Q2_K",), methods, roundings=1, clips=2, captions=2)}
     steps = {method: sum(row.velocity_sqnr) / len(row.velocity_sqnr) for method, row in rows.items()}
     assert rows["ggml"].nbytes == rows["plain"].nbytes < rows["importance + LoRA"].nbytes < 1.06 * rows["plain"].nbytes
     assert rows["plain"].weight_sqnr > rows["ggml"].weight_sqnr

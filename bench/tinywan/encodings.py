@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanquant.bench.tinywan.data import Caption
-from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_weights
+from wanquant.bench.tinywan.equivalents import reordered
+from wanquant.bench.tinywan.reference import Weights, collect, load_weights
 from wanquant.bench.tinywan.tuning import tune
 from wanquant.quant import convert, open_gguf
 from wanquant.quant.calibration import Calibration, CalibrationCollector
@@ -58,6 +59,7 @@ class Workshop:
     """Where the files are made."""
 
     folder: Path
+    checkpoint: Path
     source: Weights
     importance: Importance
     calibration: Calibration
@@ -65,12 +67,15 @@ class Workshop:
 
     @classmethod
     @contextmanager
-    def open(cls, captions: Sequence[Caption]) -> Iterator[Workshop]:
-        """Importance and calibration are measured on these captions."""
-        source = load_weights()
+    def open(cls, captions: Sequence[Caption], order: int = 0) -> Iterator[Workshop]:
+        """For TinyWan in this order; importance and calibration are measured on these captions."""
+        source = reordered(load_weights(), order)
         inputs = [collect(source, captions, collector) for collector in (Collector(), CalibrationCollector())]
-        with tempfile.TemporaryDirectory() as folder:
-            yield cls(Path(folder), source, *inputs, captions)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            checkpoint = folder / "tinywan.safetensors"
+            save_file({name: tensor.bfloat16() for name, tensor in source.items()}, checkpoint)
+            yield cls(folder, checkpoint, source, *inputs, captions)
 
     def plain(self, recipe: str) -> Encoded:
         return self._converted(recipe, None)
@@ -98,7 +103,7 @@ class Workshop:
         """With importance, and a recovery LoRA added."""
         file, lora = self.weighted(recipe), self.folder / f"{recipe}.safetensors"
         path, size = self.path(recipe, self.importance), LORA_SHARE * file.nbytes / GIB
-        report = recover(path, CHECKPOINT, lora, size, importance=self.importance, overwrite=True)
+        report = recover(path, self.checkpoint, lora, size, importance=self.importance, overwrite=True)
         factors, weights = load_file(lora), dict(file.weights)
         for layer in report.layers:
             key = f"diffusion_model.{layer.name.removesuffix('.weight')}"
@@ -109,7 +114,7 @@ class Workshop:
 
     def _converted(self, recipe: str, importance: Importance | None) -> Encoded:
         path = self.path(recipe, importance)
-        report = convert(CHECKPOINT, path, recipe, importance=importance)
+        report = convert(self.checkpoint, path, recipe, importance=importance)
         tensors = open_gguf(path).tensors
         quantized = frozenset(name for name, tensor in tensors.items() if tensor.qtype.block_size > 1)
         return Encoded(report.nbytes, {name: tensor.dequantize() for name, tensor in tensors.items()}, quantized)

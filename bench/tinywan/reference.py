@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean, stdev
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +21,8 @@ from wanquant.quant.importance import Collector, Importance
 CHECKPOINT = ROOT / "bench" / "tinywan" / "tinywan.safetensors"
 STEPS = 8
 SEED, CALIBRATION_SEED = 2, 3
+# How far apart the seeds of two draws are, so that none is one that calibrates or tunes.
+_SEEDS = 100
 # Clips whose steps are compared one by one; they have 300 thousand values a step.
 _STEP_CLIPS = 4
 
@@ -29,14 +32,17 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over clips, and their standard deviation, in dB."""
+    """A mean, mostly over clips, and their standard deviation, in dB; it is NaN of a single value."""
 
     mean: float
     deviation: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Spread:
-        return cls(values.mean().item(), values.std().item())
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(fmean(values), stdev(values) if len(values) > 1 else math.nan)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.deviation:.1f}"
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,9 @@ class Errors:
 
     velocity_sqnr: tuple[float, ...]
     """dB, of every step, on the unquantized model's way."""
-    latent_psnr: Spread
-    motion_psnr: Spread
+    latent_psnr: tuple[float, ...]
+    """dB, of every clip."""
+    motion_psnr: tuple[float, ...]
     """Of the differences between neighbouring frames: what flickers counts here."""
     colour: float
     motion: float
@@ -65,12 +72,15 @@ class Reference:
     """The unquantized model's clips, and on the way to them what it was given and what it gave, step by step."""
 
     captions: tuple[Caption, ...]
+    seed: int
     clips: Tensor
     calls: Sequence[tuple[Inputs, Tensor]]
 
     @classmethod
-    def sample(cls, clips: int) -> Reference:
-        captions = tuple(HELD_OUT[index % len(HELD_OUT)] for index in range(clips))
+    def sample(cls, clips: int, draw: int = 0) -> Reference:
+        """So many clips, of another seed and of the next captions in each draw."""
+        captions = tuple(HELD_OUT[(draw * clips + index) % len(HELD_OUT)] for index in range(clips))
+        seed = SEED + _SEEDS * draw
         model, calls = load_model(load_weights()), []
 
         def recorded(*inputs: Tensor) -> Tensor:
@@ -79,25 +89,25 @@ class Reference:
             calls.append(((x, t, text), output[:_STEP_CLIPS]))
             return output
 
-        return cls(captions, generate(recorded, captions, seed=SEED, steps=STEPS, batch=clips), calls)
+        return cls(captions, seed, generate(recorded, captions, seed=seed, steps=STEPS, batch=clips), calls)
 
     def errors(self, model: Model) -> Errors:
         clips = self.generate(model)
         colour, direction = right(clips, self.captions).float().mean(0).tolist()
         return Errors(
             velocity_sqnr=tuple(self.velocity_sqnr(model)),
-            latent_psnr=Spread.of(psnr(self.clips, clips)),
-            motion_psnr=Spread.of(psnr(self.clips.diff(dim=2), clips.diff(dim=2))),
+            latent_psnr=tuple(psnr(self.clips, clips).tolist()),
+            motion_psnr=tuple(psnr(self.clips.diff(dim=2), clips.diff(dim=2)).tolist()),
             colour=colour,
             motion=direction,
         )
 
     def generate(self, model: Model) -> Tensor:
-        return generate(model, self.captions, seed=SEED, steps=STEPS, batch=len(self.captions))
+        return generate(model, self.captions, seed=self.seed, steps=STEPS, batch=len(self.captions))
 
-    def products(self) -> Importance:
-        """Means of x x^T, of all inputs x of every Linear on the way to these clips."""
-        return collect(load_weights(), self.captions, _Products(), seed=SEED)
+    def products(self, weights: Weights) -> Importance:
+        """Means of x x^T, of all inputs x of every Linear on the way to these clips, with these weights."""
+        return collect(weights, self.captions, _Products(), seed=self.seed)
 
     @torch.no_grad()
     def velocity_sqnr(self, model: Model) -> list[float]:
