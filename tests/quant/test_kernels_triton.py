@@ -19,8 +19,8 @@ from wanquant.quant import QTYPES
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
+from wanquant.bench.instructions import GPUS, NVDISASM, busiest, compiled  # noqa: E402
 from wanquant.quant.kernels import triton_kernel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,16 +43,6 @@ def test_every_type_is_bit_exact_in_the_interpreter() -> None:
     assert result.returncode == 0, result.stderr
     names = [line.split()[0] for line in result.stdout.splitlines()]
     assert names == [name for name in TYPES for _ in DTYPES]
-
-
-def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, str]:
-    """Every stage of the compiler, as a launch with aligned pointers runs it."""
-    constants = triton_kernel.constants(QTYPES[name])
-    signature = {"packed": "*u8", "out": f"*{dtype}", "n_weights": "i64"} | dict.fromkeys(constants, "constexpr")
-    aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1)}
-    source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)
-    stages: dict[str, str] = triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm
-    return stages
 
 
 class StubDriver:
@@ -119,3 +109,16 @@ def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
         assert ".local" not in assembly
         assert instructions.count("st.global.v4.b32") == sum(i.startswith("st.global") for i in instructions) > 0
         assert sum(i.startswith(("ld.global.b8", "ld.global.u8", "ld.global.s8")) for i in instructions) <= 8
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_nothing_goes_through_shared_memory(name: str) -> None:
+    assert "st.shared" not in compiled(name, "bf16", TARGETS[3])["ptx"]
+
+
+@pytest.mark.skipif(not NVDISASM.exists(), reason="this Triton has no disassembler")
+@pytest.mark.parametrize("name", TYPES)
+def test_the_memory_is_the_limit_on_an_h200(name: str) -> None:
+    """Of all cards it has the most bandwidth for its units: no unit takes much more than half of the memory's time."""
+    assert GPUS[0].name == "H200"
+    assert busiest(name, GPUS[0]) < (0.85 if name.startswith("IQ4") else 0.65)

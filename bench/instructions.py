@@ -1,0 +1,119 @@
+"""What the compiled GPU kernels ask of a GPU: machine instructions a weight, by the unit that runs them. Needs no GPU.
+
+A kernel can only be as fast as the memory if no unit takes longer than the memory does. The last columns are the time
+of the busiest unit over that of the memory, from the data sheets' clock and bandwidth: above 1, the unit is the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ..quant.kernels import triton_kernel
+from ..quant.qtype import QTYPES
+from .convert import machine
+
+NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+WEIGHTS = triton_kernel.TILE // (32 * triton_kernel.OPTIONS["num_warps"])
+"""That a thread decodes."""
+
+
+class GPU(NamedTuple):
+    name: str
+    capability: int
+    multiprocessors: int
+    clock_ghz: float
+    memory_gb_s: float
+
+
+GPUS = (
+    GPU("H200", 90, 132, 1.98, 4800),
+    GPU("RTX 5090", 120, 170, 2.41, 1792),
+    GPU("RTX 4090", 89, 128, 2.52, 1008),
+    GPU("RTX 3060", 86, 28, 1.78, 360),
+)
+# Threads a clock and multiprocessor, for all instructions and by unit: "Throughput of Native Arithmetic Instructions"
+# in the CUDA C++ Programming Guide 12.8, compute capability 8.6 to 12.0.
+RATES = {"all": 128, "integer": 64, "float": 128, "special": 16, "memory": 32}
+UNITS = {
+    "float": r"FADD|FMUL|FFMA|HADD2|HMUL2|HFMA2|FSETP|IMAD",
+    "special": r"I2F\b|F2I|MUFU|F2F\b",
+    "memory": r"LDG|STG|LDS|STS|LDC",
+    "integer": r"LOP3|SHF|IADD3|I2FP|F2FP|PRMT|ISETP|SEL|LEA|VIADD|VIMNMX|IMNMX|SGXT|MOV|IABS|PLOP3",
+}
+
+
+def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
+    """Every stage of the compiler, as a launch with aligned pointers runs it."""
+    constants = triton_kernel.constants(QTYPES[name]) | {"TILE": triton_kernel.TILE}
+    arguments = {"packed": "*u8", "out": f"*{dtype}", "n_weights": "i64", "integers": "i32"}
+    aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2)}
+    signature = arguments | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)
+    stages: dict[str, Any] = triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm
+    return stages
+
+
+def machine_code(cubin: bytes) -> list[str]:
+    """Names of the instructions up to the end of the kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", text, re.M)
+    return names[: names.index("EXIT") + 1]
+
+
+def per_weight(name: str, capability: int, dtype: str = "bf16") -> dict[str, float]:
+    """Instructions by unit."""
+    names = machine_code(compiled(name, dtype, GPUTarget("cuda", capability, 32))["cubin"])
+    counts = Counter(_unit(name) for name in names)
+    return {"all": len(names) / WEIGHTS} | {unit: counts[unit] / WEIGHTS for unit in UNITS}
+
+
+def _unit(name: str) -> str:
+    # The uniform unit (names in U) works beside the others.
+    return next((unit for unit, pattern in UNITS.items() if re.match(pattern, name)), "other")
+
+
+def busiest(name: str, gpu: GPU) -> float:
+    """Time of the busiest unit over that of the memory, at the data sheet's figures."""
+    qtype = QTYPES[name]
+    clocks = max(count / RATES[unit] for unit, count in per_weight(name, gpu.capability).items())
+    memory_ns = (qtype.type_size / qtype.block_size + 2) / gpu.memory_gb_s
+    return clocks / (gpu.multiprocessors * gpu.clock_ghz) / memory_ns
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        {"type": name, **per_weight(name, GPUS[0].capability)} | {gpu.name: busiest(name, gpu) for gpu in GPUS}
+        for name in triton_kernel.FORMATS
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="dev.py bench instructions", description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = [{key: value if key == "type" else round(value, 2) for key, value in row.items()} for row in rows()]
+    if options.json:
+        print(json.dumps({"machine": machine(), "triton": triton.__version__, "rows": found}, indent=2))
+        return
+    print("| " + " | ".join(found[0]) + " |")
+    print("|---" * len(found[0]) + "|")
+    for row in found:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
+if __name__ == "__main__":
+    main()
