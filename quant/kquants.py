@@ -102,11 +102,12 @@ def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: ggml-quants.c get_scale_min_k4.
     """
-    top = unpack_bits(scales[:, :8].contiguous(), 2, run=8)[:, 24:] * 16
-    low = scales[:, :8] & 63
-    nibbles = unpack_bits(scales[:, 8:].contiguous(), 4, run=4)
-    high = nibbles | top
-    return torch.cat((low[:, :4], high[:, :4]), 1), torch.cat((low[:, 4:], high[:, 4:]), 1)
+    words = scales.view(torch.int32)
+    first, nibbles = words[:, :2], words[:, 2:]
+    low = first & 0x3F3F3F3F
+    high = torch.cat((nibbles, nibbles >> 4), 1) & 0x0F0F0F0F | (first >> 2) & 0x30303030
+    scale, minimum = torch.stack((low, high), 2).view(torch.uint8).view(-1, 2, 8).unbind(1)
+    return scale, minimum
 
 
 def _pack_scales(scales: Tensor, mins: Tensor) -> Tensor:

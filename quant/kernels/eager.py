@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Weights to decode at a time. On a CPU the temporaries stay in its cache; elsewhere they are bounded at about 80 MiB,
 # as each operation is a launch.
-CPU_WEIGHTS = 1 << 18
+CPU_WEIGHTS = 1 << 19
 DEVICE_WEIGHTS = 1 << 22
 
 
