@@ -128,7 +128,7 @@ def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     """On the current device, whatever the tensors are on."""
     n_weights = out.numel()
     tile = min(TILE, 1 << (n_weights.bit_length() - 1))
-    grid = (triton.cdiv(n_weights, tile),)
+    grid = (-(-n_weights // tile),)
     dequantize_kernel[grid](packed, out, n_weights, _INTEGERS.value, TILE=tile, **constants(qtype), **OPTIONS)
 
 
