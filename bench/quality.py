@@ -15,7 +15,7 @@ from statistics import fmean
 
 from wanquant.bench.tinywan.encodings import METHODS, Workshop
 from wanquant.bench.tinywan.pictures import draw_quality
-from wanquant.bench.tinywan.reference import Errors, Reference, Spread, load_model, prompts
+from wanquant.bench.tinywan.reference import Errors, Gain, Reference, Spread, gains, load_model, prompts
 from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
 
 RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
@@ -43,29 +43,7 @@ class Sample(Errors):
 
     @property
     def means(self) -> dict[str, float]:
-        """What methods are compared by, in dB."""
-        return {
-            "layers": self.output_sqnr,
-            "velocity": fmean(self.velocity_sqnr),
-            "latent": fmean(self.latent_psnr),
-            "motion": fmean(self.motion_psnr),
-        }
-
-
-@dataclass(frozen=True)
-class Gain:
-    """By how many dB files are closer than their peers: the mean over the networks, and its standard error."""
-
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Gain:
-        spread = Spread.of(values)
-        return cls(spread.mean, spread.deviation / len(values) ** 0.5)
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.error:.2f}"
+        return {"layers": self.output_sqnr, **super().means}
 
 
 @dataclass(frozen=True)
@@ -83,11 +61,10 @@ class Quality:
     colour: float
     motion: float
     gains: dict[str, Gain]
-    """By the names of `Sample.means`, over the peer, if that was measured."""
+    """Over the peer, if that was measured."""
 
     @classmethod
-    def of(cls, recipe: str, method: str, files: Sequence[Sample], peers: Sequence[Sample]) -> Quality:
-        pairs = [(file.means, peer.means) for file, peer in zip(files, peers, strict=False)]
+    def of(cls, recipe: str, method: str, files: Sequence[Sample], peers: Sequence[Sample] | None) -> Quality:
         return cls(
             recipe=recipe,
             method=method,
@@ -99,9 +76,7 @@ class Quality:
             motion_psnr=Spread.of([psnr for file in files for psnr in file.motion_psnr]),
             colour=fmean(file.colour for file in files),
             motion=fmean(file.motion for file in files),
-            gains={key: Gain.of([ours[key] - theirs[key] for ours, theirs in pairs]) for key in files[0].means}
-            if pairs
-            else {},
+            gains=gains(files, peers) if peers else {},
         )
 
 
@@ -124,7 +99,7 @@ def measure(
                 )
                 files[recipe, method].append(sample)
     return [
-        Quality.of(recipe, method, found, files.get((recipe, PEERS.get(method, "")), ()))
+        Quality.of(recipe, method, found, files.get((recipe, PEERS.get(method, ""))))
         for (recipe, method), found in files.items()
     ]
 
@@ -133,12 +108,13 @@ def text(rows: Sequence[Quality]) -> str:
     """The tables."""
     measures = ("layers", "velocity", "latent", "motion")
     head = ("recipe", "method", "MB", "weights", *measures, "colour right", "motion right")
-    gains = [
+    compared = [
         (row.recipe, row.method, PEERS[row.method], *(str(row.gains[key]) for key in measures))
         for row in rows
         if row.gains
     ]
-    return f"{table(head, [_cells(row) for row in rows])}\n\n{table(('recipe', 'gain of', 'over', *measures), gains)}"
+    gained = table(("recipe", "gain of", "over", *measures), compared)
+    return f"{table(head, [_cells(row) for row in rows])}\n\n{gained}"
 
 
 def _cells(row: Quality) -> list[str]:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from wanquant.bench.tinywan.allocation import HALVES, Allocator, Split, by_half, half_of
+from wanquant.bench.tinywan.allocation import HALVES, Allocator, Network, Split, half_of
 from wanquant.bench.tinywan.data import noise_level
 from wanquant.bench.tinywan.pictures import draw_sensitivity
-from wanquant.bench.tinywan.reference import STEPS, Errors, Reference, Spread, load_model, load_weights
+from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gains, load_model, load_weights
 from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
 from wanquant.quant import QTYPES
 from wanquant.quant.inputs import Inputs
 
 # Coarse enough to stand out of all rounding, fine enough that errors still add up.
 PROBE = "Q3_K"
+_CLIPS = 4
 LEVELS = noise_level(torch.linspace(1, 0, STEPS + 1)).tolist()
 
 
@@ -38,14 +40,18 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
-class Allocation(Errors):
-    """The errors of one way to choose types, at the bytes of a recipe."""
+class Allocation:
+    """What one way to choose types comes to, at the bytes of a recipe."""
 
     recipe: str
     way: str
+    latent_psnr: Spread
+    motion_psnr: Spread
+    gains: dict[str, Gain]
+    """Over the way before."""
 
 
-def probe(names: Sequence[str], reference: Reference) -> tuple[list[Sensitivity], dict[str, Tensor]]:
+def probe(names: Iterable[str], reference: Reference) -> tuple[list[Sensitivity], dict[str, Tensor]]:
     """Every layer's sensitivity, and the error that its weight had."""
     weights, qtype, rows, errors = load_weights(), QTYPES[PROBE], [], {}
     for name in names:
@@ -55,48 +61,73 @@ def probe(names: Sequence[str], reference: Reference) -> tuple[list[Sensitivity]
     return rows, errors
 
 
-def allocate(
-    recipes: Sequence[str], reference: Reference, allocator: Allocator, measured: Mapping[str, Mapping[str, float]]
-) -> list[Allocation]:
-    """What each way comes to."""
-    rows = []
-    for recipe in recipes:
-        ways: dict[str, Split] = {
-            "recipe": allocator.of_recipe(recipe),
-            "target size": allocator.of_size(recipe),
-            "and measured sensitivity": allocator.by_sensitivity(recipe, measured),
-            "and a file for each half": allocator.by_half(recipe, measured),
-            "and bytes shared by both": allocator.by_half(recipe, measured, shared=True),
-        }
-        for way, split in ways.items():
-            models = {half: load_model(weights) for half, weights in split.items()}
-            rows.append(Allocation(**vars(reference.errors(by_half(models))), recipe=recipe, way=way))
-    return rows
+def ways(allocator: Allocator, recipe: str, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Split]:
+    """Each with more freedom than the one before."""
+    return {
+        "recipe": allocator.of_recipe(recipe),
+        "target size": allocator.of_size(recipe),
+        "and measured sensitivity": allocator.by_sensitivity(recipe, measured),
+        "and a file for each half": allocator.by_half(recipe, measured),
+        "and bytes shared by both": allocator.by_half(recipe, measured, shared=True),
+    }
+
+
+def compare(splits: Mapping[str, Mapping[str, Split]], roundings: int, clips: int, captions: int) -> list[Allocation]:
+    """All ways of all recipes on the same networks, each with its own clips."""
+    found = defaultdict(list)
+    for order in range(roundings):
+        reference, network = Reference.sample(clips, order), Network.of(captions, order)
+        for recipe, of_recipe in splits.items():
+            for way, split in of_recipe.items():
+                found[recipe, way].append(reference.errors(network.quantized(split)))
+    return [
+        Allocation(
+            recipe,
+            way,
+            Spread.of([psnr for errors in found[recipe, way] for psnr in errors.latent_psnr]),
+            Spread.of([psnr for errors in found[recipe, way] for psnr in errors.motion_psnr]),
+            gains(found[recipe, way], found[recipe, before]) if before else {},
+        )
+        for recipe, of_recipe in splits.items()
+        for before, way in pairwise((None, *of_recipe))
+    ]
 
 
 def text(rows: Sequence[Allocation]) -> str:
     """The table."""
+    compared = ("velocity", "latent", "motion")
     cells = [
-        [row.recipe, row.way, *(str(Spread.of(clips)) for clips in (row.latent_psnr, row.motion_psnr))] for row in rows
+        [
+            row.recipe,
+            row.way,
+            str(row.latent_psnr),
+            str(row.motion_psnr),
+            *(str(row.gains.get(k, "")) for k in compared),
+        ]
+        for row in rows
     ]
-    return table(("bytes of", "types chosen by", "latent", "motion"), cells)
+    return table(("bytes of", "types chosen by", "latent", "motion", *(f"{key} gained" for key in compared)), cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench sensitivity", description=__doc__)
     # In four blocks a target size raises every type by one: it cannot be Q2_K's.
     parser.add_argument("--recipes", nargs="+", default=["Q4_K_M", "Q3_K_M"])
-    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--roundings", type=int, default=8, help="networks, the first of which is TinyWan as it is")
+    parser.add_argument("--seeds", type=int, default=2, help="clips of each network")
     parser.add_argument("--prompts", type=int, default=8, help="captions that importance matrices are made of")
     add_options(parser)
     options = parser.parse_args()
-    reference, allocator = Reference.sample(options.seeds), Allocator.of(options.prompts)
-    rows, errors = probe(allocator.names, reference)
+    allocator = Allocator.of(Network.of(options.prompts))
+    # On clips that no file is judged by.
+    rows, errors = probe(allocator.fronts["all"], Reference.sample(_CLIPS, options.roundings))
     measured = {row.name: {half: row.of_half(half) for half in HALVES} for row in rows}
-    allocations = allocate(options.recipes, reference, allocator.told(errors), measured)
+    splits = {recipe: ways(allocator.told(errors), recipe, measured) for recipe in options.recipes}
+    given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
+    allocations = compare(splits, **given)
     result = {
         **origin(),
-        **{"seeds": options.seeds, "prompts": options.prompts, "probe": PROBE, "levels": LEVELS[:-1]},
+        **{**given, "probe": PROBE, "levels": LEVELS[:-1]},
         "layers": [asdict(row) for row in rows],
         "allocations": [asdict(row) for row in allocations],
     }

@@ -1,16 +1,17 @@
-"""Types for TinyWan's layers at the bytes of a recipe, chosen in several ways, one model for each half of the steps."""
+"""Types for TinyWan's layers at the bytes of a recipe, chosen in several ways, one file for each half of the steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.model import Model
-from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_weights, prompts
+from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_model, load_weights, prompts
 from wanquant.quant import budget
 from wanquant.quant.budget import Front
 from wanquant.quant.checkpoint import open_checkpoint
@@ -23,9 +24,19 @@ HALVES = ("high", "low")
 """Of the schedule, by noise, as the two experts of Wan 2.2 share it; of 8 steps they get 5 and 3."""
 _BORDER = 0.875
 
-Split = Mapping[str, Weights]
-"""Weights by half."""
 Fronts = Mapping[str, Front]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The types of a file, and the part of the steps whose importance it is encoded with: a half, or "all"."""
+
+    part: str
+    types: Mapping[str, QuantType]
+
+
+Split = Mapping[str, Choice]
+"""By half."""
 
 
 def half_of(level: float) -> str:
@@ -42,51 +53,72 @@ def by_half(models: Mapping[str, Model]) -> Model:
 
 
 @dataclass(frozen=True)
-class Allocator:
-    """Chooses; what is not quantized by recipes stays as it is."""
+class Network:
+    """TinyWan with its channels in some order, and the importance of its columns by half and of "all" steps."""
 
-    names: Sequence[str]
     source: Weights
     importance: Mapping[str, Importance]
-    """By half, and of "all" steps."""
+
+    @classmethod
+    def of(cls, captions: int, order: int = 0) -> Network:
+        source = reordered(load_weights(), order)
+        wanted = {"all": lambda level: True} | {
+            half: lambda level, half=half: half_of(level) == half for half in HALVES
+        }
+        return cls(
+            source,
+            {part: collect(source, prompts(captions), Collector(), wanted=wants) for part, wants in wanted.items()},
+        )
+
+    def quantized(self, split: Split) -> Model:
+        """With each half's file; what has no type there stays as it is."""
+        models = {choice: load_model(self._encoded(choice)) for choice in set(split.values())}
+        return by_half({half: models[choice] for half, choice in split.items()})
+
+    def _encoded(self, choice: Choice) -> Weights:
+        weights = dict(self.source)
+        for name, qtype in choice.types.items():
+            inputs = Inputs(self.importance[choice.part][name])
+            weights[name] = qtype.dequantize(inputs.quantize(qtype, weights[name]))
+        return weights
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Chooses; what is not quantized by recipes gets no type."""
+
+    network: Network
     fronts: Mapping[str, Fronts]
-    """The same."""
+    """By half, and of "all" steps."""
     types: Mapping[str, Mapping[str, QuantType]]
     """Of every recipe."""
     probed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, captions: int) -> Allocator:
-        source = load_weights()
-        wanted = {"all": lambda level: True} | {
-            half: lambda level, half=half: half_of(level) == half for half in HALVES
-        }
-        importance = {
-            part: collect(source, prompts(captions), Collector(), wanted=choice) for part, choice in wanted.items()
-        }
+    def of(cls, network: Network) -> Allocator:
         with open_checkpoint(CHECKPOINT) as checkpoint:
             tensors = {n: t for n, t in checkpoint.tensors.items() if treatment(n, t) == "quantized"}
             fronts = {
                 part: budget.measure(tensors, values, "fast", torch.device("cpu"), lambda tensor: None)
-                for part, values in importance.items()
+                for part, values in network.importance.items()
             }
             types = {name: plan(recipe, tensors).types for name, recipe in RECIPES.items()}
-        return cls(tuple(tensors), source, importance, fronts, types)
+        return cls(network, fronts, types)
 
     def told(self, errors: Mapping[str, Tensor]) -> Allocator:
         """The same, knowing the errors of the weights at which sensitivities were measured."""
         return replace(self, probed=errors)
 
     def of_recipe(self, recipe: str) -> Split:
-        return self._same(self._encoded(self.types[recipe], "all"))
+        return _shared(self.types[recipe])
 
     def of_size(self, recipe: str) -> Split:
         """As the converter does."""
-        return self._same(self._encoded(self._chosen(self.fronts["all"], self._bytes(recipe)), "all"))
+        return _shared(self._chosen(self.fronts["all"], self._bytes(recipe)))
 
     def by_sensitivity(self, recipe: str, measured: Mapping[str, Mapping[str, float]]) -> Split:
         totals = {name: sum(halves.values()) for name, halves in measured.items()}
-        return self._same(self._encoded(self._chosen(self._scaled("all", totals), self._bytes(recipe)), "all"))
+        return _shared(self._chosen(self._scaled("all", totals), self._bytes(recipe)))
 
     def by_half(self, recipe: str, measured: Mapping[str, Mapping[str, float]], *, shared: bool = False) -> Split:
         """A file for each half, of equal bytes or, `shared`, of equal sum."""
@@ -95,15 +127,15 @@ class Allocator:
         if shared:
             both = {f"{half}/{name}": front for half, fronts in parts.items() for name, front in fronts.items()}
             chosen = self._chosen(both, len(HALVES) * nbytes)
-            types = {half: {name: chosen[f"{half}/{name}"] for name in self.names} for half in HALVES}
+            types = {half: {name: chosen[f"{half}/{name}"] for name in measured} for half in HALVES}
         else:
             types = {half: self._chosen(fronts, nbytes) for half, fronts in parts.items()}
-        return {half: self._encoded(types[half], half) for half in HALVES}
+        return {half: Choice(half, types[half]) for half in HALVES}
 
     def _scaled(self, part: str, measured: Mapping[str, float]) -> Fronts:
         """Fronts in units of what was measured, without the rules that stand in for a measurement."""
         scales = {
-            name: value / (self.probed[name].square() * self.importance[part][name]).sum().item()
+            name: value / (self.probed[name].square() * self.network.importance[part][name]).sum().item()
             for name, value in measured.items()
         }
         return {
@@ -116,13 +148,11 @@ class Allocator:
 
     def _bytes(self, recipe: str) -> int:
         types = self.types[recipe]
-        return sum(math.prod(qtype.packed_shape(tuple(self.source[name].shape))) for name, qtype in types.items())
+        return sum(
+            math.prod(qtype.packed_shape(tuple(self.network.source[name].shape))) for name, qtype in types.items()
+        )
 
-    def _encoded(self, types: Mapping[str, QuantType], part: str) -> Weights:
-        weights = dict(self.source)
-        for name, qtype in types.items():
-            weights[name] = qtype.dequantize(Inputs(self.importance[part][name]).quantize(qtype, weights[name]))
-        return weights
 
-    def _same(self, weights: Weights) -> Split:
-        return dict.fromkeys(HALVES, weights)
+def _shared(types: Mapping[str, QuantType]) -> Split:
+    """One file for both halves."""
+    return dict.fromkeys(HALVES, Choice("all", types))

@@ -46,6 +46,22 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """By how many dB files are closer than their peers: a mean, and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Gain:
+        spread = Spread.of(values)
+        return cls(spread.mean, spread.deviation / len(values) ** 0.5)
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} ± {self.error:.2f}"
+
+
+@dataclass(frozen=True)
 class Errors:
     """Of clips against the unquantized model's, on the same seeds."""
 
@@ -58,6 +74,18 @@ class Errors:
     colour: float
     motion: float
     """Shares of the clips with the colour, and with the motion, of the caption."""
+
+    @property
+    def means(self) -> dict[str, float]:
+        """What files are compared by, in dB."""
+        clips = {"latent": fmean(self.latent_psnr), "motion": fmean(self.motion_psnr)}
+        return {"velocity": fmean(self.velocity_sqnr), **clips}
+
+
+def gains(files: Sequence[Errors], peers: Sequence[Errors]) -> dict[str, Gain]:
+    """Of each of the `means`, files being compared one by one."""
+    pairs = [(file.means, peer.means) for file, peer in zip(files, peers, strict=True)]
+    return {key: Gain.of([ours[key] - theirs[key] for ours, theirs in pairs]) for key in pairs[0][0]}
 
 
 class _Products(Collector):
