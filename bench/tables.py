@@ -24,7 +24,18 @@ def convert_rows() -> str:
     return "".join(map(convert_row, result["encoders"]))
 
 
-TABLES: dict[str, Callable[[], str]] = {"convert": convert_rows}
+def quality_rows() -> str:
+    """Gains of the steps and of the clips over the peers', in dB, a line for each recipe."""
+    rows = json.loads((ROOT / "bench" / "results" / "quality.json").read_text())["rows"]
+    gains: dict[str, list[str]] = {}
+    for row in rows:
+        if row["method"] in ("plain", "importance", "calibrated"):
+            cells = (row["gains"][measure] for measure in ("velocity", "latent"))
+            gains.setdefault(row["recipe"], []).extend(f"{gain['mean']:+.1f} ± {gain['error']:.1f}" for gain in cells)
+    return "".join(f"| {' | '.join((recipe, *cells))} |\n" for recipe, cells in gains.items())
+
+
+TABLES: dict[str, Callable[[], str]] = {"convert": convert_rows, "quality": quality_rows}
 """What writes the rows below the heading of the table behind `<!-- table: NAME -->`."""
 
 
