@@ -1,7 +1,8 @@
 """A type for every tensor such that the file has a given size and the layers' outputs the least error.
 
 Source: the table of errors on sampled rows, its Pareto front and the bisection of the Lagrange multiplier are those of
-llama.cpp's pull request 15550, here with the squared error of a layer's outputs for uncorrelated inputs.
+llama.cpp's pull request 15550. Errors here are those of a layer's outputs, for uncorrelated inputs, relative to these
+outputs: most of them are normalized or scaled by what comes next, so that their size says little of what an error does.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _EARLY_CROSS = re.compile(r"blocks\.(\d|10)\.cross_attn\.[kv](_img)?\.weight")
 
 
 class Choice(NamedTuple):
-    """A type for a tensor: the bytes that it takes in the file, and the expected squared error of the outputs."""
+    """A type for a tensor: the bytes that it takes in the file, and its `relative_error`."""
 
     qtype: QuantType
     nbytes: int
@@ -142,10 +143,9 @@ def measure(
         if len(qtypes) == 1:
             choices = [Choice(qtypes[0], _padded_bytes(qtypes[0], tensor), 0.0)]
         else:
-            rows, weight = _sample(tensor, device)
-            share = math.prod(tensor.shape[:-1]) / rows
+            weight = _sample(tensor, device)
             choices = [
-                Choice(q, _padded_bytes(q, tensor), share * squared_error(q, weight, importance.get(name), effort))
+                Choice(q, _padded_bytes(q, tensor), relative_error(q, weight, importance.get(name), effort))
                 for q in qtypes
             ]
         fronts[name] = Front.of(choices, raised=_is_raised(name, n_blocks))
@@ -162,22 +162,22 @@ def candidates(name: str, tensor: SourceTensor) -> list[QuantType]:
     return list({qtype.name: qtype for qtype in (fitting_type(wanted, tensor) for wanted in names)}.values())
 
 
-def squared_error(qtype: QuantType, weight: Tensor, importance: Tensor | None, effort: Effort) -> float:
-    """Of the outputs of (rows, columns) weights, for inputs of mean square `importance`, (columns,), or 1."""
-    importance = None if importance is None else importance.to(weight.device)
-    encoded = qtype.quantize(weight, importance, effort)
-    error = qtype.dequantize(encoded).sub_(weight).square_()
-    return float((error if importance is None else error * importance).sum().item())
+def relative_error(qtype: QuantType, weight: Tensor, importance: Tensor | None, effort: Effort) -> float:
+    """Squared, of the outputs of (rows, columns) weights, for inputs of mean square `importance`, (columns,), or 1."""
+    power = (torch.ones(()) if importance is None else importance).to(weight.device)
+    error = qtype.dequantize(qtype.quantize(weight, importance, effort)).sub_(weight)
+    energy = (weight.square() * power).sum().clamp_(min=torch.finfo(torch.float32).tiny)
+    return float((error.square_() * power).sum() / energy)
 
 
-def _sample(tensor: SourceTensor, device: torch.device) -> tuple[int, Tensor]:
-    """How many rows, and these in float32."""
+def _sample(tensor: SourceTensor, device: torch.device) -> Tensor:
+    """In float32."""
     columns = tensor.shape[-1]
     n_rows = math.prod(tensor.shape[:-1])
     count = min(n_rows, max(1, _SAMPLED_WEIGHTS // columns))
     starts = [(2 * index + 1) * n_rows // (2 * count) * columns for index in range(count)]
     rows = [tensor.read(start, start + columns) for start in starts]
-    return count, torch.stack(rows).to(device).float()
+    return torch.stack(rows).to(device).float()
 
 
 def _is_raised(name: str, n_blocks: int) -> bool:

@@ -134,14 +134,17 @@ class Allocator:
 
     def _scaled(self, part: str, measured: Mapping[str, float]) -> Fronts:
         """Fronts in units of what was measured, without the rules that stand in for a measurement."""
-        scales = {
-            name: value / (self.probed[name].square() * self.network.importance[part][name]).sum().item()
-            for name, value in measured.items()
-        }
+        scales = {name: value / self._probed_error(part, name) for name, value in measured.items()}
         return {
             name: Front.of([choice._replace(error=choice.error * scales[name]) for choice in front.choices])
             for name, front in self.fronts[part].items()
         }
+
+    def _probed_error(self, part: str, name: str) -> float:
+        """As the choices have it: of the outputs, relative to them."""
+        importance = self.network.importance[part][name]
+        error, output = (x.square().mul(importance).sum() for x in (self.probed[name], self.network.source[name]))
+        return (error / output).item()
 
     def _chosen(self, fronts: Fronts, nbytes: int) -> dict[str, QuantType]:
         return {name: choice.qtype for name, choice in budget.allocate(fronts, nbytes).items()}

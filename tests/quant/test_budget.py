@@ -95,18 +95,21 @@ def test_error_is_below_that_of_the_recipe_of_the_same_size(tmp_path, source):
 def test_outer_blocks_and_early_text_keys_get_more(tmp_path, source):
     types = qtypes(sized(source, tmp_path, convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast").nbytes))
     bits = {name: qtype.bits_per_weight for name, qtype in types.items()}
-    usual = min(bits[f"blocks.{block}.self_attn.q.weight"] for block in range(2, 11))
-    for name in ("0.self_attn.q", "1.ffn.2", "11.ffn.0", "13.cross_attn.o", "4.cross_attn.k", "10.cross_attn.v"):
-        assert bits[f"blocks.{name}.weight"] > usual
+    square = ("0.self_attn.q", "13.cross_attn.o", "4.cross_attn.k", "10.cross_attn.v")
+    for names, role in ((square, "self_attn.q"), (("1.ffn.2",), "ffn.2"), (("11.ffn.0",), "ffn.0")):
+        usual = min(bits[f"blocks.{block}.{role}.weight"] for block in range(2, 11))
+        assert all(bits[f"blocks.{name}.weight"] > usual for name in names)
     assert types["time_projection.1.weight"].name in ("Q8_0", "BF16")
     assert types["blocks.0.modulation"].name == "F32"
 
 
-def test_importance_moves_bits_to_the_tensor_that_needs_them(tmp_path, source):
-    name = "blocks.7.ffn.2.weight"
+def test_importance_moves_bits_away_from_a_tensor_few_of_whose_columns_count(tmp_path, source):
+    name, importance = "blocks.7.ffn.2.weight", torch.full((512,), 1e-3)
     plain = sized(source, tmp_path, 9 << 20)
-    weighted = sized(source, tmp_path, 9 << 20, importance={name: torch.full((512,), 1e3)})
-    assert qtypes(weighted)[name].bits_per_weight > qtypes(plain)[name].bits_per_weight
+    assert qtypes(sized(source, tmp_path, 9 << 20, importance={name: importance})) == qtypes(plain)
+    importance[::32] = 1
+    weighted = sized(source, tmp_path, 9 << 20, importance={name: importance})
+    assert qtypes(weighted)[name].bits_per_weight < qtypes(plain)[name].bits_per_weight
 
 
 def test_size_belongs_to_the_job(tmp_path, source):
