@@ -19,7 +19,7 @@ from wanquant.bench.tinywan.allocation import HALVES, by_half
 from wanquant.bench.tinywan.data import CAPTIONS, HELD_OUT, MOTIONS, TRAINING, WORDS, draw, to_latent, word_embeddings
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.model import build
-from wanquant.bench.tinywan.reference import Reference, load_model, load_weights
+from wanquant.bench.tinywan.reference import Reference, load_model, load_weights, prompts
 from wanquant.bench.tinywan.score import right
 from wanquant.ops.conditioning import load_conditioning
 
@@ -157,3 +157,10 @@ def test_each_half_has_its_model():
     model = by_half({half: lambda *_, half=half: half for half in HALVES})
     halves = [model(x, torch.tensor([1000 * level]), text) for level in sensitivity.LEVELS[:-1]]
     assert halves == ["high"] * 5 + ["low"] * 3
+
+
+@pytest.mark.parametrize("count", [8, 16, 54])
+def test_prompts_have_every_word(count):
+    chosen = prompts(count)
+    assert len(set(chosen)) == count
+    assert {word for caption in chosen for word in caption.words} == set(WORDS)
