@@ -44,9 +44,10 @@ GPUS = (
 )
 # Threads a clock and multiprocessor, for all instructions and by unit: "Throughput of Native Arithmetic Instructions"
 # in the CUDA C++ Programming Guide 12.8, compute capability 8.6 to 12.0.
-RATES = {"all": 128, "integer": 64, "float": 128, "special": 16, "memory": 32}
+RATES = {"all": 128, "integer": 64, "multiply": 64, "float": 128, "special": 16, "memory": 32}
 UNITS = {
-    "float": r"FADD|FMUL|FFMA|HADD2|HMUL2|HFMA2|FSETP|IMAD",
+    "float": r"FADD|FMUL|FFMA|HADD2|HMUL2|HFMA2|FSETP",
+    "multiply": r"IMAD",
     "special": r"I2F\b|F2I|MUFU|F2F\b",
     "memory": r"LDG|STG|LDS|STS|LDC",
     "integer": r"LOP3|SHF|IADD3|I2FP|F2FP|PRMT|ISETP|SEL|LEA|VIADD|VIMNMX|IMNMX|SGXT|MOV|IABS|PLOP3",
@@ -65,13 +66,13 @@ def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
 
 
 def machine_code(cubin: bytes) -> list[str]:
-    """Names of the instructions up to the end of the kernel."""
+    """Names of the instructions up to the last that runs; padding follows."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
     names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", text, re.M)
-    return names[: names.index("EXIT") + 1]
+    return names[: len(names) - names[::-1].index("EXIT")]
 
 
 def per_weight(name: str, capability: int, dtype: str = "bf16") -> dict[str, float]:

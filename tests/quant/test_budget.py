@@ -103,6 +103,10 @@ def test_outer_blocks_and_early_text_keys_get_more(tmp_path, source):
     assert types["blocks.0.modulation"].name == "F32"
 
 
+def test_a_tensor_of_zeros_has_no_error():
+    assert budget.relative_error(QTYPES["Q4_K"], torch.zeros(2, 256), None, "fast") == 0
+
+
 def test_importance_moves_bits_away_from_a_tensor_few_of_whose_columns_count(tmp_path, source):
     name, importance = "blocks.7.ffn.2.weight", torch.full((512,), 1e-3)
     plain = sized(source, tmp_path, 9 << 20)

@@ -112,7 +112,8 @@ def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_nothing_goes_through_shared_memory(name: str) -> None:
+def test_16_bit_weights_do_not_go_through_shared_memory(name: str) -> None:
+    """Nor do their codes: each thread stores what it decodes."""
     assert "st.shared" not in compiled(name, "bf16", TARGETS[3])["ptx"]
 
 
