@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from wanquant.dev import ROOT
+from wanquant.testing.hosts import ROOT
 from wanquant.tests.host.comparison import DENSE, TRAINED, Run, sample
 from wanquant.tests.host.server import HostServer
 

@@ -100,7 +100,7 @@ def start(folder: Path, *, dynamic: bool) -> None:
 
 
 def main() -> None:
-    from ..dev import checkout
+    from ..testing.hosts import checkout
 
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -41,7 +41,7 @@ for name, place in (("wanquant", ROOT), ("wanquant.bench", ROOT / "bench")):
 
 from wanquant.bench import gpu_host  # noqa: E402
 from wanquant.bench.gpu_meter import GIB, Meter, Row, gib, of_predicted  # noqa: E402
-from wanquant.dev import checkout  # noqa: E402
+from wanquant.testing.hosts import checkout  # noqa: E402
 
 RECIPE, STEPS, PROMPT = "Q4_K_M", 2, (1, 512, 4096)
 LORAS, RANK = 2, 64

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ..dev import ROOT, checkout
 from ..quant.gguf_writer import GGUFWriter, TensorSpec
 from ..quant.qtype import QTYPES
 from ..quant.wan import SIZES, Shape, transformer_shapes
+from ..testing.hosts import ROOT, checkout
 from .convert import machine
 
 START_UP_MS = 150.0

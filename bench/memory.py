@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..dev import checkout
 from ..quant.recipe import find_recipe, plan
 from ..quant.wan import SIZES, VACE_14B, WanSize, transformer_shapes
+from ..testing.hosts import checkout
 from .sizes import Source
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ..dev import checkout
 from ..quant.convert import convert
+from ..testing.hosts import checkout
 from ..tests.host_shims import install
 from .convert import machine, write_source
 from .dequant import fastest

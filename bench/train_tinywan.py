@@ -29,8 +29,8 @@ from wanquant.bench.tinywan.data import (
 from wanquant.bench.tinywan.model import Model, build, velocity
 from wanquant.bench.tinywan.pictures import draw_clips
 from wanquant.bench.tinywan.score import generate, right
-from wanquant.dev import ROOT
 from wanquant.ops.conditioning import save_conditioning
+from wanquant.testing.hosts import ROOT
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from wanquant.bench import gpu_host, gpu_memory
-from wanquant.dev import checkout
+from wanquant.testing.hosts import checkout
 
 ROOT = Path(__file__).resolve().parent.parent
 THERE = "torch torchgen functorch triton numpy"

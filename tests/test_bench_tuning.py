@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wanquant.dev import checkout
+from wanquant.testing.hosts import checkout
 
 if not (checkout() / "comfy").is_dir():
     pytest.skip("no ComfyUI: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from wanquant.bench import dequant, sizes, tables
-from wanquant.dev import ROOT
 from wanquant.quant import QTYPES
+from wanquant.testing.hosts import ROOT
 
 
 def test_size_table_is_current(capsys, monkeypatch):

@@ -12,9 +12,9 @@ import zipfile
 
 import pytest
 
-from wanquant.dev import ROOT
 from wanquant.ops.version import MINIMUM_HOST
 from wanquant.quant.provenance import VERSION
+from wanquant.testing.hosts import ROOT
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 MAX_BYTES = 3_000_000

@@ -9,7 +9,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from wanquant.dev import ROOT, checkout
+from wanquant.testing.hosts import ROOT, checkout
 
 if not (checkout() / "comfy").is_dir():
     pytest.skip("no ComfyUI: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)

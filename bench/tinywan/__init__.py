@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from wanquant.dev import checkout
+from wanquant.testing.hosts import checkout
 from wanquant.tests import host_shims
 
 host_shims.install()

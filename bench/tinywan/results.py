@@ -10,7 +10,7 @@ from typing import Any
 
 from wanquant.bench.convert import machine
 from wanquant.bench.tinywan.reference import CHECKPOINT
-from wanquant.dev import ROOT
+from wanquant.testing.hosts import ROOT
 
 RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "images"
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wanquant.dev import ROOT
 from wanquant.ops.conditioning import load_conditioning, save_conditioning
+from wanquant.testing.hosts import ROOT
 from wanquant.tests.host.graphs import PROMPT, SOURCE, dense_model, quantized_model, video
 from wanquant.tests.host.server import Event, HostServer
 from wanquant.tests.tiny_wan import write_tiny_wan

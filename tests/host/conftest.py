@@ -7,9 +7,9 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from wanquant.dev import checkout
 from wanquant.templates.canvas import Schemas
 from wanquant.templates.tools import COMFYUI_GGUF
+from wanquant.testing.hosts import checkout
 from wanquant.tests.host.browser import CHROMIUM, Canvas, open_canvas
 from wanquant.tests.host.server import HostServer
 from wanquant.tests.ops.conftest import HOST  # noqa: F401 (puts the host on sys.path)

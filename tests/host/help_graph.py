@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from wanquant.dev import ROOT
 from wanquant.ops.conditioning import load_conditioning, save_conditioning
 from wanquant.quant import convert
 from wanquant.templates import models
 from wanquant.templates.canvas import Box, Columns, Node, node
+from wanquant.testing.hosts import ROOT
 from wanquant.tests.host.server import HostServer
 
 TINYWAN = ROOT / "bench" / "tinywan"

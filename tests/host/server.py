@@ -22,7 +22,7 @@ from urllib.parse import urlencode
 import torch
 import websocket
 
-from wanquant.dev import ROOT, checkout, link_folder
+from wanquant.testing.hosts import ROOT, checkout, link_folder
 
 Graph = dict[str, dict[str, Any]]
 """A prompt in API format: node id -> {"class_type", "inputs"}."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from wanquant.dev import DEFAULT_HOST, ROOT
 from wanquant.templates.canvas import Columns, Schemas, workflow
+from wanquant.testing.hosts import DEFAULT_HOST, ROOT
 from wanquant.tests.host import help_graph
 from wanquant.tests.host.browser import Canvas
 from wanquant.tests.host.server import HostServer

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from wanquant.dev import ROOT, checkout
+from wanquant.testing.hosts import ROOT, checkout
 from wanquant.tests.host.server import HostServer
 from wanquant.tests.host.test_server import NODES
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from wanquant.dev import DEFAULT_HOST, ROOT
 from wanquant.templates import models
 from wanquant.templates.blueprints import blueprints
 from wanquant.templates.canvas import Json, workflow
 from wanquant.templates.gallery import templates
+from wanquant.testing.hosts import DEFAULT_HOST, ROOT
 from wanquant.tests.host.graphs import node
 from wanquant.tests.host.server import HostServer
 from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, inside, prompt, saved_files, shrunk, write_files

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wanquant.dev import ROOT
 from wanquant.templates.blueprint import INPUT, OUTPUT
 from wanquant.templates.canvas import Json, Schemas, widgets
+from wanquant.testing.hosts import ROOT
 from wanquant.tests.host.server import Graph
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from wanquant.dev import ROOT
 from wanquant.nodes import WanQuantExtension
+from wanquant.testing.hosts import ROOT
 
 HOW = """
 locales/en follows the schemas: `python3 dev.py test tests/nodes/test_locales.py --update` writes it.

@@ -1,0 +1,1 @@
+"""What the development commands, the tests and the benchmarks share."""
