@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [path for folder in ("quant", "ops", "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]
 
-HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_aimdo", "comfy_kitchen", "folder_paths", "comfyui_version"}
+HOST = {"comfy", "comfy_api", "comfy_aimdo", "comfy_execution", "comfy_kitchen", "folder_paths", "server"}
 LOWER_LAYERS = {"quant": set(), "ops": {"quant"}, "nodes": {"quant", "ops"}}
 
 
@@ -49,6 +50,17 @@ def test_files_stay_small(path):
 def toml_list(name: str) -> list[str]:
     text = (ROOT / "pyproject.toml").read_text()
     return json.loads(re.search(rf"^{name} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)[1])
+
+
+# ComfyUI's own, and what is used only where it is installed.
+FROM_HOST = HOST | {"PIL", "safetensors", "torch", "typing_extensions"}
+OPTIONAL = {"triton"}
+
+
+def test_every_import_is_declared():
+    declared = {re.split(r"[<>=]", dependency)[0] for dependency in toml_list("dependencies")}
+    tops = {module.split(".")[0] for path in MODULES for level, module in imports(path) if level == 0}
+    assert tops - sys.stdlib_module_names - FROM_HOST - OPTIONAL == declared
 
 
 def test_requirements_equal_pyproject():

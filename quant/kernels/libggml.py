@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,9 @@ _NAMES = (
 )
 # Those that it encodes faster.
 _ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
+
+_RELEASE = "0.20"
+"""Whose `_TypeTraits` are described here: with another layout a call would jump to a wrong address."""
 
 _Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -46,6 +50,9 @@ def _load() -> ctypes.CDLL:
     spec = find_spec("libggml")
     if spec is None or not spec.submodule_search_locations:
         raise ImportError("libggml-python is not installed")
+    installed = version("libggml-python")
+    if not installed.startswith(f"{_RELEASE}."):
+        raise ImportError(f"libggml-python {installed} is not {_RELEASE}.*, whose structs are described here")
     folder = Path(spec.submodule_search_locations[0])
     path = next((p for p in sorted(folder.rglob("*ggml-base.*")) if p.suffix in (".so", ".dylib", ".dll")), None)
     if path is None:

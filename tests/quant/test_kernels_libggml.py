@@ -97,3 +97,9 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libggml, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="libggml-python is not installed"):
         libggml._load()
+
+
+def test_another_release_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libggml, "version", lambda _: "0.21.0")
+    with pytest.raises(ImportError, match=r"libggml-python 0\.21\.0 is not 0\.20\.\*"):
+        libggml._load()
