@@ -14,7 +14,7 @@ import venv
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from testing.hosts import HOSTS, Host, interpreter, requirements  # noqa: E402
+from testing.hosts import HOSTS, Host, interpreter, requirements
 
 # 23.2 is the first that reads a wheel's metadata without the wheel: PyTorch's with CUDA are 3 GB.
 PIP = "pip>=23.2"
@@ -28,7 +28,8 @@ def main() -> int:
     resolved = {}
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True, symlinks=os.name != "nt")
-        pip = [str(interpreter(Path(folder))), "-m", "pip", "--no-input", "--disable-pip-version-check", "--quiet", "install"]
+        python, options = str(interpreter(Path(folder))), ["--no-input", "--disable-pip-version-check", "--quiet"]
+        pip = [python, "-m", "pip", *options, "install"]
         subprocess.run([*pip, "--upgrade", PIP], env=environment, check=True)
         for version in HOSTS:
             wanted = requirements(Host.managed(version))

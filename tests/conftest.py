@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update", action="store_true", help="write workflows/, subgraphs/ and the pictures anew")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line what could not be tested here, and why."""
+    skipped = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")]
+    if skipped:
+        reasons = (f"{count} ({reason})" for reason, count in Counter(skipped).most_common())
+        terminalreporter.write_line(f"not tested here: {'; '.join(reasons)}")
 
 
 package = types.ModuleType("wanquant")

@@ -1,18 +1,19 @@
-"""The pack must not slow down ComfyUI's start."""
+"""The pack must not slow down ComfyUI's start. How long it takes there is measured by `dev.py bench load`."""
 
 from __future__ import annotations
 
 import pytest
 
-from wanquant.bench.load import START_UP_MS, late_modules, start_up
-from wanquant.dev import checkout
+from wanquant.bench.load import late_modules, start_up
+from wanquant.testing.hosts import checkout
+
+FEW = 8
+"""Modules besides the pack's own that ComfyUI has not loaded itself."""
 
 
-def test_start_takes_little_and_loads_nothing_large() -> None:
+def test_start_loads_nothing_large_and_little_else() -> None:
     if not checkout().is_dir():
         pytest.skip(f"no ComfyUI at {checkout()}: run `python3 dev.py setup`, or set COMFYUI_PATH")
-    starts = []
-    while not starts or (starts[-1]["ms"] > START_UP_MS and len(starts) < 3):  # other programs disturb
-        starts.append(start_up())
-    assert not late_modules(starts[0]["modules"])
-    assert min(start["ms"] for start in starts) <= START_UP_MS
+    modules = start_up()["modules"]
+    assert not late_modules(modules)
+    assert len([name for name in modules if name.partition(".")[0] != "pack"]) <= FEW

@@ -1,4 +1,4 @@
-"""Bad GGUF files: one line that names the file and the field, quickly, whatever the numbers claim."""
+"""Bad GGUF files: one line that names the file and the field, without much work, whatever the numbers claim."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import random
 import struct
-import time
 import tracemalloc
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 from wanquant.quant import QuantError
 from wanquant.quant.gguf_file import open_gguf
 from wanquant.quant.gguf_header import ORIG_SHAPE_KEY, read_header
+from wanquant.tests.counting import counted_calls
 from wanquant.tests.quant.gguf_bytes import ARRAY, STRING, U8, U32, RawGGUF, RawTensor, array, name, pair
 
 HUGE = 1 << 63
@@ -98,10 +98,9 @@ BAD = {
 @pytest.mark.parametrize(("content", "message"), BAD.values(), ids=BAD)
 def test_bad_file_is_refused_in_one_line_without_allocating(tmp_path: Path, content: bytes, message: str):
     path = write(tmp_path / "bad.gguf", content)
-    started = time.perf_counter()
     tracemalloc.start()
     try:
-        with pytest.raises(QuantError, match=message) as error:
+        with counted_calls() as calls, pytest.raises(QuantError, match=message) as error:
             read_header(path)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -109,27 +108,26 @@ def test_bad_file_is_refused_in_one_line_without_allocating(tmp_path: Path, cont
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     assert peak < 1 << 20
-    assert time.perf_counter() - started < 1
+    assert calls.count < 2000
 
 
 @pytest.mark.parametrize(
-    ("payload", "message"),
+    ("payload", "message", "strings"),
     [
-        (pair("k", STRING, struct.pack("<Q", 1 << 33)), "k: .* of the header"),
-        (pair("k", ARRAY, array(U8, 1 << 33)), "k: .* of the header"),
-        (pair("k", ARRAY, array(STRING, 1 << 30)), "k: .* items"),
-        (pair("k", ARRAY, array(STRING, 1 << 21)), "metadata key 1: 0 bytes"),
+        (pair("k", STRING, struct.pack("<Q", 1 << 33)), "k: .* of the header", 0),
+        (pair("k", ARRAY, array(U8, 1 << 33)), "k: .* of the header", 0),
+        (pair("k", ARRAY, array(STRING, 1 << 30)), "k: .* items", 0),
+        (pair("k", ARRAY, array(STRING, 1 << 21)), "metadata key 1: 0 bytes", 1 << 21),
     ],
     ids=["string", "numbers", "strings", "empty strings"],
 )
-def test_large_numbers_that_a_large_file_could_hold(tmp_path: Path, payload: bytes, message: str):
+def test_large_numbers_that_a_large_file_could_hold(tmp_path: Path, payload: bytes, message: str, strings: int):
     path = write(tmp_path / "large.gguf", RawGGUF(pairs=[payload], n_pairs=2, tensors=(), data=b"").pack())
     with path.open("r+b") as file:
         file.truncate(1 << 34)
-    started = time.perf_counter()
-    with pytest.raises(QuantError, match=message):
+    with counted_calls() as calls, pytest.raises(QuantError, match=message):
         read_header(path)
-    assert time.perf_counter() - started < 3
+    assert calls.count < strings + 2000
 
 
 def test_truncated_anywhere(tmp_path: Path):
@@ -143,7 +141,7 @@ def test_truncated_anywhere(tmp_path: Path):
 @pytest.mark.parametrize("seed", range(4))
 def test_mutations_are_refused_or_read(tmp_path: Path, seed: int):
     rng, content, path = random.Random(seed), GOOD.with_pairs(orig_shape(32, 2)).pack(), tmp_path / "fuzz.gguf"
-    started, n_read = time.perf_counter(), 0
+    n_read = 0
     tracemalloc.start()
     for _ in range(500):
         mutated = bytearray(content)
@@ -165,7 +163,6 @@ def test_mutations_are_refused_or_read(tmp_path: Path, seed: int):
     tracemalloc.stop()
     assert n_read > 50
     assert peak < 4 << 20
-    assert time.perf_counter() - started < 30
 
 
 def test_not_a_readable_file(tmp_path: Path):
