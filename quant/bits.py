@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from .lasting import kept
 
 
 def fields(blocks: Tensor, *sizes: int) -> tuple[Tensor, ...]:
@@ -67,6 +67,6 @@ def levels(codes: Tensor, values: tuple[int, ...]) -> Tensor:
     return _table(values, codes.device).index_select(0, codes.int().view(-1)).view(codes.shape)
 
 
-@cache
+@kept
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)

@@ -8,13 +8,12 @@ Source: ggml-quants.c dequantize_row_iq{1_s,1_m,2_xxs,2_xs,2_s,3_xxs,3_s}, ggml-
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from .bits import fields, half, unpack_bits
+from .lasting import kept
 
 # IQ1_S   block,  50 bytes: d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
 # IQ1_M   block,  56 bytes: qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
@@ -98,7 +97,7 @@ def _grid(name: str, rows: Tensor) -> Tensor:
     return embedding(rows, _grid_table(name, rows.device))
 
 
-@cache
+@kept
 def _grid_table(name: str, device: torch.device) -> Tensor:
     # Not at the top: the package takes as long to import as all of this one, and few files have these types.
     import gguf.quants
@@ -108,13 +107,13 @@ def _grid_table(name: str, device: torch.device) -> Tensor:
     return torch.from_numpy(source.grid).view(source.grid_shape).to(device)
 
 
-@cache
+@kept
 def _signs(device: torch.device) -> Tensor:
     """(256, 8) float32, the signs of eight weights that a byte stands for: 1, or -1 where its bit is set."""
     return 1 - 2.0 * (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1)
 
 
-@cache
+@kept
 def _even_signs(device: torch.device) -> Tensor:
     """(128, 8): seven bits are seven signs, the eighth makes the number of minus signs even."""
     signs = _signs(device)[:128].clone()

@@ -8,6 +8,7 @@ numbers by the layout of float32 rather than by conversions.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
+from ..lasting import lasting
 from .triton_formats import FORMATS, read
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """A fused multiply-add would round otherwise than ggml does."""
 # 2^23 as float32: with an integer below 2^23 in its lowest bits, it is 2^23 and that integer.
 _INTEGERS = tl.constexpr(0x4B000000)
+_loaded: set[tuple[str, torch.dtype, torch.device]] = set()
 
 
 @triton.jit
@@ -134,8 +137,11 @@ def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
 
 def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     """See `OptionalPath`; RuntimeError if Triton cannot compile for the device, or does not drive it."""
-    with getattr(torch, packed.device.type).device(packed.device):
+    kernel = (qtype.name, out.dtype, packed.device)
+    # The first launch loads the kernel, which stays on the device.
+    with getattr(torch, packed.device.type).device(packed.device), nullcontext() if kernel in _loaded else lasting():
         try:
             launch(qtype, packed, out)
         except TritonError as error:
             raise RuntimeError(f"{qtype.name} does not compile: {error}") from error
+    _loaded.add(kernel)

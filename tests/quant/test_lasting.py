@@ -1,0 +1,72 @@
+"""What decoding keeps on a device is allocated as a host asks."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from wanquant.quant import QTYPES, lasting
+from wanquant.quant.lasting import allocate_within, kept
+
+QUANT = Path(lasting.__file__).parent
+
+
+@pytest.fixture
+def contexts() -> Iterator[list[str]]:
+    """What enters and leaves the host's context."""
+    seen: list[str] = []
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        seen.append("in")
+        yield
+        seen.append("out")
+
+    before = lasting._context
+    allocate_within(context)
+    yield seen
+    allocate_within(before)
+
+
+def test_tables_are_made_once_and_within_the_context(contexts: list[str]) -> None:
+    @kept
+    def small(device: torch.device) -> torch.Tensor:
+        contexts.append("small")
+        return torch.arange(4, device=device)
+
+    @kept
+    def large(device: torch.device, size: int) -> torch.Tensor:
+        contexts.append("large")
+        return small(device).repeat(size)
+
+    cpu = torch.device("cpu")
+    assert large(cpu, 2) is large(cpu, 2)
+    assert contexts == ["in", "large", "small", "out"], "hosts do not nest their contexts"
+    small(cpu)
+    large(cpu, 3)
+    assert contexts[4:] == ["in", "large", "out"]
+
+
+def test_first_launch_of_a_kernel_is_within_it(contexts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = pytest.importorskip("wanquant.quant.kernels.triton_kernel")
+    packed, out = torch.zeros(34, dtype=torch.uint8), torch.empty(32)
+    monkeypatch.setattr(torch.cpu, "device", lambda _: nullcontext(), raising=False)
+    monkeypatch.setattr(kernel, "launch", lambda *_: contexts.append("launch"))
+    monkeypatch.setattr(kernel, "_loaded", set())
+    for _ in range(2):
+        kernel.dequantize(QTYPES["Q8_0"], packed, out)
+    assert contexts == ["in", "launch", "out", "launch"]
+
+
+@pytest.mark.parametrize("path", [*QUANT.glob("*.py"), *QUANT.glob("kernels/*.py")], ids=lambda path: path.stem)
+def test_no_decoder_keeps_a_table_in_another_way(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and any(
+            isinstance(d, ast.Name) and d.id in ("cache", "lru_cache") for d in node.decorator_list
+        ):
+            assert not any(a.annotation and "device" in ast.unparse(a.annotation) for a in node.args.args), node.name
