@@ -13,6 +13,7 @@ from typing import Any
 from .errors import QuantError
 from .provenance import source_metadata
 from .sources.animate import host_tensors
+from .sources.attention import take_preferences
 from .sources.files import SourceFiles, SourceIdentity
 from .sources.layers import QUANTIZATION_METADATA, Format, declared_formats, source_tensors
 from .sources.modules import check_module
@@ -32,7 +33,7 @@ class Checkpoint:
     name: str
     """Of the file or folder, and of the modules merged onto it."""
     metadata: Mapping[str, str]
-    """What the host's detection of the model reads: the `__metadata__` of safetensors."""
+    """What the host reads to detect the model, and its attention preferences: the `__metadata__` of safetensors."""
     architecture: str
     gguf_metadata: Mapping[str, Any]
     """Keys that a GGUF of this architecture has."""
@@ -104,7 +105,8 @@ def _open(path: Path) -> Checkpoint:
     try:
         naming = find_naming(path, {tensor.name for tensor in opened.tensors})
         metadata = source_metadata(opened.metadata) if opened.is_gguf else dict(opened.metadata)
-        stored = _named(naming, opened)
+        stored, preferences = take_preferences(_named(naming, opened))
+        metadata |= preferences
         formats = _by_new_name(declared_formats(path, metadata), stored)
         metadata.pop(QUANTIZATION_METADATA, None)
         tensors = {tensor.name: tensor for tensor in host_tensors(source_tensors(list(stored.values()), formats))}

@@ -19,6 +19,7 @@ from .provenance import source_metadata
 from .report import GIB
 from .safetensors_header import safetensors_header
 from .sentencepiece import SPIECE_KEY
+from .sources.attention import preference_tensors, without_preferences
 from .sources.files import SourceFiles
 from .sources.layers import source_tensors
 from .sources.opening import Opened, open_files
@@ -98,10 +99,11 @@ class _Content:
     def __init__(self, opened: Opened, dtype: torch.dtype) -> None:
         self.files = opened.files
         self.weights = [_Weight(tensor, dtype) for tensor in source_tensors(opened.tensors, {})]
-        spiece = opened.metadata.get(SPIECE_KEY)
-        self.tokenizer = {} if spiece is None else {SPIECE_TENSOR: torch.from_numpy(np.array(spiece, np.uint8))}
-        self.header = _header(self.weights, self.tokenizer, source_metadata(opened.metadata))
-        data_bytes = sum(w.nbytes for w in self.weights) + sum(t.nbytes for t in self.tokenizer.values())
+        spiece, metadata = opened.metadata.get(SPIECE_KEY), source_metadata(opened.metadata)
+        tokenizer = {} if spiece is None else {SPIECE_TENSOR: torch.from_numpy(np.array(spiece, np.uint8))}
+        self.bytes = tokenizer | preference_tensors(metadata)
+        self.header = _header(self.weights, self.bytes, without_preferences(metadata))
+        data_bytes = sum(w.nbytes for w in self.weights) + sum(t.nbytes for t in self.bytes.values())
         self.nbytes = len(self.header) + data_bytes
 
     def write(self, destination: Path, overwrite: bool, progress: Progress | None) -> Path:
@@ -114,7 +116,7 @@ class _Content:
                     done += piece.nbytes
                     if progress is not None:
                         progress(done, self.nbytes, weight.name)
-            for tensor in self.tokenizer.values():
+            for tensor in self.bytes.values():
                 file.write(tensor.numpy().data)
             for part in self.files:
                 part.identity.check_unchanged()
