@@ -29,14 +29,20 @@ Graph = dict[str, dict[str, Any]]
 Event = dict[str, Any]
 """A websocket message: {"type", "data"}."""
 
-FLAGS = [
-    "--listen",
-    "127.0.0.1",
-    "--disable-auto-launch",
-    "--disable-api-nodes",
-    "--database-url",
-    "sqlite:///:memory:",
-]
+# By purpose, the newest flag first: a server gets the first that its ComfyUI knows, or none.
+FLAGS = (
+    (["--listen", "127.0.0.1"],),
+    (["--disable-auto-launch"],),
+    (["--offline"], ["--disable-api-nodes"]),
+    (["--disable-assets"],),
+    (["--database-url", "sqlite:///:memory:"],),
+)
+_KNOWN_FLAGS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from comfy.cli_args import parser
+print(*parser._option_string_actions)
+"""
 STARTUP_SECONDS = 240
 _TEXT_EVENT = (3).to_bytes(4, "big")  # the one binary message that is not a preview: protocol.py BinaryEventTypes
 
@@ -47,6 +53,14 @@ class GraphError(Exception):
     def __init__(self, message: str, details: dict[str, Any]) -> None:
         super().__init__(f"{message}: {json.dumps(details, indent=1)[:4000]}")
         self.details = details
+
+
+def flags_of(comfyui: Path) -> list[str]:
+    """Those of `FLAGS` that this ComfyUI's parser takes."""
+    command = [sys.executable, "-I", "-c", _KNOWN_FLAGS, str(comfyui)]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    usable = (next((flag for flag in alternatives if flag[0] in known), []) for alternatives in FLAGS)
+    return [part for flag in usable for part in flag]
 
 
 class HostServer:
@@ -80,7 +94,8 @@ class HostServer:
         device = [] if torch.accelerator.is_available() else ["--cpu"]
         where = ["--base-directory", str(self.base), "--port", str(self.port)]
         launcher = Path(__file__).resolve().parent / "launch.py"
-        self._command = [sys.executable, str(launcher), str(checkout()), *FLAGS, *device, *where, *flags]
+        self._command = [sys.executable, str(launcher), str(checkout()), *flags_of(checkout())]
+        self._command += [*device, *where, *flags]
         for name in ("diffusion_models", "text_encoders", "conditioning"):
             (self.models / name).mkdir(parents=True, exist_ok=True)
         for name in ("input", "output", "custom_nodes"):
