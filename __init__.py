@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,10 +15,6 @@ async def comfy_entrypoint() -> WanQuantExtension:
     from .ops.version import require_host
 
     require_host()
-    try:
-        from .nodes import WanQuantExtension
-    except (ImportError, AttributeError):
-        # The host reports only the message; what it has changed is in the traceback.
-        logging.getLogger(__name__).exception("WanQuant does not fit this version of ComfyUI")
-        raise
+    from .nodes import WanQuantExtension
+
     return WanQuantExtension()

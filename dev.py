@@ -26,7 +26,7 @@ def _test(host: Host, pytest_arguments: list[str]) -> int:
 
 
 def _check_types(host: Host) -> int:
-    packages = [f"-pwanquant.{name}" for name in ("quant", "ops", "nodes")]
+    packages = [f"-pwanquant.{name}" for name in ("quant", "ops", "nodes", "testing")]
     options = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     with tempfile.TemporaryDirectory() as name:
         link_folder(Path(name) / "wanquant", ROOT)

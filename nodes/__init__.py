@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+
 from comfy_api.latest import ComfyExtension, io
 
-from .collect_importance import WanQuantCollectImportance
+from ..ops.version import host_version
 from .compare_latents import WanQuantCompareLatents
 from .convert import WanQuantConvert
 from .folders import register_folders
 from .inspect import WanQuantInspect
 from .load_conditioning import WanQuantLoadConditioning
-from .load_diffusion_model import WanQuantLoader
-from .load_expert_pair import WanQuantExpertPairLoader
-from .load_text_encoder import WanQuantTextEncoderLoader
-from .low_vram import WanQuantLowVRAM
 from .preview_decode import WanQuantPreviewDecode
 from .replacements import register_replacements
 from .save_conditioning import WanQuantSaveConditioning
 from .save_importance import WanQuantSaveImportance
-from .save_model import WanQuantSaveModel
 from .save_recovery_lora import WanQuantSaveRecoveryLora
+
+logger = logging.getLogger(__name__)
 
 
 class WanQuantExtension(ComfyExtension):
@@ -29,18 +28,44 @@ class WanQuantExtension(ComfyExtension):
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            WanQuantLoader,
-            WanQuantExpertPairLoader,
-            WanQuantTextEncoderLoader,
+            *model_nodes(),
             WanQuantConvert,
             WanQuantInspect,
             WanQuantSaveConditioning,
             WanQuantLoadConditioning,
             WanQuantPreviewDecode,
             WanQuantCompareLatents,
-            WanQuantCollectImportance,
             WanQuantSaveImportance,
-            WanQuantSaveModel,
             WanQuantSaveRecoveryLora,
-            WanQuantLowVRAM,
         ]
+
+
+def model_nodes() -> list[type[io.ComfyNode]]:
+    """The nodes that work with loaded models. After an update of ComfyUI that they do not fit, the others stay."""
+    try:
+        from ..ops.host_check import misfits, sentence
+        from .collect_importance import WanQuantCollectImportance
+        from .load_diffusion_model import WanQuantLoader
+        from .load_expert_pair import WanQuantExpertPairLoader
+        from .load_text_encoder import WanQuantTextEncoderLoader
+        from .low_vram import WanQuantLowVRAM
+        from .save_model import WanQuantSaveModel
+    except (ImportError, AttributeError) as error:
+        logger.error(
+            "WanQuant: ComfyUI %s has changed what loading a GGUF builds on (%s); Convert to GGUF and GGUF Info work;"
+            " update WanQuant",
+            host_version(),
+            error,
+        )
+        logger.debug("where it failed", exc_info=error)
+        return []
+    if problems := misfits():
+        logger.error("WanQuant: %s", sentence(problems))
+    return [
+        WanQuantLoader,
+        WanQuantExpertPairLoader,
+        WanQuantTextEncoderLoader,
+        WanQuantCollectImportance,
+        WanQuantSaveModel,
+        WanQuantLowVRAM,
+    ]

@@ -55,4 +55,6 @@ class WanQuantSaveImportance(io.ComfyNode):
         else:
             written = str(write_importance(output_path(folder, name, ".gguf"), collected, overwrite=True))
         text = f"{len(collected)} matrices over {collected.samples} evaluations of the model"
+        if importance.unseen:
+            text += f"; {len(importance.unseen)} layers had no input, the first is {importance.unseen[0]}"
         return io.NodeOutput(written, ui=ui.PreviewText(f"Saved {name}: {text}"))

@@ -15,7 +15,9 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from . import host
 from .experts import simulate
 from .job import Condition, Job, image_fields
 from .low_vram import LeanPlan, apply_lean, one_by_one
@@ -27,10 +29,11 @@ from .vram import Choice, choose
 logger = logging.getLogger(__name__)
 
 _KEY = "wanquant.budget"
-_COMPILED = "torch.compile"
-"""Key of the host's wrapper. Source: comfy_api/torch_helpers/torch_compile.py COMPILE_KEY, ComfyUI 0.30.0."""
 _COMPILED_RUNS_STOCK = (
     "a compiled model runs as in ComfyUI and does not keep to the budget; take TorchCompileModel out of the graph"
+)
+_POSE_CACHE = (
+    "what Wan Animate 2 Cache keeps on the GPU (its buffers, with device gpu the whole cache) is not in the budget"
 )
 
 
@@ -110,8 +113,10 @@ class _Sampling:
         job = Job(tuple(noise_shape), tuple(each))
         self._choice = choose(self._simulator_of(model), job, self._budget)
         logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, self._budget / GIB, self._choice)
-        if self._choice.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, _COMPILED):
+        if self._choice.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, host.COMPILE_KEY):
             logger.warning("Wan Low VRAM: %s", _COMPILED_RUNS_STOCK)
+        if "animate2_cache" in model.model_options.get("transformer_options", {}):
+            logger.warning("Wan Low VRAM: %s", _POSE_CACHE)
         room = self._budget - self._choice.peak.total
         self._ample = room >= model.model_size()
         if self._ample or comfy.model_management.is_device_cpu(model.load_device):
@@ -147,10 +152,7 @@ def _keep_weights(model: ModelPatcher, room: int) -> None:
         model.partially_load(model.load_device, room)
         return
     held = _keep_factors(model, room)
-    # The host lifts the limit when the next prompt begins.
-    vbar = model.model.dynamic_vbars.get(model.load_device)
-    if vbar is not None:
-        vbar.set_watermark_limit(room - held)
+    host.limit_resident(model.model, model.load_device, room - held)
 
 
 def _keep_factors(model: ModelPatcher, room: int) -> int:
@@ -170,12 +172,11 @@ def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Ite
     if unless or layer.weight.device.type != "cpu":
         yield
         return
-    layer.forward = partial(_on_weights_device, layer)
-    try:
+    with host.in_place({layer: partial(_on_weights_device, layer)}):
         yield
-    finally:
-        vars(layer).pop("forward", None)
 
 
-def _on_weights_device(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-    return type(layer).forward(layer, x.to(layer.weight.device)).to(x.device)
+def _on_weights_device(layer: torch.nn.Linear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """A Linear's forward, its input and what else the host hands it moved to the weight."""
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(layer.weight.device), (args, kwargs))
+    return type(layer).forward(layer, x.to(layer.weight.device), *args, **kwargs).to(x.device)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from . import host
+
 _HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
@@ -33,6 +35,7 @@ class FlashAttention:
         **_kwargs: object,
     ) -> Tensor:
         """(batch, tokens, heads * size), or (batch, heads, tokens, size) where a reshape is skipped."""
+        q, k, v = host.uncontained(q, k, v)
         if not skip_reshape:
             size = q.shape[2] // heads
             q, k, v = (x.reshape(len(x), -1, heads, size).transpose(1, 2) for x in (q, k, v))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..quant.importance import Collector
+from . import host
 
 _KEY = "wanquant.importance"
 
@@ -39,26 +43,53 @@ def _observe(
     transformer_options: dict[str, Any],
     **kwargs: object,
 ) -> Tensor:
-    """Wraps `BaseModel.apply_model`. The hooks last for one evaluation only: other clones share the layers."""
+    """Wraps `BaseModel.apply_model`."""
     weight = step_size(t, transformer_options.get("sample_sigmas")) ** 2 if by_step_size else 1.0
-    layers = executor.class_obj.diffusion_model.named_modules()
-    hooks = [
-        # Any module with the width of a Linear: those of quantized models of the host are no torch.nn.Linear.
-        module.register_forward_pre_hook(partial(_add, collector, f"{name}.weight", weight))
-        for name, module in layers
-        if hasattr(module, "in_features")
-    ]
-    try:
-        output: Tensor = executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    options = host.without_prefetch(transformer_options)
+    with collecting(executor.class_obj.diffusion_model, collector, weight):
+        output: Tensor = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     collector.samples += len(x)
     return output
 
 
-def _add(collector: Collector, name: str, weight: float, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    collector.add(name, inputs[0], weight)
+@contextmanager
+def collecting(model: torch.nn.Module, collector: Collector, weight: float = 1.0) -> Iterator[None]:
+    """While open, what each Linear of the model multiplies is added to `collector`.
+
+    The hooks last for one evaluation only: other clones share the layers.
+    """
+    # Any module with the width of a Linear: those of quantized models of the host are no torch.nn.Linear.
+    layers = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    collector.watched.update(layers)
+    hooks = [
+        layer.register_forward_pre_hook(partial(_add, collector, name, weight), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        with host.in_place(_one_by_one(model, layers.values())):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _one_by_one(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> host.Forwards:
+    """Forwards with which the host calls every layer: it folds some with their activation, past the layer's hooks."""
+    folded = (m for m in model.modules() if isinstance(m, torch.nn.Sequential) and host.folds_activations(m))
+    plain = {module: MethodType(torch.nn.Sequential.forward, module) for module in folded}
+    return {layer: layer.forward for layer in layers} | plain
+
+
+def _add(
+    collector: Collector,
+    name: str,
+    weight: float,
+    _: torch.nn.Module,
+    inputs: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
+    with host.outside_graphs():
+        collector.add(name, host.multiplied(*inputs, **keywords), weight)
 
 
 def step_size(t: Tensor, sigmas: Tensor | None) -> float:

@@ -9,14 +9,9 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ..quant import QuantError
+from . import host
 from .linear import GGUFOps
 from .matmul import WeightFunction, decoded_tiles, needs_whole, packed_linear
-
-try:
-    import comfy_kitchen
-    from comfy_kitchen.tensor import TensorWiseINT8Layout
-except ImportError:  # before ComfyUI 0.27
-    comfy_kitchen = None
 
 GROUP = 256
 """Neighbouring columns that a Hadamard matrix mixes, so that an outlier among them does not set the scale alone."""
@@ -37,10 +32,8 @@ def int8_linear(
         return packed_linear(x, weight, bias, functions)
     codes, scales = x.new_empty(rows, columns, dtype=torch.int8), x.new_empty(rows, 1, dtype=torch.float32)
     for part, tile in decoded_tiles(weight, functions, x):
-        codes[part], params = TensorWiseINT8Layout.quantize(tile, per_channel=True, convrot=True)
-        scales[part] = params.scale.view(-1, 1)
-    out: Tensor = comfy_kitchen.int8_linear(x, codes, scales, bias, x.dtype, convrot=True, convrot_groupsize=GROUP)
-    return out
+        codes[part], scales[part] = host.quantize_rows(tile)
+    return host.int8_linear(x, codes, scales, bias, GROUP)
 
 
 class Int8Ops(GGUFOps):
@@ -52,6 +45,6 @@ class Int8Ops(GGUFOps):
 
 def int8_ops() -> type[GGUFOps]:
     """Raises QuantError where the host cannot multiply in 8-bit integers."""
-    if comfy_kitchen is None:
+    if not host.has_int8():
         raise QuantError("int8: this ComfyUI has no INT8 arithmetic; update it to 0.27 or newer, or turn int8 off")
     return Int8Ops

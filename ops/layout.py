@@ -10,6 +10,7 @@ from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_cl
 from torch import Tensor
 
 from ..quant import QTYPES
+from . import host
 
 LAYOUT_NAME = "WanQuantGGUF"
 """The registry is global to the process: another pack must not share the name."""
@@ -71,7 +72,7 @@ class GGUFLayout(QuantizedLayout):
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, ...]:
-        return (qtensor._qdata,)
+        return (host.packed_bytes(qtensor),)
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: GGUFParams) -> dict[str, Tensor]:
@@ -87,12 +88,12 @@ def pack(qdata: Tensor, qtype: str, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 def is_packed(tensor: object) -> bool:
-    return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT_NAME
+    return isinstance(tensor, QuantizedTensor) and host.layout_name(tensor) == LAYOUT_NAME
 
 
 def with_dtype(tensor: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     """The same bytes, to be decoded to `dtype`; the tensor's own `.to(dtype)` would copy them."""
-    return pack(tensor._qdata, tensor.params.qtype, tensor.params.orig_shape, dtype)
+    return pack(host.packed_bytes(tensor), tensor.params.qtype, tensor.params.orig_shape, dtype)
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..quant import QTYPES
+from . import host
 from .layout import dense, is_packed
 from .matmul import WeightFunction, packed_linear
 
@@ -25,8 +26,6 @@ class GGUFModule(torch.nn.Module):
     """Packed blocks, or a plain tensor where the file has one."""
     weight_function: list[WeightFunction]
     """The host's: applied in turn to the decoded weight at every use."""
-    weight_lowvram_function: object
-    """The host's with dynamic VRAM: what it would round into the packed blocks."""
 
     _mapped: tuple[torch.nn.Parameter, ...] = ()
     """The packed weight as it was loaded, while another device has a copy; in a tuple, torch does not count it in."""
@@ -61,8 +60,7 @@ class GGUFModule(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if is_packed(self.weight):
             self._keep_mapped(fn(torch.empty(0, device=self.weight.device)).device)
-        # torch's own version swaps the data of a parameter in place, which a wrapper tensor does not support.
-        comfy.ops._quantized_apply(self, fn, recurse)
+        host.move_parameters(self, fn, recurse)
         return self
 
     def _keep_mapped(self, target: torch.device) -> None:
@@ -73,28 +71,28 @@ class GGUFModule(torch.nn.Module):
             (self.weight,), self._mapped = self._mapped, ()
 
     def cast(self, like: Tensor) -> tuple[Tensor, Tensor | None, list[WeightFunction], Any]:
-        """The host's `cast_bias_weight`, which decodes the whole weight for a LoRA, without that.
+        """`host.cast`, which decodes the whole weight for a LoRA, without that.
 
         Returns:
             Weight, bias, and the weight functions still to be applied, on the device of `like`: there are some only
             for a weight that is still packed (`DecodedRows` applies them). A weight that is not has the dtype of
-            `like`. Last, what `comfy.ops.uncast_bias_weight(self, weight, bias, stream)` wants after the last use.
+            `like`. Last, the handle that `host.uncast` wants after the last use.
         """
         functions = self.weight_function
         # A compiled graph has the weight whole anyway, and must not write to the module.
         if not functions or not is_packed(self.weight) or torch.compiler.is_compiling():
-            weight, bias, stream = comfy.ops.cast_bias_weight(self, like, offloadable=True, compute_dtype=like.dtype)
-            return weight, bias, [], stream
+            weight, bias, handle = host.cast(self, like)
+            return weight, bias, [], handle
         self.weight_function = []
         try:
-            weight, bias, stream = comfy.ops.cast_bias_weight(self, like, offloadable=True, compute_dtype=like.dtype)
+            weight, bias, handle = host.cast(self, like)
         finally:
             self.weight_function = functions
         if is_packed(weight):
-            return weight, bias, functions, stream
+            return weight, bias, functions, handle
         for function in functions:
             weight = function(weight)
-        return weight, bias, [], stream
+        return weight, bias, [], handle
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
         """The host calls this before it patches a weight; the result is dense and may be written to."""
@@ -120,13 +118,29 @@ class GGUFOps(comfy.ops.manual_cast):
             shapes: dict[str, tuple[int, ...]] = {"weight": (out_features, in_features)}
             self._declare(dtype, shapes | ({"bias": (out_features,)} if bias else {}))
 
-        def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-            weight, bias, functions, stream = self.cast(input)
+        def forward_comfy_cast_weights(
+            self,
+            input: Tensor,
+            input_act: str | None = None,
+            act_weight: object = None,
+            act_eps: float = 0.0,
+            residual: Tensor | None = None,
+            residual_scale: Tensor | None = None,
+            **others: object,
+        ) -> Tensor:
+            """The host's call. Some versions hand over what surrounds the product, to be folded with it."""
+            _refuse(others)
+            product = self.product(host.activated(input, input_act, act_weight, act_eps))
+            return _joined(product, residual, residual_scale)
+
+        def product(self, x: Tensor) -> Tensor:
+            """(..., in_features) -> (..., out_features)."""
+            weight, bias, functions, handle = self.cast(x)
             packed = is_packed(weight)
             try:
-                return self.multiply(input, weight, bias, functions) if packed else linear(input, weight, bias)
+                return self.multiply(x, weight, bias, functions) if packed else linear(x, weight, bias)
             finally:  # also when memory runs out, else the weight's page of video memory is held for ever
-                comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+                host.uncast(self, weight, bias, handle)
 
     class Embedding(GGUFModule, comfy.ops.manual_cast.Embedding):
         def __init__(
@@ -147,14 +161,21 @@ class GGUFOps(comfy.ops.manual_cast):
             self.scale_grad_by_freq, self.sparse = scale_grad_by_freq, sparse
             self._declare(dtype, {"weight": (num_embeddings, embedding_dim)})
 
-        def forward_comfy_cast_weights(self, input: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        def forward_comfy_cast_weights(
+            self, input: Tensor, out_dtype: torch.dtype | None = None, **others: object
+        ) -> Tensor:
             """Gathers where the table lies, so that a table of gigabytes never crosses to the accelerator."""
+            _refuse(others)
             if self.weight_function or not is_packed(self.weight):
                 plain: Tensor = super().forward_comfy_cast_weights(input, out_dtype)
                 return plain
-            packed, qtype = self.weight._qdata, QTYPES[self.weight.params.qtype]
+            packed, qtype = host.packed_bytes(self.weight), QTYPES[self.weight.params.qtype]
             rows: Tensor = qtype.dequantize(packed[input.to(packed.device)], out_dtype or self.weight.dtype)
             return rows.to(input.device)
+
+        def host_rows(self, input: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+            """What the host asks for instead (0.39 on) where the table is not on the accelerator."""
+            return self.forward_comfy_cast_weights(input, out_dtype)
 
 
 def computing_in(dtype: torch.dtype) -> type[GGUFOps]:
@@ -162,10 +183,24 @@ def computing_in(dtype: torch.dtype) -> type[GGUFOps]:
 
     class Operations(GGUFOps):
         class Linear(GGUFOps.Linear):
-            def forward_comfy_cast_weights(self, input: Tensor) -> Tensor:
-                return super().forward_comfy_cast_weights(input.to(dtype)).to(input.dtype)
+            def product(self, x: Tensor) -> Tensor:
+                return super().product(x.to(dtype)).to(x.dtype)
 
     return Operations
+
+
+def _joined(product: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+    """`residual + scale * product`, as the host computes it."""
+    if residual is None:
+        return product
+    return residual + product if scale is None else torch.addcmul(residual, product, scale)
+
+
+def _refuse(others: dict[str, object]) -> None:
+    """Raise QuantError for what a newer host hands a layer, and this pack would leave out."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise host.unknown_call(", ".join(given))
 
 
 def gguf_modules(model: torch.nn.Module) -> Iterator[tuple[str, GGUFModule]]:

@@ -7,10 +7,13 @@ from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import torch
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from . import host
 
 _FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
@@ -115,7 +118,8 @@ class LiveMemory(TorchDispatchMode):
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
     """Of the tensors in nested containers; of a packed tensor, that of its bytes."""
     if isinstance(tree, Tensor):
-        yield getattr(tree, "_qdata", tree).untyped_storage()
+        stored = host.packed_bytes(tree) if isinstance(tree, QuantizedTensor) else tree
+        yield stored.untyped_storage()
     elif isinstance(tree, list | tuple):
         for part in tree:
             yield from _storages(part)

@@ -17,7 +17,10 @@ from torch import Tensor
 from ..quant import QuantError
 from ..quant.gguf_header import Header, TensorRecord, read_header
 from ..quant.provenance import source_metadata
+from ..quant.sources.attention import preference_tensors
 from ..quant.sources.modules import is_module
+from . import host
+from .host_check import check_host
 from .int8 import int8_ops
 from .layout import pack, with_dtype
 from .linear import GGUFOps, packed_modules
@@ -61,9 +64,10 @@ def load_diffusion_model(
         disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
 
     Raises:
-        QuantError: not a well-formed GGUF, no diffusion model that this host knows, a module that does not
-            fit it, or no int8 in this host.
+        QuantError: a host that does not fit, not a well-formed GGUF, no diffusion model that this host knows, a module
+            that does not fit it, or no int8 in this host.
     """
+    check_host()
     header = read_header(path)
     _refuse_foreign(header)
     if module is not None:
@@ -72,22 +76,31 @@ def load_diffusion_model(
     stand_in = dtype or torch.bfloat16
     check_memory(header, decoded_bytes(header, stand_in))
     data = map_files(header.parts, dynamic=not disable_dynamic)
-    state_dict = {r.name: host_tensor(r, data(r), stand_in) for r in header.tensors.values()}
+    metadata = source_metadata(header.metadata)
+    state_dict = {r.name: loaded_tensor(r, data(r), stand_in) for r in header.tensors.values()}
+    if host.knows_preferences():
+        preferences = preference_tensors(metadata)
+        state_dict |= {name: host.note_source(tensor, header.path) for name, tensor in preferences.items()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
         {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": dtype} if dtype else {}),
-        metadata=source_metadata(header.metadata),
+        metadata=metadata,
         disable_dynamic=disable_dynamic,
     )
     if patcher is None:
         raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
     _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
-    patcher.cached_patcher_init = (partial(load_diffusion_model, path, dtype=dtype, module=module, int8=int8), ())
+    host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, module=module, int8=int8))
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
     if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
         logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)
     return with_packed_patches(patcher)
+
+
+def loaded_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """`host_tensor`, which tells the host its file."""
+    return host.note_source(host_tensor(record, data, dtype), record.path)
 
 
 def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,8 +127,8 @@ def _is_linear(record: TensorRecord) -> bool:
 
 
 def _settle_dtype(model: BaseModel, dtype: torch.dtype) -> None:
-    """Make `dtype` the compute dtype; the host then also reckons the decoded weights in its memory plan."""
-    model.manual_cast_dtype = dtype
+    """Make the model, and what its weights are decoded to, of `dtype`."""
+    host.set_compute_dtype(model, dtype)
     for _, module in packed_modules(model):
         module.weight = torch.nn.Parameter(with_dtype(module.weight, dtype), requires_grad=False)
 

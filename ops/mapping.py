@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import comfy.memory_management
 import torch
 from torch import Tensor
 
-from ..quant import QuantError
 from ..quant.gguf_file import map_private
 from ..quant.gguf_header import FileIdentity, Header, TensorRecord
+from . import host
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +31,8 @@ def map_files(parts: Sequence[FileIdentity], *, dynamic: bool = True) -> TensorD
     Raises:
         QuantError: a file cannot be mapped, or is no longer the one whose records were read.
     """
-    aimdo = dynamic and comfy.memory_management.aimdo_enabled
-    maps = {part.path: _HostMap(part.path) if aimdo else _PrivateMap(part) for part in parts}
+    streams = dynamic and host.dynamic_vram()
+    maps = {part.path: _HostMap(part.path) if streams else _PrivateMap(part) for part in parts}
     for part in parts:
         part.check_unchanged()
     return lambda record: maps[record.path].data(record)
@@ -70,29 +67,19 @@ def watch(header: Header) -> Callable[[object], None]:
 
 
 class _HostMap:
-    """A file that dynamic VRAM can read from disk to the accelerator, by the slice noted on each tensor's storage.
+    """A file that dynamic VRAM can read from disk to the accelerator.
 
-    Source: comfy/utils.py load_safetensors, comfy/memory_management.py TensorFileSlice, ComfyUI 0.30.0.
+    Source: comfy/utils.py load_safetensors, ComfyUI 0.30.0.
     """
 
     def __init__(self, path: Path) -> None:
-        # Not at the top: the module takes its library as it is imported, and the host loads that only for dynamic VRAM.
-        from comfy_aimdo.model_mmap import ModelMMAP
-
-        try:
-            self._map = ModelMMAP(os.fspath(path))
-        except RuntimeError as error:
-            raise QuantError(f"{path}: cannot be mapped into memory: {error}") from None
-        self._handle, self._lock = self._map.get_file_handle(), threading.Lock()
+        self._map, self._lock = host.map_file(path), threading.Lock()
+        self._handle = self._map.get_file_handle()
         self._view = memoryview((ctypes.c_uint8 * path.stat().st_size).from_address(self._map.get()))
 
     def data(self, record: TensorRecord) -> Tensor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             data = torch.frombuffer(self._view[record.offset : record.offset + record.nbytes], dtype=torch.uint8)
-        # One storage a tensor, from its first byte to its last: the host ignores slices of any other size.
-        file_slice = comfy.memory_management.TensorFileSlice(self._handle, self._lock, record.offset, record.nbytes)
-        storage: Any = data.untyped_storage()
-        storage._comfy_tensor_file_slice = file_slice
-        storage._comfy_tensor_mmap_refs = (self._map, self._view)
+        host.note_slice(data, self._handle, self._lock, record.offset, (self._map, self._view))
         return data.view(record.qtype.packed_shape(record.stored_shape or (1,)))

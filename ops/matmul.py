@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..quant.kernels.op import dequantize_into
+from . import host
 from .layout import dense
 from .patches import OnTheFly, PatchRows
 
@@ -59,7 +60,7 @@ class DecodedRows:
             functions: applied in turn, each to the result of the one before.
             like: its dtype and device are those of the rows.
         """
-        self._weight = weight
+        self._weight, self._packed = weight, host.packed_bytes(weight)
         self._patches = [_patch_rows(function, like) for function in functions]
         whole = len(weight)
         self.row_multiple = lcm(1, *(f.row_multiple if isinstance(f, OnTheFly) else whole for f in functions))
@@ -67,7 +68,7 @@ class DecodedRows:
 
     def decode(self, start: int, out: Tensor) -> Tensor:
         """As many rows from `start` as `out`, contiguous, has. Writes to it and returns it, or what a function made."""
-        dequantize_into(self._weight._qdata[start : start + len(out)], self._weight.params.qtype, out)
+        dequantize_into(self._packed[start : start + len(out)], self._weight.params.qtype, out)
         for patch in self._patches:
             out = patch(out, start)
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora
+import comfy.model_detection
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter import WeightAdapterBase
@@ -18,9 +21,11 @@ from torch import Tensor
 
 from ..quant import QTYPES, QuantError
 from ..quant.checkpoint import Checkpoint, SourceTensor
+from ..quant.sources.attention import preference_metadata
 from ..quant.sources.files import SourceFiles, SourceIdentity
 from ..quant.sources.names import find_naming
 from ..quant.sources.tensors import DTYPES
+from . import host
 from .layout import dense, is_packed
 from .patch_rows import Patch
 
@@ -57,7 +62,7 @@ class _Parameter(SourceTensor):
         if self.patches or not isinstance(self.weight, QuantizedTensor) or not is_packed(self.weight):
             return None
         qtype = QTYPES[self.stored]
-        qdata: Tensor = self.weight._qdata.detach().flatten()
+        qdata: Tensor = host.packed_bytes(self.weight).detach().flatten()
         return qdata[start // qtype.block_size * qtype.type_size : stop // qtype.block_size * qtype.type_size].cpu()
 
     def merged(self, device: torch.device) -> Tensor:
@@ -120,7 +125,7 @@ class _Memory(SourceFiles):
 def _parts(value: Any) -> Iterator[Any]:  # noqa: ANN401
     """Everything that tells one value from another, as bytes."""
     if isinstance(value, QuantizedTensor):
-        value = value._qdata if is_packed(value) else value.dequantize()
+        value = host.packed_bytes(value) if is_packed(value) else value.dequantize()
     if isinstance(value, Tensor):
         yield repr((value.dtype, value.shape)).encode()
         yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
@@ -143,7 +148,8 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
     Raises:
         QuantError: no Wan model.
     """
-    weights = dict(patcher.model.diffusion_model.named_parameters())
+    model = patcher.model.diffusion_model
+    weights = dict(model.named_parameters())
     name = Path("MODEL")
     architecture = find_naming(name, weights.keys()).architecture
     memory = _Memory(device)
@@ -152,18 +158,28 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
     identity = _Identity(name, (), sum(tensor.nbytes for tensor in memory.tensors))
     on_cpu = (tensor for tensor in memory.tensors if tensor.patches and device.type == "cpu")
     held = max((_MERGING_COPIES * 4 * math.prod(tensor.shape) for tensor in on_cpu), default=0)
-    return Checkpoint(identity, str(name), {}, architecture, {}, tensors, memory, held)
+    metadata = _detection_metadata(patcher.model) | preference_metadata(host.attention_preferences(model))
+    return Checkpoint(identity, str(name), metadata, architecture, {}, tensors, memory, held)
+
+
+def _detection_metadata(model: BaseModel) -> dict[str, str]:
+    """The `config` metadata by which the host detects the model again, where names and shapes do not tell it.
+
+    Wan Animate 2 is shaped as image to video. Source: comfy/model_detection.py detect_unet_config, ComfyUI 0.33.0.
+    """
+    told = comfy.model_detection.detect_unet_config(dict(model.diffusion_model.named_parameters()), "")
+    own = {key: value for key, value in model.model_config.unet_config.items() if isinstance(value, str)}
+    more = {key: value for key, value in own.items() if told.get(key) != value}
+    return {"config": json.dumps({"transformer": more})} if more else {}
 
 
 def _parameter(patcher: ModelPatcher, name: str, weight: Tensor, memory: _Memory) -> _Parameter:
     key = _PREFIX + name
     patches = patcher.patches.get(key, [])
-    # Where the host has patched a weight in place, it keeps the weight as it was loaded.
-    backup = patcher.backup.get(key)
-    weight = weight if backup is None else backup.weight
+    weight = host.loaded_weight(patcher, key, weight)
     if isinstance(weight, QuantizedTensor):
         packed = is_packed(weight)
-        stored, dtype = (weight.params.qtype, torch.float32) if packed else (weight._layout_cls, weight.dtype)
+        stored, dtype = (weight.params.qtype, torch.float32) if packed else (host.layout_name(weight), weight.dtype)
     else:
         stored = _STORED.get(weight.dtype, str(weight.dtype))
         dtype = torch.bfloat16 if weight.itemsize == 1 else weight.dtype

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..quant.gguf_header import TensorRecord
 from ..quant.qtype import QuantType
+from . import host
 from .layout import is_packed, pack
 from .linear import GGUFOps
 from .loader import host_tensor
@@ -25,6 +26,7 @@ _ALIKE = ["WanModel", "CameraWanModel", "HumoWanModel", "SCAILWanModel", "SCAIL2
 _ALIKE += ["WanModel_S2V", "WanDancerModel"]
 _SHORTENED = {name: {"num_layers": 1} for name in _ALIKE} | {
     "AnimateWanModel": {"num_layers": 5},
+    "WanAnimate2Model": {"num_layers": 1},
     "VaceWanModel": {"num_layers": 1, "vace_layers": 1},
 }
 
@@ -50,10 +52,10 @@ def meta_twin(model: BaseModel) -> BaseModel:
     source, loaded = model.diffusion_model, model.model_config
     fewer = _SHORTENED.get(type(source).__name__, {})
     config = type(loaded)(loaded.unet_config | fewer)
-    config.set_inference_dtype(loaded.unet_config["dtype"], model.manual_cast_dtype)
+    config.set_inference_dtype(loaded.unet_config["dtype"], host.compute_dtype(model))
     config.custom_operations, config.quant_config = loaded.custom_operations, loaded.quant_config
-    state = {name: _as_meta(tensor) for name, tensor in source.state_dict(keep_vars=True).items() if _kept(name, fewer)}
-    return _build(config, state)
+    kept = {name: tensor for name, tensor in source.state_dict(keep_vars=True).items() if _kept(name, fewer)}
+    return _build(config, {n: tensor if host.is_preference(n) else _as_meta(tensor) for n, tensor in kept.items()})
 
 
 def _build(config: comfy.supported_models_base.BASE, state: dict[str, Tensor]) -> BaseModel:
@@ -77,6 +79,7 @@ def meta_packed(name: str, shape: tuple[int, ...], qtype: QuantType, dtype: torc
 def _as_meta(tensor: Tensor) -> Tensor:
     if is_packed(tensor):
         packed: Any = tensor
-        copied: Tensor = pack(_as_meta(packed._qdata), packed.params.qtype, packed.params.orig_shape, packed.dtype)
+        data, params = _as_meta(host.packed_bytes(packed)), packed.params
+        copied: Tensor = pack(data, params.qtype, params.orig_shape, packed.dtype)
         return copied
     return torch.empty_like(tensor, device=META)

@@ -8,6 +8,7 @@ from typing import Any
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, OFTAdapter, WeightAdapterBase
 from torch import Tensor
 
+from . import host
 from .layout import is_packed, pack
 
 Patch = tuple[Any, ...]
@@ -31,7 +32,8 @@ def cut_weight(weight: Any, start: int, stop: int) -> Tensor:  # noqa: ANN401
     if not is_packed(weight):
         part: Tensor = weight[start:stop]
     else:
-        part = pack(weight._qdata[start:stop], weight.params.qtype, (stop - start, *weight.shape[1:]), weight.dtype)
+        rows = host.packed_bytes(weight)[start:stop]
+        part = pack(rows, weight.params.qtype, (stop - start, *weight.shape[1:]), weight.dtype)
     return part
 
 

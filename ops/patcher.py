@@ -10,11 +10,12 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.hooks import HookGroup, WeightHook
-from comfy.model_patcher import LowVramPatch, ModelPatcher
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ..quant import QuantError
+from . import host
 from .layout import is_packed
 from .linear import GGUFModule, gguf_modules, packed_modules
 from .patch_fit import fitting, follow_loras
@@ -37,7 +38,7 @@ class PackedPatcher(ModelPatcher):
 
         The model is shared by clones; while another clone's weights are loaded, its patches are left alone.
         """
-        loaded = self.model.current_weight_patches_uuid
+        loaded = host.loaded_patches(self.model)
         if loaded not in (None, self.patches_uuid):
             return
         active = (self.patches, self.get_combined_hook_patches(self.current_hooks)) if loaded else ()
@@ -57,7 +58,7 @@ class PackedPatcher(ModelPatcher):
         for function in self._on_the_fly(None if self.is_dynamic() else device):
             if not comfy.model_management.is_device_cpu(device) and used + function.size() <= budget:
                 used += function.move_to(device)
-        self.model.model_loaded_weight_memory += used
+        host.add_resident_bytes(self.model, used)
         return used
 
     def restore_loaded_backups(self) -> int:
@@ -137,11 +138,10 @@ class PackedPatcher(ModelPatcher):
 def _set_patches(key: str, module: GGUFModule, sources: list[list[Patch]]) -> None:
     """One function for each source, the present one where it has the same patches, ahead of other nodes' own."""
     present = [f for f in module.weight_function if isinstance(f, OnTheFly)]
-    others = [f for f in module.weight_function if not isinstance(f, OnTheFly | LowVramPatch)]
+    others = [f for f in module.weight_function if not (isinstance(f, OnTheFly) or host.is_host_patch(f))]
     mine = [next((f for f in present if f.applies(p)), None) or OnTheFly(key, p, module) for p in sources]
     module.weight_function = mine + others
-    if hasattr(module, "weight_lowvram_function"):
-        module.weight_lowvram_function = None
+    host.keep_from_rounding(module)
 
 
 def with_packed_patches(patcher: ModelPatcher) -> ModelPatcher:
@@ -168,5 +168,5 @@ def _after_load(
     """
     with_packed_patches(patcher).sync()
     if not patcher.is_dynamic():
-        used = patcher.model.model_loaded_weight_memory + patcher.model.model_offload_buffer_memory
+        used = host.resident_bytes(patcher.model)
         patcher.keep_factors_on_device(device, memory - used if memory else float("inf"))

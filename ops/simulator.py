@@ -13,6 +13,7 @@ from comfy.samplers import cond_cat
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from . import host
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .job import Job
 from .linear import packed_modules
@@ -155,7 +156,7 @@ def streamed_bytes(model: torch.nn.Module) -> int:
     resident, streamed = 0, [0, 0]
     for name, module in model.named_modules():
         nbytes = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
-        if not hasattr(module, "comfy_cast_weights"):
+        if not host.is_streamed(module):
             resident += nbytes
         elif name != TIME_PROJECTION:
             streamed.append(nbytes)

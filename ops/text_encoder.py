@@ -18,8 +18,10 @@ from ..quant import QuantError
 from ..quant.gguf_header import Header, read_header
 from ..quant.sentencepiece import sentencepiece_model
 from ..quant.sources.t5 import transformers_name
+from . import host
+from .host_check import check_host
 from .linear import GGUFOps, computing_in
-from .loader import decoded_bytes, host_tensor
+from .loader import decoded_bytes, loaded_tensor
 from .mapping import map_files, watch
 from .patcher import with_packed_patches
 from .preflight import check_memory
@@ -45,20 +47,22 @@ def load_text_encoder(
         disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
 
     Raises:
-        QuantError: not a well-formed GGUF, no T5-XXL encoder, one of another model family, or without its tokenizer.
+        QuantError: a host that does not fit, not a well-formed GGUF, no T5-XXL encoder, one of another model family, or
+            without its tokenizer.
     """
+    check_host()
     header = read_header(path)
     names = {transformers_name(name): record for name, record in header.tensors.items()}
     _check(header, names.keys(), clip_type)
     check_memory(header, decoded_bytes(header, torch.bfloat16))
     data = map_files(header.parts, dynamic=not disable_dynamic)
-    state_dict = {name: host_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
+    state_dict = {name: loaded_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
     options = {
         "custom_operations": computing_in(dtype) if dtype else GGUFOps,
         "umt5xxl_model_config": _config(state_dict),
     }
     if clip_type is comfy.sd.CLIPType.WAN:  # the host has the tokenizer of the other models itself
-        state_dict["spiece_model"] = _tokenizer(header)
+        state_dict["spiece_model"] = host.note_source(_tokenizer(header), header.path)
     if comfy.sd.detect_te_model(state_dict) is not comfy.sd.TEModel.T5_XXL:
         raise QuantError(f"{header.path}: a T5 text encoder of another size than XXL; choose umt5-xxl for Wan")
     clip = comfy.sd.load_text_encoder_state_dicts(
@@ -66,7 +70,7 @@ def load_text_encoder(
     )
     clip.patcher = with_packed_patches(clip.patcher)
     clip.patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
-    clip.patcher.cached_patcher_init = (partial(_load_patcher, path, clip_type, embedding_directory, dtype=dtype), ())
+    host.remember_loader(clip.patcher, partial(_load_patcher, path, clip_type, embedding_directory, dtype=dtype))
     return clip
 
 

@@ -61,8 +61,15 @@ class Collector:
 
     def __init__(self) -> None:
         self.samples = 0
+        self.watched: set[str] = set()
+        """The layers of the models that ran."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
+
+    @property
+    def unseen(self) -> list[str]:
+        """Those that no inputs reached."""
+        return sorted(self.watched - self._counts.keys())
 
     def add(self, name: str, inputs: Tensor, weight: float = 1.0) -> None:
         """Counts the inputs (..., columns) of a layer, each row `weight` times."""

@@ -89,7 +89,7 @@ class Host:
     def require(self, modules: list[str], advice: str) -> None:
         """Refuse an interpreter that lacks one of these modules."""
         code = "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))"
-        command = [self.python, "-I", "-c", code, *modules]
+        command = [str(self.python), "-I", "-c", code, *modules]
         missing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         if missing.strip():
             raise DevError(f"{self.python} lacks {missing.strip()}: {advice}")

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update", action="store_true", help="write workflows/, subgraphs/ and the pictures anew")
+    forms = ("function", "keywords", "forward")
+    parser.addoption("--call-form", choices=forms, help="call the pack as a newer ComfyUI does: tests/newer_host.py")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +13,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
+from .. import host
 from .block import LeanBlock, is_lean_block
 from .control import control_forwards
 from .edges import edge_forwards
 from .plan import LeanPlan
 from .variants import variant
-from .weights import Forwards
 
 PlanChooser = Callable[[torch.Size], LeanPlan | None]
 """From the shape of a latent, (batch, channels, frames, height, width); None for the host's own forward."""
@@ -103,30 +102,15 @@ class _LeanForward:
         # Training needs the activations that lean blocks write over, and a compiled graph plans its own memory.
         lean = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         plan = self.choose(x.shape) if lean and isinstance(model, wan.WanModel) else None
-        forwards: Forwards = {}
+        forwards: host.Forwards = {}
         if plan is not None:
             plan.check(model.num_heads)
             run = _Run(plan, _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref")), not variant(model).keeps_input)
             options = _with_lean_blocks(model, run, options)
             forwards = edge_forwards(model, x.dtype) | control_forwards(model, plan)
-        with _in_place(forwards):
+        with host.in_place(forwards):
             out: Tensor = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
         return out
-
-
-@contextmanager
-def _in_place(forwards: Forwards) -> Iterator[None]:
-    """While open, these forwards take the place of the modules' own, for which the host has no hook.
-
-    As the host's object patches do it, but these stay until the model is unloaded, and a plan is for one forward.
-    """
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module in forwards:
-            vars(module).pop("forward", None)
 
 
 def _image_tokens(model: wan.WanModel, *images: object) -> int | None:

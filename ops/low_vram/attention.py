@@ -12,6 +12,7 @@ import torch
 from comfy.ldm.flux.math import apply_rope1
 from torch import Tensor
 
+from .. import host
 from .modulation import chunks
 from .plan import LeanPlan
 from .weights import Projection, RowProjection, is_known_linear, is_untouched, projection, row_weight
@@ -103,6 +104,13 @@ class LeanAttention:
     def _key_rows(self) -> RowProjection:
         return RowProjection(self.attn.k, self.like)
 
+    def _wants_all_queries(self) -> bool:
+        """Whether the attention that will run may give other results for a part of the queries."""
+        override = self.options.get("optimized_attention_override")
+        # A node's may tell tokens apart by their position, unless it says that it takes some.
+        by_position = override is not None and not getattr(override, "takes_some_queries", False)
+        return by_position or host.prefers_attention(self.attn)
+
     def _rotated(self, x: Tensor, chunk: slice) -> Tensor:
         """Rotary embedding of (batch, some, n heads * head size)."""
         heads = x.view(*x.shape[:2], -1, self.attn.head_dim)
@@ -114,11 +122,7 @@ class LeanAttention:
 
     def _attend(self, queries: Tensor, k: Tensor, v: Tensor) -> None:
         """Write a group's output over its queries."""
-        # An override may tell tokens apart by their position, so it gets all of them unless it says otherwise.
-        override = self.options.get("optimized_attention_override")
-        whole = override is not None and not getattr(override, "takes_some_queries", False)
-        heads = self.width // self.attn.head_dim
+        heads, whole = self.width // self.attn.head_dim, self._wants_all_queries()
+        options = host.attention_options(self.attn) | {"transformer_options": self.options}
         for chunk in [slice(None)] if whole else self.chunks:
-            queries[:, chunk] = wan.optimized_attention(
-                queries[:, chunk], k, v, heads=heads, transformer_options=self.options
-            )
+            queries[:, chunk] = wan.optimized_attention(queries[:, chunk], k, v, heads=heads, **options)

@@ -9,11 +9,14 @@ import comfy.ldm.wan.model as wan
 import torch
 from torch import Tensor
 
+from .. import host
 from .attention import LeanAttention, is_lean_attention
 from .modulation import Modulation, chunks
 from .plan import LeanPlan
 from .weights import is_untouched, projection
 
+# For keys of an image, where SageAttention gives NaN. Source: WanI2VCrossAttention, ComfyUI 0.33.0.
+_EXACT = {"low_precision_attention": False}
 _CROSS_ATTENTIONS = (wan.WanT2VCrossAttention, wan.WanI2VCrossAttention)
 
 
@@ -70,27 +73,27 @@ class LeanBlock:
 
     def _cross_attention(self, x: Tensor, context: Tensor) -> None:
         attn, norm = self.block.cross_attn, self.block.norm3
-        if type(attn) not in _CROSS_ATTENTIONS or not is_untouched(attn):
+        if type(attn) not in _CROSS_ATTENTIONS or not is_untouched(attn) or host.prefers_attention(attn):
             x += attn(norm(x), context, context_img_len=self.image_tokens, transformer_options=self.options)
             return
         sources = self._context_keys(attn, context)
         query, project = projection(attn.q, x), projection(attn.o, x)
+        options = {"heads": attn.num_heads, "transformer_options": self.options} | host.attention_options(attn)
         for chunk in self._chunks(x):
             q = attn.norm_q(query(norm(x[:, chunk])))
-            y = [
-                wan.optimized_attention(q, k, v, heads=attn.num_heads, transformer_options=self.options)
-                for k, v in sources
-            ]
+            y = [wan.optimized_attention(q, k, v, **options, **kind) for k, v, kind in sources]
             x[:, chunk] += project(sum(y[1:], y[0]))
 
-    def _context_keys(self, attn: wan.WanSelfAttention, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the text, and those of the image if the model has any."""
+    def _context_keys(
+        self, attn: wan.WanSelfAttention, context: Tensor
+    ) -> list[tuple[Tensor, Tensor, dict[str, bool]]]:
+        """Keys, values and further options of the text, and those of the image if the model has any."""
         if type(attn) is wan.WanT2VCrossAttention:
-            return [(attn.norm_k(attn.k(context)), attn.v(context))]
+            return [(attn.norm_k(attn.k(context)), attn.v(context), {})]
         image, text = context[:, : self.image_tokens], context[:, self.image_tokens :]
         return [
-            (attn.norm_k(attn.k(text)), attn.v(text)),
-            (attn.norm_k_img(attn.k_img(image)), attn.v_img(image)),
+            (attn.norm_k(attn.k(text)), attn.v(text), {}),
+            (attn.norm_k_img(attn.k_img(image)), attn.v_img(image), _EXACT),
         ]
 
     def _ffn(self, x: Tensor, modulation: Modulation) -> None:

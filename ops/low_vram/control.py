@@ -9,10 +9,11 @@ import comfy.ldm.wan.model as wan
 import torch
 from torch import Tensor
 
+from ..host import Forwards
 from .block import LeanBlock
 from .modulation import chunks
 from .plan import LeanPlan
-from .weights import Forwards, is_untouched, projection
+from .weights import is_untouched, projection
 
 
 def control_forwards(model: wan.WanModel, plan: LeanPlan) -> Forwards:

@@ -9,8 +9,9 @@ import comfy.ldm.wan.model as wan
 import torch
 from torch import Tensor
 
+from ..host import Forwards
 from .modulation import Modulation, chunks
-from .weights import Forwards, is_untouched, projection
+from .weights import is_untouched, projection
 
 _TOKENS = 4096
 """At a time, or one frame's."""

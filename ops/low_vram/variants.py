@@ -1,4 +1,4 @@
-"""Which of the host's Wan models run lean, and what of them does not. Source: comfy/ldm/wan/, ComfyUI 0.30.0."""
+"""Which of the host's Wan models run lean, and what of them does not. Source: comfy/ldm/wan/, ComfyUI 0.33.0."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ VARIANTS = {
     "WanModel_S2V": Variant(stock="the audio injector"),
     "WanDancerModel": Variant(stock="the music injector"),
     "AnimateWanModel": Variant(stock="the face adapter"),
+    "WanAnimate2Model": Variant(
+        blocks=False, stock="all: its blocks attend to a pose branch, which a block's replacement is not given"
+    ),
     "HumoWanModel": Variant(
         blocks=False, stock="all: its blocks attend to audio, which a block's replacement is not given"
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import comfy.ops
 import torch
@@ -11,15 +10,13 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import host
 from ..layout import is_packed
 from ..linear import GGUFModule, GGUFOps
 from ..matmul import DecodedRows, WeightFunction
 
 Projection = Callable[[Tensor], Tensor]
 """(..., in features) -> (..., out features)."""
-
-Forwards = dict[torch.nn.Module, Callable[..., Any]]
-"""What to call instead of a module's own forward."""
 
 
 def is_untouched(module: torch.nn.Module) -> bool:
@@ -42,14 +39,14 @@ def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
     """
     if not is_known_linear(module):
         return module  # type: ignore[no-any-return]
-    weight, bias, functions, stream = _cast(module, like)
+    weight, bias, functions, handle = _cast(module, like)
     try:
         if is_packed(weight):
             held = DecodedRows(weight, functions, like).decode(0, like.new_empty(weight.shape))
         else:
-            held = _kept(module, weight, stream)
+            held = _kept(module, weight, handle)
     finally:  # also when memory runs out
-        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+        host.uncast(module, weight, bias, handle)
     return lambda x: linear(x, held, bias)
 
 
@@ -57,9 +54,9 @@ class RowProjection:
     """A known Linear of which some output features are used at a time: of a packed weight, no more are decoded."""
 
     def __init__(self, module: comfy.ops.CastWeightBiasOp, like: Tensor) -> None:
-        weight, self._bias, functions, stream = _cast(module, like)
-        self._like, self._weight = like, _kept(module, weight, stream)
-        comfy.ops.uncast_bias_weight(module, weight, self._bias, stream)
+        weight, self._bias, functions, handle = _cast(module, like)
+        self._like, self._weight = like, _kept(module, weight, handle)
+        host.uncast(module, weight, self._bias, handle)
         self._decoded = DecodedRows(self._weight, functions, like) if is_packed(weight) else None
 
     def features(self, features: slice) -> Projection:
@@ -79,31 +76,30 @@ class RowProjection:
 
 def row_weight(norm: comfy.ops.CastWeightBiasOp, like: Tensor) -> Tensor:
     """The weight of a norm, for the device and dtype of `like`."""
-    weight, bias, _, stream = _cast(norm, like)
-    kept = _kept(norm, weight, stream)
-    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    weight, bias, _, handle = _cast(norm, like)
+    kept = _kept(norm, weight, handle)
+    host.uncast(norm, weight, bias, handle)
     return kept
 
 
 def _cast(
     module: comfy.ops.CastWeightBiasOp, like: Tensor
-) -> tuple[Tensor, Tensor | None, list[WeightFunction], tuple[object, ...] | None]:
+) -> tuple[Tensor, Tensor | None, list[WeightFunction], object]:
     """Weight, bias of its own memory, what is still to do to a packed weight, and the host's handle."""
-    comfy.ops.run_every_op()
+    host.begin_use()
     if isinstance(module, GGUFModule):
-        weight, bias, functions, stream = module.cast(like)
+        weight, bias, functions, handle = module.cast(like)
     else:
-        weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True, compute_dtype=like.dtype)
+        weight, bias, handle = host.cast(module, like)
         functions = []
-    return weight, None if bias is None else bias.clone(), functions, stream
+    return weight, None if bias is None else bias.clone(), functions, handle
 
 
-def _kept(module: comfy.ops.CastWeightBiasOp, weight: Tensor, stream: tuple[object, ...] | None) -> Tensor:
+def _kept(module: comfy.ops.CastWeightBiasOp, weight: Tensor, handle: object) -> Tensor:
     """A cast weight in memory that stays valid when the host casts other modules; decoded if of the host's formats."""
     if isinstance(weight, QuantizedTensor) and not is_packed(weight):
         decoded: Tensor = weight.dequantize()
         return decoded
-    of_the_host = hasattr(module, "_v") or (stream is not None and stream[0] is not None)
     as_it_was = weight.dtype == module.weight.dtype and is_packed(weight) == is_packed(module.weight)
     patched = bool(module.weight_function) and not is_packed(weight)
-    return weight.clone() if of_the_host and as_it_was and not patched else weight
+    return weight.clone() if host.is_lent(module, handle) and as_it_was and not patched else weight

@@ -22,6 +22,13 @@ if (HOST / "comfy").is_dir():
     import utils.extra_config  # noqa: F401
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if form := config.getoption("--call-form"):
+        from wanquant.tests.newer_host import install
+
+        install(form)
+
+
 def pytest_pycollect_makemodule():  # runs for this folder's files only
     if not (HOST / "comfy").is_dir():
         pytest.skip(f"no ComfyUI at {HOST}: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)

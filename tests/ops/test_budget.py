@@ -11,7 +11,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from wanquant.ops.budget import preview_job, with_budget
+from wanquant.ops.budget import _on_weights_device, preview_job, with_budget
 from wanquant.ops.job import Job
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.ops.prefetch import prefetch_blocks
@@ -149,3 +149,24 @@ def test_weights_take_what_is_left(model, monkeypatch, dynamic):
 
 def test_preview_has_what_the_model_takes(model):
     assert preview_job(model, 832, 480, 81) == Job((1, 16, 21, 60, 104))
+
+
+def test_what_a_pose_cache_takes_is_told(model, caplog):
+    caplog.set_level(logging.WARNING)
+    cached = with_budget(model, AMPLE)
+    cached.model_options["transformer_options"]["animate2_cache"] = object()
+    sample(cached)
+    assert "Wan Animate 2 Cache keeps on the GPU" in caplog.text
+
+
+def test_time_projection_takes_what_newer_hosts_hand_it():
+    seen = []
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x, *args, **kwargs):
+            seen.append((args, kwargs))
+            return super().forward(x)
+
+    layer, x, residual = Layer(4, 4), torch.ones(1, 4), torch.ones(4)
+    assert torch.equal(_on_weights_device(layer, x, "gelu_tanh", residual=residual), layer(x))
+    assert seen == [(("gelu_tanh",), {"residual": residual}), ((), {})]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import time
+import json
+from contextlib import contextmanager
 
-import comfy.model_management
+import comfy.model_prefetch
+import comfy.ops
 import comfy.sample
 import comfy.sd
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
+from comfy.quant_ops import QuantizedTensor
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import gelu
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from wanquant.ops.importance import step_size, with_collector
+from wanquant.ops.importance import collecting, step_size, with_collector
+from wanquant.ops.layout import is_packed
 from wanquant.ops.loader import load_diffusion_model
 from wanquant.quant import QuantError, read_importance, write_importance
 from wanquant.quant.calibration import CalibrationCollector
 from wanquant.quant.convert import convert
 from wanquant.quant.importance import Collector
+from wanquant.tests.ops.test_sources import quantized
 
 NAME = "blocks.1.ffn.2.weight"
 STEPS = 3
@@ -25,11 +34,19 @@ class StopError(Exception):
     pass
 
 
-@pytest.fixture(scope="module", params=["packed", "dense"])
-def model(request, t2v):
+@pytest.fixture(scope="module", params=["packed", "dense", "int8"])
+def model(request, t2v, tmp_path_factory):
     if request.param == "packed":
         return load_diffusion_model(t2v[1], dtype=torch.float32)
-    return comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.float32})
+    if request.param == "dense":
+        return comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.float32})
+    # Of the host's own format, whose products newer hosts fold with the activation before them.
+    stored, layers = quantized(load_file(t2v[0]), "int8-convrot")
+    for layer, config in layers.items():
+        stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    path = tmp_path_factory.mktemp("int8") / "int8.safetensors"
+    save_file(stored, path)
+    return comfy.sd.load_diffusion_model(str(path), {"dtype": torch.float32})
 
 
 def sample(model, *, seed=0, callback=None):
@@ -42,16 +59,21 @@ def sample(model, *, seed=0, callback=None):
         )
 
 
-def layer_inputs(model, name):
-    """What reaches one layer while the block runs."""
-    seen = []
-    module = model.model.diffusion_model.get_submodule(name.removesuffix(".weight"))
-    return seen, module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+def is_int8(model):
+    weight = model.model.diffusion_model.blocks[1].ffn[2].weight
+    return isinstance(weight, QuantizedTensor) and not is_packed(weight)
+
+
+def ffn_inputs(model):
+    """What the layer NAME multiplies, told by the layer before it: its own hooks may miss what is folded with it."""
+    seen, ffn = [], model.model.diffusion_model.blocks[1].ffn
+    hook = ffn[0].register_forward_hook(lambda _, __, out: seen.append(gelu(out, approximate="tanh")))
+    return seen, hook
 
 
 def test_every_linear_over_all_steps(model):
     collector = Collector()
-    seen, hook = layer_inputs(model, NAME)
+    seen, hook = ffn_inputs(model)
     observed = sample(with_collector(model, collector))
     hook.remove()
     collected = collector.result()
@@ -60,14 +82,17 @@ def test_every_linear_over_all_steps(model):
     assert collected.counts[NAME] == len(rows) == STEPS * 2 * 4 * 4
     assert collected.samples == STEPS
     assert len(collected) == 2 * 10 + 6, "ten Linears a block, and those around them"
-    assert torch.equal(observed, sample(model)), "the result is the same"
+    # What the host folds into a product in 8 bits, it rounds otherwise where its layer is called.
+    near = 1e-3 if is_int8(model) else 0
+    torch.testing.assert_close(observed, sample(model), rtol=near, atol=near)
+    assert collector.unseen == []
     assert collector.result().counts == collected.counts, "only the clone collects"
     assert not any(module._forward_pre_hooks for module in model.model.diffusion_model.modules())
 
 
 def test_products_of_every_linear(model):
     collector = CalibrationCollector()
-    seen, hook = layer_inputs(model, NAME)
+    seen, hook = ffn_inputs(model)
     sample(with_collector(model, collector))
     hook.remove()
     calibration = collector.result()
@@ -129,7 +154,7 @@ def test_inputs_with_nan_are_refused(model):
 
 def test_steps_count_by_their_size(model):
     collector = Collector()
-    seen, hook = layer_inputs(model, NAME)
+    seen, hook = ffn_inputs(model)
     model = with_collector(model, collector, by_step_size=True)
     sample(model)
     hook.remove()
@@ -145,30 +170,73 @@ def test_step_sizes():
     assert step_size(torch.tensor([3.0]), None) == 1.0
 
 
-def test_costs_little_time():
-    """One block's widths of Wan 1.3B: the sums beside the products of the same inputs, both timed here."""
-    width, inner, tokens = 1536, 8960, 512
-    collector = Collector()
-    narrow, wide = torch.randn(tokens, width), torch.randn(tokens, inner)
-    square, up = torch.randn(width, width), torch.randn(inner, width)
+def test_layers_that_no_input_reaches_are_told(model):
+    """As the host would leave out the call of a layer whose product it computes by itself."""
+    collector, transformer = Collector(), model.model.diffusion_model
+    block = transformer.blocks[1]
+    block.forward = lambda x, **_: x
+    sample(with_collector(model, collector))
+    del block.forward
+    assert len(collector.unseen) == 10
+    assert collector.unseen[0] == "blocks.1.cross_attn.k.weight"
+    assert not any(name.startswith("blocks.1.") for name in collector.result())
 
-    def products():
-        for _ in range(8):
-            torch.nn.functional.linear(narrow, square)
-        torch.nn.functional.linear(narrow, up), torch.nn.functional.linear(wide, up.t())
 
-    def sums():
-        for index in range(9):
-            collector.add(f"{index}", narrow)
-        collector.add("ffn.2", wide)
+def test_no_block_is_replayed_past_the_hooks(model):
+    """The host captures blocks that it prefetches as CUDA graphs, and runs no Python in them again."""
+    seen = []
 
-    def quickest(work):
-        def timed():
-            start = time.process_time()
-            work()
-            return time.process_time() - start
+    def record(executor, x, *args, **kwargs):
+        options = next(a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "wrappers" in a)
+        seen.append(options["prefetch_dynamic_vbars"])
+        return executor(x, *args, **kwargs)
 
-        work()
-        return min(timed() for _ in range(3))
+    observed = with_collector(model, Collector())
+    observed.model_options["transformer_options"]["prefetch_dynamic_vbars"] = True
+    observed.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "record", record)
+    sample(observed)
+    assert seen == [False] * STEPS
 
-    assert quickest(sums) < 0.03 * quickest(products)
+
+class Passes(TorchDispatchMode):
+    """Elements that operations read or write."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.elements += sum(t.numel() for t in (*args, out) if isinstance(t, torch.Tensor))
+        return out
+
+
+def test_goes_over_inputs_a_few_times():
+    """A copy as float32, its squares in place, and their sums."""
+    inputs = torch.randn(512, 8960, dtype=torch.bfloat16)
+    with Passes() as passes:
+        Collector().add("ffn.2", inputs)
+    assert passes.elements < 6 * inputs.numel()
+
+
+def test_sums_are_kept_outside_the_hosts_allocation_graph(monkeypatch):
+    """What a block allocates within it must be given back when the block ends; the sums stay."""
+    depth, depths = [0], []
+
+    @contextmanager
+    def pause():
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    class Seen(Collector):
+        def add(self, *args):
+            depths.append(depth[0])
+            super().add(*args)
+
+    monkeypatch.setattr(comfy.model_prefetch, "pause_malloc_graph", pause, raising=False)
+    layer = comfy.ops.manual_cast.Linear(8, 8)
+    with collecting(torch.nn.Sequential(layer), Seen()):
+        layer(torch.ones(2, 8))
+    assert depths == [1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from wanquant.ops import int8
+from wanquant.ops import host
 from wanquant.ops.int8 import MIN_TOKENS, int8_linear
 from wanquant.ops.layout import pack
 from wanquant.ops.loader import load_diffusion_model
@@ -66,7 +66,7 @@ def test_loader_takes_it_along(t2v, sqnr):
 
 
 def test_a_host_without_it(monkeypatch: pytest.MonkeyPatch, t2v):
-    monkeypatch.setattr(int8, "comfy_kitchen", None)
+    monkeypatch.setattr(host, "comfy_kitchen", None)
     with pytest.raises(QuantError, match=r"update it to 0\.27"):
         load_diffusion_model(t2v[1], int8=True)
 

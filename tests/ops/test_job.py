@@ -14,7 +14,7 @@ from wanquant.ops.live_memory import LiveMemory
 from wanquant.ops.low_vram import LeanPlan, apply_lean
 from wanquant.ops.simulator import _SAMPLER_LATENTS, Simulator, predict
 from wanquant.tests.ops.test_simulator import FlashAttention, FusedNorms
-from wanquant.tests.ops.test_variants import VARIANTS, write_variant
+from wanquant.tests.ops.test_variants import METADATA, VARIANTS, write_variant
 
 FRAMES, SIDE = 3, 16
 VIDEO, IMAGE = (1, 16, FRAMES, SIDE, SIDE), (1, 16, 1, SIDE, SIDE)
@@ -38,6 +38,12 @@ FIELDS = {
         **CLIP,
         "concat_latent_image": VIDEO,
         "pose_video_latent": (1, 16, FRAMES - 1, SIDE, SIDE),
+    },
+    "animate2": {
+        **CLIP,
+        "concat_latent_image": VIDEO,
+        "pose_video_latent": (1, 16, FRAMES - 1, SIDE, SIDE),
+        "cross_attn_pose": PROMPT,
     },
     "scail": {**CLIP, "reference_latents": [IMAGE], "pose_video_latent": (1, 16, FRAMES, SIDE // 2, SIDE // 2)},
     "wandancer": {**CLIP, "concat_latent_image": VIDEO, "audio_embed": (1, 60, 35)},
@@ -75,7 +81,9 @@ def load(tmp_path, tiny_wan):
         if VARIANTS[name][0] is None:
             pytest.skip(f"this host has no {name}")
         state = load_file(write_variant(name, tmp_path, tiny_wan))
-        patcher = comfy.sd.load_diffusion_model_state_dict(state, {"dtype": torch.bfloat16})
+        options = {"dtype": torch.bfloat16}
+        patcher = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=METADATA.get(name))
+        assert type(patcher.model.model_config).__name__ == VARIANTS[name][2]
         return patcher, (1, patcher.model.latent_format.latent_channels, *VIDEO[2:])
 
     return load

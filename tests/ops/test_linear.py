@@ -6,13 +6,16 @@ import comfy.model_management
 import comfy.ops
 import pytest
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
+from wanquant.ops import host
 from wanquant.ops.layout import is_packed, pack
-from wanquant.ops.linear import GGUFOps, packed_modules
+from wanquant.ops.linear import GGUFOps, computing_in, packed_modules
 from wanquant.ops.low_vram.weights import projection
-from wanquant.quant import QTYPES
+from wanquant.quant import QTYPES, QuantError
+from wanquant.tests import newer_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS, COLUMNS = 24, 512
@@ -197,3 +200,80 @@ def test_compiles_once_for_all_layers_of_a_shape(name):
     assert graphs == [
         ["wanquant.dequantize.default", "aten.view.default", "aten.t.default", "aten.addmm.default"],
     ]
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """The host's activations, also where the host is too old to hand them to a Linear."""
+    if not hasattr(comfy.ops, "_eager_input_act"):
+        monkeypatch.setattr(comfy.ops, "_eager_input_act", newer_host.eager, raising=False)
+
+
+def norm(columns):
+    module = comfy.ops.manual_cast.RMSNorm(columns, eps=1e-5, dtype=torch.float32)
+    module.load_state_dict({"weight": torch.linspace(0.5, 1.5, columns)})
+    return module
+
+
+CALLS = {
+    "gelu": (COLUMNS, lambda: {"input_act": "gelu_tanh"}, lambda x, _: F.gelu(x, approximate="tanh")),
+    "swiglu": (2 * COLUMNS, lambda: {"input_act": "swiglu"}, lambda x, _: F.silu(x[..., :COLUMNS]) * x[..., COLUMNS:]),
+    "norm": (
+        COLUMNS,
+        lambda: {"input_act": "rms_norm", "act_weight": norm(COLUMNS)},
+        lambda x, given: given["act_weight"](x),
+    ),
+    "norm of a tensor": (
+        COLUMNS,
+        lambda: {"input_act": "rms_norm", "act_weight": torch.linspace(0, 2, COLUMNS), "act_eps": 1e-2},
+        lambda x, given: F.rms_norm(x, (COLUMNS,), given["act_weight"], 1e-2),
+    ),
+    "nothing": (COLUMNS, lambda: {"input_act": None, "act_weight": None, "residual": None}, lambda x, _: x),
+}
+
+
+@pytest.mark.parametrize("scaled", [None, False, True], ids=["alone", "residual", "scaled residual"])
+@pytest.mark.parametrize("call", CALLS)
+def test_takes_what_newer_hosts_fold_with_the_product(call, scaled, eager):
+    columns, keywords, activated = CALLS[call]
+    module, x, given = linear(packed_weight("Q4_K"), torch.randn(ROWS)), torch.randn(2, 5, columns), keywords()
+    expected = module(activated(x, given))
+    if scaled is not None:
+        given["residual"] = residual = torch.randn(2, 5, ROWS)
+        scale = given["residual_scale"] = torch.randn(ROWS) if scaled else None
+        expected = residual + expected * (1 if scale is None else scale)
+    torch.testing.assert_close(module.forward_comfy_cast_weights(x, **given), expected)
+
+
+def test_activation_and_residual_keep_the_callers_dtype(eager):
+    """Where only the product is in 16 bits, as of a text encoder."""
+    module = computing_in(torch.bfloat16).Linear(COLUMNS, ROWS, bias=False, dtype=torch.float32)
+    module.load_state_dict({"weight": packed_weight("Q8_0")})
+    x, residual = torch.randn(2, 5, COLUMNS), 1000 + torch.randn(2, 5, ROWS)
+    expected = residual + module(F.gelu(x, approximate="tanh"))
+    out = module.forward_comfy_cast_weights(x, input_act="gelu_tanh", residual=residual)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+
+
+def test_what_it_does_not_know_is_refused_with_the_hosts_version(monkeypatch):
+    monkeypatch.setattr(host, "host_version", lambda: "9.9.0")
+    module, table = linear(packed_weight("Q8_0")), GGUFOps.Embedding(ROWS, COLUMNS, dtype=torch.float32)
+    table.load_state_dict({"weight": packed_weight("Q8_0")})
+    x, index = torch.randn(3, COLUMNS), torch.tensor([1])
+    assert torch.equal(module.forward_comfy_cast_weights(x, act_up=None), module(x))
+    with pytest.raises(QuantError, match=r"ComfyUI 9\.9\.0 hands a Linear act_up, .*: update WanQuant"):
+        module.forward_comfy_cast_weights(x, act_up=x)
+    with pytest.raises(QuantError, match=r"ComfyUI 9\.9\.0 hands"):
+        table.forward_comfy_cast_weights(index, scale=x)
+    if not hasattr(comfy.ops, "_eager_input_act"):
+        with pytest.raises(QuantError, match="hands a Linear an activation 'relu'"):
+            module.forward_comfy_cast_weights(x, input_act="relu")
+
+
+def test_rows_of_a_table_that_is_not_resident():
+    """Newer hosts ask for them by another name; their own way would decode the whole table."""
+    weight, index = packed_weight("Q8_0"), torch.tensor([[3, 1]])
+    table = GGUFOps.Embedding(ROWS, COLUMNS, dtype=torch.float32)
+    table.load_state_dict({"weight": weight})
+    assert torch.equal(table.host_rows(index, torch.float32), weight.dequantize()[index])

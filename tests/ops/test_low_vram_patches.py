@@ -6,6 +6,7 @@ import runpy
 import types
 from pathlib import Path
 
+import comfy.ldm.wan.model as wan
 import pytest
 import torch
 from comfy.ldm.modules.attention import attention_basic
@@ -124,6 +125,54 @@ def test_attention_override_sees_every_token_of_a_head(model):
     expected = forward(model)
     assert error(forward(apply_lean(model, FINE), optimized_attention_override=override), expected) < 1e-5
     assert {queries for queries, keys in seen if keys != 7} == {32}
+
+
+class Preferred(torch.nn.Module):
+    """What newer hosts keep beside an attention whose checkpoint prefers another kind."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Tokens and keywords of each call of the host's attention."""
+    calls, attend = [], wan.optimized_attention
+
+    def record(q, k, v, *args, **keywords):
+        calls.append((*(getattr(x, "peek", lambda x=x: x)().shape[1] for x in (q, k)), keywords))
+        return attend(q, k, v, *args, **{n: value for n, value in keywords.items() if n != "preferred_attention"})
+
+    monkeypatch.setattr(wan, "optimized_attention", record)
+    return calls
+
+
+def test_keys_of_an_image_get_no_attention_in_low_precision(calls):
+    """SageAttention gives NaN there."""
+    forward(apply_lean(build("i2v"), FINE), "i2v")
+    precise = {keys: keywords.get("low_precision_attention", True) for _, keys, keywords in calls}
+    assert precise == {32: True, 7: True, 257: False}
+
+
+def test_preferred_attention_is_handed_on_with_all_queries(calls):
+    model = build()
+    for block in model.model.diffusion_model.blocks:
+        block.self_attn.comfy_attention = block.cross_attn.comfy_attention = Preferred(attention_basic)
+    expected = forward(model)
+    calls.clear()
+    assert error(forward(apply_lean(model, FINE)), expected) < 1e-5
+    own = [(queries, keywords["preferred_attention"].function) for queries, keys, keywords in calls if keys == 32]
+    assert own == [(32, attention_basic)] * len(own)
+    assert {queries for queries, keys, _ in calls if keys == 7} == {32}, "the host's own cross-attention"
+
+
+def test_no_preference_changes_nothing(calls):
+    model = build()
+    for block in model.model.diffusion_model.blocks:
+        block.self_attn.comfy_attention = block.cross_attn.comfy_attention = Preferred(None)
+    assert error(forward(apply_lean(model, FINE)), forward(build())) < 1e-5
+    assert max(queries for queries, *_ in calls[: len(calls) // 2]) == FINE.token_chunk
 
 
 # Forwards that other nodes put in the place of a module's own, as sparse attention, NAG or bypassed LoRAs do.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import comfy.ldm.wan.model as wan
 import comfy.ops
 import comfy.sd
@@ -11,8 +13,14 @@ from comfy.ldm.wan.model_animate import AnimateWanModel
 from comfy.ldm.wan.model_wandancer import WanDancerModel
 from safetensors.torch import load_file, save_file
 
+try:
+    from comfy.ldm.wan.model_animate2 import WanAnimate2Model
+except ImportError:  # before 0.33
+    WanAnimate2Model = None
+
 from wanquant.ops.layout import is_packed
 from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.merged import merged_checkpoint
 from wanquant.quant.convert import convert
 
 # name: (model class, its arguments, the host's class for it)
@@ -30,10 +38,13 @@ VARIANTS = {
     "s2v": (wan.WanModel_S2V, {}, "WAN22_S2V"),
     "humo": (wan.HumoWanModel, {"in_dim": 36}, "WAN21_HuMo"),
     "animate": (AnimateWanModel, {"in_dim": 36, "num_layers": 5}, "WAN22_Animate"),
+    "animate2": (WanAnimate2Model, {"in_dim": 36}, "WAN_Animate2"),
     "scail": (wan.SCAILWanModel, {}, "WAN21_SCAIL"),
     "scail2": (getattr(wan, "SCAIL2WanModel", None), {"model_type": "i2v"}, "WAN21_SCAIL2"),
     "wandancer": (WanDancerModel, {"in_dim": 36}, "WAN22_WanDancer"),
 }
+# What tells a variant where names and shapes do not.
+METADATA = {"animate2": {"config": json.dumps({"transformer": {"model_type": "animate2"}})}}
 TINY = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2}
 
 VIDEO, TEXT, CLIP = (1, 16, 2, 8, 8), (1, 7, 4096), (1, 257, 1280)
@@ -49,6 +60,7 @@ INPUTS = {
     "camera_2.2": {"camera_conditions": (1, 24, 2, 64, 64)},
     "humo": {"audio_embed": (1, 2, 8, 5, 1280)},
     "animate": {"clip_fea": CLIP, "pose_latents": (1, 16, 1, 8, 8)},
+    "animate2": {"clip_fea": CLIP, "pose_latents": (1, 16, 1, 8, 8)},
     "s2v": {"audio_embed": (1, 25, 1024, 8), "reference_latent": (1, 16, 1, 8, 8)},
     "scail": {"clip_fea": CLIP, "pose_latents": (1, 20, 2, 8, 8), "reference_latent": (1, 20, 1, 8, 8)},
     "scail2": {"clip_fea": CLIP, "sam_latents": (1, 28, 2, 8, 8), "pose_latents": (1, 20, 2, 8, 8)},
@@ -64,7 +76,7 @@ def write_variant(name, folder, tiny_wan):
         key: tiny_wan["random_tensor"](key, tuple(value.shape), generator).to(torch.bfloat16)
         for key, value in model.state_dict().items()
     }
-    save_file(state, folder / f"{name}.safetensors")
+    save_file(state, folder / f"{name}.safetensors", metadata=METADATA.get(name))
     return folder / f"{name}.safetensors"
 
 
@@ -87,7 +99,7 @@ def test_variant(name, tmp_path, tiny_wan, sqnr):
         pytest.skip(f"this host has no {name}")
     source = write_variant(name, tmp_path, tiny_wan)
     gguf = convert(source, tmp_path / f"{name}.gguf", "Q8_0", effort="fast").path
-    dense = comfy.sd.load_diffusion_model_state_dict(load_file(source))
+    dense = comfy.sd.load_diffusion_model_state_dict(load_file(source), metadata=METADATA.get(name))
     packed = load_diffusion_model(gguf)
 
     assert type(packed.model.model_config).__name__ == VARIANTS[name][2]
@@ -99,3 +111,5 @@ def test_variant(name, tmp_path, tiny_wan, sqnr):
     assert packed.model_size() < dense.model_size()
     if name in INPUTS:
         assert sqnr(forward(dense, name), forward(packed, name)) > 40
+    saved = convert(merged_checkpoint(packed, torch.device("cpu")), tmp_path / "saved.gguf", "Q8_0", effort="fast")
+    assert type(load_diffusion_model(saved.path).model.model_config) is type(dense.model.model_config)

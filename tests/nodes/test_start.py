@@ -1,0 +1,42 @@
+"""What of the pack starts in a ComfyUI that it does not fit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+import comfy.model_management
+import pytest
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """The nodes as they are imported anew, as far as they are of models."""
+    import wanquant.nodes as nodes
+
+    for name in ("load_diffusion_model", "load_expert_pair", "low_vram"):
+        monkeypatch.delitem(sys.modules, f"wanquant.nodes.{name}", raising=False)
+        monkeypatch.delattr(nodes, name, raising=False)
+    return nodes
+
+
+def node_ids(nodes):
+    return {node.__name__ for node in asyncio.run(nodes.WanQuantExtension().get_node_list())}
+
+
+def test_nodes_of_files_stay_where_those_of_models_cannot_be_imported(nodes, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wanquant.ops.loader", None)
+    ids = node_ids(nodes)
+    assert {"WanQuantConvert", "WanQuantInspect", "WanQuantSaveRecoveryLora"} <= ids
+    assert "WanQuantLoader" not in ids
+    (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert "has changed what loading a GGUF builds on" in record.getMessage()
+    assert "Convert to GGUF and GGUF Info work; update WanQuant" in record.getMessage()
+
+
+def test_changed_call_is_told_at_start(nodes, monkeypatch, caplog):
+    monkeypatch.delattr(comfy.model_management, "free_memory")
+    assert "WanQuantLoader" in node_ids(nodes), "with its sentence when it runs"
+    (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
+    assert "there is no comfy.model_management.free_memory" in record.getMessage()
