@@ -128,7 +128,10 @@ def _ends(nodes: Sequence[Json], inputs: int, outputs: int) -> Json:
 
 
 def _whole(subgraph: Json, sockets: Sequence[_Socket]) -> Json:
-    """The one node that stands for the subgraph, whose inputs set these inner ones, if not more."""
+    """The one node that stands for the subgraph, whose inputs set these inner ones, if not more.
+
+    Inputs that lead to a widget show it: no property lists them, as the canvas wanted it until 2026.
+    """
     ports = list(zip(subgraph["inputs"], sockets, strict=True))
     return {
         "id": len(subgraph["nodes"]) + 1,
@@ -149,11 +152,7 @@ def _whole(subgraph: Json, sockets: Sequence[_Socket]) -> Json:
             for port, socket in ports
         ],
         "outputs": [{"name": port["name"], "type": port["type"], "links": []} for port in subgraph["outputs"]],
-        "properties": {
-            "proxyWidgets": [
-                [str(socket.node["id"]), socket.entry["name"]] for _, socket in ports if "widget" in socket.entry
-            ]
-        },
+        "properties": {},
         "widgets_values": [],
     }
 

@@ -87,6 +87,10 @@ def test_blueprint_is_one_node_whose_widgets_reach_inside(path: Path, canvas: Ca
     canvas.drop(path)
     (whole,) = canvas.nodes()
     assert None not in whole["values"]
+    shown = canvas.page.evaluate("app.graph.nodes[0].widgets.map(widget => widget.name)")
+    (node,) = json.loads(path.read_text(encoding="utf-8"))["nodes"]
+    assert shown == [entry["name"] for entry in node["inputs"] if "widget" in entry]
+    assert "proxyWidgets" not in node["properties"], "which newer canvases migrate with a warning"
     steps = [entry["inputs"]["steps"] for entry in canvas.prompt().values() if "steps" in entry["inputs"]]
     canvas.page.evaluate("app.graph.nodes[0].widgets.find(widget => widget.name === 'steps').value = 6")
     changed = [entry["inputs"]["steps"] for entry in canvas.prompt().values() if "steps" in entry["inputs"]]
