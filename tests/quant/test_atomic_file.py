@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,7 +141,7 @@ def test_a_second_writer_of_a_destination_is_refused(tmp_path: Path, writer: sub
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path, writer: subprocess.Popen[bytes], resume: bool):
-    writer.send_signal(signal.SIGKILL)
+    writer.kill()
     writer.wait()
     with AtomicFile(tmp_path / "a", 0, resume=resume) as file:
         assert file.read(9) == (b"first" if resume else b"")
