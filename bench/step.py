@@ -1,7 +1,8 @@
 """Seconds of a sampling step at true 1.3B layer shapes on the CPU: packed, dense bfloat16, and a peer's packed.
 
 Each recipe's model and the dense one take the same step in turns, in one process, and the least processor time of each
-counts. Few blocks stand for all thirty: every block costs the same.
+counts. Few blocks stand for all thirty: every block costs the same. `collecting` is the packed model's step while an
+importance matrix is collected, over its step without.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from ..quant.convert import convert
+from ..quant.importance import Collector
 from ..testing.hosts import checkout
 from ..tests.host_shims import install
 from .convert import machine, write_source
@@ -61,6 +63,19 @@ def packed_model(file: Path) -> Any:
     return load_diffusion_model(file, dtype=torch.bfloat16)
 
 
+def collecting_step(patcher: Any, step: Step) -> Step:
+    """A step of which an importance matrix is collected."""
+    from ..ops.importance import collecting
+
+    collector = Collector()
+
+    def run() -> None:
+        with collecting(patcher.model.diffusion_model, collector):
+            step()
+
+    return run
+
+
 def peer_model(checkout: Path, file: Path) -> Any:
     """As ComfyUI-GGUF's Unet Loader loads it, with its default settings."""
     import comfy.sd
@@ -76,11 +91,14 @@ def peer_model(checkout: Path, file: Path) -> Any:
 def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer: Path | None) -> dict[str, object]:
     file = source.with_name(f"{source.stem}-{recipe}.gguf")
     convert(source, file, recipe, effort="fast")
-    models = [packed_model(file), dense_model(source), *([peer_model(peer, file)] if peer else [])]
-    steps = (step_of(model, latent) for model in models)
-    ours, dense, *others = fastest(seconds, *steps, clock=time.process_time)
+    packed = packed_model(file)
+    models = [packed, dense_model(source), *([peer_model(peer, file)] if peer else [])]
+    steps = [step_of(model, latent) for model in models]
+    collects = collecting_step(packed, steps[0])
+    ours, collecting, dense, *others = fastest(seconds, steps[0], collects, *steps[1:], clock=time.process_time)
     row: dict[str, object] = {"recipe": recipe, "tokens": latent[2:].numel() // 4}
     row |= {"seconds": round(ours / 1e3, 2), "of_bf16": round(ours / dense, 3)}
+    row["collecting"] = round(collecting / ours, 3)
     if others:
         row["peer_of_bf16"] = round(others[0] / dense, 3)
     return row
@@ -117,7 +135,7 @@ def run(description: str, measure: Measure, columns: Sequence[str], **defaults: 
 
 
 def main() -> None:
-    columns = ("recipe", "tokens", "seconds", "of_bf16", "peer_of_bf16")
+    columns = ("recipe", "tokens", "seconds", "of_bf16", "collecting", "peer_of_bf16")
     recipes = ["Q8_0", "Q6_K", "Q5_0", "Q4_K_M", "Q4_0"]
     run(__doc__ or "", measure, columns, recipes=recipes, frames=[1, 3], blocks=2, seconds=20)
 
