@@ -120,10 +120,10 @@ def _groups(model: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
     return [{"params": others, "lr": rate}, {"params": [words], "lr": rate / 64}]
 
 
-def score(model: torch.nn.Module, prompts: int) -> dict[str, float]:
+def score(model: torch.nn.Module, prompts: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """The shares of clips of held-out captions with the right colour, motion, and both."""
     captions = [HELD_OUT[index % len(HELD_OUT)] for index in range(prompts)]
-    found = right(generate(velocity(model, torch.bfloat16), captions, seed=1), captions)
+    found = right(generate(velocity(model, dtype), captions, seed=1), captions)
     colour, motion = found.float().mean(0).tolist()
     return {"colour": colour, "motion": motion, "both": found.all(1).float().mean().item()}
 

@@ -72,6 +72,7 @@ def test_checkpoint_is_small_and_quantizable():
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "in_training", False)  # and it is again afterwards
+    monkeypatch.setattr(train_tinywan, "score", lambda *_: {})
     settings = train_tinywan.Settings(steps=2, batch=2, rate=1e-3, seed=0)
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     whole.mkdir()
@@ -94,8 +95,8 @@ def interrupt(*_):
 def test_it_draws_the_colours_and_motions_that_held_out_captions_say():
     model = build()
     model.load_state_dict(load_weights())
-    # 58 of 64 where it was trained; another machine's rounding may tip a clip.
-    assert train_tinywan.score(model, 64)["both"] >= 0.85
+    # 58 of 64 where it was trained; another rounding may tip a clip. In 16 bits some CPUs take minutes.
+    assert train_tinywan.score(model, 64, torch.float32)["both"] >= 0.85
 
 
 def test_heads_start_out_looking_one_frame_back_and_one_ahead():
