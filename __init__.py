@@ -12,7 +12,7 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint() -> WanQuantExtension:
     # Imported here so that tools which import the repository root (pytest, the command line) need no ComfyUI.
-    from .ops.version import require_host
+    from .ops.host_version import require_host
 
     require_host()
     from .nodes import WanQuantExtension

@@ -80,7 +80,7 @@ def main() -> int:
         return host.run_module("bench.demo")
     if options.command == "serve":
         base = str(ROOT / ".host" / f"base-{host.version}")
-        return host.run_module("tests.host.server", "--base", base, "--port", options.port)
+        return host.run_module("testing.server", "--base", base, "--port", options.port)
     print(f"ComfyUI {host.version} is ready: {host.comfyui}, run by {host.python}")
     return 0
 

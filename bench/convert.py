@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..quant.inputs import Inputs
+from ..quant.conversion.layer_encoder import Inputs
+from ..quant.plan.wan_shapes import SIZES, transformer_shapes
 from ..quant.qtype import QTYPES, Effort
-from ..quant.wan import SIZES, transformer_shapes
-from ..tests.libggml import LibGGML, load
-from ..tests.tiny_wan import write_random_checkpoint, write_sparse_checkpoint
+from ..testing.libggml import LibGGML, load
+from ..testing.tiny_wan import write_random_checkpoint, write_sparse_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from wanquant.testing.comparison import DENSE, TRAINED, Run, sample
 from wanquant.testing.hosts import ROOT
-from wanquant.tests.host.comparison import DENSE, TRAINED, Run, sample
-from wanquant.tests.host.server import HostServer
+from wanquant.testing.server import HostServer
 
 RECIPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q2_K")
 OUT = ROOT / "out" / "demo"

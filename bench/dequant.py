@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..quant import QTYPES, QuantType
 from ..quant.kernels import eager
-from ..quant.kernels.op import dequantize_into
+from ..quant.torch_op import dequantize_into
 
 PLAIN = ("F32", "F16", "BF16")
 Peer = Callable[[Tensor], Tensor]

@@ -46,7 +46,7 @@ SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))
 TOKENS = (512, 8190, 32760, 75600)
 LAYER = (13824, 5120)
 TILE_BYTES = 64 << 20
-"""As in ops/matmul.py, whose `packed_linear` needs ComfyUI."""
+"""As in ops/packed/matmul.py, whose `packed_linear` needs ComfyUI."""
 Row = dict[str, object]
 
 

@@ -78,9 +78,9 @@ def write_model(path: Path, size: Any) -> None:
     import torch
 
     from wanquant.bench.sizes import Source
-    from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
-    from wanquant.quant.recipe import find_recipe, plan
-    from wanquant.quant.wan import transformer_shapes
+    from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+    from wanquant.quant.plan.recipe import find_recipe, plan
+    from wanquant.quant.plan.wan_shapes import transformer_shapes
 
     shapes = transformer_shapes(size)
     kinds = plan(find_recipe(RECIPE), {name: Source(shape) for name, shape in shapes.items()}).types
@@ -102,7 +102,7 @@ def with_loras(patcher: Any, count: int) -> Any:
     import torch
     from comfy.weight_adapter import LoRAAdapter
 
-    from wanquant.ops.linear import packed_modules
+    from wanquant.ops.packed.linear import packed_modules
 
     torch.manual_seed(2)
     for _ in range(count):
@@ -137,7 +137,7 @@ class Bench:
     def __init__(self, path: Path) -> None:
         import torch
 
-        from wanquant.ops.loader import load_diffusion_model
+        from wanquant.ops.loading.diffusion_model import load_diffusion_model
 
         self._meter = Meter()
         self._path = path
@@ -146,10 +146,10 @@ class Bench:
     def row(self, case: Case) -> Row:
         import comfy.model_management
 
-        from wanquant.ops.budget import with_budget
-        from wanquant.ops.job import Job
-        from wanquant.ops.simulator import Simulator
-        from wanquant.ops.vram import candidates, choose
+        from wanquant.ops.budget.choose_plan import candidates, choose
+        from wanquant.ops.budget.sampling import with_budget
+        from wanquant.ops.budget.sampling_job import Job
+        from wanquant.ops.budget.simulator import Simulator
 
         patcher, job = with_loras(self._plain, case.loras), Job.of_video(*case.video)
         simulated, budget = Simulator.of(patcher), round(case.gib * GIB)
@@ -189,7 +189,7 @@ def measure(options: argparse.Namespace, deadline: float) -> None:
     gpu_host.start(options.carried, dynamic=options.patcher == "dynamic")
     import torch
 
-    from wanquant.quant.wan import SIZES, WanSize
+    from wanquant.quant.plan.wan_shapes import SIZES, WanSize
 
     with options.results.open("a") as file, torch.inference_mode():  # as the host's executor
 

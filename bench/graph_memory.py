@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from .memory import CASES, MODELS, Video, start_host
 
 if TYPE_CHECKING:
-    from ..ops.simulator import Peak
+    from ..ops.budget.simulator import Peak
 
 TOKENS = 512
 Row = dict[str, object]
@@ -27,10 +27,10 @@ def encoding_peak() -> Peak:
     import comfy.text_encoders.wan
     import torch
 
-    from ..ops.linear import GGUFOps, gguf_modules
-    from ..ops.live_memory import LiveMemory
-    from ..ops.meta_wan import META, meta_packed
-    from ..ops.simulator import Peak
+    from ..ops.budget.live_memory import LiveMemory
+    from ..ops.budget.meta_wan import META, meta_packed
+    from ..ops.budget.simulator import Peak
+    from ..ops.packed.linear import GGUFOps, gguf_modules
     from ..quant import QTYPES
 
     config = json.loads(Path(comfy.text_encoders.wan.__file__).with_name("umt5_config_xxl.json").read_text())
@@ -53,8 +53,8 @@ def encoding_peak() -> Peak:
 def rows() -> list[Row]:
     import torch
 
-    from ..ops.decoding import tiles_within
-    from ..ops.job import Job
+    from ..ops.budget.sampling_job import Job
+    from ..ops.budget.vae_tiles import tiles_within
 
     found = [row("umT5-XXL", None, None, encoding_peak())]
     for model, vae in (("14B-T2V", "Wan 2.1 VAE"), ("5B-TI2V", "Wan 2.2 VAE")):

@@ -7,21 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from wanquant.bench.tinywan.data import TRAINING
-from wanquant.bench.tinywan.reference import (
-    CHECKPOINT,
-    Reference,
-    Spread,
-    collect,
-    load_model,
-    load_weights,
-    prompts,
-)
+from wanquant.bench.tinywan.reference import CHECKPOINT, Reference, Spread, collect, load_model, load_weights, prompts
 from wanquant.bench.tinywan.results import add_options, conclude, origin, table
-from wanquant.quant.calibration import CalibrationCollector
-from wanquant.quant.checkpoint import open_checkpoint
-from wanquant.quant.importance import Collector
-from wanquant.quant.inputs import Inputs
-from wanquant.quant.recipe import find_recipe, plan
+from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.plan.recipe import find_recipe, plan
+from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.quant.statistics.calibration import CalibrationCollector
+from wanquant.quant.statistics.importance import Collector
 
 COUNTS = (0, 1, 2, 4, 8, 16, len(TRAINING))
 COLLECTORS = {"importance": Collector, "calibrated": CalibrationCollector}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ..quant.gguf_writer import GGUFWriter, TensorSpec
+from ..quant.gguf.writer import GGUFWriter, TensorSpec
+from ..quant.plan.wan_shapes import SIZES, Shape, transformer_shapes
 from ..quant.qtype import QTYPES
-from ..quant.wan import SIZES, Shape, transformer_shapes
+from ..testing.host_shims import install
 from ..testing.hosts import ROOT, checkout
 from .convert import machine
 
@@ -31,7 +31,7 @@ START = """
 import asyncio, compileall, importlib.util, json, runpy, sys, tempfile, time
 comfyui, root = sys.argv[1:]
 sys.path.insert(0, comfyui)
-runpy.run_path(root + "/tests/host_shims.py")["install"]()
+runpy.run_path(root + "/testing/host_shims.py")["install"]()
 from comfy.cli_args import args
 args.cpu = True
 import nodes, comfy_extras.nodes_wan, server
@@ -89,7 +89,7 @@ def _is_matrix(name: str, shape: Shape) -> bool:
 
 def from_disk(path: Path) -> dict[str, float]:
     """Seconds to read the file, to load it, and of the first two forward passes; not cached before all but the last."""
-    from ..ops.loader import load_diffusion_model
+    from ..ops.loading.diffusion_model import load_diffusion_model
 
     read = timed(path, lambda: _read(path))
     patchers: list[Any] = []
@@ -131,7 +131,7 @@ def main() -> None:
     folder = ROOT / "out" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     starts = [start_up()["ms"] for _ in range(3)]
-    runpy.run_path(str(ROOT / "tests" / "host_shims.py"))["install"]()
+    install()
     sys.path.insert(0, str(checkout()))
     from comfy.cli_args import args
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.convert import convert
+from ..quant.conversion.convert import convert
 from .dequant import fastest
 from .step import Step, packed_model, peer_model, run, step_of
 
@@ -55,7 +55,7 @@ def give_to_weights(patcher: Any) -> Any:
 
 def loras_alone(patcher: Any) -> Step:
     """The LoRAs of one step, on scratch weights."""
-    from ..ops.linear import packed_modules
+    from ..ops.packed.linear import packed_modules
 
     layers = [
         (function, torch.zeros(module.weight.shape, dtype=torch.bfloat16))

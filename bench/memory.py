@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..quant.recipe import find_recipe, plan
-from ..quant.wan import SIZES, VACE_14B, WanSize, transformer_shapes
+from ..quant.plan.recipe import find_recipe, plan
+from ..quant.plan.wan_shapes import SIZES, VACE_14B, WanSize, transformer_shapes
+from ..testing.host_shims import install
 from ..testing.hosts import checkout
 from .sizes import Source
 
 if TYPE_CHECKING:
-    from ..ops.job import Job
-    from ..ops.simulator import Simulator
-    from ..ops.vram import Choice
+    from ..ops.budget.choose_plan import Choice
+    from ..ops.budget.sampling_job import Job
+    from ..ops.budget.simulator import Simulator
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -55,7 +55,7 @@ CASES = {
 
 def start_host() -> None:
     """Makes the host's modules importable, on the CPU."""
-    runpy.run_path(str(ROOT / "tests" / "host_shims.py"))["install"]()
+    install()
     sys.path.insert(0, str(checkout()))
     from comfy.cli_args import args
 
@@ -68,9 +68,9 @@ def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
     from comfy.model_patcher import ModelPatcher
     from comfy.weight_adapter import LoRAAdapter
 
-    from ..ops.linear import packed_modules
-    from ..ops.meta_wan import META, meta_model
-    from ..ops.simulator import Simulator
+    from ..ops.budget.meta_wan import META, meta_model
+    from ..ops.budget.simulator import Simulator
+    from ..ops.packed.linear import packed_modules
 
     shapes = transformer_shapes(size)
     types = plan(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
@@ -88,7 +88,7 @@ def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
 
 def job(size: WanSize, video: Video) -> Job:
     """With one image for image-to-video, and two control videos for VACE."""
-    from ..ops.job import Job, image_fields
+    from ..ops.budget.sampling_job import Job, image_fields
 
     plain = Job.of_video(*video, channels=size.out_dim)
     if size.image:
@@ -98,7 +98,7 @@ def job(size: WanSize, video: Video) -> Job:
 
 def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
     """For each model and video the host's own forward, and what Wan Low VRAM chooses for the budget."""
-    from ..ops.vram import choose
+    from ..ops.budget.choose_plan import choose
 
     for model, size in MODELS.items():
         simulated = simulator(size, recipe, loras)
@@ -139,7 +139,7 @@ def draw(path: Path, recipe: str) -> None:
     """The course of all memory over a block of 14B (with the embeddings and the head), stock and lean, as PNG."""
     from matplotlib.figure import Figure
 
-    from ..ops.vram import choose
+    from ..ops.budget.choose_plan import choose
 
     model = "14B-T2V"
     video, budget = CASES[model][0]

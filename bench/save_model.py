@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..quant.convert import convert
-from ..quant.wan import SIZES
+from ..quant.conversion.convert import convert
+from ..quant.plan.wan_shapes import SIZES
 from .convert import machine, resident, write_source
 from .lora import with_loras
 from .step import dense_model, import_host, packed_model
@@ -24,7 +24,7 @@ def anonymous() -> int:
 
 def measure(source: Path, loaded: str, recipe: str, effort: str) -> dict[str, object]:
     """Saves the source as a recipe, loaded dense or as another one, its LoRAs merged."""
-    from ..ops.merged import merged_checkpoint
+    from ..ops.merged_source import merged_checkpoint
 
     if loaded == "BF16":
         model = with_loras(dense_model(source))

@@ -17,7 +17,7 @@ from wanquant.bench.tinywan.pictures import draw_sensitivity
 from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gains, load_model, load_weights
 from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
 from wanquant.quant import QTYPES
-from wanquant.quant.inputs import Inputs
+from wanquant.quant.conversion.layer_encoder import Inputs
 
 # Coarse enough to stand out of all rounding, fine enough that errors still add up.
 PROBE = "Q3_K"

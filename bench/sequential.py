@@ -28,11 +28,11 @@ from wanquant.bench.tinywan.reference import (
 )
 from wanquant.bench.tinywan.results import add_options, conclude, origin, table
 from wanquant.bench.tinywan.tuning import Call, block_inputs
-from wanquant.quant.calibration import Calibration, sum_of_products
-from wanquant.quant.checkpoint import open_checkpoint
-from wanquant.quant.inputs import Inputs
+from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.plan.recipe import find_recipe, plan
 from wanquant.quant.qtype import QuantType
-from wanquant.quant.recipe import find_recipe, plan
+from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.quant.statistics.calibration import Calibration, sum_of_products
 
 RECIPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 # Layers of one stage do not take anything from each other.

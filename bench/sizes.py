@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..quant.gguf_writer import TensorSpec
-from ..quant.recipe import RECIPES, Recipe, plan
-from ..quant.wan import SIZES, wan_shapes
+from ..quant.gguf.writer import TensorSpec
+from ..quant.plan.recipe import RECIPES, Recipe, plan
+from ..quant.plan.wan_shapes import SIZES, wan_shapes
 
 
 class Source(NamedTuple):

@@ -69,8 +69,8 @@ def vec_dot(qtype: QuantType, packed: Tensor, x: Tensor) -> Callable[[], Tensor]
 
 
 def measure(name: str, tokens: int, seconds: float) -> dict[str, Any]:
-    from ..ops import matmul
-    from ..ops.layout import pack
+    from ..ops.packed import matmul
+    from ..ops.packed.layout import pack
 
     qtype = QTYPES[name]
     packed = qtype.quantize(torch.randn(SIZE, SIZE), effort="fast")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from ..quant.convert import convert
+from ..quant.conversion.convert import convert
 from .convert import machine, write_source
 from .step import import_host
 

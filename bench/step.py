@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from ..quant.convert import convert
-from ..quant.importance import Collector
+from ..quant.conversion.convert import convert
+from ..quant.statistics.importance import Collector
+from ..testing.host_shims import install
 from ..testing.hosts import checkout
-from ..tests.host_shims import install
 from .convert import machine, write_source
 from .dequant import fastest
 
@@ -58,14 +58,14 @@ def dense_model(source: Path) -> Any:
 
 
 def packed_model(file: Path) -> Any:
-    from ..ops.loader import load_diffusion_model
+    from ..ops.loading.diffusion_model import load_diffusion_model
 
     return load_diffusion_model(file, dtype=torch.bfloat16)
 
 
 def collecting_step(patcher: Any, step: Step) -> Step:
     """A step of which an importance matrix is collected."""
-    from ..ops.importance import collecting
+    from ..ops.collect_importance import collecting
 
     collector = Collector()
 

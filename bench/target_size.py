@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..quant.convert import convert
-from ..quant.verify import verify
-from ..quant.wan import WanSize, transformer_shapes
-from ..tests.tiny_wan import write_random_checkpoint
+from ..quant.conversion.convert import convert
+from ..quant.inspection.verify import verify
+from ..quant.plan.wan_shapes import WanSize, transformer_shapes
+from ..testing.tiny_wan import write_random_checkpoint
 from .convert import machine
 
 GIB = 1 << 30

@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..ops.importance import with_collector
-from ..quant.calibration import CalibrationCollector
-from ..quant.importance import Collector
+from ..ops.collect_importance import with_collector
+from ..quant.statistics.calibration import CalibrationCollector
+from ..quant.statistics.importance import Collector
 
 ImportanceIO = io.Custom("WANQUANT_IMPORTANCE")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ops.compare import compare_latents
+from ..ops.latents.compare import compare_latents
 from .pictures import picture_tensor, text_and_picture
 
 
@@ -34,7 +34,7 @@ class WanQuantCompareLatents(io.ComfyNode):
     @classmethod
     def execute(cls, reference: dict[str, Any], compared: dict[str, Any]) -> io.NodeOutput:
         # Only pictures need matplotlib, which takes a while to load.
-        from ..ops.compare_chart import draw
+        from ..ops.latents.compare_chart import draw
 
         comparison = compare_latents(reference["samples"], compared["samples"])
         picture = picture_tensor(draw(comparison))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from comfy_api.latest import io
 
-from ..quant.convert import convert
+from ..quant.conversion.convert import convert
 from ..quant.qtype import Effort
 from . import encoding
 from .folders import (

@@ -13,10 +13,10 @@ from comfy_execution.utils import ExecutionContext, get_executing_context
 from server import PromptServer
 
 from .. import quant
-from ..quant.convert import ConversionReport
-from ..quant.importance import Importance
-from ..quant.recipe import RECIPES
-from ..quant.stream import Progress
+from ..quant.conversion.convert import ConversionReport
+from ..quant.conversion.stream import Progress
+from ..quant.plan.recipe import RECIPES
+from ..quant.statistics.importance import Importance
 from .folders import IMPORTANCE, MODELS, NONE, destinations
 from .pictures import picture_tensor, text_and_picture
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..quant.report import inspect
+from ..quant.inspection.report import inspect
 from .folders import GGUF, check_names, model_path, stat_token
 from .pictures import picture_tensor, text_and_picture
 

@@ -6,7 +6,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..ops.loader import load_diffusion_model
+from ..ops.loading.diffusion_model import load_diffusion_model
 from .folders import GGUF, MODELS, NONE, check_names, model_path, source_names, stat_token
 
 DTYPES = {"default": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..ops.experts import share_memory
-from ..ops.loader import load_diffusion_model
+from ..ops.budget.experts import share_memory
+from ..ops.loading.diffusion_model import load_diffusion_model
 from .folders import GGUF, check_names, model_path, stat_token
 from .load_diffusion_model import DTYPES, dtype_input
 

@@ -10,7 +10,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..ops.text_encoder import load_text_encoder
+from ..ops.loading.text_encoder import load_text_encoder
 from .folders import GGUF_ENCODERS, check_names, model_path, stat_token
 
 logger = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ import logging
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..ops.budget import is_wan, preview_job, with_budget
-from ..ops.decoding import HOST_TILES, tiles_within
-from ..ops.experts import simulate
-from ..ops.vram import checked_budget, choose
+from ..ops.budget.choose_plan import checked_budget, choose
+from ..ops.budget.experts import simulate
+from ..ops.budget.sampling import is_wan, preview_job, with_budget
+from ..ops.budget.vae_tiles import HOST_TILES, tiles_within
 from ..quant import QuantError
 
 logger = logging.getLogger(__name__)

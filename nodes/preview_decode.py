@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..ops.preview import preview_frames
+from ..ops.latents.preview import preview_frames
 
 
 class WanQuantPreviewDecode(io.ComfyNode):

@@ -8,8 +8,8 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..quant import write_calibration, write_importance
-from ..quant.calibration import Calibration
-from ..quant.importance import Collector
+from ..quant.statistics.calibration import Calibration
+from ..quant.statistics.importance import Collector
 from .collect_importance import ImportanceIO
 from .folders import IMPORTANCE, output_path
 

@@ -7,8 +7,8 @@ import os
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..ops.merged import merged_checkpoint
-from ..quant.convert import convert
+from ..ops.merged_source import merged_checkpoint
+from ..quant.conversion.convert import convert
 from ..quant.qtype import Effort
 from . import encoding
 from .folders import destinations, output_path, written_token

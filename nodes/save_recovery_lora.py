@@ -7,7 +7,7 @@ import os
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..quant.recovery import recover
+from ..quant.recovery.recovery_lora import recover
 from . import encoding
 from .folders import (
     GGUF,

@@ -25,7 +25,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ..quant import QuantError, lasting
-from .version import host_version
+from .host_version import host_version
 
 try:
     import comfy_kitchen

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..quant import QTYPES, QuantError
-from .layout import pack
-from .linear import GGUFOps
-from .version import host_version
+from .host_version import host_version
+from .packed.layout import pack
+from .packed.linear import GGUFOps
 
 CALLS: dict[str, tuple[int, str]] = {
     "comfy.ops.run_every_op": (0, ""),

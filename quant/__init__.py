@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from .calibration_file import read_calibration, write_calibration
-from .convert import ConversionReport, convert
+from . import torch_op as torch_op  # registers torch.ops.wanquant.dequantize
+from .conversion.convert import ConversionReport, convert
 from .errors import QuantError
-from .gguf_file import open_gguf
-from .importance_file import read_importance, write_importance
-from .kernels import op as op  # registers torch.ops.wanquant.dequantize
+from .gguf.reader import open_gguf
 from .qtype import QTYPES, QuantType
+from .statistics.calibration_file import read_calibration, write_calibration
+from .statistics.importance_file import read_importance, write_importance
 
 __all__ = [
     "QTYPES",

@@ -13,19 +13,19 @@ from typing import Any, Protocol, TypeAlias, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .batch import plan_batch
-from .calibration_file import read_calibration
-from .convert import ConversionReport, convert_all
+from .conversion.batch import plan_batch
+from .conversion.convert import ConversionReport, convert_all
+from .conversion.restore import DTYPES, restore
+from .conversion.stream import Progress
 from .errors import QuantError
-from .importance import Importance
-from .importance_file import read_importance
+from .inspection.report import inspect
+from .inspection.verify import verify
+from .plan.recipe import RECIPES
 from .qtype import Effort
-from .recipe import RECIPES
-from .recovery import recover
-from .report import inspect
-from .restore import DTYPES, restore
-from .stream import Progress
-from .verify import verify
+from .recovery.recovery_lora import recover
+from .statistics.calibration_file import read_calibration
+from .statistics.importance import Importance
+from .statistics.importance_file import read_importance
 
 _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

@@ -9,8 +9,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import iq4, iquants, kquants, legacy, microscaling, reference, search, ternary
+from .encoders import ggml as reference
+from .encoders import search
 from .errors import QuantError
+from .formats import iq4, iquants, kquants, legacy, microscaling, ternary
 
 Effort = Literal["fast", "best"]
 _EFFORTS: tuple[Effort, ...] = get_args(Effort)
@@ -81,7 +83,7 @@ class QuantType:
         if packed.dtype != torch.uint8:
             raise QuantError(f"{self.name}: packed data is {packed.dtype}, expected torch.uint8; view it as bytes")
         self.unpacked_shape(tuple(packed.shape))
-        # By name, as the operator's module (quant/kernels/op.py) imports this one.
+        # By name, as the operator's module (quant/torch_op.py) imports this one.
         weight: Tensor = torch.ops.wanquant.dequantize(packed, self.name, dtype)
         return weight
 

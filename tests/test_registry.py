@@ -12,8 +12,8 @@ import zipfile
 
 import pytest
 
-from wanquant.ops.version import MINIMUM_HOST
-from wanquant.quant.provenance import VERSION
+from wanquant.ops.host_version import MINIMUM_HOST
+from wanquant.quant.gguf.provenance import VERSION
 from wanquant.testing.hosts import ROOT
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
+from wanquant.testing import host_shims
 from wanquant.testing.hosts import checkout
-from wanquant.tests import host_shims
 
 host_shims.install()
 sys.path.append(str(checkout()))

@@ -12,13 +12,13 @@ from torch import Tensor
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.model import Model
 from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_model, load_weights, prompts
-from wanquant.quant import budget
-from wanquant.quant.budget import Front
-from wanquant.quant.checkpoint import open_checkpoint
-from wanquant.quant.importance import Collector, Importance
-from wanquant.quant.inputs import Inputs
+from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.plan import target_size as budget
+from wanquant.quant.plan.recipe import RECIPES, plan, treatment
+from wanquant.quant.plan.target_size import Front
 from wanquant.quant.qtype import QuantType
-from wanquant.quant.recipe import RECIPES, plan, treatment
+from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.quant.statistics.importance import Collector, Importance
 
 HALVES = ("high", "low")
 """Of the schedule, by noise, as the two experts of Wan 2.2 share it; of 8 steps they get 5 and 3."""

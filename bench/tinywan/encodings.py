@@ -18,11 +18,11 @@ from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
 from wanquant.bench.tinywan.tuning import tune
 from wanquant.quant import convert, open_gguf
-from wanquant.quant.calibration import Calibration, CalibrationCollector
-from wanquant.quant.importance import Collector, Importance
-from wanquant.quant.recovery import recover
-from wanquant.quant.report import GIB
-from wanquant.tests.libggml import load as load_libggml
+from wanquant.quant.inspection.report import GIB
+from wanquant.quant.recovery.recovery_lora import recover
+from wanquant.quant.statistics.calibration import Calibration, CalibrationCollector
+from wanquant.quant.statistics.importance import Collector, Importance
+from wanquant.testing.libggml import load as load_libggml
 
 LORA_SHARE = 0.05
 """Of the bytes of the file that the LoRA is made for."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from wanquant.bench.tinywan.data import HELD_OUT, TRAINING, Caption
 from wanquant.bench.tinywan.model import Model, build, velocity
 from wanquant.bench.tinywan.score import generate, right
-from wanquant.quant.importance import Collector, Importance
+from wanquant.quant.statistics.importance import Collector, Importance
 from wanquant.testing.hosts import ROOT
 
 CHECKPOINT = ROOT / "bench" / "tinywan" / "tinywan.safetensors"

@@ -14,9 +14,9 @@ from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.model import velocity
 from wanquant.bench.tinywan.reference import STEPS, Weights, load_module
 from wanquant.bench.tinywan.score import generate
+from wanquant.quant.encoders.search import Encoder
+from wanquant.quant.encoders.search.columns import Columns
 from wanquant.quant.qtype import QuantType
-from wanquant.quant.search import Encoder
-from wanquant.quant.search.columns import Columns
 
 import comfy.model_management  # isort: skip (wanquant.bench.tinywan puts the host on the path)
 

@@ -1,1 +1,4 @@
-"""Decoding blocks fast: one torch operator, and behind it the quickest path that the device has."""
+"""Quicker ways to dequantize than torch operations, each used where it works.
+
+It imports `qtype`; triton and libggml only at their first use.
+"""

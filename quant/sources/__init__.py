@@ -1,1 +1,4 @@
-"""Where weights come from: files of any supported layout, as tensors under ComfyUI's names."""
+"""Checkpoints of any layout and naming, as weights under ComfyUI's names that are read piece by piece.
+
+It imports `gguf`, `files` and `qtype`.
+"""

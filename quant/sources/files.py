@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from ..gguf_header import FileIdentity
+from ..gguf.header import FileIdentity
 
 _HASH_CHUNK_BYTES = 16 << 20
 

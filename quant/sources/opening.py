@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import QuantError
-from ..gguf_header import read_header
-from ..safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
+from ..files.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
+from ..gguf.header import read_header
 from .files import HashedFile
 from .tensors import StoredTensor
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
-from ..sentencepiece import SPIECE_KEY, parse_vocabulary
+from ..files.sentencepiece import SPIECE_KEY, parse_vocabulary
 from .renaming import rename, rules
 
 SPIECE_TENSOR = "spiece_model"

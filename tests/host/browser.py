@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-from wanquant.tests.host.server import Graph, HostServer
+from wanquant.testing.server import Graph, HostServer
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VIEW = {"width": 1800, "height": 900}

@@ -7,12 +7,12 @@ from collections.abc import Generator, Iterator
 
 import pytest
 
-from wanquant.templates.canvas import Schemas
-from wanquant.templates.tools import COMFYUI_GGUF
 from wanquant.testing.hosts import checkout
+from wanquant.testing.server import HostServer
 from wanquant.tests.host.browser import CHROMIUM, Canvas, open_canvas
-from wanquant.tests.host.server import HostServer
 from wanquant.tests.ops.conftest import HOST  # noqa: F401 (puts the host on sys.path)
+from wanquant.workflow_generators.canvas import Schemas
+from wanquant.workflow_generators.tools import COMFYUI_GGUF
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ import torch
 
 from wanquant.ops.conditioning import load_conditioning, save_conditioning
 from wanquant.quant import convert
-from wanquant.templates import models
-from wanquant.templates.canvas import Box, Columns, Node, node
 from wanquant.testing.hosts import ROOT
-from wanquant.tests.host.server import HostServer
+from wanquant.testing.server import HostServer
+from wanquant.workflow_generators import models
+from wanquant.workflow_generators.canvas import Box, Columns, Node, node
 
 TINYWAN = ROOT / "bench" / "tinywan"
 SOURCE, QUANTIZED, PROMPT = "TinyWan.safetensors", "TinyWan-Q4_K_M.gguf", "a red ball.safetensors"

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from wanquant.quant import QTYPES, convert
-from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
-from wanquant.tests.host.graphs import conversion, node
-from wanquant.tests.host.server import Graph, GraphError, HostServer
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.testing.graphs import conversion, node
+from wanquant.testing.server import Graph, GraphError, HostServer
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 pytestmark = pytest.mark.host
 

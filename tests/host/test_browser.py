@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from wanquant.templates import models
-from wanquant.templates.canvas import Box, Node, Schemas, workflow
-from wanquant.templates.tools import COMFYUI_GGUF
+from wanquant.testing.graphs import node
+from wanquant.testing.server import HostServer
 from wanquant.tests.host.browser import Canvas
-from wanquant.tests.host.graphs import node
-from wanquant.tests.host.server import HostServer
 from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, prompt, saved_files, shrunk
+from wanquant.workflow_generators import models
+from wanquant.workflow_generators.canvas import Box, Node, Schemas, workflow
+from wanquant.workflow_generators.tools import COMFYUI_GGUF
 
 pytestmark = pytest.mark.host
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from wanquant.testing.graphs import conversion, node
+from wanquant.testing.server import Graph, HostServer
+from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.host.browser import Canvas
-from wanquant.tests.host.graphs import conversion, node
-from wanquant.tests.host.server import Graph, HostServer
-from wanquant.tests.tiny_wan import write_tiny_wan
 
 pytestmark = pytest.mark.host
 

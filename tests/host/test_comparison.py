@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wanquant.tests.host.comparison import DENSE, RANDOM, TRAINED, Run, sample
-from wanquant.tests.host.server import HostServer
+from wanquant.testing.comparison import DENSE, RANDOM, TRAINED, Run, sample
+from wanquant.testing.server import HostServer
 
 pytestmark = pytest.mark.host
 

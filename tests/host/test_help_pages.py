@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from wanquant.templates.canvas import Columns, Schemas, workflow
 from wanquant.testing.hosts import DEFAULT_HOST, ROOT
+from wanquant.testing.server import HostServer
 from wanquant.tests.host import help_graph
 from wanquant.tests.host.browser import Canvas
-from wanquant.tests.host.server import HostServer
 from wanquant.tests.host.test_server import NODES
+from wanquant.workflow_generators.canvas import Columns, Schemas, workflow
 
 pytestmark = pytest.mark.host
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from wanquant.testing.hosts import ROOT, checkout
-from wanquant.tests.host.server import HostServer
+from wanquant.testing.server import HostServer
 from wanquant.tests.host.test_server import NODES
 
 pytestmark = pytest.mark.host

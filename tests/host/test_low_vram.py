@@ -6,9 +6,9 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wanquant.tests.host.comparison import RANDOM
-from wanquant.tests.host.graphs import node, quantized_model, video
-from wanquant.tests.host.server import Graph, GraphError, HostServer
+from wanquant.testing.comparison import RANDOM
+from wanquant.testing.graphs import node, quantized_model, video
+from wanquant.testing.server import Graph, GraphError, HostServer
 
 pytestmark = pytest.mark.host
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.ops.conditioning import save_conditioning
 from wanquant.quant import open_gguf
-from wanquant.tests.host.graphs import PROMPT, STEPS, conversion, node, video
-from wanquant.tests.host.server import Event, GraphError, HostServer
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.testing.graphs import PROMPT, STEPS, conversion, node, video
+from wanquant.testing.server import Event, GraphError, HostServer
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 pytestmark = pytest.mark.host
 

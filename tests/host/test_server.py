@@ -6,9 +6,9 @@ import urllib.error
 
 import pytest
 
-from wanquant.tests.host.graphs import SOURCE, conversion, node
-from wanquant.tests.host.server import GraphError, HostServer
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.testing.graphs import SOURCE, conversion, node
+from wanquant.testing.server import GraphError, HostServer
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 pytestmark = pytest.mark.host
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wanquant.tests.host.server import flags_of
+from wanquant.testing.server import flags_of
 
 OLD = ["--listen", "--disable-auto-launch", "--disable-api-nodes", "--database-url"]
 NEW = [*OLD, "--offline", "--disable-assets"]

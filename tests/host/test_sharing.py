@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from wanquant.quant import convert
-from wanquant.tests.host.graphs import node
-from wanquant.tests.host.server import Graph, GraphError, HostServer
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.testing.graphs import node
+from wanquant.testing.server import Graph, GraphError, HostServer
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 pytestmark = pytest.mark.host
 

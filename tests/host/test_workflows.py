@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from wanquant.templates import models
-from wanquant.templates.blueprints import blueprints
-from wanquant.templates.canvas import Json, workflow
-from wanquant.templates.gallery import templates
+from wanquant.testing.graphs import node
 from wanquant.testing.hosts import DEFAULT_HOST, ROOT
-from wanquant.tests.host.graphs import node
-from wanquant.tests.host.server import HostServer
+from wanquant.testing.server import HostServer
 from wanquant.tests.host.workflow_files import BLUEPRINTS, FILES, inside, prompt, saved_files, shrunk, write_files
+from wanquant.workflow_generators import models
+from wanquant.workflow_generators.blueprints import blueprints
+from wanquant.workflow_generators.canvas import Json, workflow
+from wanquant.workflow_generators.gallery import templates
 
 pytestmark = pytest.mark.host
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

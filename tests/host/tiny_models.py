@@ -21,10 +21,10 @@ from PIL import Image
 from torch import nn
 
 from wanquant.quant import QTYPES, convert
-from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
-from wanquant.quant.sentencepiece import SPIECE_KEY
-from wanquant.templates import models
-from wanquant.tests.tiny_wan import random_tensor, write_random_checkpoint, write_sparse_checkpoint
+from wanquant.quant.files.sentencepiece import SPIECE_KEY
+from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.testing.tiny_wan import random_tensor, write_random_checkpoint, write_sparse_checkpoint
+from wanquant.workflow_generators import models
 
 Shapes = dict[str, tuple[int, ...]]
 

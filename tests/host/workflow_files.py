@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wanquant.templates.blueprint import INPUT, OUTPUT
-from wanquant.templates.canvas import Json, Schemas, widgets
 from wanquant.testing.hosts import ROOT
-from wanquant.tests.host.server import Graph
+from wanquant.testing.server import Graph
+from wanquant.workflow_generators.blueprint import INPUT, OUTPUT
+from wanquant.workflow_generators.canvas import Json, Schemas, widgets
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))

@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wanquant.tests.ops.conftest import (  # noqa: F401
-    pytest_pycollect_makemodule,
-    t2v,
-    tiny_wan,
-)
+from wanquant.tests.ops.conftest import pytest_pycollect_makemodule, t2v, tiny_wan  # noqa: F401
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.nodes.convert import WanQuantConvert
 from wanquant.quant import QuantError
-from wanquant.quant.gguf_file import open_gguf
+from wanquant.quant.gguf.reader import open_gguf
 
 
 def convert(source, **inputs):

@@ -10,9 +10,9 @@ import torch
 from wanquant.nodes.collect_importance import WanQuantCollectImportance
 from wanquant.nodes.convert import WanQuantConvert
 from wanquant.nodes.save_importance import WanQuantSaveImportance
-from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError, read_importance
-from wanquant.quant.importance import Collector
+from wanquant.quant.statistics.importance import Collector
 
 NAME = "blocks.0.ffn.0.weight"
 

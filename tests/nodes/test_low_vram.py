@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wanquant.nodes.low_vram import WanQuantLowVRAM
-from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError
 
 

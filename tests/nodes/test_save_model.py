@@ -6,7 +6,7 @@ import pytest
 
 from wanquant.nodes.load_diffusion_model import WanQuantLoader
 from wanquant.nodes.save_model import WanQuantSaveModel
-from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError
 
 

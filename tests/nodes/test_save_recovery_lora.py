@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from wanquant.nodes.save_recovery_lora import WanQuantSaveRecoveryLora
 from wanquant.quant import QuantError, write_importance
-from wanquant.quant.importance import Importance
+from wanquant.quant.statistics.importance import Importance
 
 FILES = {"model_name": "t2v.gguf", "source": "t2v.safetensors"}
 

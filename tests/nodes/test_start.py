@@ -28,7 +28,7 @@ def node_ids(nodes):
 
 
 def test_nodes_of_files_stay_where_those_of_models_cannot_be_imported(nodes, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "wanquant.ops.loader", None)
+    monkeypatch.setitem(sys.modules, "wanquant.ops.loading.diffusion_model", None)
     ids = node_ids(nodes)
     assert {"WanQuantConvert", "WanQuantInspect", "WanQuantSaveRecoveryLora"} <= ids
     assert "WanQuantLoader" not in ids

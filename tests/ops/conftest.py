@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).resolve().parent.parent
-HOST = Path(os.environ.get("COMFYUI_PATH") or TESTS.parent / ".host" / "ComfyUI")
+from wanquant.testing.host_shims import install
+from wanquant.testing.hosts import ROOT
+
+HOST = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".host" / "ComfyUI")
 
 if (HOST / "comfy").is_dir():
-    runpy.run_path(str(TESTS / "host_shims.py"))["install"]()
+    install()
     sys.path.insert(0, str(HOST))
     from comfy.cli_args import args
 
@@ -24,9 +25,9 @@ if (HOST / "comfy").is_dir():
 
 def pytest_configure(config: pytest.Config) -> None:
     if form := config.getoption("--call-form"):
-        from wanquant.tests.newer_host import install
+        from wanquant.tests import newer_host
 
-        install(form)
+        newer_host.install(form)
 
 
 def pytest_pycollect_makemodule():  # runs for this folder's files only
@@ -36,14 +37,16 @@ def pytest_pycollect_makemodule():  # runs for this folder's files only
 
 @pytest.fixture(scope="session")
 def tiny_wan():
-    """The functions of tests/tiny_wan.py."""
-    return runpy.run_path(str(TESTS / "tiny_wan.py"))
+    """The functions of testing/tiny_wan.py."""
+    from wanquant.testing import tiny_wan
+
+    return vars(tiny_wan)
 
 
 @pytest.fixture(scope="session")
 def t2v(tiny_wan, tmp_path_factory):
     """A two-layer Wan 2.1 T2V as (safetensors, Q8_0 GGUF)."""
-    from wanquant.quant.convert import convert
+    from wanquant.quant.conversion.convert import convert
 
     folder = tmp_path_factory.mktemp("t2v")
     source = tiny_wan["write_tiny_wan"](folder / "t2v.safetensors", layers=2, ffn_dim=512)
@@ -63,7 +66,7 @@ def model(t2v):
     """The patcher of `t2v`, computing in float32."""
     import torch
 
-    from wanquant.ops.loader import load_diffusion_model
+    from wanquant.ops.loading.diffusion_model import load_diffusion_model
 
     return load_diffusion_model(t2v[1], dtype=torch.float32)
 
@@ -74,7 +77,7 @@ def decoded(t2v, model):
     import comfy.sd
     import torch
 
-    from wanquant.ops.layout import is_packed
+    from wanquant.ops.packed.layout import is_packed
 
     sd = {
         name.removeprefix("diffusion_model."): t.dequantize() if is_packed(t) else t
@@ -96,7 +99,7 @@ def sqnr():
 @pytest.fixture(scope="session")
 def write_gguf():
     from wanquant.quant import QTYPES
-    from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
+    from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
 
     def write_gguf(path, state, types, *, prefix="", metadata=None, five_d=False):
         """Writes a GGUF with `types(name, tensor)` naming the type of each tensor, and returns its path."""

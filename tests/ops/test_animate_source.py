@@ -10,9 +10,9 @@ import torch
 from comfy.ldm.wan.model_animate import AnimateWanModel
 from safetensors.torch import save_file
 
-from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError, convert, open_gguf
-from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.sources.checkpoint import open_checkpoint
 
 CONVOLUTIONS = r"motion_encoder\.enc\.net_app\.convs\."
 # (in ComfyUI, in Diffusers); the first that matches counts.

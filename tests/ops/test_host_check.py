@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanquant.ops import host_check
 from wanquant.ops.host_check import check_host, misfits
-from wanquant.ops.loader import load_diffusion_model
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError, convert
 
 

@@ -9,9 +9,9 @@ import comfy.utils
 import pytest
 import torch
 
-from wanquant.ops.loader import load_diffusion_model
-from wanquant.quant.convert import convert
-from wanquant.quant.recovery import recover
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.quant.conversion.convert import convert
+from wanquant.quant.recovery.recovery_lora import recover
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QTYPES, convert, open_gguf
-from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.sources.checkpoint import open_checkpoint
 
 # name: (format, arguments of the host's quantizer, options of its marker)
 FORMATS = {

@@ -16,9 +16,9 @@ from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, convert, open_gguf
-from wanquant.quant.report import inspect
-from wanquant.quant.restore import restore
-from wanquant.quant.sentencepiece import SPIECE_KEY
+from wanquant.quant.conversion.restore import restore
+from wanquant.quant.files.sentencepiece import SPIECE_KEY
+from wanquant.quant.inspection.report import inspect
 
 SPIECE = Path(comfy.text_encoders.__path__[0]) / "t5_pile_tokenizer" / "tokenizer.model"
 CONFIG = {

@@ -18,10 +18,10 @@ try:
 except ImportError:  # before 0.33
     WanAnimate2Model = None
 
-from wanquant.ops.layout import is_packed
-from wanquant.ops.loader import load_diffusion_model
-from wanquant.ops.merged import merged_checkpoint
-from wanquant.quant.convert import convert
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.ops.merged_source import merged_checkpoint
+from wanquant.ops.packed.layout import is_packed
+from wanquant.quant.conversion.convert import convert
 
 # name: (model class, its arguments, the host's class for it)
 VARIANTS = {

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wanquant.quant import qtype
-from wanquant.tests.libggml import LibGGML, load
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.testing.libggml import LibGGML, load
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 _PREFIX = "model.diffusion_model."
 

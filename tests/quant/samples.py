@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wanquant.quant.calibration import Calibration, CalibrationCollector
 from wanquant.quant.qtype import QuantType
+from wanquant.quant.statistics.calibration import Calibration, CalibrationCollector
 
 F16_FIELDS = {
     "F16": (0,),

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant.__main__ import main
-from wanquant.quant.calibration import CalibrationCollector
-from wanquant.quant.calibration_file import write_calibration
-from wanquant.quant.importance import Importance
-from wanquant.quant.importance_file import write_importance
+from wanquant.quant.statistics.calibration import CalibrationCollector
+from wanquant.quant.statistics.calibration_file import write_calibration
+from wanquant.quant.statistics.importance import Importance
+from wanquant.quant.statistics.importance_file import write_importance
+from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
-from wanquant.tests.tiny_wan import write_tiny_wan
 
 LAUNCHER = ROOT / "wanquant.py"
 

@@ -14,10 +14,11 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from wanquant.quant import QTYPES, QuantError, QuantType, qtype, reference
+from wanquant.quant import QTYPES, QuantError, QuantType, qtype
+from wanquant.quant.encoders import ggml as reference
 from wanquant.quant.kernels import eager
 from wanquant.quant.qtype import QTYPES_BY_ID, Effort, qtype_of
-from wanquant.tests.libggml import LibGGML
+from wanquant.testing.libggml import LibGGML
 from wanquant.tests.quant.portable import PortableOps
 from wanquant.tests.quant.samples import assert_same_bits, random_blocks, special_blocks
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, convert, open_gguf
-from wanquant.quant.checkpoint import open_checkpoint
-from wanquant.quant.provenance import source_metadata
-from wanquant.quant.restore import restore
+from wanquant.quant.conversion.restore import restore
+from wanquant.quant.gguf.provenance import source_metadata
 from wanquant.quant.sources.attention import preference_tensors
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 NAME = "blocks.0.self_attn.comfy_attention.config"
 INT8 = {"attention": "comfy_kitchen_int8"}

@@ -6,9 +6,9 @@ import hashlib
 
 import pytest
 
-from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.sources.files import HashedFile
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 
 @pytest.mark.parametrize("order", ["in file order", "backwards", "every second", "none"])

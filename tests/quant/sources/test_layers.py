@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanquant.quant import QuantError
-from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.sources.checkpoint import open_checkpoint
 
 FP8 = torch.ones(4, 8).to(torch.float8_e4m3fn)
 INT8 = torch.ones(4, 8, dtype=torch.int8)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from wanquant.quant import QuantError
-from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.sources.checkpoint import open_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError
-from wanquant.quant.checkpoint import open_checkpoint
+from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.sources.names import find_naming
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 # (in Diffusers, in ComfyUI), of module paths and of single tensors
 PAIRS = (

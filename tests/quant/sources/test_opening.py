@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QTYPES, QuantError, convert, open_gguf
-from wanquant.quant.checkpoint import open_checkpoint
-from wanquant.quant.gguf_writer import GGUFWriter, TensorSpec
-from wanquant.tests.tiny_wan import write_tiny_wan
+from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 

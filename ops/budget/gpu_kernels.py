@@ -1,0 +1,78 @@
+"""What kernels of GPUs allocate, in place of the operations that torch has for meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+import comfy.ldm.wan.model as wan
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .. import host
+
+_HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+
+
+class FlashAttention:
+    """The host's `optimized_attention_override`: an output and a float32 row of statistics, no matrix of scores."""
+
+    takes_some_queries = True
+
+    def __call__(
+        self,
+        _: object,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        *_args: object,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **_kwargs: object,
+    ) -> Tensor:
+        """(batch, tokens, heads * size), or (batch, heads, tokens, size) where a reshape is skipped."""
+        q, k, v = host.uncontained(q, k, v)
+        if not skip_reshape:
+            size = q.shape[2] // heads
+            q, k, v = (x.reshape(len(x), -1, heads, size).transpose(1, 2) for x in (q, k, v))
+        output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        return output if skip_output_reshape else output.transpose(1, 2).flatten(2)
+
+
+def use_flash_attention(model: wan.WanModel) -> None:
+    """Give it to all parts of a model of our own but the blocks: there alone the host lets its attention be overridden.
+
+    In ComfyUI 0.30.0 they are Animate's face adapter, and what S2V and WanDancer do with sound.
+    """
+    blocks = {part for each in (model.blocks, getattr(model, "vace_blocks", model.blocks)) for part in each.modules()}
+    attention = partial(FlashAttention(), None)
+    for part in model.modules():
+        forward: Any = type(part).forward
+        if part not in blocks and "optimized_attention" in forward.__code__.co_names:
+            names = forward.__globals__ | {"optimized_attention": attention}
+            part.forward = MethodType(FunctionType(forward.__code__, names, None, forward.__defaults__), part)
+
+
+class FusedNorms(TorchFunctionMode):
+    """In place of torch's RMS norm, which on meta tensors is made of others.
+
+    Source: aten/src/ATen/native/layer_norm.cpp rms_norm_symint, torch 2.9.0, the first that has a kernel for CUDA.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        if func is not torch.nn.functional.rms_norm or not _HAS_FUSED_NORMS:
+            return func(*args, **(kwargs or {}))
+        x: Tensor = args[0]
+        output, scales = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        del scales
+        return output

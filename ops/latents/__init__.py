@@ -1,0 +1,4 @@
+"""Latents compared and previewed.
+
+It imports `quant` alone.
+"""

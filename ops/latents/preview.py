@@ -1,0 +1,49 @@
+"""A latent's approximate colours, without a VAE."""
+
+from __future__ import annotations
+
+import comfy.latent_formats
+import torch
+from torch import Tensor
+
+from ...quant import QuantError
+
+_FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
+_PIXELS_PER_CELL = {16: 8, 48: 16}
+
+
+def model_space(samples: Tensor) -> Tensor:
+    """What the model sees of a latent, float32 on the CPU: each channel has about unit variance.
+
+    Args:
+        samples: (batch, channels, frames, height, width) as a sampler returns it: 16 channels (Wan 2.1 and the
+            Wan 2.2 14B experts) or 48 (Wan 2.2 5B).
+
+    Raises:
+        QuantError: the latent is not a Wan video latent.
+    """
+    if samples.ndim != 5 or samples.shape[1] not in _FORMATS:
+        raise QuantError(
+            f"latent of shape {tuple(samples.shape)}: expected (batch, 16 or 48, frames, height, width);"
+            " connect the LATENT of a Wan sampler"
+        )
+    latent: Tensor = _FORMATS[samples.shape[1]]().process_in(samples.float().cpu())
+    return latent
+
+
+def preview_frames(samples: Tensor) -> Tensor:
+    """Linear RGB estimate of a Wan latent, which `model_space` describes.
+
+    Returns:
+        float32 (batch * frames, pixel height, pixel width, 3) in 0..1 on the CPU, one picture a latent frame.
+    """
+    # The factors were fitted to what the model sees, which is not what the sampler returns.
+    latent = model_space(samples)
+    channels = samples.shape[1]
+    latent_format = _FORMATS[channels]
+    factors = torch.tensor(latent_format.latent_rgb_factors)
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias)
+    rgb = torch.einsum("bcthw,cr->btrhw", latent, factors) + bias.view(3, 1, 1)
+    rgb = rgb.flatten(0, 1).add_(1).div_(2).clamp_(0, 1)
+    rgb = torch.nn.functional.interpolate(rgb, scale_factor=_PIXELS_PER_CELL[channels], mode="bilinear")
+    return rgb.movedim(1, -1).contiguous()

@@ -1,0 +1,4 @@
+"""Files -> the host's models.
+
+It imports `packed`, `host` and `quant`.
+"""

@@ -1,0 +1,154 @@
+"""GGUF file -> the host's state dict -> ModelPatcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from math import prod
+
+import comfy.sd
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from torch import Tensor
+
+from ...quant import QuantError
+from ...quant.gguf.header import Header, TensorRecord, read_header
+from ...quant.gguf.provenance import source_metadata
+from ...quant.sources.attention import preference_tensors
+from ...quant.sources.modules import is_module
+from .. import host
+from ..host_check import check_host
+from ..packed.int8 import int8_ops
+from ..packed.layout import pack, with_dtype
+from ..packed.linear import GGUFOps, packed_modules
+from ..packed.patcher import with_packed_patches
+from .add_on_modules import with_module
+from .file_mapping import map_files, watch
+from .main_memory import check_memory
+from .prefetch import prefetch_blocks
+
+logger = logging.getLogger(__name__)
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Two-dimensional parameters named `.weight` that the host's models read directly, not through a Linear.
+# Source: comfy/ldm/wan/model_animate.py EqualLinear, comfy/ldm/wan/model.py WanModel_S2V, ComfyUI 0.30.0.
+_NO_LINEAR = ("motion_encoder.", "trainable_cond_mask.")
+
+# How tensors start, what such a file is, and what to do with it.
+_FOREIGN = (
+    (("enc.blk.", "encoder.block."), "a T5 text encoder", "load it with Load Text Encoder (GGUF)"),
+    (("v.blk.", "mm.", "v.patch_embd"), "a vision projector (mmproj)", "choose another file"),
+    (("blk.", "token_embd."), "a language model or text encoder", "choose another file"),
+    (("encoder.downsamples.", "decoder.upsamples.", "decoder.up."), "a VAE", "load its .safetensors with Load VAE"),
+)
+
+
+def load_diffusion_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    module: str | os.PathLike[str] | None = None,
+    int8: bool = False,
+    disable_dynamic: bool = False,
+) -> ModelPatcher:
+    """Load a GGUF diffusion model for the host; weights stay packed until they are used.
+
+    Args:
+        dtype: of the arithmetic; the host chooses for the device when None.
+        module: a GGUF or safetensors file with what a Wan transformer can be extended by (VACE and the like).
+        int8: multiply many tokens in 8-bit integers (`int8_linear`).
+        disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
+
+    Raises:
+        QuantError: a host that does not fit, not a well-formed GGUF, no diffusion model that this host knows, a module
+            that does not fit it, or no int8 in this host.
+    """
+    check_host()
+    header = read_header(path)
+    _refuse_foreign(header)
+    if module is not None:
+        header = with_module(header, module)
+    # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
+    stand_in = dtype or torch.bfloat16
+    check_memory(header, decoded_bytes(header, stand_in))
+    data = map_files(header.parts, dynamic=not disable_dynamic)
+    metadata = source_metadata(header.metadata)
+    state_dict = {r.name: loaded_tensor(r, data(r), stand_in) for r in header.tensors.values()}
+    if host.knows_preferences():
+        preferences = preference_tensors(metadata)
+        state_dict |= {name: host.note_source(tensor, header.path) for name, tensor in preferences.items()}
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state_dict,
+        {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": dtype} if dtype else {}),
+        metadata=metadata,
+        disable_dynamic=disable_dynamic,
+    )
+    if patcher is None:
+        raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
+    _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
+    host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, module=module, int8=int8))
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
+    patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
+    if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
+        logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)
+    return with_packed_patches(patcher)
+
+
+def loaded_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """`host_tensor`, which tells the host its file."""
+    return host.note_source(host_tensor(record, data, dtype), record.path)
+
+
+def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the host's state dict gets: packed for our layers, zero-copy for plain types, else decoded to `dtype`."""
+    plain = _PLAIN.get(record.qtype.name)
+    if plain is not None:
+        aligned = data if data.storage_offset() % plain.itemsize == 0 else data.clone()
+        return aligned.view(plain).view(record.shape)
+    if _is_linear(record):
+        packed: Tensor = pack(data, record.qtype.name, record.shape, dtype)
+        return packed
+    return record.qtype.dequantize(data, dtype).view(record.shape)
+
+
+def decoded_bytes(header: Header, dtype: torch.dtype) -> int:
+    """Bytes that `host_tensor` decodes into for the whole file; all else is mapped."""
+    records = (r for r in header.tensors.values() if r.qtype.name not in _PLAIN and not _is_linear(r))
+    return sum(prod(record.shape) for record in records) * dtype.itemsize
+
+
+def _is_linear(record: TensorRecord) -> bool:
+    matrix = len(record.shape) == 2 and record.shape == record.stored_shape
+    return matrix and record.name.endswith(".weight") and not any(part in record.name for part in _NO_LINEAR)
+
+
+def _settle_dtype(model: BaseModel, dtype: torch.dtype) -> None:
+    """Make the model, and what its weights are decoded to, of `dtype`."""
+    host.set_compute_dtype(model, dtype)
+    for _, module in packed_modules(model):
+        module.weight = torch.nn.Parameter(with_dtype(module.weight, dtype), requires_grad=False)
+
+
+def _refuse_foreign(header: Header) -> None:
+    if "imatrix" in (header.metadata.get("general.type"), header.metadata.get("general.architecture")):
+        raise _not_a_model(header, "an importance matrix")
+    if header.metadata.get("general.type") == "adapter":
+        raise _not_a_model(header, "a LoRA")
+    if is_module(header.tensors, ""):
+        raise _not_a_model(header, "an add-on module", "choose it as the module_name, with the model it is for")
+    for prefixes, what, remedy in _FOREIGN:
+        if any(name.startswith(prefixes) for name in header.tensors):
+            raise _not_a_model(header, what, remedy)
+
+
+def _not_a_model(header: Header, what: str, remedy: str = "choose another file") -> QuantError:
+    architecture = header.metadata.get("general.architecture", "not given")
+    names = ", ".join(list(header.tensors)[:3]) or "none"
+    return QuantError(
+        f"{header.path}: {what} (general.architecture {architecture}; tensors {names}, ...);"
+        f" expected a diffusion model such as Wan; {remedy}"
+    )

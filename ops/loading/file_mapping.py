@@ -1,0 +1,85 @@
+"""Tensor data of files, mapped the way the host's memory manager wants it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...quant.gguf.header import FileIdentity, Header, TensorRecord
+from ...quant.gguf.reader import map_private
+from .. import host
+
+logger = logging.getLogger(__name__)
+
+TensorData = Callable[[TensorRecord], Tensor]
+"""A record's bytes, uint8 (*stored_shape[:-1], row_bytes), mapped and not copied."""
+
+
+def map_files(parts: Sequence[FileIdentity], *, dynamic: bool = True) -> TensorData:
+    """Map files of any format: with dynamic VRAM through the host's own map, else through a private one, to be pinned.
+
+    Args:
+        dynamic: off for a model in the legacy memory mode: the host's map is read-only, so CUDA cannot pin it.
+
+    Raises:
+        QuantError: a file cannot be mapped, or is no longer the one whose records were read.
+    """
+    streams = dynamic and host.dynamic_vram()
+    maps = {part.path: _HostMap(part.path) if streams else _PrivateMap(part) for part in parts}
+    for part in parts:
+        part.check_unchanged()
+    return lambda record: maps[record.path].data(record)
+
+
+class _PrivateMap:
+    def __init__(self, part: FileIdentity) -> None:
+        self._bytes = map_private(part)
+
+    def data(self, record: TensorRecord) -> Tensor:
+        packed = self._bytes[record.offset : record.offset + record.nbytes]
+        return packed.view(record.qtype.packed_shape(record.stored_shape or (1,)))
+
+
+def watch(header: Header) -> Callable[[object], None]:
+    """A callback for before each run, which says once in the log that a loaded file was deleted or replaced.
+
+    Its mapping serves on then. It raises QuantError when the file itself was written to: the weights are others now.
+    """
+    told: set[Path] = set()
+
+    def check(_: object) -> None:
+        for part in header.parts:
+            what = part.displaced()
+            if what and part.path not in told:
+                told.add(part.path)
+                logger.warning(
+                    "%s was %s; what was loaded from it stays in use until it is loaded again", part.path, what
+                )
+
+    return check
+
+
+class _HostMap:
+    """A file that dynamic VRAM can read from disk to the accelerator.
+
+    Source: comfy/utils.py load_safetensors, ComfyUI 0.30.0.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._map, self._lock = host.map_file(path), threading.Lock()
+        self._handle = self._map.get_file_handle()
+        self._view = memoryview((ctypes.c_uint8 * path.stat().st_size).from_address(self._map.get()))
+
+    def data(self, record: TensorRecord) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            data = torch.frombuffer(self._view[record.offset : record.offset + record.nbytes], dtype=torch.uint8)
+        host.note_slice(data, self._handle, self._lock, record.offset, (self._map, self._view))
+        return data.view(record.qtype.packed_shape(record.stored_shape or (1,)))

@@ -1,0 +1,119 @@
+"""GGUF text encoder (umT5, T5) -> the host's CLIP."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import comfy.sd
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+from torch import Tensor
+
+from ...quant import QuantError
+from ...quant.files.sentencepiece import sentencepiece_model
+from ...quant.gguf.header import Header, read_header
+from ...quant.sources.t5 import transformers_name
+from .. import host
+from ..host_check import check_host
+from ..packed.linear import GGUFOps, computing_in
+from ..packed.patcher import with_packed_patches
+from .diffusion_model import decoded_bytes, loaded_tensor
+from .file_mapping import map_files, watch
+from .main_memory import check_memory
+
+_EMBEDDING = "shared.weight"
+_QUERY = "encoder.block.0.layer.0.SelfAttention.q.weight"
+_FFN = "encoder.block.0.layer.1.DenseReluDense.wi_1.weight"
+
+
+def load_text_encoder(
+    path: str | os.PathLike[str],
+    clip_type: comfy.sd.CLIPType,
+    embedding_directory: list[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    disable_dynamic: bool = False,
+) -> comfy.sd.CLIP:
+    """Load a T5 text encoder for the host; weights stay packed, and of the embedding only a prompt's rows are decoded.
+
+    Args:
+        clip_type: the model family that the prompt is for, which decides on tokenizer and padding.
+        dtype: of the matrix products; None is the host's, float32. All else is float32 in any case.
+        disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
+
+    Raises:
+        QuantError: a host that does not fit, not a well-formed GGUF, no T5-XXL encoder, one of another model family, or
+            without its tokenizer.
+    """
+    check_host()
+    header = read_header(path)
+    names = {transformers_name(name): record for name, record in header.tensors.items()}
+    _check(header, names.keys(), clip_type)
+    check_memory(header, decoded_bytes(header, torch.bfloat16))
+    data = map_files(header.parts, dynamic=not disable_dynamic)
+    state_dict = {name: loaded_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
+    options = {
+        "custom_operations": computing_in(dtype) if dtype else GGUFOps,
+        "umt5xxl_model_config": _config(state_dict),
+    }
+    if clip_type is comfy.sd.CLIPType.WAN:  # the host has the tokenizer of the other models itself
+        state_dict["spiece_model"] = host.note_source(_tokenizer(header), header.path)
+    if comfy.sd.detect_te_model(state_dict) is not comfy.sd.TEModel.T5_XXL:
+        raise QuantError(f"{header.path}: a T5 text encoder of another size than XXL; choose umt5-xxl for Wan")
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [state_dict], embedding_directory, clip_type, options, disable_dynamic=disable_dynamic
+    )
+    clip.patcher = with_packed_patches(clip.patcher)
+    clip.patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
+    host.remember_loader(clip.patcher, partial(_load_patcher, path, clip_type, embedding_directory, dtype=dtype))
+    return clip
+
+
+def _load_patcher(*args: Any, **options: Any) -> ModelPatcher:  # noqa: ANN401
+    return load_text_encoder(*args, **options).patcher
+
+
+def _check(header: Header, names: Collection[str], clip_type: comfy.sd.CLIPType) -> None:
+    """Refuse what the host would load as another model, or as this one with weights missing."""
+    if _EMBEDDING not in names or _QUERY not in names:
+        architecture = header.metadata.get("general.architecture", "not given")
+        diffusion = any(name.endswith("head.modulation") for name in names)
+        remedy = "load it with Load Diffusion Model (GGUF)" if diffusion else "choose umt5-xxl for Wan"
+        raise QuantError(f"{header.path}: not a T5 text encoder (general.architecture {architecture}); {remedy}")
+    biases = sum(name.endswith("relative_attention_bias.weight") for name in names)
+    # umT5 has one in every block, T5 one for all.
+    is_umt5, wants_umt5 = biases == _blocks(names), clip_type is comfy.sd.CLIPType.WAN
+    if is_umt5 and not wants_umt5:
+        raise QuantError(f"{header.path}: umT5, the text encoder of Wan; choose type wan")
+    if wants_umt5 and not is_umt5:
+        raise QuantError(f"{header.path}: T5, but Wan's text encoder is umT5; choose umt5-xxl, or the type it is for")
+
+
+def _blocks(names: Collection[str]) -> int:
+    return len({match[1] for name in names if (match := re.match(r"encoder\.block\.(\d+)\.", name))})
+
+
+def _config(state_dict: dict[str, Tensor]) -> dict[str, int]:
+    """The sizes that the host otherwise takes for granted to be umt5-xxl's."""
+    vocabulary, width = state_dict[_EMBEDDING].shape
+    heads = next(t.shape[1] for name, t in state_dict.items() if name.endswith("relative_attention_bias.weight"))
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "num_heads": heads,
+        "d_kv": state_dict[_QUERY].shape[0] // heads,
+        "d_ff": state_dict[_FFN].shape[0],
+        "num_layers": _blocks(state_dict),
+    }
+
+
+def _tokenizer(header: Header) -> Tensor:
+    try:
+        return torch.frombuffer(bytearray(sentencepiece_model(header.metadata)), dtype=torch.uint8)
+    except QuantError as error:
+        raise QuantError(f"{header.path}: {error}") from None

@@ -1,0 +1,187 @@
+"""A loaded model, with its LoRAs merged, as a source that the converter reads tensor by tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_detection
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from comfy.weight_adapter import WeightAdapterBase
+from torch import Tensor
+
+from ..quant import QTYPES, QuantError
+from ..quant.sources.attention import preference_metadata
+from ..quant.sources.checkpoint import Checkpoint, SourceTensor
+from ..quant.sources.files import SourceFiles, SourceIdentity
+from ..quant.sources.names import find_naming
+from ..quant.sources.tensors import DTYPES
+from . import host
+from .packed.layout import dense, is_packed
+from .packed.patch_rows import Patch
+
+_PREFIX = "diffusion_model."
+# In float32: the weight, what the host adds to, its patch, and what that is made of.
+_MERGING_COPIES = 4
+_STORED = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class _Identity(SourceIdentity):
+    """Of no file: what is in memory is told by its content only."""
+
+    size: int = 0
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True)
+class _Parameter(SourceTensor):
+    """A parameter of the model, as it was loaded, and what is patched onto it."""
+
+    weight: Tensor = field(repr=False, compare=False)
+    patches: list[Patch] = field(repr=False, compare=False)
+    memory: _Memory = field(repr=False, compare=False)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        packed = self.read_packed(start, self._stop(stop))
+        if packed is None:
+            return self.memory.values(self)[start : self._stop(stop)]
+        self.memory.reach(self)
+        return QTYPES[self.stored].dequantize(packed)
+
+    def read_packed(self, start: int, stop: int) -> Tensor | None:
+        if self.patches or not isinstance(self.weight, QuantizedTensor) or not is_packed(self.weight):
+            return None
+        qtype = QTYPES[self.stored]
+        qdata: Tensor = host.packed_bytes(self.weight).detach().flatten()
+        return qdata[start // qtype.block_size * qtype.type_size : stop // qtype.block_size * qtype.type_size].cpu()
+
+    def merged(self, device: torch.device) -> Tensor:
+        """All values in `dtype`: with patches a float32 sum on the device, rounded nowhere."""
+        weight = dense(self.weight, torch.float32)
+        if isinstance(weight, QuantizedTensor):
+            weight = weight.dequantize()
+        if not self.patches:
+            return weight.to(self.dtype)
+        weight = weight.to(device, torch.float32, copy=weight is self.weight)
+        key = _PREFIX + self.name
+        merged: Tensor = comfy.lora.calculate_weight(
+            self.patches, weight, key, torch.float32, {key: [(weight.clone(), None)]}
+        )
+        if merged.shape != self.shape:
+            raise QuantError(f"{self.name}: a patch changes its shape from {self.shape} to {tuple(merged.shape)}")
+        return merged
+
+
+class _Memory(SourceFiles):
+    """Holds the values of one tensor at a time; those that are reached in order also feed one SHA-256."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(())
+        self.device = device
+        self.tensors: list[_Parameter] = []
+        self._held: tuple[str, Tensor] | None = None
+        self._hash = hashlib.sha256()
+        self._hashed = 0
+
+    def values(self, tensor: _Parameter) -> Tensor:
+        """Flat, of the tensor's dtype; the next call lets go of them."""
+        if self._held is None or self._held[0] != tensor.name:
+            self._held = None
+            with torch.no_grad():
+                self._held = (tensor.name, tensor.merged(self.device).flatten())
+            self.reach(tensor)
+        return self._held[1]
+
+    def reach(self, tensor: _Parameter) -> None:
+        """Hashes the tensor if it is the next one."""
+        if self._hashed < len(self.tensors) and self.tensors[self._hashed] is tensor:
+            self._feed(tensor)
+
+    def sha256(self) -> str:
+        """Hex digest of the weights as loaded and of the patches."""
+        while self._hashed < len(self.tensors):
+            self._feed(self.tensors[self._hashed])
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._held = None
+
+    def _feed(self, tensor: _Parameter) -> None:
+        self._hashed += 1
+        for part in _parts((tensor.name, tensor.weight, tensor.patches)):
+            self._hash.update(part)
+
+
+def _parts(value: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Everything that tells one value from another, as bytes."""
+    if isinstance(value, QuantizedTensor):
+        value = host.packed_bytes(value) if is_packed(value) else value.dequantize()
+    if isinstance(value, Tensor):
+        yield repr((value.dtype, value.shape)).encode()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+    elif isinstance(value, WeightAdapterBase):
+        yield from _parts((type(value).__name__, value.weights))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield repr(value).encode() + b"\0"
+
+
+def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint:
+    """What a MODEL computes with, as `open_checkpoint` would give it.
+
+    Args:
+        patcher: from any loader; its LoRAs and other weight patches are merged, wherever its weights are now.
+        device: where they are merged.
+
+    Raises:
+        QuantError: no Wan model.
+    """
+    model = patcher.model.diffusion_model
+    weights = dict(model.named_parameters())
+    name = Path("MODEL")
+    architecture = find_naming(name, weights.keys()).architecture
+    memory = _Memory(device)
+    memory.tensors += [_parameter(patcher, name, weight, memory) for name, weight in weights.items()]
+    tensors: Mapping[str, SourceTensor] = {tensor.name: tensor for tensor in memory.tensors}
+    identity = _Identity(name, (), sum(tensor.nbytes for tensor in memory.tensors))
+    on_cpu = (tensor for tensor in memory.tensors if tensor.patches and device.type == "cpu")
+    held = max((_MERGING_COPIES * 4 * math.prod(tensor.shape) for tensor in on_cpu), default=0)
+    metadata = _detection_metadata(patcher.model) | preference_metadata(host.attention_preferences(model))
+    return Checkpoint(identity, str(name), metadata, architecture, {}, tensors, memory, held)
+
+
+def _detection_metadata(model: BaseModel) -> dict[str, str]:
+    """The `config` metadata by which the host detects the model again, where names and shapes do not tell it.
+
+    Wan Animate 2 is shaped as image to video. Source: comfy/model_detection.py detect_unet_config, ComfyUI 0.33.0.
+    """
+    told = comfy.model_detection.detect_unet_config(dict(model.diffusion_model.named_parameters()), "")
+    own = {key: value for key, value in model.model_config.unet_config.items() if isinstance(value, str)}
+    more = {key: value for key, value in own.items() if told.get(key) != value}
+    return {"config": json.dumps({"transformer": more})} if more else {}
+
+
+def _parameter(patcher: ModelPatcher, name: str, weight: Tensor, memory: _Memory) -> _Parameter:
+    key = _PREFIX + name
+    patches = patcher.patches.get(key, [])
+    weight = host.loaded_weight(patcher, key, weight)
+    if isinstance(weight, QuantizedTensor):
+        packed = is_packed(weight)
+        stored, dtype = (weight.params.qtype, torch.float32) if packed else (host.layout_name(weight), weight.dtype)
+    else:
+        stored = _STORED.get(weight.dtype, str(weight.dtype))
+        dtype = torch.bfloat16 if weight.itemsize == 1 else weight.dtype
+    shape = tuple(weight.shape) or (1,)
+    return _Parameter(name, torch.float32 if patches else dtype, shape, stored, weight, patches, memory)

@@ -1,0 +1,4 @@
+"""Checkpoint -> GGUF, tensor by tensor, and back.
+
+It imports every folder but `recovery`.
+"""

@@ -1,0 +1,64 @@
+"""What one command converts: a source or all that match a pattern, each by one recipe or by several."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import QuantError
+from ..sources.checkpoint import open_checkpoint
+from ..sources.opening import shard_of
+from .job import Job
+
+
+def plan_batch(
+    source: Path,
+    destination: Path,
+    recipes: Sequence[str],
+    target_size: float | None = None,
+    modules: Sequence[Path] = (),
+) -> dict[Path, list[Job]]:
+    """The files to make of each source, which are all looked into before the first is converted.
+
+    Args:
+        source: a file or folder, or a pattern that matches several files.
+        destination: a .gguf file, or a folder for one or several, named after source, modules and recipe
+            or size.
+        target_size: GiB, which count instead of the recipes.
+        modules: files that are merged onto each source.
+
+    Raises:
+        QuantError: no source, one that cannot be opened, or several results for one file.
+    """
+    sources, is_folder = _matching(source), destination.is_dir()
+    jobs = {recipe: Job(destination, recipe) for recipe in recipes}
+    if target_size is not None:
+        jobs = {f"{target_size:g}GiB": Job(destination, target_size=target_size)}
+    count = len(sources) * len(jobs)
+    if count > 1 and not is_folder:
+        raise QuantError(f"{destination}: not a folder, and {count} files are to be made; give a folder that exists")
+    batch: dict[Path, list[Job]] = {}
+    stems: dict[str, Path] = {}
+    for path in sources:
+        with open_checkpoint(path, modules):
+            stem = "-".join(shard_of(part)[0] for part in (path, *modules))
+        other = stems.setdefault(stem, path)
+        if other is not path:
+            raise QuantError(f"{destination / stem}: the name for {other} and for {path}; convert these one by one")
+        batch[path] = [
+            replace(job, destination=destination / f"{stem}-{mark}.gguf") if is_folder else job
+            for mark, job in jobs.items()
+        ]
+    return batch
+
+
+def _matching(source: Path) -> list[Path]:
+    """The source itself, or the files that it matches as a pattern, with the first shard for all of its series."""
+    if source.exists() or not glob.has_magic(str(source)):
+        return [source]
+    found = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]
+    if not found:
+        raise QuantError(f"{source}: no file matches; check the pattern and its folder")
+    return [path for path in found if shard_of(path)[1] == 1] or found

@@ -1,0 +1,4 @@
+"""Floats -> block formats: ggml's own rounding, and a search for less error.
+
+It imports `formats`.
+"""

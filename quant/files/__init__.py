@@ -1,0 +1,4 @@
+"""Files in general: written atomically, locked, resumed; headers and tokenizers of other formats.
+
+It imports `errors`.
+"""

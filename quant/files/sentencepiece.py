@@ -1,0 +1,169 @@
+"""Sentencepiece models and GGUF vocabularies, each made from the other.
+
+Source: google/sentencepiece src/sentencepiece_model.proto @ v0.2.0; protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..errors import QuantError
+
+SPIECE_KEY = "tokenizer.ggml.spiece_model"
+"""UINT8 array: the sentencepiece model as the host's tokenizer takes it."""
+
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE, _SCORE, _TYPE = 1, 2, 3
+_SPECIAL_IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}
+"""Fields of the trainer's part and their defaults."""
+_MODEL_TYPE, _VOCABULARY_SIZE = 3, 4
+_CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES = 2, 3, 4
+
+_NORMAL, _UNUSED = 1, 5
+_UNUSED_SCORE = -10000.0
+_ID_MASK = 0xFFFFFFFF
+_UNIGRAM = 1
+
+
+def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
+    """`tokenizer.ggml.*` of a sentencepiece model, as llama.cpp's converter writes it.
+
+    Args:
+        n_rows: of the embedding; rows beyond the vocabulary get unused tokens.
+
+    Raises:
+        QuantError: not a sentencepiece model, or one with more pieces than rows.
+    """
+    try:
+        pieces, trainer, normalizer = _parts(model)
+        tokens = [bytes(piece[_PIECE]).decode() for piece in pieces]
+        scores = [struct.unpack("<f", piece.get(_SCORE, bytes(4)))[0] for piece in pieces]
+        types = [int(piece.get(_TYPE, _NORMAL)) for piece in pieces]
+        ids = {name: _signed(trainer.get(field, default)) for name, (field, default) in _SPECIAL_IDS.items()}
+    except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
+        raise QuantError("its tokenizer is no sentencepiece model; the file is damaged") from error
+    n_unused = n_rows - len(tokens)
+    if not tokens or n_unused < 0:
+        raise QuantError(f"its tokenizer has {len(tokens)} pieces, its embedding {n_rows} rows; they do not belong")
+    return {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": tokens + [f"[PAD{number}]" for number in range(len(tokens), n_rows)],
+        "tokenizer.ggml.scores": np.array(scores + [_UNUSED_SCORE] * n_unused, np.float32),
+        "tokenizer.ggml.token_type": np.array(types + [_UNUSED] * n_unused, np.int32),
+        **{f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items() if number >= 0},
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": True,
+        "tokenizer.ggml.add_space_prefix": bool(normalizer.get(_DUMMY_PREFIX, True)),
+        "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer.get(_REMOVE_SPACES, True)),
+        **({"tokenizer.ggml.precompiled_charsmap": normalizer[_CHARSMAP]} if normalizer.get(_CHARSMAP) else {}),
+    }
+
+
+def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
+    """The serialized ModelProto of a GGUF's tokenizer.
+
+    Raises:
+        QuantError: no unigram tokenizer in the metadata.
+    """
+    if SPIECE_KEY in metadata:
+        return bytes(metadata[SPIECE_KEY])
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if tokens is None or metadata.get("tokenizer.ggml.model") != "t5":
+        raise QuantError(
+            f"tokenizer.ggml.model is {metadata.get('tokenizer.ggml.model', 'not given')}: expected t5 with its tokens;"
+            " the file is not a T5 text encoder, or was made without its tokenizer"
+        )
+    scores, types = metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]
+    pieces = (
+        _message(_PIECES, _message(_PIECE, token.encode()) + _float(_SCORE, score) + _integer(_TYPE, kind))
+        for token, score, kind in zip(tokens, np.asarray(scores).tolist(), np.asarray(types).tolist(), strict=True)
+    )
+    settings = (_message(_TRAINER, _trainer(metadata, len(tokens))), _message(_NORMALIZER, _normalizer(metadata)))
+    return b"".join((*pieces, *settings))
+
+
+def _trainer(metadata: Mapping[str, Any], n_tokens: int) -> bytes:
+    ids = (
+        _integer(field, metadata.get(f"tokenizer.ggml.{name}_token_id", -1))
+        for name, (field, _) in _SPECIAL_IDS.items()
+    )
+    return _integer(_MODEL_TYPE, _UNIGRAM) + _integer(_VOCABULARY_SIZE, n_tokens) + b"".join(ids)
+
+
+def _normalizer(metadata: Mapping[str, Any]) -> bytes:
+    charsmap = bytes(metadata.get("tokenizer.ggml.precompiled_charsmap", b""))
+    add_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    remove_spaces = metadata.get("tokenizer.ggml.remove_extra_whitespaces", True)
+    return _message(_CHARSMAP, charsmap) + _integer(_DUMMY_PREFIX, add_prefix) + _integer(_REMOVE_SPACES, remove_spaces)
+
+
+def _parts(model: bytes) -> tuple[list[dict[int, Any]], dict[int, Any], dict[int, Any]]:
+    """The pieces, the trainer's settings and the normalizer's."""
+    fields = list(_fields(model))
+    parts = {part: b"".join(value for field, value in fields if field == part) for part in (_TRAINER, _NORMALIZER)}
+    pieces = [dict(_fields(value)) for field, value in fields if field == _PIECES]
+    return pieces, dict(_fields(parts[_TRAINER])), dict(_fields(parts[_NORMALIZER]))
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values: int for a varint, bytes for everything else."""
+    position = 0
+    while position < len(message):
+        key, position = _read_varint(message, position)
+        field, wire = key >> 3, key & 7
+        if wire == 0:
+            value, position = _read_varint(message, position)
+            yield field, value
+            continue
+        if wire == 2:
+            size, position = _read_varint(message, position)
+        else:
+            size = {1: 8, 5: 4}[wire]
+        if position + size > len(message):
+            raise ValueError("a field ends past the end")
+        yield field, message[position : position + size]
+        position += size
+
+
+def _read_varint(message: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError("a number is too long")
+
+
+def _signed(value: int) -> int:
+    """Negative numbers are stored in 64 bits."""
+    value &= _ID_MASK
+    return value - (1 << 32) if value >> 31 else value
+
+
+def _integer(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(int(value))
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(content)) + content
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # negative numbers take all 64 bits
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

@@ -1,0 +1,268 @@
+"""GGUF headers: metadata and tensor records of a file, or of all parts of a split one, checked before anyone uses them.
+
+Source: ggml docs/gguf.md; split keys: the PyPI package gguf 0.19, gguf_writer.py add_shard_kv_data;
+`comfy.gguf.orig_shape.<name>` and 5-D tensors: city96/ComfyUI-GGUF loader.py get_orig_shape @ 001ffcf.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import QuantError
+from ..qtype import QuantType, qtype_of
+from .values import HeaderReader
+
+DEFAULT_ALIGNMENT = 32
+ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
+
+_MAX_ALIGNMENT = 1 << 16
+# ggml stops at 4; existing ComfyUI packs store the 5-D patch embeddings of video models as they are.
+_MAX_DIMS = 5
+_MAX_ORIG_DIMS = 8
+_MIN_TENSOR_INFO_BYTES = 24
+_MIN_METADATA_BYTES = 13
+_SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
+_LOOKALIKES = (
+    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page, so the download failed; download it again"),
+    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer; run `git lfs pull` or download the file itself"),
+    (re.compile(rb".{6}\0\0\{", re.DOTALL), "a safetensors file; rename it to .safetensors, then convert it"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive or a PyTorch pickle; a .pt or .ckpt must be made safetensors first"),
+    (re.compile(rb"tjgg|fmgg|lmgg"), "a GGML file from before GGUF; get a GGUF version of it"),
+)
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Where a tensor lies. Shapes are in torch's order; `shape` is the model's, `stored_shape` the file's."""
+
+    name: str
+    qtype: QuantType
+    shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
+    path: Path
+    offset: int
+    """Bytes from the start of `path`."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """What tells that a path still leads to the very file that was read."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileIdentity:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise QuantError(f"{path}: cannot be read: {error.strerror}; check the path and load again") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise QuantError(f"{path}: not a file, expected a .gguf file; choose one inside it")
+        return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def check_unchanged(self) -> None:
+        if FileIdentity.of(self.path) != self:
+            raise QuantError(f"{self.path}: the file was changed or replaced since it was loaded; load the model again")
+
+    def displaced(self) -> str | None:
+        """What became of the path, if it was renamed over or deleted: a mapping of the file is still what it was.
+
+        Raises:
+            QuantError: the file itself was written to, and with it the mapping.
+        """
+        try:
+            now = FileIdentity.of(self.path)
+        except QuantError:
+            return "deleted"
+        if (now.device, now.inode) != (self.device, self.inode):
+            return "replaced by another"
+        self.check_unchanged()
+        return None
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything a GGUF says about itself; the parts of a split file are one header."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    """Python scalars; numpy arrays, StringArray or tuples of these for arrays."""
+    tensors: Mapping[str, TensorRecord]
+    parts: tuple[FileIdentity, ...]
+
+    def check_unchanged(self) -> None:
+        """Raises QuantError when the file at the path is no longer the one that was read."""
+        for part in self.parts:
+            part.check_unchanged()
+
+
+@dataclass(frozen=True)
+class _Part:
+    identity: FileIdentity
+    metadata: dict[str, Any]
+    records: list[TensorRecord]
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Reads the header, and those of all parts if `path` is one of `-00001-of-0000N.gguf`.
+
+    Raises:
+        QuantError: in one line, the file and the field, for anything that is not a well-formed GGUF of known types.
+    """
+    path = Path(path)
+    parts = [_read_part(part_path) for part_path in _part_paths(path)]
+    if len(parts) > 1 or "split.count" in parts[0].metadata:
+        _check_split(parts)
+    metadata: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.metadata.items():
+            if not key.startswith("split."):
+                metadata.setdefault(key, value)
+    tensors: dict[str, TensorRecord] = {}
+    for record in (record for part in parts for record in part.records):
+        if record.name in tensors:
+            raise _tensor_error(record, "appears twice; the file is damaged")
+        tensors[record.name] = replace(record, shape=_logical_shape(record, metadata))
+    return Header(path, metadata, tensors, tuple(part.identity for part in parts))
+
+
+def alignment_of(metadata: Mapping[str, Any], path: Path) -> int:
+    """`general.alignment` in bytes, a power of two."""
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+        raise QuantError(
+            f"{path}: general.alignment: {alignment!r:.40}, expected a power of two up to {_MAX_ALIGNMENT}"
+        )
+    return alignment
+
+
+def _part_paths(path: Path) -> list[Path]:
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    paths = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    missing = next((part for part in paths if not part.exists()), None)
+    if missing is not None:
+        raise QuantError(f"{missing}: missing, one of the {count} parts of this model; put all parts into one folder")
+    return paths or [path]
+
+
+def _check_split(parts: Sequence[_Part]) -> None:
+    n_tensors = sum(len(part.records) for part in parts)
+    for number, part in enumerate(parts):
+        expected = {"split.no": number, "split.count": len(parts), "split.tensors.count": n_tensors}
+        for key, value in expected.items():
+            found = part.metadata.get(key, value)
+            if not isinstance(found, int) or found != value:
+                raise QuantError(
+                    f"{part.identity.path}: {key}: {found!r:.40}, expected {value} by the parts found;"
+                    " keep all parts of one download together, named <model>-00001-of-0000N.gguf"
+                )
+
+
+def _read_part(path: Path) -> _Part:
+    identity = FileIdentity.of(path)
+    try:
+        with path.open("rb") as file:
+            return _parse(HeaderReader(path, file, identity.size), identity)
+    except OSError as error:
+        raise QuantError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
+
+
+def _parse(reader: HeaderReader, identity: FileIdentity) -> _Part:
+    _check_format(reader)
+    n_tensors = reader.count("tensor count", _MIN_TENSOR_INFO_BYTES)
+    n_metadata = reader.count("metadata count", _MIN_METADATA_BYTES)
+    metadata: dict[str, Any] = {}
+    for number in range(n_metadata):
+        key = reader.name(f"metadata key {number}")
+        if key in metadata:
+            raise reader.error(key, "this metadata key appears twice; the file is damaged")
+        metadata[key] = reader.value(key)
+    alignment = alignment_of(metadata, reader.path)
+    records = [_read_tensor_info(reader, number) for number in range(n_tensors)]
+    data_offset = -(-reader.position // alignment) * alignment
+    return _Part(identity, metadata, _place(records, data_offset, alignment, reader.size))
+
+
+def _check_format(reader: HeaderReader) -> None:
+    head = reader.take(min(reader.size, 64), "magic")
+    if not head.startswith(b"GGUF"):
+        kinds = (kind for pattern, kind in _LOOKALIKES if pattern.match(head))
+        kind = next(kinds, f"{head[:4]!r}; the file is damaged or of another format" if head else "an empty file")
+        raise reader.error("magic", f"expected b'GGUF', got {kind}")
+    reader.position = 4
+    version = reader.u32("version")
+    if version and not version & 0xFFFF:
+        raise reader.error("version", "a big-endian GGUF, which cannot be read; convert it to little-endian")
+    if version not in (2, 3):
+        raise reader.error("version", f"{version}, expected 2 or 3; get or convert the model in a current version")
+
+
+def _read_tensor_info(reader: HeaderReader, number: int) -> TensorRecord:
+    name = reader.name(f"name of tensor {number}")
+    field = f"tensor {name}"
+    n_dims = reader.u32(field)
+    if n_dims > _MAX_DIMS:
+        raise reader.error(field, f"{n_dims} dimensions, expected at most {_MAX_DIMS}; the file is damaged")
+    shape = tuple(reader.u64(field) for _ in range(n_dims))[::-1]
+    type_id = reader.u32(field)
+    if 0 in shape:
+        raise reader.error(field, f"shape {shape} has a dimension of size 0; the file is damaged")
+    try:
+        qtype = qtype_of(type_id)
+        nbytes = prod(qtype.packed_shape(shape or (1,)))
+    except QuantError as error:
+        raise reader.error(field, str(error)) from None
+    return TensorRecord(name, qtype, shape, shape, reader.path, reader.u64(field), nbytes)
+
+
+def _place(records: Sequence[TensorRecord], data_offset: int, alignment: int, size: int) -> list[TensorRecord]:
+    """Makes offsets count from the start of the file, and checks that each tensor has bytes of its own there."""
+    placed = [replace(record, offset=data_offset + record.offset) for record in records]
+    for record in placed:
+        if record.offset % alignment:
+            raise _tensor_error(record, f"offset {record.offset} is not a multiple of general.alignment {alignment}")
+        if record.offset + record.nbytes > size:
+            raise _tensor_error(
+                record,
+                f"{record.nbytes} bytes of data at offset {record.offset} end past the end of the file ({size} bytes);"
+                " the file is cut off or damaged, download or convert it again",
+            )
+    for before, after in pairwise(sorted(placed, key=lambda record: record.offset)):
+        if before.offset + before.nbytes > after.offset:
+            raise _tensor_error(after, f"its data overlaps that of {before.name}; the file is damaged")
+    return placed
+
+
+def _logical_shape(record: TensorRecord, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    key = ORIG_SHAPE_KEY + record.name
+    if key not in metadata:
+        return record.stored_shape
+    dims = metadata[key]
+    if not isinstance(dims, np.ndarray) or dims.dtype.kind not in "iu" or dims.size > _MAX_ORIG_DIMS:
+        raise QuantError(f"{record.path}: {key}: expected an array of up to {_MAX_ORIG_DIMS} integers")
+    shape = tuple(dims.tolist())
+    if min(shape, default=1) < 1 or prod(shape) != prod(record.stored_shape):
+        raise QuantError(f"{record.path}: {key}: {shape} is not another shape of the stored {record.stored_shape}")
+    return shape
+
+
+def _tensor_error(record: TensorRecord, problem: str) -> QuantError:
+    return QuantError(f"{record.path}: tensor {record.name}: {problem}")

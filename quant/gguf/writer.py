@@ -1,0 +1,238 @@
+"""Writes GGUF v3 files tensor by tensor; the destination appears complete or not at all.
+
+Source: ggml docs/gguf.md. Flattening: stable-diffusion.cpp core/ggml_extend.hpp Conv3d and model_io/gguf_reader_ext.h
+@ 97d2990 read leading dimensions merged into one; city96/ComfyUI-GGUF loader.py get_orig_shape @ 001ffcf undoes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import QuantError
+from ..files.atomic_file import AtomicFile
+from ..files.journal import Entry, Journal
+from ..qtype import QuantType
+from .header import ORIG_SHAPE_KEY, alignment_of
+from .values import pack_metadata, pack_name
+
+_log = logging.getLogger(__name__)
+
+_MAX_DIMS = 4
+_READ_BYTES = 16 << 20
+# GGML_MAX_NAME as ComfyUI's GGUF tools and stable-diffusion.cpp build it, less the terminating zero.
+_MAX_NAME_BYTES = 127
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: `shape` is the model's, in torch's order."""
+
+    name: str
+    qtype: QuantType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.qtype.packed_shape(self.shape or (1,)))
+
+
+class GGUFWriter:
+    """A context manager that writes declared tensors in their order.
+
+    Tensors of more than 4 dimensions are stored with the leading ones merged and their shape in
+    `comfy.gguf.orig_shape.<name>`; `five_d` stores them as they are, which WanVideoWrapper needs and llama.cpp refuses.
+    Leaving the `with` block normally closes the writer; leaving it by any exception leaves nothing on disk. If the
+    process is killed instead, the tensors that `record` was told of stay beside `path`. With `resume`, the next writer
+    of the same metadata and tensors keeps them: `recorded` has their relative errors, and the others are to be written.
+
+    Raises:
+        QuantError: names, shapes or metadata cannot be stored; on entering, what `AtomicFile` raises.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, Any],
+        tensors: Sequence[TensorSpec],
+        *,
+        overwrite: bool = False,
+        five_d: bool = False,
+        resume: bool = False,
+    ) -> None:
+        self.path, self.tensors = Path(path), tuple(tensors)
+        self._check_tensors()
+        self._alignment = alignment_of(metadata, self.path)
+        self._stored_shapes = [spec.shape if five_d else _flattened(spec.shape) for spec in self.tensors]
+        self._metadata = {**metadata, **self._orig_shapes()}
+        self._header = self._pack_header(self._metadata)
+        self.nbytes = len(self._header) + sum(self._padded(spec.nbytes) for spec in self.tensors)
+        """Size of the finished file."""
+        self.recorded: list[float] = []
+        self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite, resume=resume)
+        self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"))
+        self._digest = hashlib.sha256()
+        self._n_written = self._n_bytes = 0
+        self._is_closed = False
+
+    def __enter__(self) -> GGUFWriter:
+        with ExitStack() as stack:
+            stack.enter_context(self._file)
+            stack.callback(self._journal.delete)
+            self._resume()
+            stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and not self._is_closed:
+                self.close()
+        finally:
+            self._journal.delete()
+            self._file.__exit__(kind, error, traceback)
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of all that is written behind the header."""
+        return self._digest.hexdigest()
+
+    def write(self, name: str, packed: Tensor) -> None:
+        """Appends the next declared tensor.
+
+        Args:
+            packed: uint8, on any device, as many bytes as the declared shape takes in its type.
+        """
+        spec = self._next(name)
+        if self._n_bytes or packed.numel() != spec.nbytes:
+            raise self._misfit(spec, packed)
+        self.write_part(name, packed)
+
+    def write_part(self, name: str, packed: Tensor) -> None:
+        """Appends bytes of the next declared tensor, which is complete once all of its bytes are there."""
+        spec = self._next(name)
+        self._n_bytes += packed.numel()
+        if packed.dtype != torch.uint8 or self._n_bytes > spec.nbytes:
+            raise self._misfit(spec, packed)
+        self._append(packed.cpu().contiguous().numpy().data)
+        if self._n_bytes == spec.nbytes:
+            self._append(bytes(self._padded(spec.nbytes) - spec.nbytes))
+            self._n_written, self._n_bytes = self._n_written + 1, 0
+
+    def record(self, relative_error: float) -> None:
+        """Makes the tensor just completed survive a kill of this process."""
+        self._file.flush()
+        self._journal.append(Entry(relative_error, self.sha256))
+
+    def close(self, metadata: Mapping[str, Any] | None = None) -> Path:
+        """Puts the complete file in place.
+
+        Args:
+            metadata: new values for declared keys, each as long in the file as the one it replaces.
+
+        Returns:
+            The file's path, which can differ from the one asked for: see `AtomicFile.commit`.
+        """
+        if self._n_written < len(self.tensors):
+            raise QuantError(f"{self.path}: {self._n_written} of {len(self.tensors)} tensors written; write all first")
+        if metadata:
+            self._rewrite_header(metadata)
+        self._is_closed = True
+        return self._file.commit()
+
+    def _append(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+
+    def _resume(self) -> None:
+        """Keeps the tensors that a killed writer recorded, as far as they are in the file as recorded."""
+        header, kept, size = self._file.read(len(self._header)), [], len(self._header)
+        if header == self._header:
+            for entry, spec in zip(self._journal.read(), self.tensors, strict=False):
+                digest = self._digest.copy()
+                for start in range(0, self._padded(spec.nbytes), _READ_BYTES):
+                    digest.update(self._file.read(min(_READ_BYTES, self._padded(spec.nbytes) - start)))
+                if digest.hexdigest() != entry.sha256:
+                    break
+                self._digest, size = digest, size + self._padded(spec.nbytes)
+                kept.append(entry)
+            _log.warning("%s: resumed after %d of %d tensors", self.path, len(kept), len(self.tensors))
+        elif header:
+            _log.warning("%s: a killed job left another source's, recipe's or version's; starting anew", self.path)
+        self.recorded, self._n_written = [entry.relative_error for entry in kept], len(kept)
+        if kept:
+            self._journal.restart(kept)
+            self._file.restart(size)
+        else:
+            self._journal.delete()
+            self._file.restart(0)
+            self._file.write(self._header)
+
+    def _next(self, name: str) -> TensorSpec:
+        spec = self.tensors[self._n_written] if self._n_written < len(self.tensors) else None
+        if spec is None or spec.name != name:
+            expected = spec.name if spec else "no more"
+            raise QuantError(f"{self.path}: got tensor {name}, expected {expected}; keep the declared order")
+        return spec
+
+    def _misfit(self, spec: TensorSpec, packed: Tensor) -> QuantError:
+        return QuantError(
+            f"{self.path}: tensor {spec.name}: {packed.numel()} items of {packed.dtype}, expected {spec.nbytes} bytes"
+            f" as torch.uint8; quantize it to {spec.qtype.name} {spec.shape}"
+        )
+
+    def _rewrite_header(self, metadata: Mapping[str, Any]) -> None:
+        for key, value in metadata.items():
+            if len(pack_metadata({key: value})) != len(pack_metadata({key: self._metadata.get(key, "")})):
+                raise QuantError(f"{self.path}: metadata {key}: not declared, or of another size than its placeholder")
+        self._file.rewind()
+        self._file.write(self._pack_header({**self._metadata, **metadata}))
+
+    def _check_tensors(self) -> None:
+        names = set()
+        for spec in self.tensors:
+            if spec.name in names or not 0 < len(pack_name(spec.name)) - 8 <= _MAX_NAME_BYTES or 0 in spec.shape:
+                raise QuantError(
+                    f"{self.path}: tensor {spec.name!r} {spec.shape}: expected a unique name of 1 to {_MAX_NAME_BYTES}"
+                    " bytes and no dimension of size 0; rename or leave out the tensor"
+                )
+            names.add(spec.name)
+
+    def _orig_shapes(self) -> dict[str, Any]:
+        return {
+            ORIG_SHAPE_KEY + spec.name: np.array(spec.shape, np.int32)
+            for spec, stored in zip(self.tensors, self._stored_shapes, strict=True)
+            if stored != spec.shape
+        }
+
+    def _pack_header(self, metadata: Mapping[str, Any]) -> bytes:
+        infos, offset = [], 0
+        for spec, shape in zip(self.tensors, self._stored_shapes, strict=True):
+            dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+            infos.append(pack_name(spec.name) + dims + struct.pack("<IQ", spec.qtype.ggml_type, offset))
+            offset += self._padded(spec.nbytes)
+        head = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), len(metadata))
+        header = head + pack_metadata(metadata) + b"".join(infos)
+        return header.ljust(self._padded(len(header)), b"\0")
+
+    def _padded(self, nbytes: int) -> int:
+        return -(-nbytes // self._alignment) * self._alignment
+
+
+def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    n_merged = len(shape) - _MAX_DIMS + 1
+    return (prod(shape[:n_merged]), *shape[n_merged:]) if n_merged > 1 else shape

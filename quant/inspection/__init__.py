@@ -1,0 +1,4 @@
+"""What a file holds: its report and chart, and its comparison with the source.
+
+It imports `plan`, `sources` and `gguf`.
+"""

@@ -1,0 +1,164 @@
+"""What a GGUF file holds, as records, text and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..gguf.header import ORIG_SHAPE_KEY, read_header
+from ..gguf.provenance import relative_errors
+from ..plan.wan_shapes import role
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MIB, GIB = 1 << 20, 1 << 30
+_MAX_VALUE_CHARS = 80
+_WORST = 5
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One tensor of a file; `relative_error` is None where the file does not record it."""
+
+    name: str
+    qtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    relative_error: float | None
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def role(self) -> str:
+        return role(self.name)
+
+
+@dataclass(frozen=True)
+class TypeTotal:
+    """All tensors of one type."""
+
+    qtype: str
+    count: int
+    nbytes: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """A GGUF file in numbers."""
+
+    path: Path
+    nbytes: int
+    """Size of the file, or of all parts of a split one."""
+    metadata: Mapping[str, Any]
+    tensors: tuple[TensorSummary, ...]
+
+    @property
+    def kind(self) -> str:
+        """What the file is, in words."""
+        architecture = self.metadata.get("general.architecture", "unnamed")
+        if any(tensor.name.endswith("head.modulation") for tensor in self.tensors):
+            return "Wan diffusion model"
+        if architecture == "wan":
+            return "module for a Wan diffusion model"
+        if architecture == "t5encoder":
+            return "T5 text encoder"
+        return f"not a Wan diffusion model: general.architecture is {architecture}"
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * sum(t.nbytes for t in self.tensors) / max(1, sum(t.weights for t in self.tensors))
+
+    @property
+    def by_type(self) -> list[TypeTotal]:
+        """Totals of each type, the largest first."""
+        groups: dict[str, list[TensorSummary]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(tensor.qtype, []).append(tensor)
+        totals = (
+            TypeTotal(qtype, len(group), sum(t.nbytes for t in group), sum(t.weights for t in group))
+            for qtype, group in groups.items()
+        )
+        return sorted(totals, key=lambda total: -total.nbytes)
+
+    def text(self) -> str:
+        """Types, counts, sizes, metadata and the largest errors, for a terminal."""
+        errors = sorted(
+            ((tensor.relative_error, tensor.name) for tensor in self.tensors if tensor.relative_error), reverse=True
+        )
+        return "\n".join(
+            (
+                f"{self.path.name}: {self.kind}",
+                f"{self.nbytes / GIB:.3f} GiB, {len(self.tensors)} tensors, {self.bits_per_weight:.3f} bits per weight",
+                "",
+                f"{'type':<8}{'tensors':>8}{'MiB':>12}{'bits/weight':>13}",
+                *(
+                    f"{t.qtype:<8}{t.count:>8}{t.nbytes / MIB:>12.2f}{8 * t.nbytes / t.weights:>13.4f}"
+                    for t in self.by_type
+                ),
+                *(("", f"largest errors (of {len(errors)} tensors that are not exact):") if errors else ()),
+                *(f"{sqnr_db(error):8.2f} dB  {name}" for error, name in errors[:_WORST]),
+                "",
+                *(f"{key}: {value}" for key, value in _readable(self.metadata)),
+            )
+        )
+
+    def json(self) -> dict[str, Any]:
+        """Plain values; arrays of the metadata are told by their length."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "bytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+            "types": [asdict(total) for total in self.by_type],
+            "metadata": dict(_readable(self.metadata)),
+            "tensors": [asdict(tensor) for tensor in self.tensors],
+        }
+
+    def image(self) -> Image:
+        """A picture of where the bytes and the errors are."""
+        # Only pictures need matplotlib, which takes a while to load.
+        from .report_chart import draw
+
+        return draw(self)
+
+
+def inspect(path: str | Path) -> FileReport:
+    """Reads the header of any GGUF, and of all its parts if it is split.
+
+    Raises:
+        QuantError: not a well-formed GGUF.
+    """
+    header = read_header(path)
+    errors = relative_errors(header.metadata, list(header.tensors))
+    tensors = tuple(
+        TensorSummary(name, record.qtype.name, record.shape, record.nbytes, errors.get(name))
+        for name, record in header.tensors.items()
+    )
+    return FileReport(header.path, sum(part.size for part in header.parts), header.metadata, tensors)
+
+
+def sqnr_db(relative_error: float) -> float:
+    """Signal to quantization noise ratio in dB; infinite for an exact copy."""
+    return -20 * math.log10(relative_error) if relative_error else math.inf
+
+
+def _readable(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | int | float]]:
+    for key, value in metadata.items():
+        if key.startswith(ORIG_SHAPE_KEY):
+            continue
+        if isinstance(value, (bool, int, float)):
+            yield key, value
+        elif isinstance(value, str):
+            cut = len(value) > _MAX_VALUE_CHARS
+            yield key, f"{value[:_MAX_VALUE_CHARS]}... ({len(value)} characters)" if cut else value
+        else:
+            yield key, f"array of {len(value)}" + (f" {value.dtype}" if isinstance(value, np.ndarray) else "")

@@ -1,0 +1,160 @@
+"""Source checkpoints: whatever file or folder, as weights under ComfyUI's names, read piece by piece."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import QuantError
+from ..gguf.provenance import source_metadata
+from .animate import host_tensors
+from .attention import take_preferences
+from .files import SourceFiles, SourceIdentity
+from .layers import QUANTIZATION_METADATA, Format, declared_formats, source_tensors
+from .modules import check_module
+from .names import T5, Naming, find_naming
+from .opening import Opened, open_files
+from .t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
+from .tensors import FiniteTensor, SourceTensor, StoredTensor
+
+__all__ = ["Checkpoint", "SourceTensor", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open source. `tensors` are in file order, under ComfyUI's names without prefix."""
+
+    identity: SourceIdentity
+    name: str
+    """Of the file or folder, and of the modules merged onto it."""
+    metadata: Mapping[str, str]
+    """What the host reads to detect the model, and its attention preferences: the `__metadata__` of safetensors."""
+    architecture: str
+    gguf_metadata: Mapping[str, Any]
+    """Keys that a GGUF of this architecture has."""
+    tensors: Mapping[str, SourceTensor]
+    file: SourceFiles = field(repr=False, compare=False)
+    held_bytes: int = 0
+    """Of main memory, that reading takes at most besides what is read."""
+    zeroed: set[str] | None = field(default=None, compare=False)
+    """Tensors in which NaN and infinity were read as 0 so far; None where these are refused."""
+
+    @property
+    def path(self) -> Path:
+        return self.identity.path
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as they are read."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def stored(self) -> str:
+        """How most weights are stored."""
+        weights: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            weights[tensor.stored] += math.prod(tensor.shape)
+        return weights.most_common(1)[0][0]
+
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """How weights are stored that were quantized already; quantizing them again adds a second error."""
+        return tuple(sorted({tensor.stored for tensor in self.tensors.values()} - {"F32", "F16", "BF16"}))
+
+    def allowing_non_finite(self) -> Checkpoint:
+        """The same, with 0 for NaN and infinity."""
+        zeroed: set[str] = set()
+        return replace(self, tensors={n: FiniteTensor.of(t, zeroed) for n, t in self.tensors.items()}, zeroed=zeroed)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def open_checkpoint(path: str | Path, modules: Sequence[str | Path] = ()) -> Checkpoint:
+    """Opens a Wan transformer, a module that is added to one, or a T5 text encoder.
+
+    Args:
+        path: safetensors (plain, FP8, or in ComfyUI's quantized formats), a folder of shards,
+            its index or one of them, or a GGUF.
+        modules: files of add-on modules (VACE and the like) whose tensors are merged onto the checkpoint's.
+
+    Raises:
+        QuantError: no such file, a pickle, a damaged or missing part, another model, or an unsupported format.
+    """
+    base = _open(Path(path))
+    try:
+        for module in modules:
+            base = _merged(base, _open(Path(module)))
+    except BaseException:
+        base.file.close()
+        raise
+    return base
+
+
+def _open(path: Path) -> Checkpoint:
+    opened = open_files(path)
+    files = SourceFiles(opened.files)
+    try:
+        naming = find_naming(path, {tensor.name for tensor in opened.tensors})
+        metadata = source_metadata(opened.metadata) if opened.is_gguf else dict(opened.metadata)
+        stored, preferences = take_preferences(_named(naming, opened))
+        metadata |= preferences
+        formats = _by_new_name(declared_formats(path, metadata), stored)
+        metadata.pop(QUANTIZATION_METADATA, None)
+        tensors = {tensor.name: tensor for tensor in host_tensors(source_tensors(list(stored.values()), formats))}
+        gguf_metadata = _gguf_metadata(path, opened, tensors) if naming.architecture == T5 else {}
+    except BaseException:
+        files.close()
+        raise
+    identity = SourceIdentity(path, tuple(file.identity for file in opened.files))
+    return Checkpoint(identity, path.name, metadata, naming.architecture, gguf_metadata, tensors, files)
+
+
+def _merged(base: Checkpoint, module: Checkpoint) -> Checkpoint:
+    try:
+        check_module(base, module)
+    except QuantError:
+        module.file.close()
+        raise
+    return replace(
+        base,
+        identity=replace(base.identity, parts=base.identity.parts + module.identity.parts),
+        name=f"{base.name} + {module.name}",
+        metadata={**module.metadata, **base.metadata},
+        tensors={**base.tensors, **module.tensors},
+        file=SourceFiles([*base.file.parts, *module.file.parts]),
+    )
+
+
+def _named(naming: Naming, opened: Opened) -> dict[str, StoredTensor]:
+    """The tensors of the model by their names in the file, with their new ones; what lies outside is left out."""
+    named: dict[str, StoredTensor] = {}
+    taken = set()
+    for tensor in opened.tensors:
+        name = naming.rename(tensor.name[len(naming.prefix) :]) if tensor.name.startswith(naming.prefix) else None
+        # Transformers writes a tied embedding under each of its names.
+        if name is not None and name not in taken:
+            taken.add(name)
+            named[tensor.name] = replace(tensor, name=name)
+    return named
+
+
+def _gguf_metadata(path: Path, opened: Opened, tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
+    if opened.is_gguf:
+        return kept_metadata(opened.metadata)
+    spiece = next((tensor.peek().numpy().tobytes() for tensor in opened.tensors if tensor.name == SPIECE_TENSOR), None)
+    return t5_metadata(path, {name: tensor.shape for name, tensor in tensors.items()}, spiece)
+
+
+def _by_new_name(formats: Mapping[str, Format], stored: Mapping[str, StoredTensor]) -> dict[str, Format]:
+    # The host reads these names both before and after it strips the prefix.
+    weights = {name.removesuffix(".weight"): tensor.name.removesuffix(".weight") for name, tensor in stored.items()}
+    return {weights.get(layer, layer): config for layer, config in formats.items()}

@@ -1,0 +1,107 @@
+"""Random Wan checkpoints in safetensors, with the true tensor names: tiny for tests and demo, large for benchmarks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Container, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..quant.plan.wan_shapes import WanSize, transformer_shapes
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def write_tiny_wan(
+    path: str | Path,
+    *,
+    dim: int = 256,
+    ffn_dim: int = 1024,
+    layers: int = 4,
+    variant: str = "t2v",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    prefix: str = "",
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes a Wan 2.1 checkpoint (`dim` a multiple of 128, the head size) and returns its path.
+
+    Args:
+        variant: "t2v" or "i2v".
+        metadata: the safetensors `__metadata__`.
+    """
+    size = {"t2v": WanSize(dim, ffn_dim, layers), "i2v": WanSize(dim, ffn_dim, layers, 36, 16, True)}
+    shapes = {prefix + name: shape for name, shape in transformer_shapes(size[variant]).items()}
+    return write_random_checkpoint(path, shapes, dtype=dtype, seed=seed, metadata=metadata)
+
+
+def write_random_checkpoint(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    metadata: Mapping[str, str] | None = None,
+    draw: Callable[[str, tuple[int, ...], torch.Generator], Tensor] | None = None,
+) -> Path:
+    """Writes tensors of these shapes one at a time, so that memory does not grow with the file.
+
+    Args:
+        draw: what makes the values, `random_tensor` if none is given.
+    """
+    header, _ = _header(shapes, dtype, metadata)
+    generator = torch.Generator().manual_seed(seed)
+    with open(path, "wb") as file:
+        file.write(header)
+        for name, shape in shapes.items():
+            tensor = (draw or random_tensor)(name, shape, generator).to(dtype)
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
+    return Path(path)
+
+
+def write_sparse_checkpoint(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    drawn: Container[str] = (),
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Writes random values for the tensors that are `drawn`, and zeros as holes, which take no disk, for the others."""
+    header, _ = _header(shapes, dtype, None)
+    generator = torch.Generator().manual_seed(0)
+    with open(path, "wb") as file:
+        file.write(header)
+        for name, shape in shapes.items():
+            if name in drawn:
+                tensor = random_tensor(name, shape, generator).to(dtype)
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            else:
+                file.seek(math.prod(shape) * dtype.itemsize, os.SEEK_CUR)
+        file.truncate()
+    return Path(path)
+
+
+def _header(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str] | None
+) -> tuple[bytes, int]:
+    """The beginning of a safetensors file, and how many bytes follow it."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, end
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Float32 values at the usual scale: 1/sqrt(fan-in) for weights, 1/sqrt(dim) for modulation, ones for norms."""
+    if len(shape) == 1:
+        return torch.ones(shape) if name.endswith(".weight") else 0.02 * torch.randn(shape, generator=generator)
+    fan_in = math.prod(shape[1:]) if name.endswith(".weight") else shape[-1]
+    return torch.randn(shape, generator=generator).mul_(fan_in**-0.5)

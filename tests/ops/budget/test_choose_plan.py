@@ -1,0 +1,92 @@
+"""A budget -> the least slowdown that fits, and the project's figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from wanquant.bench.memory import CASES, MODELS, SMALL, job, rows, simulator
+from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, candidates, checked_budget, choose
+from wanquant.ops.budget.sampling_job import Job
+from wanquant.ops.budget.simulator import GIB
+from wanquant.quant import QuantError
+from wanquant.quant.plan.wan_shapes import SIZES
+
+TINY = SIZES["1.3B"]._replace(layers=1)
+LATENT = Job((1, 16, 5, 60, 104))
+
+
+@pytest.fixture(scope="module")
+def small():
+    return simulator(SIZES["1.3B"]._replace(layers=2), "Q8_0")
+
+
+@pytest.mark.parametrize(
+    ("model", "video", "gib"), [("14B-T2V", 0, 1.95), ("14B-T2V", 1, 3.26), ("1.3B-T2V", 0, 1.2)], ids=str
+)
+def test_bars(model, video, gib):
+    """Total of Q4_K_M, CUDA's context included, with less than 3 % of extra arithmetic."""
+    wanted = job(MODELS[model], CASES[model][video][0])
+    choice = choose(simulator(MODELS[model], "Q4_K_M"), wanted, round(gib * GIB))
+    assert choice.name == "lean"
+    assert choice.peak.total <= gib * GIB
+    assert choice.slowdown <= 1 + MOST_EXTRA_ARITHMETIC
+
+
+@pytest.mark.parametrize("heads", [1, 12, 24, 40])
+def test_candidates_split_the_heads_ever_finer(heads):
+    plans = candidates(heads)
+    for plan in plans:
+        plan.check(heads)
+    assert [plan.token_chunk for plan in plans] == sorted((plan.token_chunk for plan in plans), reverse=True)
+
+
+def test_least_slowdown_that_fits(small):
+    plans = [None, *candidates(small.heads)]
+    totals = [small.peak(LATENT, plan).total for plan in plans]
+    assert totals[1:] == sorted(totals[1:], reverse=True)
+    assert totals[-1] < 0.8 * totals[0]
+    assert choose(small, LATENT, totals[0]).plan is None
+    for total in totals:
+        assert choose(small, LATENT, total).plan == plans[next(i for i, t in enumerate(totals) if t <= total)]
+
+
+def test_refuses_with_numbers_and_what_would_fit(small):
+    least = small.peak(LATENT, candidates(small.heads)[-1]).total
+    with pytest.raises(
+        QuantError, match=r"832x480, 17 frames needs at least 0\.\d\d GiB \(weights .*\d+ frames .*fit"
+    ) as told:
+        choose(small, LATENT, least - (8 << 20))
+    frames = int(str(told.value).split(" frames of this size")[0].rsplit(" ", 1)[1])
+    assert frames in (1, 5, 9, 13)
+    choose(small, Job.of_video(832, 480, frames), least - (8 << 20))
+    with pytest.raises(QuantError, match="not even one frame"):
+        choose(small, LATENT, GIB // 4)
+
+
+@pytest.mark.parametrize("gib", [0, -1, math.nan, math.inf, 8000])
+def test_refuses_absurd_budgets(gib):
+    with pytest.raises(QuantError, match="budget_gib"):
+        checked_budget(gib)
+    assert checked_budget(3.5) == 3.5 * GIB
+
+
+def test_loras_of_every_layer_are_counted():
+    plain, patched = (simulator(TINY, "Q8_0", loras).peak(LATENT, None) for loras in (0, 2))
+    layers = 8 * 1536 * 1536 + 2 * 1536 * 8960
+    ranks_a_weight = 2 * 64 * 2
+    assert patched.flops - plain.flops >= ranks_a_weight * layers
+
+
+def test_rows_are_as_promised(monkeypatch):
+    monkeypatch.setattr("wanquant.bench.memory.MODELS", {"1.3B-T2V": TINY})
+    monkeypatch.setattr("wanquant.bench.memory.CASES", {"1.3B-T2V": ((SMALL, 1.2),)})
+    stock, lean = rows("Q8_0")
+    for row, name in ((stock, "stock"), (lean, "lean")):
+        assert (row["model"], row["recipe"], row["plan"]) == ("1.3B-T2V", "Q8_0", name)
+        assert (row["width"], row["height"], row["frames"]) == (832, 480, 81)
+        assert row["parts"].keys() == {"weights", "scratch", "activations", "context"}
+        assert sum(row["parts"].values()) == pytest.approx(row["peak_gib"], abs=0.003)
+        assert row["peak_gib"] <= row["budget_gib"]
+        assert row["slowdown"] >= 1

@@ -1,0 +1,81 @@
+"""Counting memory: against torch's own profiler on real tensors, and meta tensors against real ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from wanquant.ops.budget.live_memory import LiveMemory
+from wanquant.quant import QTYPES
+from wanquant.quant.torch_op import dequantize_into
+
+
+def mlp(device):
+    """Views, in-place operations, several outputs and temporaries; (output, floating-point operations)."""
+    x, a, b = (torch.ones(64, 64, device=device) for _ in range(3))
+
+    def run():
+        y = torch.nn.functional.layer_norm(x @ a, (64,))
+        y.t().add_(1)
+        parts = [torch.relu(part) for part in y.split(16)]
+        return torch.cat(parts) @ b
+
+    return run
+
+
+def profiled_peak(run):
+    """Bytes at most, as torch's allocator reports them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@torch.no_grad()
+def test_counts_what_the_allocator_does():
+    run = mlp("cpu")
+    run()
+    with LiveMemory("cpu") as memory:
+        out = run()
+    assert memory.now.nbytes == out.nbytes == 16384
+    assert 0 <= memory.peak.nbytes - profiled_peak(run) <= 5 * 512
+    del out
+    assert memory.now.nbytes == 0
+
+
+@torch.no_grad()
+def test_meta_tensors_count_as_real_ones():
+    histories = []
+    for device in ("cpu", "meta"):
+        with LiveMemory(device, record=True) as memory:
+            mlp(device)()
+            mlp(device)()
+        histories.append(memory.history)
+    assert histories[0] == histories[1]
+    assert histories[0][-1].flops == 2 * 2 * 2 * 64**3
+
+
+def test_decoded_weights_are_scratch():
+    q8_0 = QTYPES["Q8_0"]
+    packed = torch.empty(q8_0.packed_shape((16, 64)), dtype=torch.uint8, device="meta")
+    with LiveMemory("meta") as memory:
+        whole = q8_0.dequantize(packed)
+        tile = torch.empty(8, 64, device="meta")
+        dequantize_into(packed[:8], "Q8_0", tile)
+        activation = torch.empty(100, device="meta")
+    assert memory.now[1:] == (512, whole.nbytes + tile.nbytes)
+    assert activation.nbytes == 400
+
+
+@pytest.mark.parametrize("write", [lambda t: t.add_(1), lambda t: torch.mm(t, t, out=t.new_empty(8, 8))])
+def test_writing_is_no_allocation_of_its_own(write):
+    tensor = torch.empty(8, 8, device="meta")
+    with LiveMemory("meta") as memory:
+        write(tensor)
+        write(tensor)
+    assert memory.now.nbytes == 0

@@ -1,0 +1,172 @@
+"""A MODEL with a budget: sampled as without, its weights and the other models kept out of the way."""
+
+from __future__ import annotations
+
+import logging
+
+import comfy.model_management
+import comfy.sample
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+from wanquant.ops.budget.choose_plan import candidates
+from wanquant.ops.budget.sampling import _on_weights_device, preview_job, with_budget
+from wanquant.ops.budget.sampling_job import Job
+from wanquant.ops.budget.simulator import GIB, Simulator
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.ops.loading.prefetch import prefetch_blocks
+from wanquant.quant import QuantError
+
+SHAPE, PROMPT = (1, 16, 5, 32, 32), (1, 16, 4096)
+CONDS = {"positive": [{"cross_attn": torch.empty(PROMPT)}]}
+JOB = Job(SHAPE).given(cross_attn=torch.empty(PROMPT))
+AMPLE = 100 * GIB
+
+
+@pytest.fixture(scope="module")
+def model(t2v):
+    """Loaded as the host's nodes run."""
+    with torch.inference_mode():
+        return load_diffusion_model(t2v[1], dtype=torch.float32)
+
+
+def leanest(model):
+    simulator = Simulator.of(model)
+    return simulator.peak(JOB, candidates(simulator.heads)[-1]).total
+
+
+def sample(model):
+    """Two steps with a positive and a negative prompt."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(SHAPE, generator=generator)
+    prompts = [[[torch.randn(PROMPT, generator=generator), {}]] for _ in range(2)]
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, noise, 2, 4.0, "euler", "simple", *prompts, torch.zeros(SHAPE), disable_pbar=True, seed=0
+        )
+
+
+def test_same_result_within_the_budget(model, caplog):
+    expected = sample(model)
+    caplog.set_level(logging.INFO)
+    for budget, how in ((leanest(model), "groups of heads"), (AMPLE, "own forward")):
+        caplog.clear()
+        got = sample(with_budget(model, budget))
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+        (told,) = [record.getMessage() for record in caplog.records if "predicted peak" in record.getMessage()]
+        assert "256x256, 17 frames" in told
+        assert how in told
+
+
+def test_prompts_run_one_by_one_under_their_own_index(model):
+    seen = []
+
+    def note(executor, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
+        seen.append((len(x), transformer_options["cond_or_uncond"]))
+        return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
+
+    for budget in (leanest(model), AMPLE):
+        limited = with_budget(model, budget)
+        limited.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", note)
+        seen.clear()
+        sample(limited)
+        assert sorted(seen) == [(1, [0]), (1, [0]), (1, [1]), (1, [1])]
+
+
+def test_refuses_at_sampling(model):
+    with pytest.raises(QuantError, match="256x256, 17 frames needs at least"):
+        sample(with_budget(model, GIB // 8))
+
+
+def test_counts_what_the_conditionings_bring(model):
+    positive, latents = CONDS["positive"][0], {"time_dim_concat": torch.empty(SHAPE)}
+    (prepare,) = with_budget(model, leanest(model)).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+    prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive]})
+    with pytest.raises(QuantError, match="needs at least"):
+        prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive | latents]})
+
+
+def test_warns_that_a_compiled_model_runs_stock(model, caplog):
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, "eager")
+    for start, budget, warnings in ((model, leanest(model), 0), (compiled, AMPLE, 0), (compiled, leanest(model), 1)):
+        caplog.clear()
+        (prepare,) = with_budget(start, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+        prepare(lambda *_, **__: None, start, torch.Size(SHAPE), CONDS)
+        assert sum("compiled model" in record.getMessage() for record in caplog.records) == warnings
+
+
+def test_budgets_do_not_add_up(model):
+    before = {kind: dict(wrappers) for kind, wrappers in model.wrappers.items()}
+    first = with_budget(model, 5)
+    second = with_budget(first, AMPLE)
+    for kinds in second.wrappers.values():
+        assert all(len(wrappers) == 1 for wrappers in kinds.values())
+        assert [prefetch_blocks] not in kinds.values()
+    assert model.wrappers == before
+
+
+class Accelerated:
+    """A patcher that says it is on a GPU, and what is asked of it."""
+
+    def __init__(self, model, dynamic):
+        self._model, self._dynamic, self.loaded = model, dynamic, []
+        self.load_device = torch.device("cuda", 0)
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def is_dynamic(self):
+        return self._dynamic
+
+    def partially_load(self, device, room):
+        self.loaded.append((device, room))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_weights_take_what_is_left(model, monkeypatch, dynamic):
+    class Pages:
+        def set_watermark_limit(self, nbytes):
+            patcher.loaded.append((patcher.load_device, nbytes))
+
+    patcher, freed, asked = Accelerated(model, dynamic), [], []
+    monkeypatch.setattr(model.model, "dynamic_vbars", {patcher.load_device: Pages()}, raising=False)
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *args, **kwargs: freed.append(args))
+    budget = leanest(model) + 1000
+    (prepare,) = with_budget(model, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+    prepare(
+        lambda *_, **kwargs: asked.append(kwargs),
+        patcher,
+        torch.Size(SHAPE),
+        CONDS,
+    )
+    assert asked == [{"force_full_load": False, "force_offload": True}]
+    assert [device for _, device in freed] == [patcher.load_device]
+    assert patcher.loaded == [(patcher.load_device, 1000)]
+
+
+def test_preview_has_what_the_model_takes(model):
+    assert preview_job(model, 832, 480, 81) == Job((1, 16, 21, 60, 104))
+
+
+def test_what_a_pose_cache_takes_is_told(model, caplog):
+    caplog.set_level(logging.WARNING)
+    cached = with_budget(model, AMPLE)
+    cached.model_options["transformer_options"]["animate2_cache"] = object()
+    sample(cached)
+    assert "Wan Animate 2 Cache keeps on the GPU" in caplog.text
+
+
+def test_time_projection_takes_what_newer_hosts_hand_it():
+    seen = []
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x, *args, **kwargs):
+            seen.append((args, kwargs))
+            return super().forward(x)
+
+    layer, x, residual = Layer(4, 4), torch.ones(1, 4), torch.ones(4)
+    assert torch.equal(_on_weights_device(layer, x, "gelu_tanh", residual=residual), layer(x))
+    assert seen == [(("gelu_tanh",), {"residual": residual}), ((), {})]

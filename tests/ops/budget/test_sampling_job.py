@@ -1,0 +1,127 @@
+"""What a sampling is given beside the text: told apart by its form, and counted as the host's own forward takes it."""
+
+from __future__ import annotations
+
+from math import prod
+
+import comfy.sd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanquant.ops.budget.live_memory import LiveMemory
+from wanquant.ops.budget.sampling_job import Condition, Job, image_fields
+from wanquant.ops.budget.simulator import _SAMPLER_LATENTS, Simulator, predict
+from wanquant.ops.lean import LeanPlan, apply_lean
+from wanquant.tests.ops.budget.test_simulator import FlashAttention, FusedNorms
+from wanquant.tests.ops.test_variants import METADATA, VARIANTS, write_variant
+
+FRAMES, SIDE = 3, 16
+VIDEO, IMAGE = (1, 16, FRAMES, SIDE, SIDE), (1, 16, 1, SIDE, SIDE)
+PIXELS = 8 * SIDE
+CLIP = image_fields(257)
+PROMPT = (1, 64, 4096)
+
+# What the host's nodes put into conditionings, by variant; a tuple is a tensor's shape.
+# Source: comfy_extras/nodes_wan.py and the extra_conds of comfy/model_base.py, ComfyUI 0.30.0.
+FIELDS = {
+    "t2v": {"time_dim_concat": IMAGE},
+    "5B": {"denoise_mask": (1, 1, FRAMES, SIDE, SIDE)},
+    "i2v": {**CLIP, "concat_latent_image": VIDEO, "concat_mask": (1, 4, FRAMES, SIDE, SIDE)},
+    "flf2v": {**image_fields(514), "concat_latent_image": VIDEO},
+    "fun-control-ref": {**CLIP, "concat_latent_image": (1, 32, FRAMES, SIDE, SIDE), "reference_latents": [IMAGE]},
+    "vace": {"vace_frames": [(1, 32, FRAMES, SIDE, SIDE)] * 2, "vace_mask": [(1, 64, FRAMES, SIDE, SIDE)] * 2},
+    "camera": {**CLIP, "concat_latent_image": VIDEO, "camera_conditions": (1, 24, FRAMES, PIXELS, PIXELS)},
+    "s2v": {"audio_embed": (1, 25, 1024, 4 * FRAMES), "reference_latents": [IMAGE], "control_video": VIDEO},
+    "humo": {"audio_embed": (1, FRAMES, 8, 5, 1280), "reference_latents": [IMAGE]},
+    "animate": {
+        **CLIP,
+        "concat_latent_image": VIDEO,
+        "pose_video_latent": (1, 16, FRAMES - 1, SIDE, SIDE),
+    },
+    "animate2": {
+        **CLIP,
+        "concat_latent_image": VIDEO,
+        "pose_video_latent": (1, 16, FRAMES - 1, SIDE, SIDE),
+        "cross_attn_pose": PROMPT,
+    },
+    "scail": {**CLIP, "reference_latents": [IMAGE], "pose_video_latent": (1, 16, FRAMES, SIDE // 2, SIDE // 2)},
+    "wandancer": {**CLIP, "concat_latent_image": VIDEO, "audio_embed": (1, 60, 35)},
+}
+
+
+def tensors(shapes):
+    if isinstance(shapes, list):
+        return [tensors(shape) for shape in shapes]
+    return torch.randn(shapes) if isinstance(shapes, tuple) else shapes
+
+
+@torch.no_grad()
+def real(patcher, latent, fields, plan):
+    """Bytes that a forward takes on the CPU with what the host makes of the fields, but for the latent."""
+    model = (apply_lean(patcher, plan) if plan else patcher).clone()
+    options = {"wrappers": model.wrappers, "optimized_attention_override": FlashAttention()}
+    loaded = patcher.patch_model(torch.device("cpu"))
+    noise = torch.randn(latent)
+    with LiveMemory("cpu") as memory, FusedNorms():
+        predict(loaded, noise, [fields], options)
+    return memory.peak.nbytes
+
+
+def simulated(patcher, latent, fields, plan):
+    """The same by the simulator, which counts the sampler's latents too."""
+    peak = Simulator.of(patcher).peak(Job(latent, (Condition.of(fields),)), plan)
+    return peak.activations + peak.scratch - _SAMPLER_LATENTS * 4 * prod(latent)
+
+
+@pytest.fixture
+def load(tmp_path, tiny_wan):
+    def load(name):
+        """A dense model of little size, and the shape of a latent for it."""
+        if VARIANTS[name][0] is None:
+            pytest.skip(f"this host has no {name}")
+        state = load_file(write_variant(name, tmp_path, tiny_wan))
+        options = {"dtype": torch.bfloat16}
+        patcher = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=METADATA.get(name))
+        assert type(patcher.model.model_config).__name__ == VARIANTS[name][2]
+        return patcher, (1, patcher.model.latent_format.latent_channels, *VIDEO[2:])
+
+    return load
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_counted_as_the_host_takes_it(name, load, monkeypatch):
+    patcher, latent = load(name)
+    prompt = {"cross_attn": torch.randn(PROMPT)}
+    fields = prompt | {key: tensors(value) for key, value in FIELDS[name].items()}
+    whole = Condition.fields
+    for plan in (None, LeanPlan(2, 64)):
+        expected = real(patcher, latent, fields, plan)
+        with monkeypatch.context() as patch:
+            # On the device, as in the real forward here.
+            patch.setattr(Condition, "fields", lambda condition: whole(condition, "meta"))
+            assert simulated(patcher, latent, fields, plan) == pytest.approx(expected, rel=1e-3)
+        assert simulated(patcher, latent, prompt, plan) < expected
+
+
+def test_faces_take_memory(load):
+    """A motion encoder for pictures of 512 pixels, of which the simulator computes nothing."""
+    patcher, latent = load("animate")
+    fields = {key: tensors(value) for key, value in FIELDS["animate"].items()}
+    face = {"face_video_pixels": torch.empty(()).expand(1, 3, 77, 512, 512)}
+    least = 2 * 77 * 3 * 512**2
+    assert simulated(patcher, latent, fields | face, None) > simulated(patcher, latent, fields, None) + least
+
+
+def test_only_forms_tell_jobs_apart():
+    def job(fill, size=4, **others):
+        return Job(VIDEO).given(a=[torch.full((size,), fill)], b={"c": 1.0, "image": CLIP}, **others)
+
+    assert job(1.0) == job(2.0)
+    assert hash(job(1.0)) == hash(job(2.0))
+    assert job(1.0, control=object()) == job(1.0)
+    assert len({job(1.0), job(1.0, 5), job(1.0, d="e"), Job(VIDEO)}) == 4
+    there = Condition.of({"a": torch.empty(3, device="meta")}).fields()["a"]
+    assert (there.device.type, there.untyped_storage().nbytes()) == ("meta", 12)
+    (field,) = job(1.0).conditions[0].fields()["a"]
+    assert (field.shape, field.dtype, field.untyped_storage().nbytes()) == ((4,), torch.float32, 4)

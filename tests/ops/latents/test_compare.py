@@ -1,0 +1,55 @@
+"""Comparison of latents against figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import comfy.latent_formats
+import pytest
+import torch
+
+from wanquant.ops.latents.compare import compare_latents
+from wanquant.ops.latents.compare_chart import draw
+from wanquant.quant import QuantError
+
+
+def latent(model_space):
+    return comfy.latent_formats.Wan21().process_out(model_space)
+
+
+def test_known_error_in_one_frame():
+    reference = torch.zeros(1, 16, 3, 2, 4)
+    reference[:, 0] = 1.0  # a range of 1
+    compared = reference.clone()
+    compared[:, :, 1] += 0.1
+    result = compare_latents(latent(reference), latent(compared))
+    assert result.frame_psnr[1] == pytest.approx(20.0, abs=1e-3)
+    assert min(result.frame_psnr[0], result.frame_psnr[2]) > 100
+    assert result.psnr == pytest.approx(20.0 + 10 * math.log10(3), abs=1e-3)
+    assert result.error[1].allclose(torch.tensor(0.1), atol=1e-5)
+    assert result.error.shape == (3, 2, 4)
+    assert 0 < result.cosine < 1
+
+
+def test_equal_latents():
+    samples = torch.randn(2, 48, 2, 2, 2)
+    result = compare_latents(samples, samples.clone())
+    assert result.psnr == math.inf
+    assert result.cosine == pytest.approx(1.0)
+    assert len(result.frame_psnr) == 4
+    assert "PSNR inf dB" in result.text()
+    assert draw(result).width == 720
+
+
+@pytest.mark.parametrize("frames", [1, 3, 21])
+def test_picture_is_of_one_width(frames):
+    samples = torch.randn(1, 16, frames, 4, 6)
+    picture = draw(compare_latents(samples, samples + 0.1 * torch.randn_like(samples)))
+    assert picture.width == 720
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(QuantError, match="expected the same shape"):
+        compare_latents(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1, 16, 2, 2, 2))
+    with pytest.raises(QuantError, match="16 or 48"):
+        compare_latents(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))

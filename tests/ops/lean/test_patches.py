@@ -1,0 +1,250 @@
+"""What other nodes chain to a model does the same to lean blocks as to the host's."""
+
+from __future__ import annotations
+
+import types
+
+import comfy.ldm.wan.model as wan
+import pytest
+import torch
+from comfy.ldm.modules.attention import attention_basic
+from comfy.patcher_extension import WrappersMP
+
+from wanquant.ops.lean import LeanPlan, apply_lean
+from wanquant.tests.ops.lean.test_blocks import FINE, build, error, forward
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+def test_nothing_runs_lean_when_the_chooser_declines(model, lean_blocks):
+    shapes = []
+    patched = apply_lean(model, lambda shape: shapes.append(tuple(shape)))
+    assert torch.equal(forward(patched), forward(model))
+    assert shapes == [(1, 16, 2, 8, 8)]
+    assert not lean_blocks
+
+
+def test_a_second_plan_replaces_the_first(model, lean_blocks):
+    twice = apply_lean(apply_lean(model, LeanPlan(1, 1)), FINE)
+    forward(twice)
+    assert [len(twice.get_all_wrappers(kind)) for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.CALC_COND_BATCH)] == [
+        1,
+        1,
+    ]
+    assert len(lean_blocks) == 2
+
+
+def test_the_loaders_prefetch_leaves_lean_blocks_alone(model):
+    seen = []
+
+    def loader(executor, x, timestep, context, clip_fea, time_dim_concat, options, **kwargs):
+        seen.append(options.get("patches_replace", {}).get("dit", {}).keys())
+        return executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
+
+    loaded = model.clone()
+    loaded.add_wrapper(WrappersMP.DIFFUSION_MODEL, loader)
+    forward(apply_lean(loaded, FINE))
+    assert seen == [{("double_block", 0), ("double_block", 1)}]
+
+
+def test_training_runs_stock(model, lean_blocks):
+    options = {"wrappers": apply_lean(model, FINE).wrappers}
+    latent, text = torch.randn(1, 16, 1, 4, 4, requires_grad=True), torch.randn(1, 3, 4096)
+    model.model.diffusion_model(latent, torch.ones(1), text, transformer_options=options)
+    assert not lean_blocks
+
+
+# Patches: functions the host calls inside or between blocks.
+
+
+PATCHES = {
+    "attn1_patch": lambda kwargs: kwargs["x"] + 0.1 * kwargs["q"].flatten(2) + 0.2 * kwargs["k"].flatten(2),
+    "attn2_patch": lambda kwargs: kwargs["x"] * 1.5,
+    "double_block": lambda kwargs: {"img": kwargs["img"] + kwargs["block_index"] + 1},
+}
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+def test_patch(kind, model, lean_blocks):
+    options = {"patches": {kind: [PATCHES[kind]]}}
+    expected = forward(model, **options)
+    if torch.equal(expected, forward(model)):
+        pytest.skip(f"this host does not call {kind} for Wan")
+    assert error(forward(apply_lean(model, FINE), **options), expected) < 1e-5
+    assert len(lean_blocks) == 2
+
+
+@pytest.mark.parametrize("kind", ["attn2_patch", "double_block"])
+def test_what_a_patch_keeps_is_not_written_to(kind, model):
+    kept = []
+
+    def keep(kwargs):
+        image = kwargs["x" if kind == "attn2_patch" else "img"]
+        kept.append((image, image.clone()))
+        return image.clone() if kind == "attn2_patch" else {"img": image}
+
+    forward(apply_lean(model, FINE), patches={kind: [keep]})
+    assert all(torch.equal(image, copy) for image, copy in kept)
+
+
+# Replacements: functions the host calls instead of a block.
+
+
+def blend(args, extra):
+    out = extra["original_block"](args)
+    return {"img": 0.5 * args["img"] + out["img"]}
+
+
+def skip(args, extra):
+    return args
+
+
+@pytest.mark.parametrize("replacement", [blend, skip])
+@pytest.mark.parametrize("index", [0, 1])
+def test_replaced_block(index, replacement, model):
+    options = {"patches_replace": {"dit": {("double_block", index): replacement}}}
+    expected = forward(model, **options)
+    assert error(forward(apply_lean(model, FINE), **options), expected) < 1e-5
+
+
+def test_attention_override_sees_every_token_of_a_head(model):
+    seen = []
+
+    def override(function, q, k, v, *args, **kwargs):
+        seen.append((q.shape[1], k.shape[1]))
+        return attention_basic(q, k, v, *args, **kwargs)
+
+    expected = forward(model)
+    assert error(forward(apply_lean(model, FINE), optimized_attention_override=override), expected) < 1e-5
+    assert {queries for queries, keys in seen if keys != 7} == {32}
+
+
+class Preferred(torch.nn.Module):
+    """What newer hosts keep beside an attention whose checkpoint prefers another kind."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Tokens and keywords of each call of the host's attention."""
+    calls, attend = [], wan.optimized_attention
+
+    def record(q, k, v, *args, **keywords):
+        calls.append((*(getattr(x, "peek", lambda x=x: x)().shape[1] for x in (q, k)), keywords))
+        return attend(q, k, v, *args, **{n: value for n, value in keywords.items() if n != "preferred_attention"})
+
+    monkeypatch.setattr(wan, "optimized_attention", record)
+    return calls
+
+
+def test_keys_of_an_image_get_no_attention_in_low_precision(calls):
+    """SageAttention gives NaN there."""
+    forward(apply_lean(build("i2v"), FINE), "i2v")
+    precise = {keys: keywords.get("low_precision_attention", True) for _, keys, keywords in calls}
+    assert precise == {32: True, 7: True, 257: False}
+
+
+def test_preferred_attention_is_handed_on_with_all_queries(calls):
+    model = build()
+    for block in model.model.diffusion_model.blocks:
+        block.self_attn.comfy_attention = block.cross_attn.comfy_attention = Preferred(attention_basic)
+    expected = forward(model)
+    calls.clear()
+    assert error(forward(apply_lean(model, FINE)), expected) < 1e-5
+    own = [(queries, keywords["preferred_attention"].function) for queries, keys, keywords in calls if keys == 32]
+    assert own == [(32, attention_basic)] * len(own)
+    assert {queries for queries, keys, _ in calls if keys == 7} == {32}, "the host's own cross-attention"
+
+
+def test_no_preference_changes_nothing(calls):
+    model = build()
+    for block in model.model.diffusion_model.blocks:
+        block.self_attn.comfy_attention = block.cross_attn.comfy_attention = Preferred(None)
+    assert error(forward(apply_lean(model, FINE)), forward(build())) < 1e-5
+    assert max(queries for queries, *_ in calls[: len(calls) // 2]) == FINE.token_chunk
+
+
+# Forwards that other nodes put in the place of a module's own, as sparse attention, NAG or bypassed LoRAs do.
+
+
+def rolled(module):
+    function = type(module).forward
+    return types.MethodType(lambda self, *args, **kwargs: function(self, *args, **kwargs).roll(1, -1), module)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "self_attn",
+        "self_attn.q",
+        "self_attn.v",
+        "self_attn.norm_k",
+        "self_attn.o",
+        "cross_attn",
+        "cross_attn.o",
+        "norm1",
+        "ffn",
+        "ffn.2",
+    ],
+)
+def test_replaced_forward(path, model, monkeypatch):
+    base = forward(model)
+    module = model.model.diffusion_model.blocks[0].get_submodule(path)
+    monkeypatch.setattr(module, "forward", rolled(module))
+    expected = forward(model)
+    assert error(expected, base) > 1e-3
+    assert error(forward(apply_lean(model, FINE)), expected) < 1e-5
+
+
+def test_forward_hooks_run(model):
+    base = forward(model)
+    handle = model.model.diffusion_model.blocks[0].self_attn.v.register_forward_hook(lambda _, __, out: 2 * out)
+    expected = forward(model)
+    value = forward(apply_lean(model, FINE))
+    handle.remove()
+    assert error(expected, base) > 1e-3
+    assert error(value, expected) < 1e-5
+
+
+def test_replaced_edges(model, monkeypatch):
+    transformer = model.model.diffusion_model
+    for module in (transformer.head, transformer.patch_embedding):
+        monkeypatch.setattr(module, "forward", rolled(module))
+    assert error(forward(apply_lean(model, FINE)), forward(model)) < 1e-5
+
+
+def test_a_forward_put_back_counts_as_the_modules_own(model, monkeypatch, lean_blocks):
+    """As the host leaves it after an object patch."""
+    block = model.model.diffusion_model.blocks[0]
+    monkeypatch.setattr(block, "forward", block.forward)
+    forward(apply_lean(model, FINE))
+    assert len(lean_blocks) == 2
+
+
+# Positive and negative prompt.
+
+
+@pytest.mark.parametrize(("plan", "calls"), [(FINE, [["a", None], [None, "b"]]), (None, [["a", "b"]])])
+def test_prompts_run_one_by_one_when_lean(plan, calls, model):
+    seen = []
+
+    def executor(model, conds, x, timestep, options):
+        seen.append(conds)
+        return [f"out {cond}" for cond in conds]
+
+    (wrapper,) = apply_lean(model, lambda _: plan).get_all_wrappers(WrappersMP.CALC_COND_BATCH)
+    assert wrapper(executor, None, ["a", "b"], torch.zeros(1, 16, 1, 2, 2), None, {}) == ["out a", "out b"]
+    assert seen == calls
+
+
+def test_a_compiled_graph_is_of_the_stock_forward(model, lean_blocks, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    forward(apply_lean(model, FINE))
+    assert not lean_blocks

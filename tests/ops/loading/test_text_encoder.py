@@ -1,0 +1,254 @@
+"""umT5 from GGUF: names, tokenizer, and the embedding of a prompt against the host's own dense encoder."""
+
+from __future__ import annotations
+
+import io
+import threading
+import time
+from pathlib import Path
+
+import comfy.sd
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from wanquant.ops.loading.text_encoder import load_text_encoder
+from wanquant.ops.packed.layout import is_packed
+from wanquant.quant import QTYPES, QuantError
+from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary, sentencepiece_model
+from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+
+WIDTH, HEADS, BLOCKS, FFN = 64, 2, 24, 10240  # the host knows umt5-xxl by its 24 blocks and its FFN
+TEXTS = [
+    "a red ball moves right",
+    "  two   spaces, CAPITALS and ﬁne ligatures!  ",
+    "一个红色的球向右移动",
+    "Ein grüner Würfel dreht sich; 3,5 Sekunden 🎬",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def spiece():
+    """A small unigram model with umT5's special tokens."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=model,
+        model_type="unigram",
+        vocab_size=110,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def weights(spiece):
+    """The host's tensor names -> (llama.cpp's, weight)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size()
+
+    def normal(*shape, std=None):
+        return torch.randn(shape, generator=generator) * (std or shape[-1] ** -0.5)
+
+    tensors = {"shared.weight": ("token_embd.weight", normal(rows, WIDTH, std=1.0))}
+    tensors["encoder.final_layer_norm.weight"] = ("enc.output_norm.weight", torch.ones(WIDTH))
+    for i in range(BLOCKS):
+        host, llama = f"encoder.block.{i}.layer", f"enc.blk.{i}"
+        for part in "qkvo":
+            # T5 does not scale its scores: the queries are initialised small instead.
+            std = (WIDTH * WIDTH / HEADS) ** -0.5 if part == "q" else None
+            weight = normal(WIDTH, WIDTH, std=std)
+            tensors[f"{host}.0.SelfAttention.{part}.weight"] = (f"{llama}.attn_{part}.weight", weight)
+        bias = normal(32, HEADS, std=1.0)
+        tensors[f"{host}.0.SelfAttention.relative_attention_bias.weight"] = (f"{llama}.attn_rel_b.weight", bias)
+        for name, other, shape in (
+            ("wi_0", "ffn_gate", (FFN, WIDTH)),
+            ("wi_1", "ffn_up", (FFN, WIDTH)),
+            ("wo", "ffn_down", (WIDTH, FFN)),
+        ):
+            tensors[f"{host}.1.DenseReluDense.{name}.weight"] = (f"{llama}.{other}.weight", normal(*shape))
+        for layer, other in ((0, "attn_norm"), (1, "ffn_norm")):
+            tensors[f"{host}.{layer}.layer_norm.weight"] = (f"{llama}.{other}.weight", torch.ones(WIDTH))
+    return tensors
+
+
+def write(path, weights, metadata, names, qtype="Q8_0"):
+    tensors = {names(host, llama): weight for host, (llama, weight) in weights.items()}
+    types = {n: QTYPES[qtype if w.ndim == 2 and w.shape[1] % 32 == 0 else "F32"] for n, w in tensors.items()}
+    specs = [TensorSpec(name, types[name], tuple(weight.shape)) for name, weight in tensors.items()]
+    with GGUFWriter(path, {"general.architecture": "t5encoder", **metadata}, specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, spec.qtype.quantize(tensors[spec.name], effort="fast"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory, weights, spiece):
+    path = tmp_path_factory.mktemp("llama") / "umt5.gguf"
+    return write(path, weights, parse_vocabulary(spiece, processor(spiece).get_piece_size()), lambda host, llama: llama)
+
+
+@pytest.fixture(scope="module")
+def own_file(tmp_path_factory, weights, spiece):
+    path = tmp_path_factory.mktemp("own") / "umt5.gguf"
+    return write(path, weights, {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}, lambda host, llama: host)
+
+
+def tokens(clip, text):
+    ((row,),) = clip.tokenize(text).values()
+    return [token for token, _ in row]
+
+
+def processor(spiece):
+    return sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
+
+
+@pytest.mark.parametrize("file", ["own_file", "llama_file"], ids=["embedded", "rebuilt"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokens_are_those_of_sentencepiece(file, text, request, spiece):
+    clip = load_text_encoder(request.getfixturevalue(file), comfy.sd.CLIPType.WAN)
+    expected = processor(spiece).encode(text)
+    assert tokens(clip, text)[: len(expected)] == expected
+
+
+def test_vocabulary_survives_both_ways(spiece):
+    size = processor(spiece).get_piece_size()
+    vocabulary = parse_vocabulary(spiece, size)
+    assert vocabulary["tokenizer.ggml.tokens"] == [processor(spiece).id_to_piece(i) for i in range(size)]
+    again = parse_vocabulary(sentencepiece_model(vocabulary), size)
+    assert again.keys() == vocabulary.keys()
+    assert all(np.array_equal(again[key], value) for key, value in vocabulary.items())
+
+
+def test_prompt_is_encoded_as_by_the_dense_encoder(llama_file, own_file, weights, spiece, sqnr):
+    dense = {host: weight for host, (_, weight) in weights.items()}
+    dense["spiece_model"] = torch.frombuffer(bytearray(spiece), dtype=torch.uint8)
+    rows = dense["shared.weight"].shape[0]
+    options = {"vocab_size": rows, "d_model": WIDTH, "num_heads": HEADS, "d_kv": WIDTH // HEADS}
+    reference = comfy.sd.load_text_encoder_state_dicts(
+        [dense], clip_type=comfy.sd.CLIPType.WAN, model_options={"umt5xxl_model_config": options}
+    )
+    expected = reference.encode(TEXTS[0])
+    outputs = [load_text_encoder(path, comfy.sd.CLIPType.WAN).encode(TEXTS[0]) for path in (llama_file, own_file)]
+    assert torch.equal(*outputs)
+    assert sqnr(expected, outputs[0]) > 30
+
+
+def test_embedding_and_layers_stay_packed(llama_file):
+    clip = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN)
+    transformer = clip.cond_stage_model.umt5xxl.transformer
+    assert is_packed(transformer.shared.weight)
+    assert is_packed(transformer.encoder.block[3].layer[1].DenseReluDense.wo.weight)
+    assert clip.patcher.model_size() < 1.2 * llama_file.stat().st_size
+    clone = clip.clone(disable_dynamic=True)
+    assert torch.equal(clone.encode("x"), clip.encode("x"))
+
+
+def test_products_in_bfloat16(llama_file, sqnr):
+    """The host's float32 goes in and comes out; the residual and the norms are the host's."""
+    clip = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN, dtype=torch.bfloat16)
+    exact = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN)
+    hidden = torch.randn(1, 4, WIDTH)
+    rounded, expected = (
+        layer.cond_stage_model.umt5xxl.transformer.encoder.block[3].layer[1].DenseReluDense.wi_0(hidden)
+        for layer in (clip, exact)
+    )
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    assert 40 < sqnr(expected, rounded) < 70
+    again = clip.patcher.clone(disable_dynamic=True).model.umt5xxl.transformer.encoder.block[3].layer[1].DenseReluDense
+    assert torch.equal(again.wi_0(hidden), rounded)
+
+
+def test_embedding_of_true_size_is_never_dense(tmp_path, spiece, monkeypatch):
+    """256384 rows of 4096: 4.2 GB in float32, 2.1 GB in bfloat16. One block, of the true width."""
+    monkeypatch.setattr(comfy.sd, "detect_te_model", lambda _: comfy.sd.TEModel.T5_XXL)  # it would ask for 24 blocks
+    shapes = {"shared.weight": (256384, 4096), "encoder.final_layer_norm.weight": (4096,)}
+    block = "encoder.block.0.layer"
+    shapes |= {f"{block}.0.SelfAttention.{part}.weight": (64, 4096) for part in "qkv"}
+    shapes |= {f"{block}.0.SelfAttention.o.weight": (4096, 64), f"{block}.0.layer_norm.weight": (4096,)}
+    shapes |= {f"{block}.0.SelfAttention.relative_attention_bias.weight": (32, 1)}
+    shapes |= {f"{block}.1.DenseReluDense.wi_{i}.weight": (256, 4096) for i in (0, 1)}
+    shapes |= {f"{block}.1.DenseReluDense.wo.weight": (4096, 256), f"{block}.1.layer_norm.weight": (4096,)}
+    types = {name: "Q4_0" if shape[-1] % 32 == 0 and len(shape) == 2 else "F32" for name, shape in shapes.items()}
+    specs = [TensorSpec(name, QTYPES[types[name]], shape) for name, shape in shapes.items()]
+    metadata = {"general.architecture": "t5encoder", SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
+    with GGUFWriter(tmp_path / "true.gguf", metadata, specs) as writer:
+        for spec in specs:
+            row = spec.qtype.quantize(torch.linspace(-0.1, 0.1, spec.shape[-1]), effort="fast")
+            writer.write(spec.name, row.expand(spec.qtype.packed_shape(spec.shape)).contiguous())
+    with peak_growth() as growth:
+        encoded = load_text_encoder(tmp_path / "true.gguf", comfy.sd.CLIPType.WAN).encode("a red ball")
+    assert encoded.shape == (1, 512, 4096)
+    assert encoded.isfinite().all()
+    # The table's rows stay mapped; what is left is 512 tokens of 4096, some copies of them, and the 6 small matrices.
+    assert growth.nbytes < 300 << 20, f"{growth.nbytes >> 20} MiB"
+
+
+class peak_growth:  # noqa: N801
+    """Most anonymous memory that the process has beyond what it had on entering, in bytes, looked at each 2 ms."""
+
+    def __enter__(self):
+        self.nbytes, self._stop = 0, threading.Event()
+        self._start = self._anonymous()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._watcher.join()
+
+    def _watch(self):
+        while not self._stop.wait(0.002):
+            self.nbytes = max(self.nbytes, self._anonymous() - self._start)
+
+    def _anonymous(self):
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+        return int(line.split()[1]) * 1024
+
+
+def test_memory_watch_sees_a_table():
+    with peak_growth() as growth:
+        table = torch.ones(200 << 20, dtype=torch.uint8)
+        time.sleep(0.05)
+    assert growth.nbytes > 0.9 * table.nbytes
+
+
+def first_blocks(weights, count):
+    return {n: v for n, v in weights.items() if "block." not in n or int(n.split(".")[2]) < count}
+
+
+def test_other_files_are_refused(tmp_path, weights, t2v, spiece, write_gguf):
+    with pytest.raises(QuantError, match=r"not a T5 text encoder.*load it with Load Diffusion Model \(GGUF\)"):
+        load_text_encoder(t2v[1], comfy.sd.CLIPType.WAN)
+    language = {"token_embd.weight": torch.zeros(8, 32), "blk.0.attn_q.weight": torch.zeros(32, 32)}
+    language = write_gguf(tmp_path / "llm.gguf", language, lambda *_: "F32", metadata={"general.architecture": "qwen2"})
+    with pytest.raises(QuantError, match=r"general\.architecture qwen2\); choose umt5-xxl for Wan"):
+        load_text_encoder(language, comfy.sd.CLIPType.WAN)
+    metadata = {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
+    small = write(tmp_path / "small.gguf", first_blocks(weights, 1), metadata, lambda host, llama: llama)
+    with pytest.raises(QuantError, match=r"small\.gguf: a T5 text encoder of another size than XXL"):
+        load_text_encoder(small, comfy.sd.CLIPType.WAN)
+
+
+def test_file_without_a_tokenizer(tmp_path, weights):
+    bare = write(tmp_path / "bare.gguf", first_blocks(weights, 1), {}, lambda host, llama: llama)
+    with pytest.raises(QuantError, match=r"bare\.gguf: tokenizer\.ggml\.model is not given"):
+        load_text_encoder(bare, comfy.sd.CLIPType.WAN)
+
+
+def test_type_of_another_model_family(tmp_path, own_file, weights):
+    with pytest.raises(QuantError, match="umT5, the text encoder of Wan; choose type wan"):
+        load_text_encoder(own_file, comfy.sd.CLIPType.SD3)
+    shared_bias = {n: v for n, v in first_blocks(weights, 2).items() if "relative" not in n or ".block.0." in n}
+    t5 = write(tmp_path / "t5.gguf", shared_bias, {}, lambda host, llama: host)
+    with pytest.raises(QuantError, match="T5, but Wan's text encoder is umT5; choose umt5-xxl"):
+        load_text_encoder(t5, comfy.sd.CLIPType.WAN)

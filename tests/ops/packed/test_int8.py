@@ -1,0 +1,78 @@
+"""The product in 8-bit integers: its error, and where it stands aside."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from wanquant.ops import host
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.ops.packed.int8 import MIN_TOKENS, int8_linear
+from wanquant.ops.packed.layout import pack
+from wanquant.ops.packed.matmul import packed_linear
+from wanquant.quant import QTYPES, QuantError
+
+pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
+
+
+def weight_and_input(name="Q8_0", tokens=MIN_TOKENS, columns=2048, outliers=True):
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.02 * torch.randn(96, columns, generator=generator)
+    x = torch.randn(tokens, columns, generator=generator)
+    if outliers:
+        x[:, torch.randperm(columns, generator=generator)[:16]] *= 10
+    packed = QTYPES[name].quantize(weight, effort="fast")
+    return weight, pack(packed, name, tuple(weight.shape), torch.bfloat16), x.bfloat16()
+
+
+@pytest.mark.parametrize(("name", "more"), [("Q8_0", 0.013), ("Q6_K", 0.006), ("Q4_K", 0.003), ("Q4_0", 0.003)])
+def test_error_beside_that_of_the_weight(name, more):
+    weight, packed, x = weight_and_input(name)
+    exact = x.float() @ weight.t()
+
+    def error(linear):
+        return ((linear(x, packed, None).float() - exact).norm() / exact.norm()).item()
+
+    print(f"{name}: {error(packed_linear):.2%} in bfloat16, {error(int8_linear):.2%} in int8")  # noqa: T201
+    assert error(packed_linear) < error(int8_linear) < error(packed_linear) + more
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(MIN_TOKENS - 1, 2048), (MIN_TOKENS, 96)], ids=["few", "odd"])
+def test_stands_aside_where_it_cannot_pay(tokens, columns):
+    _, packed, x = weight_and_input(tokens=tokens, columns=columns, outliers=False)
+    assert torch.equal(int8_linear(x, packed, None), packed_linear(x, packed, None))
+
+
+@torch.no_grad()
+def test_bias_and_weight_functions_count():
+    _, packed, x = weight_and_input()
+    bias = torch.randn(96).bfloat16()
+    actual = int8_linear(x, packed, bias, [lambda w: w * 2])
+    expected = packed_linear(x, packed, bias, [lambda w: w * 2])
+    assert (actual - expected).norm() / expected.norm() < 0.02
+
+
+def test_loader_takes_it_along(t2v, sqnr):
+    patchers = [load_diffusion_model(t2v[1], dtype=torch.float32, int8=on) for on in (False, True)]
+    load, arguments = patchers[1].cached_patcher_init
+    patchers.append(load(*arguments))
+    x, text = torch.randn(1, 16, 4, 32, 32), torch.randn(1, 7, 4096)
+    with torch.no_grad():
+        full, *others = (
+            p.patch_model(torch.device("cpu"), 0).diffusion_model(x, torch.ones(1), text) for p in patchers
+        )
+    assert 25 < sqnr(full, others[0]) < 60
+    assert torch.equal(*others)
+
+
+def test_a_host_without_it(monkeypatch: pytest.MonkeyPatch, t2v):
+    monkeypatch.setattr(host, "comfy_kitchen", None)
+    with pytest.raises(QuantError, match=r"update it to 0\.27"):
+        load_diffusion_model(t2v[1], int8=True)
+
+
+def test_training_needs_the_weight():
+    _, packed, x = weight_and_input()
+    x.requires_grad_()
+    int8_linear(x, packed, None).sum().backward()
+    assert torch.equal(x.grad[0], QTYPES["Q8_0"].dequantize(packed._qdata, torch.bfloat16).sum(0))

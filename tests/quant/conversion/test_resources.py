@@ -1,0 +1,47 @@
+"""What a conversion takes of disk and memory is known before its first byte is written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from wanquant.quant import QuantError
+from wanquant.quant.conversion.convert import convert, convert_all
+from wanquant.quant.conversion.job import Job
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets what is free of one of the two, in bytes."""
+
+    def free(*, disk=1 << 50, memory=1 << 50):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+
+    return free
+
+
+def test_files_of_one_pass_need_room_together(tmp_path, source, free):
+    jobs = [Job(tmp_path / f"{recipe}.gguf", recipe) for recipe in ("Q8_0", "Q4_0")]
+    sizes = [convert(source, job.destination, job.recipe, effort="fast").nbytes for job in jobs]
+    for job in jobs:
+        job.destination.unlink()
+    free(disk=sum(sizes) - 1)
+    with pytest.raises(QuantError, match=r"Q8_0\.gguf and 1 more: 0\.01 GiB needed, 0\.01 GiB free in the folder"):
+        convert_all(source, jobs, effort="fast")
+    assert not list(tmp_path.iterdir())
+    free(disk=sum(sizes))
+    assert [report.nbytes for report in convert_all(source, jobs, effort="fast")] == sizes
+
+
+def test_memory(tmp_path, source, free, monkeypatch):
+    free(memory=1 << 20)
+    with pytest.raises(QuantError, match=r"wan\.safetensors: converting takes 0\.25 GiB, and 0\.00 GiB of main memory"):
+        convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, "psutil", None)  # comes with the host only
+    convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")

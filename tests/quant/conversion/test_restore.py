@@ -1,0 +1,94 @@
+"""GGUF back to safetensors."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from wanquant.quant import QTYPES, QuantError, convert, open_gguf
+from wanquant.quant.__main__ import main
+from wanquant.quant.conversion.restore import restore
+from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.testing.tiny_wan import write_tiny_wan
+
+
+@pytest.fixture
+def gguf(tmp_path):
+    source = write_tiny_wan(tmp_path / "wan.safetensors", layers=1, metadata={"config": '{"transformer": {}}'})
+    return convert(source, tmp_path / "wan.gguf", "Q4_K_M", effort="fast").path
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
+def test_values_shapes_types_and_metadata(gguf, tmp_path, dtype):
+    path = restore(gguf, tmp_path / "a.safetensors", dtype).path
+    restored, tensors = load_file(path), open_gguf(gguf).tensors
+    assert restored.keys() == tensors.keys()
+    kinds = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+    for name, tensor in tensors.items():
+        expected = tensor.dequantize(kinds.get(tensor.qtype.name, kinds[dtype]))
+        assert restored[name].dtype == expected.dtype
+        assert torch.equal(restored[name], expected)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "config": '{"transformer": {}}'}
+
+
+def test_converting_a_restored_file_again_is_exact(gguf, tmp_path):
+    restore(gguf, tmp_path / "a.safetensors", "F32")
+    again = open_gguf(convert(tmp_path / "a.safetensors", tmp_path / "b.gguf", "F16").path).tensors
+    for name, tensor in open_gguf(gguf).tensors.items():
+        assert torch.allclose(again[name].dequantize(), tensor.dequantize(), rtol=1e-3, atol=1e-6)
+
+
+def test_slices_are_pieced_together(gguf, tmp_path, monkeypatch):
+    monkeypatch.setattr("wanquant.quant.conversion.restore._SLICE_WEIGHTS", 1000)
+    calls = []
+    path = restore(gguf, tmp_path / "a.safetensors", progress=lambda *call: calls.append(call)).path
+    for name, tensor in open_gguf(gguf).tensors.items():
+        assert torch.equal(load_file(path)[name].float(), tensor.dequantize().to(load_file(path)[name].dtype).float())
+    assert calls[-1][0] == calls[-1][1] == path.stat().st_size
+
+
+def test_a_stopped_run_leaves_nothing(gguf, tmp_path):
+    class StopError(Exception):
+        pass
+
+    def progress(done, total, name):
+        raise StopError
+
+    with pytest.raises(StopError):
+        restore(gguf, tmp_path / "a.safetensors", progress=progress)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["wan.gguf", "wan.safetensors"]
+
+
+def test_refused_input(gguf, tmp_path):
+    with pytest.raises(QuantError, match=r"not a \.safetensors name"):
+        restore(gguf, tmp_path / "a.gguf")
+    with pytest.raises(QuantError, match=r"wan\.safetensors: exists already"):
+        restore(gguf, tmp_path / "wan.safetensors")
+    with pytest.raises(QuantError, match=r"wan\.safetensors: not a GGUF"):
+        restore(tmp_path / "wan.safetensors", tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match="dtype Q8_0: unknown"):
+        restore(gguf, tmp_path / "a.safetensors", "Q8_0")
+
+
+def test_values_beyond_f16(tmp_path):
+    spec = TensorSpec("a.weight", QTYPES["Q8_0"], (1, 32))
+    with GGUFWriter(tmp_path / "a.gguf", {"general.architecture": "wan"}, [spec]) as writer:
+        writer.write("a.weight", QTYPES["Q8_0"].quantize(torch.full((1, 32), 1e6), effort="fast"))
+    with pytest.raises(QuantError, match=r"tensor a\.weight: has values beyond the range of F16; choose BF16"):
+        restore(tmp_path / "a.gguf", tmp_path / "a.safetensors", "F16")
+    assert restore(tmp_path / "a.gguf", tmp_path / "a.safetensors").tensors == 1
+
+
+def test_command_line(gguf, tmp_path, capsys):
+    assert main(["restore", str(gguf), str(tmp_path / "a.safetensors"), "--dtype", "f16", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["nbytes"] == (tmp_path / "a.safetensors").stat().st_size
+    assert main(["restore", str(gguf), str(tmp_path / "a.safetensors")]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main(["restore", str(gguf), str(tmp_path / "a.safetensors"), "--overwrite"]) == 0
+    assert "quantized ones as BF16" in capsys.readouterr().out

@@ -1,0 +1,98 @@
+"""Rows keep their strength through quantization."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanquant.quant import QTYPES, convert, open_gguf
+from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.conversion.row_gain import restore_gain
+from wanquant.testing.tiny_wan import write_tiny_wan
+
+TYPES = [name for name, qtype in QTYPES.items() if qtype.factors]
+
+
+def gains(weight, decoded, importance=1.0):
+    return (importance * weight * decoded).sum(1) / (importance * weight * weight).sum(1)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
+
+
+def test_every_type_that_is_searched_has_factors():
+    searched = {name for name, qtype in QTYPES.items() if qtype.block_size > 1 and len(qtype.efforts) == 2}
+    assert searched - {"TQ1_0", "TQ2_0", "MXFP4"} <= set(TYPES)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_weights_are_linear_in_the_factors(name, weight):
+    qtype = QTYPES[name]
+    packed = qtype.quantize(weight, effort="fast")
+    decoded = qtype.dequantize(packed)
+    # What is packed is taken for half of the weights.
+    doubled = qtype.dequantize(restore_gain(qtype, packed, 2 * decoded))
+    torch.testing.assert_close(doubled, 2 * decoded, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_are_as_strong_as_they_were(name, weighted, weight):
+    qtype = QTYPES[name]
+    importance = torch.rand(4096, generator=torch.Generator().manual_seed(1)) if weighted else None
+    weights = 1.0 if importance is None else importance
+    packed = qtype.quantize(weight, importance)
+    before = qtype.dequantize(packed)
+    after = qtype.dequantize(restore_gain(qtype, packed, weight, importance))
+    weaker = (gains(weight, before, weights) - 1).abs().mean()
+    assert (gains(weight, after, weights) - 1).abs().mean() < max(0.2 * weaker, 2**-11), "float16 rounds"
+    squares = [(weights * (decoded - weight).square()).sum() for decoded in (before, after)]
+    assert squares[1] < 1.08 * squares[0], "what it costs in squared error"
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if len(QTYPES[name].factors) == 2])
+def test_types_with_minima_keep_the_sums_of_rows(name, weight):
+    qtype = QTYPES[name]
+    weight += 0.01
+    after = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
+    assert ((after.sum(1) / weight.sum(1)) - 1).abs().max() < 1e-2, "float16 rounds"
+    assert (gains(weight, after) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_rows_without_weights_or_importance_stay(name, weight):
+    qtype = QTYPES[name]
+    weight[3] = 0
+    importance = torch.zeros(4096)
+    packed = qtype.quantize(weight, importance)
+    assert torch.equal(restore_gain(qtype, packed.clone(), weight, importance), packed)
+    decoded = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
+    assert decoded.isfinite().all()
+    assert not decoded[3].any()
+
+
+@pytest.mark.parametrize(("effort", "expected"), [("best", True), ("fast", False)])
+def test_only_best_conversions_have_it(tmp_path, effort, expected):
+    source = write_tiny_wan(tmp_path / "wan.safetensors", layers=1, ffn_dim=512)
+    name = "blocks.0.ffn.0.weight"
+    file = open_gguf(convert(source, tmp_path / "a.gguf", "Q2_K", effort=effort).path)
+    gain = gains(load_file(source)[name].float(), file.tensors[name].dequantize())
+    assert ((gain - 1).abs().mean() < 0.005) == expected
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_large_weights_stay_as_strong_as_others(name, weight):
+    """Where scales of least squared error cut them."""
+    qtype, large = QTYPES[name], weight.abs() > 2 * weight.std()
+
+    def strength(decoded):
+        return ((weight * decoded)[large].sum() / weight[large].square().sum()).item()
+
+    least = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
+    kept = qtype.dequantize(Inputs().quantize(qtype, weight))
+    assert abs(strength(kept) - 1) < max(0.9 * abs(strength(least) - 1), 2**-10)
+    squares = [(decoded - weight).square().sum() for decoded in (least, kept)]
+    assert squares[1] < 1.06 * squares[0], "what it costs in squared error"

@@ -1,0 +1,148 @@
+"""A conversion under way: slices, progress, what stops it, and values that are no numbers."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from wanquant.quant import QuantError
+from wanquant.quant.conversion import stream
+from wanquant.quant.conversion.convert import convert
+from wanquant.quant.gguf.reader import open_gguf
+from wanquant.quant.inspection.verify import verify
+from wanquant.quant.plan import target_size as budget
+
+FFN = "blocks.0.ffn.0.weight"
+
+
+def test_slices_do_not_change_the_result(tmp_path, source, monkeypatch):
+    whole = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast").destination.read_bytes()
+    monkeypatch.setitem(stream._SLICE_WEIGHTS, "cpu", 1000)
+    sliced = convert(source, tmp_path / "b.gguf", "Q4_0", effort="fast").destination.read_bytes()
+    assert len(whole) == len(sliced)
+    file = open_gguf(tmp_path / "a.gguf")
+    first = min(tensor.offset for tensor in file.tensors.values())
+    assert whole[first:] == sliced[first:]
+
+
+def test_progress_counts_source_bytes(tmp_path, source, state):
+    calls = []
+    convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast", progress=lambda *call: calls.append(call))
+    done, totals, names = zip(*calls, strict=True)
+    nbytes = sum(tensor.nbytes for tensor in load_file(source).values())
+    assert list(done) == sorted(done) and done[-1] == nbytes
+    assert set(totals) == {nbytes}
+    assert set(names) == state.keys()
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_interruption_leaves_nothing(tmp_path, source, after):
+    class InterruptProcessingException(BaseException):
+        """The host's own is no Exception."""
+
+    calls = []
+
+    def progress(*call):
+        calls.append(call)
+        if len(calls) > after:
+            raise InterruptProcessingException
+
+    with pytest.raises(InterruptProcessingException):
+        convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast", progress=progress)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("slices", [0, 3])
+def test_disk_that_fills_midway_leaves_nothing(tmp_path, source, monkeypatch, slices):
+    calls = []
+
+    def write_part(_writer, name, _packed):
+        calls.append(name)
+        if len(calls) > slices:
+            raise QuantError("no space left")
+
+    monkeypatch.setattr(stream.GGUFWriter, "write_part", write_part)
+    with pytest.raises(QuantError, match="no space left"):
+        convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    assert not list(tmp_path.iterdir())
+    assert len(calls) == slices + 1, "nothing is written after a failure"
+
+
+def test_source_that_changes_meanwhile(tmp_path, source):
+    copy = shutil.copy(source, tmp_path / "copy.safetensors")
+    with pytest.raises(QuantError, match=r"copy\.safetensors: the file was changed"):
+        convert(copy, tmp_path / "a.gguf", "F16", progress=lambda *_: os.utime(copy, (1, 1)))
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, path.stat().st_size // 2), "ends before byte"),
+        (lambda path: path.unlink(), r"copy\.safetensors: "),
+        (lambda path: os.replace(shutil.copy(path, f"{path}.new"), path), "the file was changed"),
+    ],
+    ids=["cut", "deleted", "replaced"],
+)
+def test_source_that_goes_midway(tmp_path, source, change, message):
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(source, copy)
+    seen = []
+
+    def progress(*_):
+        seen.append(1)
+        if len(seen) == 2:
+            change(copy)
+
+    with pytest.raises(QuantError, match=message):
+        convert(copy, tmp_path / "a.gguf", "Q8_0", effort="fast", progress=progress)
+    assert {path.name for path in tmp_path.iterdir()} <= {"copy.safetensors"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_refused(tmp_path, value):
+    weight = torch.randn(64, 256)
+    weight[3, 3] = value
+    save_file({"head.modulation": torch.ones(1, 2, 256), "head.head.weight": weight}, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=r"tensor head\.head\.weight: holds NaN or infinity"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "Q8_0")
+    assert not (tmp_path / "a.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "value"),
+    [({"recipe": "Q8_0"}, math.nan), ({"recipe": "F16"}, -math.inf), ({"target_size": 0.003}, math.nan)],
+    ids=str,
+)
+def test_weights_that_are_not_finite(tmp_path, source, settings, value, monkeypatch, state):
+    monkeypatch.setattr(budget, "_SAMPLED_WEIGHTS", 1 << 12)
+    state = state
+    state[FFN] = state[FFN].clone()
+    state[FFN][0, 7] = state[FFN][256, 0] = value
+    save_file(state, tmp_path / "a.safetensors")
+    settings = {"effort": "fast", **settings}
+    with pytest.raises(QuantError, match=r"tensor blocks\.0\.ffn\.0\.weight: holds NaN or infinity"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
+    assert not (tmp_path / "a.gguf").exists()
+    report = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings, allow_non_finite=True)
+    assert report.warnings == (f"NaN or infinity became 0 in 1 tensors, the first is {FFN}",)
+    expected = torch.where(state[FFN].isfinite(), state[FFN], 0).float()
+    error = (open_gguf(report.path).tensors[FFN].dequantize() - expected).norm() / expected.norm()
+    assert error == pytest.approx(next(t.relative_error for t in report.tensors if t.name == FFN), rel=1e-3, abs=1e-9)
+    assert all(math.isfinite(tensor.noise) for tensor in verify(report.path, tmp_path / "a.safetensors").tensors)
+    assert convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings, allow_non_finite=True).reused
+    with pytest.raises(QuantError, match="made in another way"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
+
+
+def test_allowing_changes_nothing_in_a_sound_file(tmp_path, source):
+    plain = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast")
+    allowed = convert(source, tmp_path / "b.gguf", "Q4_0", effort="fast", allow_non_finite=True)
+    assert allowed.warnings == ()
+    tensors = [open_gguf(report.path).tensors for report in (plain, allowed)]
+    assert all(torch.equal(tensor.data, tensors[1][name].data) for name, tensor in tensors[0].items())

@@ -1,0 +1,256 @@
+"""The encoders of least error against ggml's own, and the searches they are made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from wanquant.quant import QTYPES
+from wanquant.quant.encoders.search.columns import Columns
+from wanquant.quant.encoders.search.fit import Blocks
+from wanquant.quant.encoders.search.levels import Codebook, Integers
+from wanquant.quant.encoders.search.scale import search_scale, search_scale_and_min
+from wanquant.quant.formats.iq4 import KVALUES
+from wanquant.testing.libggml import LibGGML
+
+# Mean squared error against ggml's without importance, on Gaussian weights; a little is left for luck.
+BEST = {
+    **{"Q2_K": 0.785, "Q3_K": 0.91, "Q4_K": 0.96, "Q5_K": 0.905, "Q6_K": 0.89},
+    **{"IQ4_NL": 0.94, "IQ4_XS": 0.935, "Q4_0": 0.895, "Q4_1": 0.81, "Q5_0": 0.885, "Q5_1": 0.79, "Q8_0": 0.82},
+}
+SHAPE = (32, 1024)
+
+
+def weights(kind: str) -> NDArray[np.float32]:
+    """(32, 1024) float32."""
+    rng = np.random.default_rng(7)
+    gaussian = rng.standard_normal(SHAPE, np.float32) * np.float32(0.02)
+    match kind:
+        case "gaussian":
+            return gaussian
+        case "student_t5":
+            return (rng.standard_t(5, SHAPE) * 0.02).astype(np.float32)
+        case "zeros":
+            return np.zeros(SHAPE, np.float32)
+        case "sparse":
+            return np.where(rng.random(SHAPE) < 0.95, np.float32(0), gaussian)
+        case "outlier columns":
+            gaussian[:, ::97] *= 100
+            return gaussian
+        case "constant rows":
+            return np.repeat(rng.standard_normal((32, 1), np.float32), SHAPE[1], 1)
+        case "uniform":
+            return rng.uniform(-0.05, 0.05, SHAPE).astype(np.float32)
+        case "positive":
+            return np.abs(gaussian)
+        case "far above 0":
+            return gaussian + np.float32(1)
+        case "far below 0":
+            return gaussian - np.float32(0.3)
+        case "ramp":
+            return np.tile(np.linspace(-1, 1, SHAPE[1], dtype=np.float32), (SHAPE[0], 1))
+        case "subnormal scales":
+            return gaussian * np.float32(1e-4)
+        case "subnormal weights":
+            return gaussian * np.float32(1e-38)
+    raise ValueError(kind)
+
+
+def error(decoded: NDArray[np.float32], weight: NDArray[np.float32], importance: NDArray[np.float32] | None) -> float:
+    """Mean squared error, weighted by the importance of the columns."""
+    return float(np.mean((decoded.astype(np.float64) - weight) ** 2 * (1 if importance is None else importance)))
+
+
+def errors(
+    name: str, weight: NDArray[np.float32], libggml: LibGGML, importance: NDArray[np.float32] | None = None
+) -> tuple[float, float]:
+    """Ours and ggml's, both decoded by ggml."""
+    ours = QTYPES[name].quantize(torch.from_numpy(weight), None if importance is None else torch.from_numpy(importance))
+    packed = (ours.numpy(), libggml.quantize(name, weight, importance))
+    first, second = (error(libggml.dequantize(name, p), weight, importance) for p in packed)
+    return first, second
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "student_t5"])
+@pytest.mark.parametrize("name", BEST)
+def test_error_is_below_ggmls(name: str, kind: str, libggml: LibGGML) -> None:
+    ours, theirs = errors(name, weights(kind), libggml)
+    assert ours <= theirs * (BEST[name] if kind == "gaussian" else 1)
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_weighted_error_is_below_ggmls_with_the_same_importance(name: str, libggml: LibGGML) -> None:
+    importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
+    ours, theirs = errors(name, weights("student_t5"), libggml, importance)
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("kind", ["zeros", "sparse", "subnormal scales", "subnormal weights"])
+@pytest.mark.parametrize("name", BEST)
+def test_special_weights_are_not_worse_than_ggmls(name: str, kind: str, libggml: LibGGML) -> None:
+    importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
+    for used in (None, importance):
+        ours, theirs = errors(name, weights(kind), libggml, used)
+        assert ours <= theirs
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_mostly_zero_weights_are_searched_as_often_as_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    nearest = Blocks.nearest
+    monkeypatch.setattr(Blocks, "nearest", lambda blocks, *rest: tried.append(blocks) or nearest(blocks, *rest))
+    counts = []
+    for kind in ("gaussian", "sparse"):
+        tried.clear()
+        QTYPES[name].quantize(torch.from_numpy(weights(kind)))
+        counts.append(sum(len(blocks.d) for blocks in tried))
+    assert counts[1] <= 1.1 * counts[0]
+
+
+HARD = ("outlier columns", "constant rows", "uniform", "positive", "far above 0", "far below 0", "ramp")
+
+
+@pytest.mark.parametrize("kind", HARD)
+@pytest.mark.parametrize("name", BEST)
+def test_is_not_worse_than_ggmls_on_hard_weights(name: str, kind: str, libggml: LibGGML) -> None:
+    importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
+    for used in (None, importance):
+        ours, theirs = errors(name, weights(kind)[:16], libggml, used)
+        assert ours <= theirs
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_one_large_weight_does_not_spoil_the_small_ones(name: str, libggml: LibGGML) -> None:
+    rng = np.random.default_rng(5)
+    for column in rng.integers(256, size=4):
+        weight = rng.standard_normal((4, 256), np.float32) * np.float32(0.02)
+        weight[:, column] *= 100
+        ours, theirs = errors(name, weight, libggml)
+        assert ours <= theirs
+
+
+@pytest.mark.parametrize(
+    "value", np.random.default_rng(9).standard_normal(12).tolist(), ids=lambda value: f"{value:.3f}"
+)
+@pytest.mark.parametrize("name", BEST)
+def test_constants_are_not_worse_than_ggmls(name: str, value: float, libggml: LibGGML) -> None:
+    importance = np.random.default_rng(8).chisquare(2, 256).astype(np.float32)
+    weight = np.full((1, 256), value, np.float32)
+    for used in (None, importance):
+        ours, theirs = errors(name, weight, libggml, used)
+        assert ours <= theirs
+
+
+@pytest.mark.parametrize("value", [1.0, 0.37, -0.5, -3.0])
+@pytest.mark.parametrize("name", BEST)
+def test_constants_are_as_exact_as_a_float16_scale(name: str, value: float) -> None:
+    weight = torch.full((1, 256), value)
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
+    assert (decoded - weight).abs().max() <= abs(value) * 2**-10
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("name", BEST)
+def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(
+    name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importance = torch.rand(256, generator=torch.Generator().manual_seed(3)) if weighted else None
+    repeated = None if importance is None else importance.repeat(4)
+    weight = torch.from_numpy(weights("gaussian"))[:4].clone()
+    weight[1, :512], weight[1, 512:], weight[2, 256:] = 0.37, -2.5, 0.37
+    weight[3] = torch.tensor([0.0, -0.0]).repeat(512)
+    seen = []
+    of = Columns.of
+    monkeypatch.setattr(Columns, "of", lambda blocks, *rest: seen.append(len(blocks)) or of(blocks, *rest))
+    whole = QTYPES[name].quantize(weight, repeated)
+    per_row = SHAPE[1] // QTYPES[name].block_size
+    assert seen == [per_row + per_row // 4 + 3]
+    parts = [QTYPES[name].quantize(part, importance) for part in weight.view(-1, 256)]
+    assert torch.equal(whole, torch.cat(parts).view_as(whole))
+
+
+@pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
+@pytest.mark.parametrize("name", BEST)
+def test_too_large_weights_saturate(name: str, magnitude: float) -> None:
+    weight = torch.randn(4, 256).clamp_(-1, 1) * magnitude
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
+    assert decoded.isfinite().all()
+    assert (decoded * weight >= 0).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_weights_that_are_no_numbers_count_as_zero(name: str) -> None:
+    weight = torch.from_numpy(weights("gaussian"))[:2].clone()
+    weight[0, ::7] = 0
+    expected = QTYPES[name].quantize(weight)
+    weight[0, ::7] = torch.nan
+    assert torch.equal(QTYPES[name].quantize(weight), expected)
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_columns_without_importance_do_not_spoil_the_others(name: str) -> None:
+    weight = torch.from_numpy(weights("gaussian"))
+    importance = torch.ones(SHAPE[1])
+    importance[: SHAPE[1] // 2] = 0
+    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, importance))
+    assert decoded.isfinite().all()
+    assert (decoded - weight).square().mean() < weight.square().mean() / 4
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_equal_importance_is_no_importance(name: str) -> None:
+    weight = torch.from_numpy(weights("gaussian"))[:8]
+    qtype = QTYPES[name]
+    plain, equal = (qtype.dequantize(qtype.quantize(weight, i)) for i in (None, torch.full((SHAPE[1],), 3.0)))
+    errors = [(decoded - weight).square().mean() for decoded in (plain, equal)]
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_encoding_is_deterministic(name: str) -> None:
+    weight = torch.from_numpy(weights("student_t5"))[:4]
+    assert torch.equal(QTYPES[name].quantize(weight), QTYPES[name].quantize(weight))
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_bytes_do_not_depend_on_threads_or_slices(name: str) -> None:
+    weight = torch.randn(160, 2560, generator=torch.Generator().manual_seed(1))
+    importance = torch.rand(2560, generator=torch.Generator().manual_seed(2))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = QTYPES[name].quantize(weight, importance)
+        torch.set_num_threads(2)
+        assert torch.equal(whole, QTYPES[name].quantize(weight, importance))
+    finally:
+        torch.set_num_threads(threads)
+    for rows in (1, 7):
+        parts = [QTYPES[name].quantize(part, importance) for part in weight[: 3 * rows].split(rows)]
+        assert torch.equal(whole[: 3 * rows], torch.cat(parts))
+
+
+def test_codebook_rounds_to_the_nearest_level() -> None:
+    values = torch.arange(-140, 140, 0.03)
+    levels = torch.tensor(KVALUES, dtype=torch.float32)
+    codebook = Codebook(KVALUES)
+    found = codebook.nearest(values.clone())
+    assert torch.equal((found - values).abs(), (levels - values[:, None]).abs().amin(1))
+    assert torch.equal(codebook.codes(levels), torch.arange(16.0))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_search_scale_finds_an_exact_scale(sign: int) -> None:
+    q = torch.tensor([-8.0, 7, 3, 0, -2, 1, 5, -6])[:, None]
+    scale = search_scale(Columns(q * sign * 0.3), Integers(-8, 7), (8, -8), stored=False)
+    torch.testing.assert_close(scale, torch.tensor([sign * 0.3]))
+
+
+@pytest.mark.parametrize(("minimum", "signed"), [(1.2, False), (-1.2, True), (0.0, False)])
+def test_search_scale_and_min_finds_an_exact_line(minimum: float, signed: bool) -> None:
+    q = torch.tensor([0.0, 15, 3, 8])[:, None]
+    columns = Columns(q * 0.3 - minimum, torch.tensor([1.0, 2, 3, 4])[:, None])
+    scale, found = search_scale_and_min(columns, Integers(0, 15), (14, 15), signed=signed)
+    torch.testing.assert_close(scale, torch.tensor([0.3]))
+    torch.testing.assert_close(found, torch.tensor([minimum]), atol=1e-5, rtol=1e-5)

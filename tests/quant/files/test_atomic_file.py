@@ -1,0 +1,172 @@
+"""The destination appears complete or not at all, whatever ends the writer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from wanquant.quant import QuantError
+from wanquant.quant.files import atomic_file
+from wanquant.quant.files.atomic_file import AtomicFile
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def write(path: Path, content: bytes = b"new", *, overwrite: bool = False) -> Path:
+    with AtomicFile(path, len(content), overwrite=overwrite) as file:
+        file.write(content)
+        return file.commit()
+
+
+def test_commit(tmp_path: Path):
+    assert write(tmp_path / "a") == tmp_path / "a"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new"}
+
+
+def test_nothing_without_commit(tmp_path: Path):
+    with AtomicFile(tmp_path / "a", 3) as file:
+        file.write(b"new")
+        assert [path.name for path in tmp_path.iterdir()] == [".a.tmp"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_rewind(tmp_path: Path):
+    with AtomicFile(tmp_path / "a", 4) as file:
+        file.write(b"0000")
+        file.rewind()
+        file.write(b"12")
+        assert file.commit().read_bytes() == b"1200"
+
+
+def test_existing_destination(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(QuantError, match="exists already"):
+        write(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    write(tmp_path / "a", overwrite=True)
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+def test_unusable_destinations(tmp_path: Path):
+    with pytest.raises(QuantError, match="folder does not exist"):
+        write(tmp_path / "missing" / "a")
+    with pytest.raises(QuantError, match="exists already"):
+        write(tmp_path, overwrite=True)
+    with pytest.raises(QuantError, match="cannot be written: File name too long"):
+        write(tmp_path / ("n" * 253))
+
+
+def test_unwritable_folder(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    try:
+        if os.access(tmp_path, os.W_OK):
+            pytest.skip("this user writes everywhere")
+        with pytest.raises(QuantError, match="cannot be written: Permission denied"):
+            write(tmp_path / "a")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
+    with pytest.raises(QuantError, match=r"3\.00 GiB needed, 1\.00 GiB free"), AtomicFile(tmp_path / "a", 3 << 30):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
+def test_disk_that_fills_up_meanwhile(tmp_path: Path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with pytest.raises(QuantError, match="No space left"), AtomicFile(tmp_path / "a", 0) as file:
+        os.dup2(os.open("/dev/full", os.O_WRONLY), file._file.fileno())
+        file.write(bytes(1 << 20))
+    assert not any(tmp_path.iterdir())
+
+
+def test_destination_taken_or_in_use_meanwhile_gets_a_name_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with AtomicFile(tmp_path / "a.gguf", 3) as file:
+        (tmp_path / "a.gguf").write_bytes(b"theirs")
+        file.write(b"one")
+        assert file.commit() == tmp_path / "a-1.gguf"
+
+    def in_use(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "replace", in_use)
+    assert write(tmp_path / "a.gguf", b"two", overwrite=True) == tmp_path / "a-2.gguf"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a.gguf": b"theirs",
+        "a-1.gguf": b"one",
+        "a-2.gguf": b"two",
+    }
+
+
+HANG = """
+import sys, time
+from pathlib import Path
+from quant.files.atomic_file import AtomicFile
+with AtomicFile(Path(sys.argv[1]), 0) as file:
+    file.write(b"first")
+    file.flush()
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that has the temporary file of `a` open, with 5 bytes in it."""
+    with subprocess.Popen([sys.executable, "-c", HANG, tmp_path / "a"], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"open\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_writer_of_a_destination_is_refused(tmp_path: Path, writer: subprocess.Popen[bytes]):
+    with pytest.raises(QuantError, match="another job writes it; wait"):
+        write(tmp_path / "a")
+    assert (tmp_path / ".a.tmp").read_bytes() == b"first"
+    with AtomicFile(tmp_path / "b", 0), pytest.raises(QuantError, match="another job writes it; wait"):
+        write(tmp_path / "b")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_killed_writer_left_is_taken_over(tmp_path: Path, writer: subprocess.Popen[bytes], resume: bool):
+    writer.kill()
+    writer.wait()
+    with AtomicFile(tmp_path / "a", 0, resume=resume) as file:
+        assert file.read(9) == (b"first" if resume else b"")
+        file.restart(2 if resume else 0)
+        file.write(b"new")
+        file.commit()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"finew" if resume else b"new"}
+
+
+def test_a_temporary_file_that_is_gone_once_it_is_locked_is_not_written(tmp_path: Path, monkeypatch):
+    def committed_meanwhile(_file: object) -> bool:
+        os.replace(tmp_path / ".a.tmp", tmp_path / "a")
+        return True
+
+    monkeypatch.setattr(atomic_file, "try_lock", committed_meanwhile)
+    (tmp_path / ".a.tmp").write_bytes(b"theirs")
+    with pytest.raises(QuantError, match="another job writes it"):
+        write(tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == b"theirs"
+
+
+def test_space_of_what_is_left_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / ".a.tmp").write_bytes(bytes(100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50))
+    with AtomicFile(tmp_path / "a", 150):
+        pass
+    assert not any(tmp_path.iterdir())

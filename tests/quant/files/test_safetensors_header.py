@@ -1,0 +1,78 @@
+"""Headers of safetensors files, sound and damaged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from wanquant.quant import QuantError
+from wanquant.quant.files.safetensors_header import read_safetensors_header
+from wanquant.quant.sources.checkpoint import open_checkpoint
+
+HEAD = {"dtype": "F32", "shape": [1, 2, 2], "data_offsets": [0, 16]}
+
+
+def write_raw(path, header, data=bytes(16)):
+    """A safetensors file with any header: bytes as they are, else JSON."""
+    encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
+    return path
+
+
+DEEP = b"[" * 1_000_000
+TWICE = b'{"head.modulation": %b, "head.modulation": %b}' % (json.dumps(HEAD).encode(), json.dumps(HEAD).encode())
+
+
+def test_header_length_that_looks_like_a_pickle_is_none(tmp_path):
+    header = json.dumps({"head.modulation": HEAD}).encode().ljust(0x0280)  # bytes 80 02, as a pickle of protocol 2
+    with open_checkpoint(write_raw(tmp_path / "a.safetensors", header)) as checkpoint:
+        assert checkpoint.tensors["head.modulation"].shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"{ ", "header is not JSON"),
+        (b"\xff\xfe", "header is not JSON"),
+        pytest.param(DEEP, "header is not JSON", id="nested a million times"),
+        pytest.param(TWICE, "a name occurs twice", id="duplicate name"),
+        ([1], "header is a JSON list"),
+        ({"__metadata__": {"a": 1}, "a": HEAD}, "__metadata__ is not a table of strings"),
+        ({"a": 3}, "tensor a: malformed entry"),
+        ({"a": HEAD | {"dtype": 4}}, "tensor a: malformed entry"),
+        ({"a": HEAD | {"shape": [0, 4]}}, "tensor a: 16 bytes for F32"),
+        ({"a": HEAD | {"shape": [-2, -2]}}, "tensor a: malformed entry"),
+        ({"a": HEAD | {"shape": [2.0, 2]}}, "tensor a: malformed entry"),
+        ({"a": HEAD | {"data_offsets": [-16, 0]}}, "tensor a: malformed entry"),
+        ({"a": HEAD | {"data_offsets": [16, 0]}}, "tensor a: malformed entry"),
+        ({"a": HEAD | {"shape": [2**62, 2**62]}}, "tensor a: 16 bytes for F32"),
+        ({"a": HEAD | {"shape": [3]}}, "tensor a: 16 bytes for F32"),
+        ({"a": HEAD | {"data_offsets": [2**63, 2**63 + 16]}}, "tensor a: starts at byte 9223372036854775"),
+        ({"a": HEAD, "b": HEAD}, "tensor b: starts at byte"),
+        ({"a": HEAD | {"shape": [2], "data_offsets": [8, 16]}}, "tensors overlap or leave a hole"),
+        ({"a": HEAD | {"shape": [8], "data_offsets": [0, 32]}}, "the file is cut or has a tail"),
+        ({"a": HEAD | {"shape": [2], "data_offsets": [0, 8]}}, "the file is cut or has a tail"),
+    ],
+)
+def test_damaged_headers(tmp_path, header, message):
+    path = write_raw(tmp_path / "a.safetensors", header)
+    with pytest.raises(QuantError, match=message) as error:
+        open_checkpoint(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x10", b"\xff" * 8, bytes(8), (100_000_001).to_bytes(8, "little"), b"<html>.."]
+)
+def test_impossible_header_lengths(tmp_path, content):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(QuantError, match=r"header length \d+ in a file of \d+ bytes"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_gguf_is_told(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"GGUF" + bytes(99))
+    with pytest.raises(QuantError, match=r"a\.safetensors: a GGUF file, expected safetensors"):
+        read_safetensors_header(tmp_path / "a.safetensors")

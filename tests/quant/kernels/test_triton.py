@@ -1,0 +1,125 @@
+"""The Triton kernels without a GPU: their results in the interpreter, and what the compiler makes of them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from wanquant.quant import QTYPES
+
+triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from wanquant.bench.instructions import GPUS, NVDISASM, busiest, compiled  # noqa: E402
+from wanquant.quant.kernels import triton_kernel  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[3]
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+DTYPES = ("fp32", "fp16", "bf16")
+TARGETS = [GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)] + [GPUTarget("hip", "gfx1100", 32)]
+THREADS = 32 * triton_kernel.OPTIONS["num_warps"]
+
+
+def test_every_type_is_bit_exact_in_the_interpreter() -> None:
+    code = (
+        "import runpy, sys, types\n"
+        "sys.modules['wanquant'] = package = types.ModuleType('wanquant')\n"
+        f"package.__path__ = [{str(ROOT)!r}]\n"
+        "runpy.run_module('wanquant.tests.quant.interpreted', run_name='__main__')\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-I", "-c", code]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names == [name for name in TYPES for _ in DTYPES]
+
+
+class StubDriver:
+    """Of no GPU: takes a compiled kernel and its arguments, and does nothing with them."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.utils = types.SimpleNamespace(
+            load_binary=lambda *_: (1, 2, 30, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 1 << 16}
+        )
+
+    def launcher_cls(self, *_: object) -> Callable[..., None]:
+        return lambda *arguments: self.launches.append(arguments)
+
+    def get_current_device(self) -> int:
+        return 99  # nobody else's compiled kernels
+
+    def get_current_stream(self, _: int) -> int:
+        return 7
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[3]
+
+
+def test_a_launch_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the checks of Triton's own launch, which neither the interpreter nor the compiler has."""
+    stub = StubDriver()
+    monkeypatch.setattr(triton.runtime.driver, "_active", stub)
+    packed = torch.zeros(3 * triton_kernel.TILE // 256 * 144, dtype=torch.uint8)
+    out = torch.empty(3 * triton_kernel.TILE, dtype=torch.float16)
+    triton_kernel.launch(QTYPES["Q4_K"], packed, out)
+    ((*grid, stream), arguments) = stub.launches[0][:4], stub.launches[0][4:]
+    assert (grid, stream) == ([3, 1, 1], 7)
+    assert any(argument is packed for argument in arguments)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_no_constant_is_a_function(name: str) -> None:
+    """Triton 3.2, of torch 2.6, would not launch the kernel."""
+    assert not [key for key, value in triton_kernel.constants(QTYPES[name]).items() if callable(value)]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_offsets_of_a_program_are_64_bits_wide(name: str) -> None:
+    """So that a weight may have more than 2^31 elements: the program's number is widened before it is multiplied."""
+    stage = compiled(name, "bf16", TARGETS[3])["ttir"]
+    (number,) = re.findall(r"(%\w+) = tt\.get_program_id", stage)
+    uses = re.findall(rf"= (\S+) .*{number}\b(?!.*get_program_id).*", stage)
+    assert uses == ["arith.extsi"], "of i32 to i64"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
+@pytest.mark.parametrize("name", TYPES)
+def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
+    """At most 25 for a weight, no spills, 16-byte stores; and of 32 weights at most eight loads of a single byte."""
+    for dtype in ("fp32", "bf16"):  # float16 is bfloat16 with another conversion
+        assembly = compiled(name, dtype, target)["ptx" if target.backend == "cuda" else "amdgcn"]
+        if target.backend == "hip":
+            assert "scratch_" not in assembly
+            assert len(re.findall(r"^\s+(?:[vs]|global|buffer|ds)_\w+", assembly, re.M)) <= 25 * 32
+            continue
+        instructions = re.findall(r"^\s+(?:@%?!?\w+ )?([a-z]\w*(?:\.\w+)+|bra|ret)[\s;]", assembly, re.M)
+        assert 100 < len(instructions) <= 25 * triton_kernel.TILE // THREADS
+        assert ".local" not in assembly
+        assert instructions.count("st.global.v4.b32") == sum(i.startswith("st.global") for i in instructions) > 0
+        assert sum(i.startswith(("ld.global.b8", "ld.global.u8", "ld.global.s8")) for i in instructions) <= 8
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_16_bit_weights_do_not_go_through_shared_memory(name: str) -> None:
+    """Nor do their codes: each thread stores what it decodes."""
+    assert "st.shared" not in compiled(name, "bf16", TARGETS[3])["ptx"]
+
+
+@pytest.mark.skipif(not NVDISASM.exists(), reason="this Triton has no disassembler")
+@pytest.mark.parametrize("name", TYPES)
+def test_the_memory_is_the_limit_on_an_h200(name: str) -> None:
+    """Of all cards it has the most bandwidth for its units: no unit takes much more than half of the memory's time."""
+    assert GPUS[0].name == "H200"
+    assert busiest(name, GPUS[0]) < (0.85 if name.startswith("IQ4") else 0.65)

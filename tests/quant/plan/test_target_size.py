@@ -1,0 +1,145 @@
+"""A type for each tensor in a given file size: size, error and the tensors that get more."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanquant.quant import QTYPES, QuantError
+from wanquant.quant.conversion.convert import convert
+from wanquant.quant.gguf.reader import open_gguf
+from wanquant.quant.inspection.verify import verify
+from wanquant.quant.plan import target_size as budget
+from wanquant.quant.plan.target_size import Choice, Front, allocate
+from wanquant.testing.tiny_wan import write_tiny_wan
+
+GIB = 1 << 30
+TYPES = [QTYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+
+
+@pytest.fixture(autouse=True)
+def fewer_sampled_weights(monkeypatch):
+    monkeypatch.setattr(budget, "_SAMPLED_WEIGHTS", 1 << 12)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_tiny_wan(tmp_path_factory.mktemp("source") / "wan.safetensors", layers=14, dim=256, ffn_dim=512)
+
+
+def sized(source, folder, nbytes, **settings):
+    settings = {"effort": "fast", "overwrite": True, **settings}
+    return convert(source, folder / "sized.gguf", target_size=nbytes / GIB, **settings)
+
+
+def qtypes(report):
+    return {tensor.name: QTYPES[tensor.qtype] for tensor in report.tensors}
+
+
+def front(*points, raised=False):
+    return Front.of([Choice(q, *point) for q, point in zip(TYPES, points, strict=False)], raised=raised)
+
+
+def test_front_leaves_out_what_is_larger_and_no_better():
+    found = front((10, 8.0), (20, 9.0), (30, 4.0), (40, 3.9), (50, 1.0))
+    assert [choice.nbytes for choice in found.choices] == [10, 30, 40, 50]
+    assert [choice.nbytes for choice in found.corners] == [10, 30, 50]
+    assert found.prices == pytest.approx([0.2, 0.15])
+
+
+@pytest.mark.parametrize(("price", "nbytes"), [(math.inf, 10), (0.21, 10), (0.19, 30), (0.16, 30), (0.14, 50), (0, 50)])
+def test_choice_at_a_price(price, nbytes):
+    points = ((10, 8.0), (20, 9.0), (30, 4.0), (40, 3.9), (50, 1.0))
+    assert front(*points).at(price).nbytes == nbytes
+    assert front(*points, raised=True).at(price).nbytes == {10: 30, 30: 50, 50: 50}[nbytes]
+
+
+def test_allocation_is_nearly_the_best_of_all():
+    draw = random.Random(1)
+    for _ in range(20):
+        fronts = {}
+        for name in "abcde":
+            scale = draw.uniform(1, 10)
+            fronts[name] = front(*((10 * bits, scale * 4.0**-bits) for bits in range(1, 5)))
+        nbytes = draw.randrange(60, 190)
+        chosen = allocate(fronts, nbytes)
+        assert sum(choice.nbytes for choice in chosen.values()) <= nbytes
+        every = itertools.product(*(f.choices for f in fronts.values()))
+        best = min(sum(c.error for c in mix) for mix in every if sum(c.nbytes for c in mix) <= nbytes)
+        assert sum(choice.error for choice in chosen.values()) <= 1.1 * best
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.35, 0.6, 0.9])
+def test_size_is_used_and_never_passed(tmp_path, source, fraction):
+    with pytest.raises(QuantError, match=r"choose one from ([\d.]+) to ([\d.]+) GiB") as refused:
+        sized(source, tmp_path, 1)
+    low, high = (float(word) * GIB for word in str(refused.value).split()[-4:-1:2])
+    wanted = int(low + fraction * (high - low))
+    report = sized(source, tmp_path, wanted)
+    assert 0.99 * wanted <= report.nbytes <= wanted
+    assert report.nbytes == report.destination.stat().st_size
+
+
+def test_error_is_below_that_of_the_recipe_of_the_same_size(tmp_path, source):
+    recipe = convert(source, tmp_path / "recipe.gguf", "Q4_K_M", effort="fast")
+    found = sized(source, tmp_path, recipe.nbytes)
+    noise = [sum(t.noise for t in verify(report.destination, source).tensors) for report in (found, recipe)]
+    assert found.nbytes <= recipe.nbytes
+    assert noise[0] < noise[1]
+
+
+def test_outer_blocks_and_early_text_keys_get_more(tmp_path, source):
+    types = qtypes(sized(source, tmp_path, convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast").nbytes))
+    bits = {name: qtype.bits_per_weight for name, qtype in types.items()}
+    square = ("0.self_attn.q", "13.cross_attn.o", "4.cross_attn.k", "10.cross_attn.v")
+    for names, role in ((square, "self_attn.q"), (("1.ffn.2",), "ffn.2"), (("11.ffn.0",), "ffn.0")):
+        usual = min(bits[f"blocks.{block}.{role}.weight"] for block in range(2, 11))
+        assert all(bits[f"blocks.{name}.weight"] > usual for name in names)
+    assert types["time_projection.1.weight"].name in ("Q8_0", "BF16")
+    assert types["blocks.0.modulation"].name == "F32"
+
+
+def test_a_tensor_of_zeros_has_no_error():
+    assert budget.relative_error(QTYPES["Q4_K"], torch.zeros(2, 256), None, "fast") == 0
+
+
+def test_importance_moves_bits_away_from_a_tensor_few_of_whose_columns_count(tmp_path, source):
+    name, importance = "blocks.7.ffn.2.weight", torch.full((512,), 1e-3)
+    plain = sized(source, tmp_path, 9 << 20)
+    assert qtypes(sized(source, tmp_path, 9 << 20, importance={name: importance})) == qtypes(plain)
+    importance[::32] = 1
+    weighted = sized(source, tmp_path, 9 << 20, importance={name: importance})
+    assert qtypes(weighted)[name].bits_per_weight < qtypes(plain)[name].bits_per_weight
+
+
+def test_size_belongs_to_the_job(tmp_path, source):
+    report = sized(source, tmp_path, 9 << 20)
+    assert open_gguf(report.destination).metadata["wanquant.target_size"] == 9 << 20
+    assert sized(source, tmp_path, 9 << 20, overwrite=False).reused
+    for settings in ({"target_size": 9.5 / 1024}, {"recipe": "Q4_K_M"}):
+        with pytest.raises(QuantError, match="made in another way"):
+            convert(source, report.destination, effort="fast", **settings)
+
+
+@pytest.mark.parametrize(("nbytes", "told"), [(1 << 20, "0.0009766"), (1 << 40, "1024")])
+def test_size_out_of_reach_is_refused_before_anything_is_measured(tmp_path, source, monkeypatch, nbytes, told):
+    monkeypatch.setattr(budget, "measure", None)
+    with pytest.raises(QuantError, match=rf"target size {told} GiB: cannot be reached.* from 0\.006 to 0\.024 GiB"):
+        sized(source, tmp_path, nbytes)
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, math.inf, math.nan])
+def test_no_size_at_all(tmp_path, source, size):
+    with pytest.raises(QuantError, match="not a size"):
+        convert(source, tmp_path / "a.gguf", target_size=size)
+
+
+def test_weights_are_those_of_the_source(tmp_path, source):
+    file, weights = open_gguf(sized(source, tmp_path, 12 << 20).destination), load_file(source)
+    for name, tensor in file.tensors.items():
+        assert torch.equal(tensor.data.flatten(), tensor.qtype.quantize(weights[name], effort="fast").flatten())

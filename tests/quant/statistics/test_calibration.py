@@ -1,0 +1,125 @@
+"""Calibrated rounding: less error in the outputs for correlated inputs, in the same blocks."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanquant.quant import QuantError, open_gguf
+from wanquant.quant.conversion.convert import convert
+from wanquant.quant.plan.recipe import treatment
+from wanquant.quant.plan.wan_shapes import wan_shapes
+from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.quant.statistics.calibration import SPAN, Calibration, CalibrationCollector
+from wanquant.testing.tiny_wan import write_tiny_wan
+from wanquant.tests.quant.samples import collected, correlated
+
+NAME = "blocks.0.ffn.0.weight"
+
+
+def test_products_of_neighbouring_columns():
+    first, second = torch.randn(2, 3, 512).bfloat16(), torch.randn(5, 512)
+    collector = CalibrationCollector()
+    collector.add("w", first)
+    collector.add("w", second, weight=0.5)
+    calibration = collector.result()
+    rows = torch.cat((first.float().view(6, 512), second * 0.5**0.5))
+    wanted = torch.stack([part.t() @ part for part in rows.split(256, 1)])
+    torch.testing.assert_close(calibration.products["w"], wanted)
+    assert calibration.counts["w"] == 8.5
+    torch.testing.assert_close(calibration["w"], rows.square().sum(0) / 8.5)
+
+
+def test_narrow_layers_have_narrow_products():
+    calibration = collected(w=torch.randn(4, 96))
+    assert calibration.products["w"].shape == (3, 32, 32)
+
+
+def test_some_rows_of_many_are_enough():
+    collector = CalibrationCollector()
+    inputs = torch.arange(3000.0)[:, None].expand(-1, 32)
+    collector.add("w", inputs)
+    collector.samples = 1
+    collector.add("w", inputs)
+    calibration = collector.result()
+    assert calibration.counts["w"] == 2000
+    every_third = torch.arange(3000.0)[0::3].square().sum() + torch.arange(3000.0)[1::3].square().sum()
+    torch.testing.assert_close(calibration.sums["w"], every_third.expand(32))
+
+
+def test_size_at_14b():
+    widths = {name: shape[-1] for name, shape in wan_shapes("14B").items() if len(shape) == 2}
+    collected = sum(width * SPAN * 4 for width in widths.values()) / 2**30
+    shared = sum(
+        width * SPAN * 4 for name, width in widths.items() if re.search("self_attn.[kv]|cross_attn.[kv]", name)
+    )
+    assert 2.2 < collected < 2.35, "GiB of main memory"
+    assert 1.45 < collected - shared / 2**30 < 1.55, "GiB of the file"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_named(value):
+    with pytest.raises(QuantError, match=r"b: its inputs hold NaN or infinity"):
+        collected(a=torch.ones(2, 32), b=torch.full((2, 32), value))
+
+
+def test_products_of_no_inputs_are_refused():
+    products = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])
+    calibration = Calibration({"w": torch.ones(2)}, {"w": 1.0}, 1, "c.safetensors", products={"w": products})
+    with pytest.raises(QuantError, match=r"c\.safetensors: tensor w: is no sum of products"):
+        calibration.feedback("w")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_tiny_wan(tmp_path_factory.mktemp("source") / "wan.safetensors", layers=1, ffn_dim=512)
+
+
+@pytest.fixture(scope="module")
+def calibration(source):
+    """Of every matrix."""
+    with open_checkpoint(source) as checkpoint:
+        widths = {n: t.shape[-1] for n, t in checkpoint.tensors.items() if treatment(n, t) == "quantized"}
+    collector = CalibrationCollector()
+    for name, width in widths.items():
+        collector.add(name, correlated(width))
+    collector.samples = 3
+    return collector.result()
+
+
+def test_file_is_calibrated_and_says_so(tmp_path, source, calibration):
+    state = load_file(source)
+    weighted = convert(source, tmp_path / "w.gguf", "Q4_K_S", effort="fast", importance=dict(calibration))
+    calibrated = convert(source, tmp_path / "c.gguf", "Q4_K_S", effort="fast", importance=calibration)
+    assert calibrated.metadata["wanquant.calibrated"] and "wanquant.calibrated" not in weighted.metadata
+    assert calibrated.metadata["quantize.imatrix.chunks_count"] == 3
+    types = [[tensor.qtype for tensor in open_gguf(report.path).tensors.values()] for report in (weighted, calibrated)]
+    assert types[0] == types[1]
+    for name in calibration:
+        inputs, weight = correlated(state[name].shape[-1], rows=256, seed=1), state[name].float()
+        errors = [
+            ((open_gguf(report.path).tensors[name].dequantize() - weight) @ inputs.t()).norm()
+            for report in (weighted, calibrated)
+        ]
+        assert errors[1] < 0.8 * errors[0]
+
+
+def test_calibrated_file_is_reused_by_the_same_job_only(tmp_path, source, calibration):
+    path = tmp_path / "a.gguf"
+    one = Calibration({NAME: calibration.sums[NAME]}, {NAME: 1.0}, 1, products={NAME: calibration.products[NAME]})
+    convert(source, path, "Q4_K_S", effort="fast", importance=one)
+    assert convert(source, path, "Q4_K_S", effort="fast", importance=one).reused
+    with pytest.raises(QuantError, match="made in another way"):
+        convert(source, path, "Q4_K_S", effort="fast", importance=dict(one))
+
+
+def test_calibration_of_another_model_is_refused(tmp_path, source):
+    other = collected(**{"blocks.7.ffn.0.weight": torch.ones(2, 256)})
+    with pytest.raises(QuantError, match=r"blocks\.7\.ffn\.0\.weight: not in this model"):
+        convert(source, tmp_path / "a.gguf", importance=other)
+    with pytest.raises(QuantError, match=r"blocks\.0\.ffn\.0\.weight: \(512,\) columns, but \(256,\)"):
+        convert(source, tmp_path / "a.gguf", importance=collected(**{NAME: torch.ones(2, 512)}))
+    assert not list(tmp_path.iterdir())
