@@ -59,7 +59,7 @@ def our_traffic(qtype: QuantType, packed: Tensor) -> dict[str, float]:
 
     if qtype.name in FORMATS:
         return traffic(lambda: qtype.dequantize(packed, torch.bfloat16))
-    return traffic(lambda: qtype.decode(packed.view(-1, qtype.type_size)).to(torch.bfloat16))
+    return traffic(lambda: qtype.dequantize_blocks(packed.view(-1, qtype.type_size)).to(torch.bfloat16))
 
 
 def traffic(decode: Callable[[], Tensor]) -> dict[str, float]:

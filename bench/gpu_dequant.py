@@ -61,7 +61,7 @@ def same_bits(qtype: QuantType, n_blocks: int, dtype: torch.dtype, device: str) 
     packed = random_blocks(qtype, (n_blocks, qtype.block_size), device)
     out = torch.full((n_blocks, qtype.block_size), 7, dtype=dtype, device=device)
     triton_kernel.launch(qtype, packed, out)
-    expected = qtype.decode(packed).to(dtype)
+    expected = qtype.dequantize_blocks(packed).to(dtype)
     integers = torch.int32 if dtype is torch.float32 else torch.int16
     steps = (out.view(integers).long() - expected.view(integers).long()).abs()
     # Triton's interpreter truncates to bfloat16 where hardware rounds.

@@ -24,7 +24,8 @@ from comfy.model_patcher import LowVramPatch, ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
-from ..quant import QuantError, lasting
+from ..quant import QuantError
+from ..quant.device import allocate_within
 from .host_version import host_version
 
 try:
@@ -245,7 +246,7 @@ def outside_graphs() -> AbstractContextManager[Any]:
     return context
 
 
-lasting.allocate_within(outside_graphs)
+allocate_within(outside_graphs)
 
 
 # The model and its patcher.

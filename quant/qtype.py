@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .encoders import ggml as reference
-from .encoders import search
+from .encoders import ggml
+from .encoders.search import encoders as search
 from .errors import QuantError
 from .formats import iq4, iquants, kquants, legacy, microscaling, ternary
+from .formats.bits import Block
+from .kernels.optional import GGML
 
 Effort = Literal["fast", "best"]
 _EFFORTS: tuple[Effort, ...] = get_args(Effort)
-Decode = Callable[[Tensor], Tensor]
+Conversion = Literal["dequantize", "quantize"]
+DequantizeBlocks = Callable[[Tensor], Tensor]
 """(n, type_size) uint8 -> (n, block_size) float32."""
-Encode = Callable[[Tensor, "Tensor | None"], Tensor]
-"""(n, block_size) float32 weights, the same shape of importance or None -> (n, type_size) uint8."""
+EncodeBlocks = Callable[[Tensor, "Tensor | None"], Tensor]
+"""(n, block_size) float32, importance of the same shape or None -> (n, type_size) uint8."""
 
 # On a CPU the temporaries stay in its cache; an accelerator prefers few launches, but a search keeps about 40 float32
 # temporaries of its input: 640 MiB.
@@ -29,17 +33,28 @@ _DEVICE_WEIGHTS = 1 << 22
 
 @dataclass(frozen=True)
 class QuantType:
-    """A ggml tensor type: `block_size` weights stored in `type_size` bytes."""
+    """A ggml tensor type: every `block_size` elements are stored in `type_size` bytes."""
 
+    _: KW_ONLY
     name: str
     ggml_type: int
-    block_size: int
-    type_size: int
-    decode: Decode = field(repr=False, compare=False)
-    fast: Encode | None = field(default=None, repr=False, compare=False)
-    best: Encode | None = field(default=None, repr=False, compare=False)
-    factors: tuple[int, ...] = field(default=(), repr=False)
-    """Where in a block its float16 factors lie, in which all of its weights are linear."""
+    """The number that GGUF files use. Source: ggml.h enum ggml_type."""
+    block: Block
+    dequantize_blocks: DequantizeBlocks = field(repr=False, compare=False)
+    fast: EncodeBlocks | None = field(default=None, repr=False, compare=False)
+    """Encoder that writes ggml's own bytes."""
+    best: EncodeBlocks | None = field(default=None, repr=False, compare=False)
+    """Encoder that searches for the least squared error."""
+    slower_in_c: tuple[Conversion, ...] = field(default=(), repr=False)
+    """What ggml's C code does more slowly than the torch operations."""
+
+    @property
+    def block_size(self) -> int:
+        return self.block.size
+
+    @property
+    def type_size(self) -> int:
+        return self.block.nbytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -83,7 +98,7 @@ class QuantType:
         if packed.dtype != torch.uint8:
             raise QuantError(f"{self.name}: packed data is {packed.dtype}, expected torch.uint8; view it as bytes")
         self.unpacked_shape(tuple(packed.shape))
-        # By name, as the operator's module (quant/torch_op.py) imports this one.
+        # The operator is called by name: its module, quant/torch_op.py, imports this one.
         weight: Tensor = torch.ops.wanquant.dequantize(packed, self.name, dtype)
         return weight
 
@@ -109,13 +124,13 @@ class QuantType:
         n_blocks = weight.numel() // self.block_size
         blocks, packed = weight.reshape(n_blocks, self.block_size), out.view(n_blocks, self.type_size)
         columns = None if importance is None else self._columns(importance, weight)
-        if encode is self.fast and weight.device.type == "cpu" and _encoded_by_ggml(self, blocks, packed):
+        if encode is self.fast and weight.device.type == "cpu" and GGML.quantize(self, blocks, packed):
             return out
         for chunk in self._chunks(n_blocks, weight.device):
             packed[chunk] = encode(blocks[chunk].float().contiguous(), None if columns is None else columns(chunk))
         return out
 
-    def encoder(self, effort: str) -> Encode:
+    def encoder(self, effort: str) -> EncodeBlocks:
         """What encodes blocks; QuantError if there is no such effort, or none for this type."""
         if effort not in _EFFORTS:
             raise QuantError(f"{self.name}: unknown effort {effort!r}; choose from {', '.join(_EFFORTS)}")
@@ -143,15 +158,6 @@ class QuantType:
             yield slice(start, min(start + step, n_blocks))
 
 
-def _encoded_by_ggml(qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
-    """Whether ggml's own C code could, and has: where its library is installed and encodes as `fast`."""
-    try:
-        from .kernels import libggml  # which imports this module
-    except (ImportError, OSError):
-        return False
-    return libggml.quantize(qtype, blocks, packed)
-
-
 def weights_at_a_time(device: torch.device) -> int:
     """How many weights to encode in one go."""
     return _CPU_WEIGHTS if device.type == "cpu" else _DEVICE_WEIGHTS
@@ -167,33 +173,55 @@ def qtype_of(ggml_type: int) -> QuantType:
     return QTYPES_BY_ID[ggml_type]
 
 
+def _type(
+    name: str,
+    ggml_type: int,
+    formats: ModuleType,
+    *,
+    fast: EncodeBlocks | None = None,
+    best: EncodeBlocks | None = None,
+    slower_in_c: tuple[Conversion, ...] = (),
+) -> QuantType:
+    """Return the type whose block and `dequantize_*` have its name in a module of `formats`."""
+    return QuantType(
+        name=name,
+        ggml_type=ggml_type,
+        block=getattr(formats, name),
+        dequantize_blocks=getattr(formats, f"dequantize_{name.lower()}"),
+        fast=fast,
+        best=best,
+        slower_in_c=slower_in_c,
+    )
+
+
+_BOTH: tuple[Conversion, ...] = ("dequantize", "quantize")
 _TYPES = (
-    QuantType("F32", 0, 1, 4, legacy.decode_f32, legacy.encode_f32, legacy.encode_f32),
-    QuantType("F16", 1, 1, 2, legacy.decode_f16, legacy.encode_f16, legacy.encode_f16),
-    QuantType("BF16", 30, 1, 2, legacy.decode_bf16, legacy.encode_bf16, legacy.encode_bf16),
-    QuantType("Q4_0", 2, 32, 18, legacy.decode_q4_0, legacy.encode_q4_0, search.best_q4_0, (0,)),
-    QuantType("Q4_1", 3, 32, 20, legacy.decode_q4_1, legacy.encode_q4_1, search.best_q4_1, (0, 2)),
-    QuantType("Q5_0", 6, 32, 22, legacy.decode_q5_0, legacy.encode_q5_0, search.best_q5_0, (0,)),
-    QuantType("Q5_1", 7, 32, 24, legacy.decode_q5_1, legacy.encode_q5_1, search.best_q5_1, (0, 2)),
-    QuantType("Q8_0", 8, 32, 34, legacy.decode_q8_0, legacy.encode_q8_0, search.best_q8_0, (0,)),
-    QuantType("Q2_K", 10, 256, 84, kquants.decode_q2_k, reference.encode_q2_k, search.best_q2_k, (80, 82)),
-    QuantType("Q3_K", 11, 256, 110, kquants.decode_q3_k, reference.encode_q3_k, search.best_q3_k, (108,)),
-    QuantType("Q4_K", 12, 256, 144, kquants.decode_q4_k, reference.encode_q4_k, search.best_q4_k, (0, 2)),
-    QuantType("Q5_K", 13, 256, 176, kquants.decode_q5_k, reference.encode_q5_k, search.best_q5_k, (0, 2)),
-    QuantType("Q6_K", 14, 256, 210, kquants.decode_q6_k, reference.encode_q6_k, search.best_q6_k, (208,)),
-    QuantType("IQ4_NL", 20, 32, 18, iq4.decode_iq4_nl, reference.encode_iq4_nl, search.best_iq4_nl, (0,)),
-    QuantType("IQ4_XS", 23, 256, 136, iq4.decode_iq4_xs, reference.encode_iq4_xs, search.best_iq4_xs, (0,)),
-    QuantType("IQ1_S", 19, 256, 50, iquants.decode_iq1_s),
-    QuantType("IQ1_M", 29, 256, 56, iquants.decode_iq1_m),
-    QuantType("IQ2_XXS", 16, 256, 66, iquants.decode_iq2_xxs),
-    QuantType("IQ2_XS", 17, 256, 74, iquants.decode_iq2_xs),
-    QuantType("IQ2_S", 22, 256, 82, iquants.decode_iq2_s),
-    QuantType("IQ3_XXS", 18, 256, 98, iquants.decode_iq3_xxs),
-    QuantType("IQ3_S", 21, 256, 110, iquants.decode_iq3_s),
-    QuantType("TQ1_0", 34, 256, 54, ternary.decode_tq1_0, ternary.encode_tq1_0),
-    QuantType("TQ2_0", 35, 256, 66, ternary.decode_tq2_0, ternary.encode_tq2_0),
-    QuantType("MXFP4", 39, 32, 17, microscaling.decode_mxfp4, microscaling.encode_mxfp4),
-    QuantType("NVFP4", 40, 64, 36, microscaling.decode_nvfp4),
+    _type("F32", 0, legacy, fast=legacy.encode_f32, best=legacy.encode_f32),
+    _type("F16", 1, legacy, fast=legacy.encode_f16, best=legacy.encode_f16, slower_in_c=_BOTH),
+    _type("BF16", 30, legacy, fast=legacy.encode_bf16, best=legacy.encode_bf16, slower_in_c=_BOTH),
+    _type("Q4_0", 2, legacy, fast=legacy.encode_q4_0, best=search.best_q4_0),
+    _type("Q4_1", 3, legacy, fast=legacy.encode_q4_1, best=search.best_q4_1),
+    _type("Q5_0", 6, legacy, fast=legacy.encode_q5_0, best=search.best_q5_0),
+    _type("Q5_1", 7, legacy, fast=legacy.encode_q5_1, best=search.best_q5_1),
+    _type("Q8_0", 8, legacy, fast=legacy.encode_q8_0, best=search.best_q8_0),
+    _type("Q2_K", 10, kquants, fast=ggml.encode_q2_k, best=search.best_q2_k),
+    _type("Q3_K", 11, kquants, fast=ggml.encode_q3_k, best=search.best_q3_k),
+    _type("Q4_K", 12, kquants, fast=ggml.encode_q4_k, best=search.best_q4_k),
+    _type("Q5_K", 13, kquants, fast=ggml.encode_q5_k, best=search.best_q5_k),
+    _type("Q6_K", 14, kquants, fast=ggml.encode_q6_k, best=search.best_q6_k),
+    _type("IQ4_NL", 20, iq4, fast=ggml.encode_iq4_nl, best=search.best_iq4_nl),
+    _type("IQ4_XS", 23, iq4, fast=ggml.encode_iq4_xs, best=search.best_iq4_xs),
+    _type("IQ1_S", 19, iquants),
+    _type("IQ1_M", 29, iquants),
+    _type("IQ2_XXS", 16, iquants, slower_in_c=("dequantize",)),
+    _type("IQ2_XS", 17, iquants, slower_in_c=("dequantize",)),
+    _type("IQ2_S", 22, iquants, slower_in_c=("dequantize",)),
+    _type("IQ3_XXS", 18, iquants, slower_in_c=("dequantize",)),
+    _type("IQ3_S", 21, iquants, slower_in_c=("dequantize",)),
+    _type("TQ1_0", 34, ternary, fast=ternary.encode_tq1_0),
+    _type("TQ2_0", 35, ternary, fast=ternary.encode_tq2_0),
+    _type("MXFP4", 39, microscaling, fast=microscaling.encode_mxfp4),
+    _type("NVFP4", 40, microscaling),
 )
 QTYPES: dict[str, QuantType] = {qtype.name: qtype for qtype in _TYPES}
 QTYPES_BY_ID: dict[int, QuantType] = {qtype.ggml_type: qtype for qtype in _TYPES}

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from .errors import QuantError
 from .kernels import eager
-from .kernels.optional import OptionalPath
+from .kernels.optional import FUSED, GGML
 from .qtype import QTYPES
 
-_fused = OptionalPath("triton_kernel", "fused kernels")
-# By device type; ROCm's is cuda.
-_PATHS = {"cuda": _fused, "xpu": _fused, "cpu": OptionalPath("libggml", "ggml's C code")}
+# ROCm's device type is cuda, too.
+_PATHS = {"cuda": FUSED, "xpu": FUSED, "cpu": GGML}
 
 
 def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
@@ -28,7 +27,7 @@ def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
             f" expected torch.uint8 into {weights} contiguous weights"
         )
     if packed.is_meta:
-        torch.ops.wanquant.decode(packed, qtype, out)
+        torch.ops.wanquant.dequantize_into(packed, qtype, out)
     elif packed.numel():
         path = _PATHS.get(packed.device.type)
         if not (path and path.dequantize(QTYPES[qtype], packed, out)):
@@ -56,8 +55,8 @@ def _register() -> torch.library.Library | None:
     # Not register_fake, which looks for its caller in all loaded modules: a fifth of a second within ComfyUI.
     library.impl("dequantize", _fake, "Meta")  # type: ignore[no-untyped-call]
     # What a count of memory on meta tensors sees of a fused kernel: it allocates nothing.
-    library.define("decode(Tensor packed, str qtype, Tensor(a!) out) -> ()")  # type: ignore[no-untyped-call]
-    library.impl("decode", lambda packed, qtype, out: None, "Meta")  # type: ignore[no-untyped-call]
+    library.define("dequantize_into(Tensor packed, str qtype, Tensor(a!) out) -> ()")  # type: ignore[no-untyped-call]
+    library.impl("dequantize_into", lambda packed, qtype, out: None, "Meta")  # type: ignore[no-untyped-call]
     return library
 
 

@@ -23,7 +23,7 @@ Keywords = dict[str, object]
 _ALIGNMENT = 512
 """Bytes: what torch's CUDA allocator rounds a request up to. Source: c10/cuda/CUDACachingAllocator.h kMinBlockSize."""
 
-_DECODES = ("wanquant::decode", "wanquant::dequantize")
+_DECODES = ("wanquant::dequantize_into", "wanquant::dequantize")
 """The pack's operators (quant/torch_op.py)."""
 
 

@@ -43,20 +43,20 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
         weight: float32 (rows, columns), what was packed.
         importance: (columns,) mean square of the inputs: it weights the products, and its root the sums.
     """
-    if not qtype.factors:
+    if not qtype.block.factors:
         return packed
     weights, means = (weight, 1.0) if importance is None else (weight * importance, importance.sqrt())
     decoded = qtype.dequantize(packed)
     products, wanted = (weights * decoded).sum(1), (weights * weight).sum(1)
-    gains = torch.where(products > 0, wanted / products, 1.0).expand(len(qtype.factors), -1)
-    if len(qtype.factors) == 2:
-        first = qtype.dequantize(_without(packed, qtype, qtype.factors[1]))
+    gains = torch.where(products > 0, wanted / products, 1.0).expand(len(qtype.block.factors), -1)
+    if len(qtype.block.factors) == 2:
+        first = qtype.dequantize(_without(packed, qtype, qtype.block.factors[1]))
         of_first, sum_of_first = (weights * first).sum(1), (means * first).sum(1)
         rows = torch.stack([of_first, products - of_first, sum_of_first, (means * decoded).sum(1) - sum_of_first])
         both = _solve(rows, wanted, (means * weight).sum(1))
         gains = torch.where(((both - 1).abs() < _LARGEST).all(0), both, gains)
     blocks = packed.view(len(packed), -1, qtype.type_size)
-    for offset, gain in zip(qtype.factors, gains, strict=True):
+    for offset, gain in zip(qtype.block.factors, gains, strict=True):
         field = blocks[..., offset : offset + 2]
         changed = half(field.contiguous()) * gain.view(-1, 1, 1)
         field.copy_(half_bytes(changed.clamp_(-65504.0, 65504.0)))

@@ -1,11 +1,33 @@
-"""Bit fields of packed blocks: cutting a block into its fields, small integers in and out of bytes, float16 scales."""
+"""Bit fields of packed blocks: a block cut into its fields, small integers in and out of bytes, float16 scales.
+
+ggml packs several small integers into each byte. A run of four bytes of 2-bit integers, for example, holds sixteen:
+
+    byte 0      byte 1      byte 2      byte 3
+    12 8 4 0    13 9 5 1    14 10 6 2   15 11 7 3     two bits each, the highest bits on the left
+
+The lowest bits of all bytes come first, then the next ones. One shift and one mask of a whole byte row therefore give
+four neighbors. Four bytes are read as one 32-bit word, so that one shift moves all four at once (SWAR, "SIMD within a
+register"). It is quicker, and shifts of uint8 do not exist on every backend.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..lasting import kept
+from ..device import kept
+
+
+class Block(NamedTuple):
+    """The sizes of one block of a ggml type."""
+
+    size: int
+    """Elements."""
+    nbytes: int
+    factors: tuple[int, ...] = ()
+    """Byte offsets of the float16 factors in which all of the block's values are linear."""
 
 
 def fields(blocks: Tensor, *sizes: int) -> tuple[Tensor, ...]:
@@ -41,7 +63,6 @@ def unpack_bits(field: Tensor, bits: int, run: int) -> Tensor:
         uint8, (n, 8 / bits * k * run).
     """
     mask = 0x01010101 * ((1 << bits) - 1)
-    # Shifting 32-bit words handles four bytes at once; shifts on uint8 do not exist on every backend.
     swar = run % 4 == 0
     words = field.view(torch.int32) if swar else field.int()
     words = words.view(len(field), -1, run // 4 if swar else run)
@@ -61,7 +82,7 @@ def pack_bits(values: Tensor, bits: int, run: int) -> Tensor:
     return (packed.view(torch.uint8) if swar else packed.to(torch.uint8)).reshape(len(values), -1)
 
 
-def levels(codes: Tensor, values: tuple[int, ...]) -> Tensor:
+def lookup(codes: Tensor, values: tuple[int, ...]) -> Tensor:
     """uint8 codes -> the float32 values they stand for."""
     # On a CPU index_select along one axis is four times as fast as indexing with a matrix.
     return _table(values, codes.device).index_select(0, codes.int().view(-1)).view(codes.shape)

@@ -1,7 +1,7 @@
 """IQ4_NL and IQ4_XS: 4-bit codes into a fixed non-linear codebook.
 
-`decode_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml. `pack_*` is the inverse from integers:
-`d` (n,) floats, `scales` (n, 8) in [-32, 31], `codes` (n, block_size) in [0, 15], integer values in any dtype.
+`dequantize_*`: uint8 (n, type_size) -> float32 (n, block_size), bit-exact to ggml. `pack_*` is the inverse from
+integers of any dtype: `d` (n,) floats, `scales` (n, 8) in [-32, 31], `codes` (n, block_size) in [0, 15].
 
 Source: ggml-quants.c dequantize_row_iq4_nl, dequantize_row_iq4_xs; kvalues_iq4nl in ggml-common.h @ ggml 0.15.3.
 """
@@ -11,28 +11,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import fields, half, half_bytes, levels, pack_bits, unpack_bits
+from .bits import Block, fields, half, half_bytes, lookup, pack_bits, unpack_bits
 
-# IQ4_NL block,  18 bytes /  32 weights: d f16 | qs 16
-# IQ4_XS block, 136 bytes / 256 weights: d f16 | scales_h 2 (bits 4-5) | scales_l 4 (bits 0-3) | qs 128
+IQ4_NL = Block(32, 18, factors=(0,))  # d f16 | qs 16
+IQ4_XS = Block(256, 136, factors=(0,))  # d f16 | scales_h 2 (bits 4-5) | scales_l 4 (bits 0-3) | qs 128
 
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def decode_iq4_nl(blocks: Tensor) -> Tensor:
+def dequantize_iq4_nl(blocks: Tensor) -> Tensor:
     d, qs = fields(blocks, 2, 16)
-    return levels(unpack_bits(qs, 4, run=16), KVALUES).mul_(half(d))
+    return lookup(unpack_bits(qs, 4, run=16), KVALUES).mul_(half(d))
 
 
 def pack_iq4_nl(d: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d[:, None]), pack_bits(codes, 4, run=16)), 1)
 
 
-def decode_iq4_xs(blocks: Tensor) -> Tensor:
+def dequantize_iq4_xs(blocks: Tensor) -> Tensor:
     d, scales_h, scales_l, qs = fields(blocks, 2, 2, 4, 128)
     scale = unpack_bits(scales_l, 4, run=1) | unpack_bits(scales_h, 2, run=1) * 16
     dl = half(d) * (scale.float() - 32)
-    values = levels(unpack_bits(qs, 4, run=16), KVALUES)
+    values = lookup(unpack_bits(qs, 4, run=16), KVALUES)
     return values.view(-1, 8, 32).mul_(dl[:, :, None]).view(-1, 256)
 
 

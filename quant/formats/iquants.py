@@ -1,6 +1,6 @@
 """IQ1, IQ2 and IQ3: groups of eight or four weights are rows of a fixed grid, times signs and scales. Decoding only.
 
-`decode_*`: (n, type_size) uint8 -> (n, 256) float32, bit-exact to ggml: every product of a block fits a float32.
+`dequantize_*`: (n, type_size) uint8 -> (n, 256) float32, bit-exact to ggml: every product of a block fits a float32.
 
 Source: ggml-quants.c dequantize_row_iq{1_s,1_m,2_xxs,2_xs,2_s,3_xxs,3_s}, ggml-common.h @ ggml 0.15.3; checked against
 0.20.2. The grids are those of the gguf package.
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from ..lasting import kept
-from .bits import fields, half, unpack_bits
+from ..device import kept
+from .bits import Block, fields, half, unpack_bits
 
-# IQ1_S   block,  50 bytes: d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
-# IQ1_M   block,  56 bytes: qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
-# IQ2_XXS block,  66 bytes: d f16 | 8 x (qs 4 | signs and scale u32)
-# IQ2_XS  block,  74 bytes: d f16 | qs 32 u16 (9 bits of grid row, 7 bits of signs) | scales 8
-# IQ2_S   block,  82 bytes: d f16 | qs 32 | signs 32 | qh 8 | scales 8
-# IQ3_XXS block,  98 bytes: d f16 | qs 64 | signs and scale 8 u32
-# IQ3_S   block, 110 bytes: d f16 | qs 64 | qh 8 | signs 32 | scales 4
+IQ1_S = Block(256, 50)  # d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
+IQ1_M = Block(256, 56)  # qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
+IQ2_XXS = Block(256, 66)  # d f16 | 8 x (qs 4 | signs and scale u32)
+IQ2_XS = Block(256, 74)  # d f16 | qs 32 u16 (9 bits of grid row, 7 bits of signs) | scales 8
+IQ2_S = Block(256, 82)  # d f16 | qs 32 | signs 32 | qh 8 | scales 8
+IQ3_XXS = Block(256, 98)  # d f16 | qs 64 | signs and scale 8 u32
+IQ3_S = Block(256, 110)  # d f16 | qs 64 | qh 8 | signs 32 | scales 4
 
 
-def decode_iq1_s(blocks: Tensor) -> Tensor:
+def dequantize_iq1_s(blocks: Tensor) -> Tensor:
     d, qs, qh = fields(blocks, 2, 32, 16)
     words = qh.view(torch.int16).int()
     grid = _grid("IQ1_S", qs.int().add_(_bits(words, 3, 4), alpha=256))
@@ -32,7 +32,7 @@ def decode_iq1_s(blocks: Tensor) -> Tensor:
     return _scaled(grid.view(-1, 8, 32).add_(delta[:, :, None]), half(d), 2 * (words >> 12 & 7) + 1)
 
 
-def decode_iq1_m(blocks: Tensor) -> Tensor:
+def dequantize_iq1_m(blocks: Tensor) -> Tensor:
     qs, qh, scales = fields(blocks, 32, 16, 8)
     high = unpack_bits(qh, 4, run=1)
     grid = _grid("IQ1_M", qs.int().add_(high & 7, alpha=256))
@@ -42,34 +42,34 @@ def decode_iq1_m(blocks: Tensor) -> Tensor:
     return _scaled(grid.add_(delta[:, :, None]), half(d), 2 * _bits(scales.view(torch.int16).int(), 3, 4) + 1)
 
 
-def decode_iq2_xxs(blocks: Tensor) -> Tensor:
+def dequantize_iq2_xxs(blocks: Tensor) -> Tensor:
     d, groups = fields(blocks, 2, 64)
     qs, words = fields(groups.view(-1, 8), 4, 4)
     signs, scale = _signs_and_scale(words.view(torch.int32).view(-1, 8))
     return _scaled(_grid("IQ2_XXS", qs.view(-1, 32).int()) * signs, half(d) / 4, scale)
 
 
-def decode_iq2_xs(blocks: Tensor) -> Tensor:
+def dequantize_iq2_xs(blocks: Tensor) -> Tensor:
     d, qs, scales = fields(blocks, 2, 64, 8)
     words = qs.view(torch.int16).int()
     signs = embedding(words >> 9 & 127, _even_signs(blocks.device))
     return _scaled(_grid("IQ2_XS", words & 511) * signs, half(d) / 4, unpack_bits(scales, 4, run=1) + 0.5)
 
 
-def decode_iq2_s(blocks: Tensor) -> Tensor:
+def dequantize_iq2_s(blocks: Tensor) -> Tensor:
     d, qs, sign_bits, qh, scales = fields(blocks, 2, 32, 32, 8, 8)
     grid = _grid("IQ2_S", qs.int().add_(unpack_bits(qh, 2, run=1), alpha=256))
     signs = embedding(sign_bits.int(), _signs(blocks.device))
     return _scaled(grid * signs, half(d) / 4, unpack_bits(scales, 4, run=1) + 0.5)
 
 
-def decode_iq3_xxs(blocks: Tensor) -> Tensor:
+def dequantize_iq3_xxs(blocks: Tensor) -> Tensor:
     d, qs, words = fields(blocks, 2, 64, 32)
     signs, scale = _signs_and_scale(words.view(torch.int32))
     return _scaled(_grid("IQ3_XXS", qs.int()).view(-1, 32, 8) * signs, half(d) / 2, scale)
 
 
-def decode_iq3_s(blocks: Tensor) -> Tensor:
+def dequantize_iq3_s(blocks: Tensor) -> Tensor:
     d, qs, qh, sign_bits, scales = fields(blocks, 2, 64, 8, 32, 4)
     grid = _grid("IQ3_S", qs.int().add_(unpack_bits(qh, 1, run=1), alpha=256))
     signs = embedding(sign_bits.int(), _signs(blocks.device))

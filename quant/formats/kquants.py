@@ -1,7 +1,7 @@
 """K-quants: super-blocks of 256 weights whose sub-blocks have small integer scales, Q2_K to Q6_K.
 
-`decode_*`: (n, type_size) uint8 -> (n, 256) float32, bit-exact to ggml. `pack_*` is the inverse from integers: `d` and
-`dmin` (n,) floats, `scales` and `mins` (n, sub-blocks), `codes` (n, 256), integer values in any dtype.
+`dequantize_*`: uint8 (n, type_size) -> float32 (n, 256), bit-exact to ggml. `pack_*` is the inverse from integers of
+any dtype: `d` and `dmin` (n,) floats, `scales` and `mins` (n, sub-blocks), `codes` (n, 256).
 
 Source: ggml-quants.c dequantize_row_q{2,3,4,5,6}_K, struct block_q*_K in ggml-common.h @ ggml 0.15.3.
 """
@@ -11,16 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import fields, half, half_bytes, pack_bits, unpack_bits
+from .bits import Block, fields, half, half_bytes, pack_bits, unpack_bits
 
-# Q2_K block,  84 bytes: scales 16 (low nibble scale, high nibble min) | qs 64 | d f16 | dmin f16
-# Q3_K block, 110 bytes: hmask 32 (bit 2 of the codes) | qs 64 | scales 12 (6 bits, biased by 32) | d f16
-# Q4_K block, 144 bytes: d f16 | dmin f16 | scales 12 (6-bit scales and mins) | qs 128
-# Q5_K block, 176 bytes: d f16 | dmin f16 | scales 12 (6-bit scales and mins) | qh 32 (bit 4 of the codes) | qs 128
-# Q6_K block, 210 bytes: ql 128 (bits 0-3) | qh 64 (bits 4-5) | scales 16 int8 | d f16
+Q2_K = Block(256, 84, factors=(80, 82))  # scales 16 (low nibble scale, high nibble min) | qs 64 | d f16 | dmin f16
+Q3_K = Block(
+    256, 110, factors=(108,)
+)  # hmask 32 (bit 2 of the codes) | qs 64 | scales 12 (6 bits, biased by 32) | d f16
+Q4_K = Block(256, 144, factors=(0, 2))  # d f16 | dmin f16 | scales 12 (6-bit scales and mins) | qs 128
+Q5_K = Block(256, 176, factors=(0, 2))  # d f16 | dmin f16 | scales 12 (as Q4_K) | qh 32 (bit 4 of the codes) | qs 128
+Q6_K = Block(256, 210, factors=(208,))  # ql 128 (bits 0-3) | qh 64 (bits 4-5) | scales 16 int8 | d f16
 
 
-def decode_q2_k(blocks: Tensor) -> Tensor:
+def dequantize_q2_k(blocks: Tensor) -> Tensor:
     scales, qs, d, dmin = fields(blocks, 16, 64, 2, 2)
     scale, minimum = unpack_bits(scales, 4, run=16).view(-1, 2, 16).unbind(1)
     return _affine(unpack_bits(qs, 2, run=32), half(d) * scale, half(dmin) * minimum)
@@ -31,7 +33,7 @@ def pack_q2_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
     return torch.cat((packed_scales, pack_bits(codes, 2, run=32), half_bytes(d[:, None]), half_bytes(dmin[:, None])), 1)
 
 
-def decode_q3_k(blocks: Tensor) -> Tensor:
+def dequantize_q3_k(blocks: Tensor) -> Tensor:
     hmask, qs, scales, d = fields(blocks, 32, 64, 12, 2)
     low, high = torch.split(scales, [8, 4], 1)
     scale = unpack_bits(low, 4, run=8) | unpack_bits(high, 2, run=4) * 16
@@ -47,7 +49,7 @@ def pack_q3_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((hmask, qs, low, high, half_bytes(d[:, None])), 1)
 
 
-def decode_q4_k(blocks: Tensor) -> Tensor:
+def dequantize_q4_k(blocks: Tensor) -> Tensor:
     d, dmin, scales, qs = fields(blocks, 2, 2, 12, 128)
     scale, minimum = _unpack_scales(scales)
     return _affine(unpack_bits(qs, 4, run=32), half(d) * scale, half(dmin) * minimum)
@@ -58,7 +60,7 @@ def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
     return torch.cat((head, _pack_scales(scales, mins), pack_bits(codes, 4, run=32)), 1)
 
 
-def decode_q5_k(blocks: Tensor) -> Tensor:
+def dequantize_q5_k(blocks: Tensor) -> Tensor:
     d, dmin, scales, qh, qs = fields(blocks, 2, 2, 12, 32, 128)
     scale, minimum = _unpack_scales(scales)
     codes = unpack_bits(qs, 4, run=32) | unpack_bits(qh, 1, run=32) * 16
@@ -72,7 +74,7 @@ def pack_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
     return torch.cat((head, _pack_scales(scales, mins), qh, qs), 1)
 
 
-def decode_q6_k(blocks: Tensor) -> Tensor:
+def dequantize_q6_k(blocks: Tensor) -> Tensor:
     ql, qh, scales, d = fields(blocks, 128, 64, 16, 2)
     codes = unpack_bits(ql, 4, run=64) | unpack_bits(qh, 2, run=32) * 16
     return _scaled(codes.float().sub_(32), half(d) * scales.view(torch.int8))

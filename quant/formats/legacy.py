@@ -1,7 +1,8 @@
 """F32, F16, BF16 and ggml's first block formats: one or two float16 for 32 weights.
 
-`decode_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml. `encode_*` is the inverse, bit-equal to
-ggml's quantization without an importance matrix, and so ignores `importance`.
+`dequantize_*`: uint8 (n, type_size) -> float32 (n, block_size), bit-exact to ggml. `encode_*` is the inverse, bit-equal
+to ggml's quantization without an importance matrix, and so ignores `importance`. `pack_*` writes blocks from integers
+of any dtype: `d` and `m` (n, 1) floats, `codes` (n, 32) as the block stores them.
 
 Source: ggml-quants.c dequantize_row_q{4_0,4_1,5_0,5_1,8_0}, quantize_row_q*_ref @ ggml 0.15.3; checked against 0.20.2.
 """
@@ -11,16 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import fields, half, half_bytes, pack_bits, quotient, unpack_bits
+from .bits import Block, fields, half, half_bytes, pack_bits, quotient, unpack_bits
 
-# Q4_0 block, 18 bytes / 32 weights: d f16 | qs 16
-# Q4_1 block, 20 bytes / 32 weights: d f16 | m f16 | qs 16
-# Q5_0 block, 22 bytes / 32 weights: d f16 | qh 4 (bit 4 of the codes) | qs 16
-# Q5_1 block, 24 bytes / 32 weights: d f16 | m f16 | qh 4 (bit 4 of the codes) | qs 16
-# Q8_0 block, 34 bytes / 32 weights: d f16 | qs 32 int8
+F32, F16, BF16 = Block(1, 4), Block(1, 2), Block(1, 2)
+Q4_0 = Block(32, 18, factors=(0,))  # d f16 | qs 16
+Q4_1 = Block(32, 20, factors=(0, 2))  # d f16 | m f16 | qs 16
+Q5_0 = Block(32, 22, factors=(0,))  # d f16 | qh 4 (bit 4 of the codes) | qs 16
+Q5_1 = Block(32, 24, factors=(0, 2))  # d f16 | m f16 | qh 4 (bit 4 of the codes) | qs 16
+Q8_0 = Block(32, 34, factors=(0,))  # d f16 | qs 32 int8
 
 
-def decode_f32(blocks: Tensor) -> Tensor:
+def dequantize_f32(blocks: Tensor) -> Tensor:
     return fields(blocks, 4)[0].view(torch.float32)
 
 
@@ -28,7 +30,7 @@ def encode_f32(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return blocks.view(torch.uint8)
 
 
-def decode_f16(blocks: Tensor) -> Tensor:
+def dequantize_f16(blocks: Tensor) -> Tensor:
     return half(*fields(blocks, 2))
 
 
@@ -36,7 +38,7 @@ def encode_f16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return half_bytes(blocks)
 
 
-def decode_bf16(blocks: Tensor) -> Tensor:
+def dequantize_bf16(blocks: Tensor) -> Tensor:
     return fields(blocks, 2)[0].view(torch.bfloat16).float()
 
 
@@ -44,7 +46,7 @@ def encode_bf16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return blocks.bfloat16().view(torch.uint8)
 
 
-def decode_q4_0(blocks: Tensor) -> Tensor:
+def dequantize_q4_0(blocks: Tensor) -> Tensor:
     d, qs = fields(blocks, 2, 16)
     return unpack_bits(qs, 4, run=16).float().sub_(8).mul_(half(d))
 
@@ -52,10 +54,14 @@ def decode_q4_0(blocks: Tensor) -> Tensor:
 def encode_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d = _signed_absmax(blocks) / -8
     codes = _truncate(blocks * _inverse(d) + 8.5).clamp_(max=15)
+    return pack_q4_0(d, codes)
+
+
+def pack_q4_0(d: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), pack_bits(codes, 4, run=16)), 1)
 
 
-def decode_q4_1(blocks: Tensor) -> Tensor:
+def dequantize_q4_1(blocks: Tensor) -> Tensor:
     d, m, qs = fields(blocks, 2, 2, 16)
     return unpack_bits(qs, 4, run=16).float().mul_(half(d)).add_(half(m))
 
@@ -63,10 +69,14 @@ def decode_q4_1(blocks: Tensor) -> Tensor:
 def encode_q4_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d, m = _step_and_min(blocks, 15)
     codes = _truncate((blocks - m) * _inverse(d) + 0.5).clamp_(max=15)
+    return pack_q4_1(d, m, codes)
+
+
+def pack_q4_1(d: Tensor, m: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), half_bytes(m), pack_bits(codes, 4, run=16)), 1)
 
 
-def decode_q5_0(blocks: Tensor) -> Tensor:
+def dequantize_q5_0(blocks: Tensor) -> Tensor:
     d, qh, qs = fields(blocks, 2, 4, 16)
     return _unpack_5_bits(qh, qs).sub_(16).mul_(half(d))
 
@@ -74,10 +84,14 @@ def decode_q5_0(blocks: Tensor) -> Tensor:
 def encode_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d = _signed_absmax(blocks) / -16
     codes = _truncate(blocks * _inverse(d) + 16.5).clamp_(max=31)
+    return pack_q5_0(d, codes)
+
+
+def pack_q5_0(d: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), _pack_5_bits(codes)), 1)
 
 
-def decode_q5_1(blocks: Tensor) -> Tensor:
+def dequantize_q5_1(blocks: Tensor) -> Tensor:
     d, m, qh, qs = fields(blocks, 2, 2, 4, 16)
     return _unpack_5_bits(qh, qs).mul_(half(d)).add_(half(m))
 
@@ -85,18 +99,26 @@ def decode_q5_1(blocks: Tensor) -> Tensor:
 def encode_q5_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d, m = _step_and_min(blocks, 31)
     codes = _truncate((blocks - m) * _inverse(d) + 0.5)
+    return pack_q5_1(d, m, codes)
+
+
+def pack_q5_1(d: Tensor, m: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), half_bytes(m), _pack_5_bits(codes)), 1)
 
 
-def decode_q8_0(blocks: Tensor) -> Tensor:
+def dequantize_q8_0(blocks: Tensor) -> Tensor:
     d, qs = fields(blocks, 2, 32)
     return qs.view(torch.int8).float().mul_(half(d))
 
 
 def encode_q8_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     d = quotient(blocks.abs().amax(1, keepdim=True), 127)
-    codes = _truncate(round_half_away(blocks * _inverse(d))).to(torch.int8)
-    return torch.cat((half_bytes(d), codes.view(torch.uint8)), 1)
+    codes = _truncate(round_half_away(blocks * _inverse(d)))
+    return pack_q8_0(d, codes)
+
+
+def pack_q8_0(d: Tensor, codes: Tensor) -> Tensor:
+    return torch.cat((half_bytes(d), codes.to(torch.int8).view(torch.uint8)), 1)
 
 
 def round_half_away(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """MXFP4 and NVFP4: four-bit floats (e2m1) times an eight-bit float for 32 or 16 weights.
 
-`decode_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml.
+`dequantize_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml.
 
 Source: ggml-quants.c dequantize_row_{mxfp4,nvfp4}, ggml-impl.h ggml_{e8m0_to_fp32_half,ue4m3_to_fp32} @ ggml 0.15.3;
 checked against 0.20.2. OCP Microscaling Formats (MX) 1.0.
@@ -11,18 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import fields, levels, pack_bits, unpack_bits
+from .bits import Block, fields, lookup, pack_bits, unpack_bits
 
-# MXFP4 block, 17 bytes / 32 weights: e e8m0 | qs 16
-# NVFP4 block, 36 bytes / 64 weights: d 4 e4m3, one for 16 weights | qs 32
+MXFP4 = Block(32, 17)  # e e8m0 | qs 16
+NVFP4 = Block(64, 36)  # d 4 e4m3, one for 16 values | qs 32
 
 # Twice the e2m1 values, as in ggml, which halves the scales instead.
 KVALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
-def decode_mxfp4(blocks: Tensor) -> Tensor:
+def dequantize_mxfp4(blocks: Tensor) -> Tensor:
     e, qs = fields(blocks, 1, 16)
-    return levels(unpack_bits(qs, 4, run=16), KVALUES).mul_(_e8m0_half(e))
+    return lookup(unpack_bits(qs, 4, run=16), KVALUES).mul_(_e8m0_half(e))
 
 
 def encode_mxfp4(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -38,9 +38,9 @@ def encode_mxfp4(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return torch.cat((e, pack_bits(codes, 4, run=16)), 1)
 
 
-def decode_nvfp4(blocks: Tensor) -> Tensor:
+def dequantize_nvfp4(blocks: Tensor) -> Tensor:
     d, qs = fields(blocks, 4, 32)
-    values = levels(unpack_bits(qs, 4, run=8), KVALUES)
+    values = lookup(unpack_bits(qs, 4, run=8), KVALUES)
     return values.view(-1, 4, 16).mul_(_e4m3_half(d)[:, :, None]).view(-1, 64)
 
 

@@ -1,7 +1,7 @@
 """TQ1_0 and TQ2_0: weights -1, 0 and 1 times one float16 for 256 weights.
 
-`decode_*`: (n, type_size) uint8 -> (n, 256) float32, bit-exact to ggml. `encode_*` is the inverse, bit-equal to ggml;
-ignores `importance`.
+`dequantize_*`: uint8 (n, type_size) -> float32 (n, 256), bit-exact to ggml. `encode_*` is the inverse, bit-equal to
+ggml; ignores `importance`.
 
 Source: ggml-quants.c dequantize_row_tq{1,2}_0, quantize_row_tq{1,2}_0_ref @ ggml 0.15.3; checked against 0.20.2.
 """
@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import fields, half, pack_bits, unpack_bits
+from .bits import Block, fields, half, pack_bits, unpack_bits
 from .legacy import round_half_away
 
-# TQ1_0 block, 54 bytes / 256 weights: qs 32 + 16 (5 weights a byte) | qh 4 (4 weights a byte) | d f16
-# TQ2_0 block, 66 bytes / 256 weights: qs 64 | d f16
+TQ1_0 = Block(256, 54)  # qs 32 + 16 (5 digits of base 3 per byte) | qh 4 (4 digits per byte) | d f16
+TQ2_0 = Block(256, 66)  # qs 64 | d f16
 
 
-def decode_tq1_0(blocks: Tensor) -> Tensor:
+def dequantize_tq1_0(blocks: Tensor) -> Tensor:
     *runs, d = fields(blocks, 32, 16, 4, 2)
     codes = torch.cat([_unpack_digits(run, n) for run, n in zip(runs, (5, 5, 4), strict=True)], 1)
     return codes.float().sub_(1).mul_(half(d))
@@ -30,7 +30,7 @@ def encode_tq1_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return torch.cat([*(_pack_digits(run, n) for run, n in zip(runs, (5, 5, 4), strict=True)), d], 1)
 
 
-def decode_tq2_0(blocks: Tensor) -> Tensor:
+def dequantize_tq2_0(blocks: Tensor) -> Tensor:
     qs, d = fields(blocks, 64, 2)
     return unpack_bits(qs, 2, run=32).float().sub_(1).mul_(half(d))
 

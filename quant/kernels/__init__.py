@@ -1,4 +1,4 @@
-"""Quicker ways to dequantize than torch operations, each used where it works.
+"""Faster dequantization than by torch operations, each way used where it works.
 
-It imports `qtype`; triton and libggml only at their first use.
+It imports `device`; triton and libggml only at their first use.
 """

@@ -21,4 +21,4 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     step = max(1, (CPU_WEIGHTS if packed.device.type == "cpu" else DEVICE_WEIGHTS) // qtype.block_size)
     blocks, weights = packed.reshape(-1, qtype.type_size), out.view(-1, qtype.block_size)
     for source, destination in zip(torch.split(blocks, step), torch.split(weights, step), strict=True):
-        destination.copy_(qtype.decode(source))
+        destination.copy_(qtype.dequantize_blocks(source))

@@ -12,25 +12,22 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..qtype import QTYPES, QuantType
+if TYPE_CHECKING:
+    from ..qtype import QuantType
 
-# Weights that a thread decodes at a time: as float32 they stay in its cache until they are rounded.
-_WEIGHTS = 1 << 18
-# Those that it decodes faster than the torch operations do. So it does IQ1_S and IQ1_M, but to check them imports gguf.
-_NAMES = (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
-)
-# Those that it encodes faster.
-_ENCODED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0")
+# Elements that a thread converts at a time: as float32 they stay in its cache until they are rounded.
+_ELEMENTS = 1 << 18
 
 _RELEASE = "0.20"
 """Whose `_TypeTraits` are described here: with another layout a call would jump to a wrong address."""
 
+Convert = Callable[[int, int, int], None]
+"""Addresses of source and destination, and how many elements."""
 _Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -66,6 +63,7 @@ _library = _load()
 
 
 def type_traits(qtype: QuantType) -> _TypeTraits:
+    """Return what the library knows of the type: its sizes and its functions."""
     traits: _TypeTraits = _library.ggml_get_type_traits(qtype.ggml_type).contents
     return traits
 
@@ -76,19 +74,19 @@ def _same_sizes(qtype: QuantType) -> bool:
 
 
 def _same_bits(qtype: QuantType) -> bool:
-    """Whether this build of the library decodes as ggml's reference: a compiler may have fused its arithmetic."""
+    """Return whether this build dequantizes to ggml's reference bits: a compiler may have fused its arithmetic."""
     traits = type_traits(qtype)
     if not _same_sizes(qtype) or not traits.to_float:
         return False
     packed = torch.arange(64 * qtype.type_size).mul_(37).to(torch.uint8).view(64, -1)  # every byte in every field
     weights = torch.empty(64, qtype.block_size)
     traits.to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
-    same: Tensor = weights.view(torch.int32) == qtype.decode(packed).view(torch.int32)
+    same: Tensor = weights.view(torch.int32) == qtype.dequantize_blocks(packed).view(torch.int32)
     return bool((same | weights.isnan()).all())
 
 
 def _same_codes(qtype: QuantType) -> bool:
-    """Whether it encodes as the torch operations, weights of every exponent whose cubes float32 holds."""
+    """Return whether it encodes as `fast` does, for values of every exponent whose cubes float32 holds."""
     traits = type_traits(qtype)
     if not _same_sizes(qtype) or not traits.from_float_ref or qtype.fast is None:
         return False
@@ -100,45 +98,59 @@ def _same_codes(qtype: QuantType) -> bool:
 
 
 @cache
-def _encoder(name: str) -> Callable[[int, int, int], None] | None:
-    """Checked when first asked for, as the torch operations take a while."""
-    qtype = QTYPES[name]
-    if name not in _ENCODED or not _same_codes(qtype):
-        return None
-    encode: Callable[[int, int, int], None] = type_traits(qtype).from_float_ref
-    return encode
+def _dequantizer(qtype: QuantType) -> Convert | None:
+    """Return ggml's function where it is the faster one; checked when first asked for."""
+    usable = "dequantize" not in qtype.slower_in_c and _same_bits(qtype)
+    return type_traits(qtype).to_float if usable else None
+
+
+@cache
+def _quantizer(qtype: QuantType) -> Convert | None:
+    usable = "quantize" not in qtype.slower_in_c and _same_codes(qtype)
+    return type_traits(qtype).from_float_ref if usable else None
 
 
 def quantize(qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
-    """Encodes (n, block_size) weights of any floating dtype into (n, type_size), contiguous; False if it does not."""
-    encode = _encoder(qtype.name)
+    """Encode as `QuantType.fast` does, if ggml's C code gives the same bytes sooner.
+
+    Args:
+        blocks: (n, block_size) of any floating dtype.
+        packed: uint8, (n, type_size), contiguous; written to.
+
+    Returns:
+        Whether it was done.
+    """
+    encode = _quantizer(qtype)
     if encode is None:
         return False
     if blocks.dtype is torch.float32 and blocks.is_contiguous():
         _run(encode, blocks, packed, qtype.block_size)
         return True
-    step = torch.get_num_threads() * _WEIGHTS // qtype.block_size
+    step = torch.get_num_threads() * _ELEMENTS // qtype.block_size
     for source, destination in zip(torch.split(blocks, step), torch.split(packed, step), strict=True):
         _run(encode, source.float().contiguous(), destination, qtype.block_size)
     return True
 
 
-def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
-    """See `OptionalPath`."""
-    decode = FORMATS[qtype.name]
+def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
+    """Dequantize as `OptionalPath` describes, if ggml's C code gives the same bits sooner."""
+    decode = _dequantizer(qtype)
+    if decode is None:
+        return False
     blocks, weights = packed.view(-1, qtype.type_size), out.view(-1, qtype.block_size)
     if out.dtype is torch.float32:
         _run(decode, blocks, weights, qtype.block_size)
-        return
-    step = torch.get_num_threads() * _WEIGHTS // qtype.block_size
+        return True
+    step = torch.get_num_threads() * _ELEMENTS // qtype.block_size
     scratch = torch.empty(min(step, len(blocks)), qtype.block_size)
     for source, destination in zip(torch.split(blocks, step), torch.split(weights, step), strict=True):
         _run(decode, source, scratch[: len(source)], qtype.block_size)
         destination.copy_(scratch[: len(source)])
+    return True
 
 
-def _run(convert: Callable[[int, int, int], None], source: Tensor, out: Tensor, block_size: int) -> None:
-    """From blocks to as many blocks, on all of torch's threads: ctypes lets go of the interpreter's lock."""
+def _run(convert: Convert, source: Tensor, out: Tensor, block_size: int) -> None:
+    """Convert blocks on all of torch's threads: ctypes releases the interpreter's lock during a call."""
     threads = torch.get_num_threads()
     if threads == 1:
         convert(source.data_ptr(), out.data_ptr(), len(source) * block_size)
@@ -151,6 +163,3 @@ def _run(convert: Callable[[int, int, int], None], source: Tensor, out: Tensor, 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, "wanquant-ggml")
-
-
-FORMATS = {name: type_traits(QTYPES[name]).to_float for name in _NAMES if _same_bits(QTYPES[name])}

@@ -6,8 +6,8 @@ and which bits belong to a row is known when the kernel is compiled.
 
 Each format is a function of (block, octet, ROW): pointers to blocks, and which octet of the block. It returns (low,
 high, scale, minimum): the codes in the lowest bits of the bytes of two words, anything above them, and float32 with
-weight = (code - bias) * scale - minimum. The arithmetic is that of `decode_*` in legacy.py, kquants.py and iq4.py, in
-the same order. No load is wider than the alignment of its field in a row of blocks: 2 bytes for most formats.
+weight = (code - bias) * scale - minimum. The arithmetic is that of `dequantize_*` in quant/formats, in the same order.
+No load is wider than the alignment of its field in a row of blocks: 2 bytes for most formats.
 
 Source: ggml-quants.c dequantize_row_* @ ggml 0.15.3, as in those modules.
 """

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from ..lasting import lasting
+from ..device import lasting
 from .triton_formats import FORMATS, read
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _loaded: set[tuple[str, torch.dtype, torch.device]] = set()
 
 
 @triton.jit
-def _levels(x):
+def _codebook(x):
     """iq4.KVALUES of code - 8: a polynomial comes within 0.44 of each of them, and is rounded.
 
     A table would take shifts of 64 bits, of the integer units.
@@ -62,7 +62,7 @@ def _weights(
     zero = _INTEGERS + ((8 if BIAS is None else BIAS) << place)
     code = code.to(tl.float32, bitcast=True) - zero.to(tl.float32, bitcast=True)
     if BIAS is None:  # noqa: SIM108
-        weight = _levels(code * unit) * scale[:, None, None]
+        weight = _codebook(code * unit) * scale[:, None, None]
     else:
         weight = code * (unit * scale[:, None, None])
     if HAS_MINIMUM:
@@ -135,8 +135,14 @@ def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     dequantize_kernel[grid](packed, out, n_weights, _INTEGERS.value, TILE=tile, **constants(qtype), **OPTIONS)
 
 
-def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
-    """See `OptionalPath`; RuntimeError if Triton cannot compile for the device, or does not drive it."""
+def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
+    """Dequantize as `OptionalPath` describes, if the type is one of FORMATS.
+
+    Raises:
+        RuntimeError: Triton cannot compile for the device, or does not drive it.
+    """
+    if qtype.name not in FORMATS:
+        return False
     kernel = (qtype.name, out.dtype, packed.device)
     # The first launch loads the kernel, which stays on the device.
     with getattr(torch, packed.device.type).device(packed.device), nullcontext() if kernel in _loaded else lasting():
@@ -145,3 +151,4 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
         except TritonError as error:
             raise RuntimeError(f"{qtype.name} does not compile: {error}") from error
     _loaded.add(kernel)
+    return True

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wanquant.quant import qtype
+from wanquant.quant.kernels.optional import GGML
 from wanquant.testing.libggml import LibGGML, load
 from wanquant.testing.tiny_wan import write_tiny_wan
 
@@ -23,7 +23,7 @@ def libggml() -> LibGGML:
 @pytest.fixture
 def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding as where libggml-python is not installed."""
-    monkeypatch.setattr(qtype, "_encoded_by_ggml", lambda *_: False)
+    monkeypatch.setattr(GGML, "quantize", lambda *_: False)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def test_sizes_are_those_of_gguf_and_libggml(quant: QuantType, libggml: LibGGML)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_decoding_is_bit_exact(quant: QuantType, blocks, libggml: LibGGML) -> None:
     packed = blocks(quant)
-    weight = quant.decode(packed).numpy()
+    weight = quant.dequantize_blocks(packed).numpy()
     assert_same_bits(weight, libggml.dequantize(quant.name, packed.numpy()))
     assert_same_bits(weight, gguf.quants.dequantize(packed.numpy(), GGMLQuantizationType[quant.name]))
 
@@ -108,7 +108,7 @@ def test_chunks_do_not_show(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(eager, "CPU_WEIGHTS", 2 * quant.block_size)
     weight = torch.empty(7, quant.block_size)
     eager.dequantize(quant, packed, weight)
-    assert_same_bits(weight.numpy(), quant.decode(packed).numpy())
+    assert_same_bits(weight.numpy(), quant.dequantize_blocks(packed).numpy())
 
 
 @every_type

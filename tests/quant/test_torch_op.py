@@ -52,23 +52,26 @@ def test_second_copy_of_the_pack_shares_the_operator() -> None:
 
 
 def optional_path(monkeypatch: pytest.MonkeyPatch, dequantize) -> OptionalPath:
-    module = types.SimpleNamespace(FORMATS=("Q8_0",), dequantize=dequantize)
+    module = types.SimpleNamespace(dequantize=dequantize)
     monkeypatch.setitem(sys.modules, "wanquant.quant.kernels.fake", module)
     path = OptionalPath("fake", "fakes")
     monkeypatch.setitem(op._PATHS, "cpu", path)
     return path
 
 
-def test_an_optional_path_gets_its_formats_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optional_path_gets_blocks_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def decode(quant: QuantType, packed: Tensor, out: Tensor) -> None:
+    def dequantize(quant: QuantType, packed: Tensor, out: Tensor) -> bool:
+        if quant.name != "Q8_0":
+            return False
         assert packed.is_contiguous()
         assert packed.data_ptr() % 16 == 0
         seen.append((quant.name, packed.shape))
         out.fill_(3)
+        return True
 
-    optional_path(monkeypatch, decode)
+    optional_path(monkeypatch, dequantize)
     blocks = random_blocks(QTYPES["Q8_0"], 6)
     odd = torch.cat((blocks.new_zeros(1), blocks.flatten()))[1:].view(6, 34)
     for packed in (blocks, blocks[::2], odd):
@@ -82,21 +85,25 @@ FAILURES = [ImportError, OSError, RuntimeError, ValueError, TypeError, Attribute
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: error.__name__)
-def test_a_path_that_fails_is_left_with_one_line(error, monkeypatch, caplog) -> None:
+def test_a_path_that_fails_loses_one_type_with_one_warning(error, monkeypatch, caplog) -> None:
     calls = []
 
-    def fail(*_: object) -> None:
-        calls.append(1)
-        raise error("no compiler\nand a long explanation")
+    def fail(quant: QuantType, *_: object) -> bool:
+        calls.append(quant.name)
+        if quant.name == "Q8_0":
+            raise error("no compiler\nand a long explanation")
+        return False
 
-    optional_path(monkeypatch, fail)
+    path = optional_path(monkeypatch, fail)
     packed = random_blocks(QTYPES["Q8_0"], 2)
-    expected = QTYPES["Q8_0"].decode(packed)
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            assert torch.equal(QTYPES["Q8_0"].dequantize(packed).nan_to_num(), expected.nan_to_num())
-    assert len(calls) == 1
-    assert caplog.messages == ["WanQuant decodes without fakes (no compiler)"]
+    expected = QTYPES["Q8_0"].dequantize_blocks(packed)
+    for _ in range(2):
+        assert torch.equal(QTYPES["Q8_0"].dequantize(packed).nan_to_num(), expected.nan_to_num())
+    QTYPES["Q4_0"].dequantize(random_blocks(QTYPES["Q4_0"], 2))
+    assert (calls, path.lost) == (["Q8_0", "Q4_0"], {"Q8_0"})
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", "WanQuant runs Q8_0 without fakes (no compiler)")
+    ]
 
 
 def test_a_missing_path_is_left_with_one_line(caplog) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...formats.bits import half_bytes, pack_bits
 from ...formats.iq4 import KVALUES, pack_iq4_nl, pack_iq4_xs
 from ...formats.kquants import pack_q2_k, pack_q3_k, pack_q4_k, pack_q5_k, pack_q6_k
+from ...formats.legacy import pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0
 from .columns import Columns
 from .constants import encode_constants_once
 from .fit import Blocks, Search, fit, refine
@@ -154,32 +154,27 @@ def _iq4_nl(blocks: Blocks, codes: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Blocks, codes: Tensor) -> Tensor:
-    return torch.cat((half_bytes(blocks.d[:, None]), pack_bits(codes + 8, 4, run=16)), 1)
+    return pack_q4_0(blocks.d[:, None], codes + 8)
 
 
 def _q4_1(blocks: Blocks, codes: Tensor) -> Tensor:
-    return torch.cat((_d_and_min(blocks), pack_bits(codes, 4, run=16)), 1)
+    return pack_q4_1(*_d_and_min(blocks), codes)
 
 
 def _q5_0(blocks: Blocks, codes: Tensor) -> Tensor:
-    return torch.cat((half_bytes(blocks.d[:, None]), _five_bits(codes + 16)), 1)
+    return pack_q5_0(blocks.d[:, None], codes + 16)
 
 
 def _q5_1(blocks: Blocks, codes: Tensor) -> Tensor:
-    return torch.cat((_d_and_min(blocks), _five_bits(codes)), 1)
+    return pack_q5_1(*_d_and_min(blocks), codes)
 
 
 def _q8_0(blocks: Blocks, codes: Tensor) -> Tensor:
-    return torch.cat((half_bytes(blocks.d[:, None]), codes.to(torch.int8).view(torch.uint8)), 1)
+    return pack_q8_0(blocks.d[:, None], codes)
 
 
-def _d_and_min(blocks: Blocks) -> Tensor:
-    return half_bytes(torch.stack((blocks.d, 0.0 - blocks.dmin), 1))
-
-
-def _five_bits(codes: Tensor) -> Tensor:
-    high = (codes > 15).to(torch.uint8)
-    return torch.cat((pack_bits(high, 1, run=1), pack_bits(codes - 16 * high, 4, run=16)), 1)
+def _d_and_min(blocks: Blocks) -> tuple[Tensor, Tensor]:
+    return blocks.d[:, None], (0.0 - blocks.dmin)[:, None]
 
 
 best_q2_k = _affine(16, 3, Integers(0, 15), _BEST_WITH_MIN, _q2_k)

@@ -11,7 +11,7 @@ from wanquant.quant.conversion.layer_encoder import Inputs
 from wanquant.quant.conversion.row_gain import restore_gain
 from wanquant.testing.tiny_wan import write_tiny_wan
 
-TYPES = [name for name, qtype in QTYPES.items() if qtype.factors]
+TYPES = [name for name, qtype in QTYPES.items() if qtype.block.factors]
 
 
 def gains(weight, decoded, importance=1.0):
@@ -53,7 +53,7 @@ def test_rows_are_as_strong_as_they_were(name, weighted, weight):
     assert squares[1] < 1.08 * squares[0], "what it costs in squared error"
 
 
-@pytest.mark.parametrize("name", [name for name in TYPES if len(QTYPES[name].factors) == 2])
+@pytest.mark.parametrize("name", [name for name in TYPES if len(QTYPES[name].block.factors) == 2])
 def test_types_with_minima_keep_the_sums_of_rows(name, weight):
     qtype = QTYPES[name]
     weight += 0.01

@@ -21,7 +21,7 @@ def test_iq4_nl_blocks(libggml: LibGGML) -> None:
     packed = pack_iq4_nl(D, codes)
     expected = (D[:, None] * LEVELS[codes]).numpy()
     assert_same_bits(libggml.dequantize("IQ4_NL", packed.numpy()), expected)
-    assert_same_bits(QTYPES["IQ4_NL"].decode(packed).numpy(), expected)
+    assert_same_bits(QTYPES["IQ4_NL"].dequantize_blocks(packed).numpy(), expected)
 
 
 def test_iq4_xs_blocks(libggml: LibGGML) -> None:
@@ -29,4 +29,4 @@ def test_iq4_xs_blocks(libggml: LibGGML) -> None:
     packed = pack_iq4_xs(D, scales, codes)
     expected = ((D[:, None] * scales)[:, :, None] * LEVELS[codes].view(N, 8, 32)).view(N, 256).numpy()
     assert_same_bits(libggml.dequantize("IQ4_XS", packed.numpy()), expected)
-    assert_same_bits(QTYPES["IQ4_XS"].decode(packed).numpy(), expected)
+    assert_same_bits(QTYPES["IQ4_XS"].dequantize_blocks(packed).numpy(), expected)

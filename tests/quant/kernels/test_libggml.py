@@ -13,6 +13,10 @@ from wanquant.quant.kernels.optional import OptionalPath
 from wanquant.testing.libggml import LibGGML, load
 from wanquant.tests.quant.samples import WEIGHTS, assert_same_bits, random_blocks, special_blocks, weights
 
+LEGACY_AND_K = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+DEQUANTIZED = (*LEGACY_AND_K, "IQ4_NL", "IQ4_XS", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
+QUANTIZED = (*LEGACY_AND_K, "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4")
+
 
 @pytest.fixture(scope="module")
 def oracle() -> LibGGML:
@@ -21,7 +25,7 @@ def oracle() -> LibGGML:
 
 def test_is_what_decodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(libggml, "dequantize", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(libggml, "dequantize", lambda *arguments: seen.append(arguments) or True)
     monkeypatch.setitem(op._PATHS, "cpu", OptionalPath("libggml", ""))
     QTYPES["Q4_K"].dequantize(random_blocks(QTYPES["Q4_K"], 2))
     assert len(seen) == 1
@@ -29,24 +33,24 @@ def test_is_what_decodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", libggml.FORMATS)
+@pytest.mark.parametrize("name", DEQUANTIZED)
 def test_same_bits_as_the_torch_operations(name, dtype, threads, monkeypatch: pytest.MonkeyPatch) -> None:
     quant = QTYPES[name]
-    monkeypatch.setattr(libggml, "_WEIGHTS", 5 * quant.block_size)
+    monkeypatch.setattr(libggml, "_ELEMENTS", 5 * quant.block_size)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for blocks in (random_blocks(quant, 1), random_blocks(quant, 33), special_blocks(quant)):
         weights = torch.full((len(blocks), quant.block_size), 7, dtype=dtype)
-        libggml.dequantize(quant, blocks, weights)
-        assert_same_bits(weights.float().numpy(), quant.decode(blocks).to(dtype).float().numpy())
+        assert libggml.dequantize(quant, blocks, weights)
+        assert_same_bits(weights.float().numpy(), quant.dequantize_blocks(blocks).to(dtype).float().numpy())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("name", libggml._ENCODED)
+@pytest.mark.parametrize("name", QUANTIZED)
 def test_encodes_any_part_of_a_tensor(name, kind, threads, oracle: LibGGML, monkeypatch: pytest.MonkeyPatch) -> None:
     quant = QTYPES[name]
     size = quant.block_size
-    monkeypatch.setattr(libggml, "_WEIGHTS", 5 * size)
+    monkeypatch.setattr(libggml, "_ELEMENTS", 5 * size)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     weight = torch.from_numpy(weights(kind, size))
     for part in (weight[:1, :size], weight[:3, size:], weight[:, size : 3 * size].half(), weight[:6].t().clone().t()):
@@ -67,10 +71,9 @@ def test_is_what_encodes_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert len(seen) == 1
 
 
-def test_every_format_passes_its_check() -> None:
-    assert tuple(libggml.FORMATS) == libggml._NAMES
-    assert all(map(libggml._encoder, libggml._ENCODED))
-    assert libggml._encoder("IQ4_XS") is None  # which torch operations encode faster
+def test_is_used_where_it_gives_the_same_bits_and_is_faster() -> None:
+    assert [name for name, quant in QTYPES.items() if libggml._dequantizer(quant)] == list(DEQUANTIZED)
+    assert [name for name, quant in QTYPES.items() if libggml._quantizer(quant)] == list(QUANTIZED)
 
 
 def test_a_build_that_encodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

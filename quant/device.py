@@ -1,6 +1,7 @@
-"""Memory of a device that outlives the call which takes it: tables of decoders, and kernels as they are loaded.
+"""Devices: which one is usable, and memory on one that outlives the step in which it is allocated.
 
-A host that plans the memory of a step ahead must leave these out of its plan, and says how by `allocate_within`.
+Such memory holds the tables of formats and loaded kernels. A host that plans the memory of a step ahead must leave it
+out of its plan; `allocate_within` tells this module how.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, wraps
 from typing import ParamSpec, TypeVar
+
+import torch
+
+from .errors import QuantError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +33,18 @@ def allocate_within(context: Callable[[], AbstractContextManager[object]]) -> No
     """From now on, what lasts is allocated within a context that `context` makes each time."""
     global _context
     _context = context
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device, with its index.
+
+    Raises:
+        QuantError: torch cannot allocate on it.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where it was built without CUDA
+        raise QuantError(f"device {device}: not usable here ({str(error).splitlines()[0]}); use cpu") from error
 
 
 @contextmanager

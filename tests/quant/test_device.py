@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from wanquant.quant import QTYPES, lasting
-from wanquant.quant.lasting import allocate_within, kept
+from wanquant.quant import QTYPES, device
+from wanquant.quant.device import allocate_within, kept
 
-QUANT = Path(lasting.__file__).parent
+QUANT = Path(device.__file__).parent
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def contexts() -> Iterator[list[str]]:
         yield
         seen.append("out")
 
-    before = lasting._context
+    before = device._context
     allocate_within(context)
     yield seen
     allocate_within(before)
