@@ -78,7 +78,8 @@ def write_model(path: Path, size: Any) -> None:
     import torch
 
     from wanquant.bench.sizes import Source
-    from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+    from wanquant.quant.gguf.layout import TensorSpec
+    from wanquant.quant.gguf.writer import GGUFWriter
     from wanquant.quant.plan.recipe import find_recipe, plan
     from wanquant.quant.plan.wan_shapes import transformer_shapes
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..quant.gguf.writer import GGUFWriter, TensorSpec
+from ..quant.gguf.layout import TensorSpec
+from ..quant.gguf.writer import GGUFWriter
 from ..quant.plan.wan_shapes import SIZES, Shape, transformer_shapes
 from ..quant.qtype import QTYPES
 from ..testing.host_shims import install

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..quant.gguf.writer import TensorSpec
+from ..quant.gguf.layout import TensorSpec
 from ..quant.plan.recipe import RECIPES, Recipe, plan
 from ..quant.plan.wan_shapes import SIZES, wan_shapes
 

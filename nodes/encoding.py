@@ -14,8 +14,8 @@ from server import PromptServer
 
 from .. import quant
 from ..quant.conversion.convert import ConversionReport
-from ..quant.conversion.stream import Progress
 from ..quant.plan.recipe import RECIPES
+from ..quant.progress import Progress
 from ..quant.statistics.importance import Importance
 from .folders import IMPORTANCE, MODELS, NONE, destinations
 from .pictures import picture_tensor, text_and_picture
@@ -142,6 +142,9 @@ def _tell(running: ExecutionContext | None, text: str) -> None:
 
 def shown(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:
     """What `report_outputs` declares, and the same below the node."""
-    picture, summary = picture_tensor(report.image()), report.text()
+    # Only pictures need matplotlib, which takes a while to load.
+    from ..quant.inspection.report_chart import draw
+
+    picture, summary = picture_tensor(draw(report)), report.text()
     say(summary.partition("\n")[0])
     return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, node))

@@ -40,6 +40,9 @@ class WanQuantInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str) -> io.NodeOutput:
+        # Only pictures need matplotlib, which takes a while to load.
+        from ..quant.inspection.report_chart import draw
+
         report = inspect(model_path(GGUF, model_name))
-        text, picture = report.text(), picture_tensor(report.image())
+        text, picture = report.text(), picture_tensor(draw(report))
         return io.NodeOutput(text, picture, ui=text_and_picture(text, picture, cls))

@@ -16,11 +16,12 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from .conversion.batch import plan_batch
 from .conversion.convert import ConversionReport, convert_all
 from .conversion.restore import DTYPES, restore
-from .conversion.stream import Progress
+from .conversion.settings import Settings
 from .errors import QuantError
 from .inspection.report import inspect
 from .inspection.verify import verify
 from .plan.recipe import RECIPES
+from .progress import Progress
 from .qtype import Effort
 from .recovery.recovery_lora import recover
 from .statistics.calibration_file import read_calibration
@@ -183,21 +184,19 @@ def _convert(options: argparse.Namespace) -> Report:
     importance: Importance | None = None
     if options.imatrix or options.calibrate:
         importance = read_importance(options.imatrix) if options.imatrix else read_calibration(options.calibrate)
+    settings = Settings(
+        options.effort,
+        importance,
+        options.device,
+        options.overwrite,
+        options.patch_embedding == "5d",
+        options.allow_non_finite,
+        options.modules,
+    )
     reports: list[ConversionReport] = []
-    for source, jobs in batch.items():
+    for source, targets in batch.items():
         with _bar() as progress:
-            reports += convert_all(
-                source,
-                jobs,
-                effort=options.effort,
-                importance=importance,
-                device=options.device,
-                overwrite=options.overwrite,
-                five_d=options.patch_embedding == "5d",
-                allow_non_finite=options.allow_non_finite,
-                modules=options.modules,
-                progress=progress,
-            )
+            reports += convert_all(source, targets, settings, progress=progress)
     return reports[0] if len(reports) == 1 else Reports(reports)
 
 

@@ -17,15 +17,22 @@ HOST = {"comfy", "comfy_api", "comfy_aimdo", "comfy_execution", "comfy_kitchen",
 LOWER_LAYERS = {"quant": set(), "ops": {"quant"}, "nodes": {"quant", "ops"}}
 
 
-def imports(path: Path) -> list[tuple[int, str]]:
+def imports(path: Path, *, typing: bool = True) -> list[tuple[int, str]]:
     """(level, module) of every import in the file, `from . import x` giving (1, "x")."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    found, tree = [], ast.parse(path.read_text())
+    only_typing = {id(inner) for node in ast.walk(tree) if _is_typing(node) for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if not typing and id(node) in only_typing:
+            continue
         if isinstance(node, ast.Import):
             found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             found += [(node.level, node.module)] if node.module else [(node.level, a.name) for a in node.names]
     return found
+
+
+def _is_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -40,6 +47,39 @@ def test_dependencies_point_one_way(path):
             assert layer == "nodes" or top != "folder_paths", f"{module}: only nodes know the host's folders"
         elif level > depth:
             assert top in LOWER_LAYERS[layer], f"{layer} must not import {module}"
+
+
+# From the ground up: each imports what stands before it.
+FLOORS = {
+    "quant": (
+        *("errors", "units", "progress", "device", "formats", "encoders", "kernels", "qtype", "torch_op", "files"),
+        *("gguf", "sources", "plan", "statistics", "inspection", "conversion", "recovery", "__init__", "__main__"),
+    ),
+    "ops": (
+        *("__init__", "host_version", "host", "packed", "host_check", "conditioning", "latents", "loading"),
+        *("lean", "budget", "collect_importance", "merged_source"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in MODULES if "nodes" not in path.parts], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_folders_import_what_stands_below_them(path):
+    layer, *inside = path.relative_to(ROOT).with_suffix("").parts
+    floors = FLOORS[layer]
+    for level, module in imports(path, typing=False):
+        if 0 < level <= len(inside):  # within the layer
+            target = (*inside[: len(inside) - level], *module.split("."))[0]
+            assert floors.index(target) <= floors.index(inside[0]), f"{inside[0]} must not import {target}"
+
+
+def test_every_folder_says_what_it_is_and_imports():
+    for layer, floors in FLOORS.items():
+        for folder in (path for path in (ROOT / layer).iterdir() if path.is_dir() and path.name != "__pycache__"):
+            assert folder.name in floors
+            what, _, may = (ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or "").split("\n")
+            assert what.endswith(".") and may.startswith("It imports ")
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..errors import QuantError
 from ..sources.checkpoint import open_checkpoint
 from ..sources.opening import shard_of
-from .job import Job
+from .settings import Target
 
 
 def plan_batch(
@@ -18,38 +18,37 @@ def plan_batch(
     destination: Path,
     recipes: Sequence[str],
     target_size: float | None = None,
-    modules: Sequence[Path] = (),
-) -> dict[Path, list[Job]]:
+    add_ons: Sequence[Path] = (),
+) -> dict[Path, list[Target]]:
     """The files to make of each source, which are all looked into before the first is converted.
 
     Args:
         source: a file or folder, or a pattern that matches several files.
-        destination: a .gguf file, or a folder for one or several, named after source, modules and recipe
-            or size.
+        destination: a .gguf file, or a folder for one or several, named after source, add-ons and recipe or size.
         target_size: GiB, which count instead of the recipes.
-        modules: files that are merged onto each source.
+        add_ons: files that are merged onto each source.
 
     Raises:
         QuantError: no source, one that cannot be opened, or several results for one file.
     """
     sources, is_folder = _matching(source), destination.is_dir()
-    jobs = {recipe: Job(destination, recipe) for recipe in recipes}
+    targets = {recipe: Target(destination, recipe) for recipe in recipes}
     if target_size is not None:
-        jobs = {f"{target_size:g}GiB": Job(destination, target_size=target_size)}
-    count = len(sources) * len(jobs)
+        targets = {f"{target_size:g}GiB": Target(destination, target_size=target_size)}
+    count = len(sources) * len(targets)
     if count > 1 and not is_folder:
         raise QuantError(f"{destination}: not a folder, and {count} files are to be made; give a folder that exists")
-    batch: dict[Path, list[Job]] = {}
+    batch: dict[Path, list[Target]] = {}
     stems: dict[str, Path] = {}
     for path in sources:
-        with open_checkpoint(path, modules):
-            stem = "-".join(shard_of(part)[0] for part in (path, *modules))
+        with open_checkpoint(path, add_ons):
+            stem = "-".join(shard_of(part)[0] for part in (path, *add_ons))
         other = stems.setdefault(stem, path)
         if other is not path:
             raise QuantError(f"{destination / stem}: the name for {other} and for {path}; convert these one by one")
         batch[path] = [
-            replace(job, destination=destination / f"{stem}-{mark}.gguf") if is_folder else job
-            for mark, job in jobs.items()
+            replace(target, destination=destination / f"{stem}-{mark}.gguf") if is_folder else target
+            for mark, target in targets.items()
         ]
     return batch
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ..device import usable_device
 from ..files.disk_space import leftovers
-from ..gguf.provenance import FIVE_D, SOURCE_MTIME
-from ..gguf.writer import GGUFWriter, TensorSpec
-from ..inspection.report import GIB, FileReport, inspect
-from ..plan.recipe import Fallback, Plan
+from ..inspection.report import FileReport, inspect
+from ..plan.recipe import Fallback
+from ..progress import Progress
 from ..qtype import Effort
 from ..sources.checkpoint import Checkpoint, open_checkpoint
 from ..statistics.importance import check_importance
-from .job import Job, is_up_to_date, job_metadata
-from .planning import plan_jobs, plan_of_reused
+from ..units import GIB
+from .output import Output
+from .planning import plan_outputs
 from .resources import check_resources
-from .stream import Progress, Stream
+from .settings import Settings, Target
+from .stream import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -111,89 +111,52 @@ def convert(
         QuantError: an unusable source, destination, recipe, size or device, the importance of another model, or less
             disk or main memory than it takes.
     """
-    (report,) = convert_all(
-        source,
-        [Job(Path(destination), recipe, target_size)],
-        effort=effort,
-        importance=importance,
-        device=device,
-        overwrite=overwrite,
-        five_d=five_d,
-        allow_non_finite=allow_non_finite,
-        modules=modules,
-        progress=progress,
-    )
+    settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, modules)
+    (report,) = convert_all(source, [Target(Path(destination), recipe, target_size)], settings, progress=progress)
     return report
 
 
 def convert_all(
     source: str | Path | Checkpoint,
-    jobs: Sequence[Job],
+    targets: Sequence[Target],
+    settings: Settings,
     *,
-    effort: Effort = "best",
-    importance: Mapping[str, Tensor] | None = None,
-    device: str | torch.device = "cpu",
-    overwrite: bool = False,
-    five_d: bool = False,
-    allow_non_finite: bool = False,
-    modules: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> list[ConversionReport]:
-    """Like `convert`, for several files in one pass over the source."""
+    """Make several files in one pass over the source, as `convert` makes one.
+
+    Raises:
+        QuantError: as `convert`.
+    """
     started = time.monotonic()
-    device = usable_device(device)
-    with source if isinstance(source, Checkpoint) else open_checkpoint(source, modules) as checkpoint:
-        checkpoint = checkpoint.allowing_non_finite() if allow_non_finite else checkpoint
-        for job in jobs:
-            _check_paths(checkpoint.path, job.destination)
-        doubts = check_importance(importance, checkpoint.tensors)
-        warnings = (*leftovers([job.destination for job in jobs]), *_lossy(checkpoint), *doubts)
+    device = usable_device(settings.device)
+    with source if isinstance(source, Checkpoint) else open_checkpoint(source, settings.add_ons) as checkpoint:
+        checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
+        doubts = check_importance(settings.importance, checkpoint.tensors)
+        outputs = [Output.of(target, checkpoint, settings) for target in targets]
+        warnings = (*leftovers([target.destination for target in targets]), *_lossy(checkpoint), *doubts)
         for warning in warnings:
             _log.warning(warning)
-        metadata = {job: job_metadata(checkpoint, job, effort, importance, five_d) for job in jobs}
-        new = {job: of_file for job, of_file in metadata.items() if not _is_done(checkpoint, job, of_file, overwrite)}
-        plans = {job: plan_of_reused(checkpoint, job) for job in jobs if job not in new}
-        stream = Stream(checkpoint, effort, importance or {}, device, progress)
+        stream = Stream(checkpoint, settings, device, progress)
         with checkpoint.file.glancing():
-            plans |= plan_jobs(stream, new)
-        writers = [_writer(checkpoint, job, of_file, plans[job], overwrite) for job, of_file in new.items()]
+            plans = plan_outputs(stream, outputs)
+        planned = zip(outputs, plans, strict=True)
+        writers = [output.writer(plan, checkpoint, settings) for output, plan in planned if not output.reused]
         check_resources(checkpoint, writers)
-        paths = dict(zip(new, stream.write(writers) if new else (), strict=True))
+        written = iter(stream.write(writers) if writers else ())
     seconds = time.monotonic() - started
     return [
         ConversionReport(
-            **vars(inspect(paths.get(job, job.destination))),
+            **vars(inspect(output.target.destination if output.reused else next(written))),
             source=checkpoint.path,
             source_bytes=checkpoint.identity.size,
-            fallbacks=plans[job].fallbacks,
+            fallbacks=plan.fallbacks,
             warnings=(*warnings, *_zeroed(checkpoint)),
             seconds=seconds,
-            reused=job not in paths,
+            reused=output.reused,
         )
-        for job in jobs
+        for output, plan in zip(outputs, plans, strict=True)
     ]
-
-
-def _is_done(checkpoint: Checkpoint, job: Job, metadata: Mapping[str, Any], overwrite: bool) -> bool:
-    """Whether the file is there already; any other file there is refused."""
-    if not job.destination.exists():
-        return False
-    done = is_up_to_date(job.destination, checkpoint, metadata)
-    if not done and not overwrite:
-        raise QuantError(f"{job.destination}: exists, made in another way; choose another name or allow overwriting")
-    return done
-
-
-def _writer(
-    checkpoint: Checkpoint, job: Job, metadata: Mapping[str, Any], planned: Plan, overwrite: bool
-) -> GGUFWriter:
-    destination, shapes = job.destination, checkpoint.tensors
-    if destination.exists() and not _is_replaceable(destination):
-        _log.warning("%s is in use by a program: the new file gets a name beside it", destination)
-    specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in planned.types.items()]
-    # A source in memory has no time that tells it from another one; what is zeroed is found by reading everything.
-    resume = int(metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
-    return GGUFWriter(destination, metadata, specs, overwrite=overwrite, five_d=metadata[FIVE_D], resume=resume)
 
 
 def _lossy(checkpoint: Checkpoint) -> list[str]:
@@ -204,26 +167,3 @@ def _lossy(checkpoint: Checkpoint) -> list[str]:
 def _zeroed(checkpoint: Checkpoint) -> list[str]:
     names = sorted(checkpoint.zeroed or ())
     return [f"NaN or infinity became 0 in {len(names)} tensors, the first is {names[0]}"] if names else []
-
-
-def _check_paths(source: Path, destination: Path) -> None:
-    if destination.suffix.lower() != ".gguf":
-        raise QuantError(f"{destination}: not a .gguf name; choose a destination that ends in .gguf")
-    if source.exists() and destination.exists() and source.samefile(destination):
-        raise QuantError(f"{destination}: is the source itself; choose another destination")
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch raises AssertionError where it was built without CUDA
-        raise QuantError(f"device {device}: not usable here ({str(error).splitlines()[0]}); use cpu") from error
-
-
-def _is_replaceable(path: Path) -> bool:
-    """Whether Windows would let the file be replaced: not while a program has it mapped."""
-    try:
-        os.replace(path, path)
-    except PermissionError:
-        return False
-    return True

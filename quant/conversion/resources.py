@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from ..errors import QuantError
 from ..files.disk_space import check_space
 from ..gguf.writer import GGUFWriter
-from ..inspection.report import GIB
 from ..sources.checkpoint import Checkpoint
+from ..units import GIB
 
 # Slices on their way and the search for their least error, with a calibration; `bench convert` measures less.
 _ENCODING_BYTES = 1 << 28

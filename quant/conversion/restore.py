@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,21 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
-from ..files.safetensors_header import safetensors_header
+from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.sentencepiece import SPIECE_KEY
 from ..gguf.provenance import source_metadata
-from ..inspection.report import GIB
+from ..progress import Progress
 from ..sources.attention import preference_tensors, without_preferences
 from ..sources.files import SourceFiles
 from ..sources.layers import source_tensors
-from ..sources.opening import Opened, open_files
+from ..sources.opening import open_files
 from ..sources.t5 import SPIECE_TENSOR, transformers_name
 from ..sources.tensors import SourceTensor
-from .stream import Progress
+from ..units import GIB
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
-_NAMES = {torch.uint8: "U8"} | {dtype: name for name, dtype in DTYPES.items()}
-_SLICE_WEIGHTS = 1 << 22
+_SLICE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -85,64 +84,40 @@ def restore(
     try:
         if not opened.is_gguf:
             raise QuantError(f"{source}: not a GGUF; only GGUF files are restored")
-        content = _Content(opened, DTYPES[dtype.upper()])
-        path = content.write(destination, overwrite, progress)
+        weights = [_restored(tensor, DTYPES[dtype.upper()]) for tensor in source_tensors(opened.tensors, {})]
+        content = _content(weights, opened.metadata)
+        with AtomicFile(destination, content.nbytes, overwrite=overwrite) as file:
+            content.write(file, progress)
+            for part in opened.files:
+                part.identity.check_unchanged()
+            path = file.commit()
     finally:
         SourceFiles(opened.files).close()
     seconds = time.monotonic() - started
-    return Restoration(source, path, content.nbytes, dtype.upper(), len(content.weights), seconds)
+    return Restoration(source, path, content.nbytes, dtype.upper(), len(weights), seconds)
 
 
-class _Content:
-    """What the file will hold."""
-
-    def __init__(self, opened: Opened, dtype: torch.dtype) -> None:
-        self.files = opened.files
-        self.weights = [_Weight(tensor, dtype) for tensor in source_tensors(opened.tensors, {})]
-        spiece, metadata = opened.metadata.get(SPIECE_KEY), source_metadata(opened.metadata)
-        tokenizer = {} if spiece is None else {SPIECE_TENSOR: torch.from_numpy(np.array(spiece, np.uint8))}
-        self.bytes = tokenizer | preference_tensors(metadata)
-        self.header = _header(self.weights, self.bytes, without_preferences(metadata))
-        data_bytes = sum(w.nbytes for w in self.weights) + sum(t.nbytes for t in self.bytes.values())
-        self.nbytes = len(self.header) + data_bytes
-
-    def write(self, destination: Path, overwrite: bool, progress: Progress | None) -> Path:
-        with AtomicFile(destination, self.nbytes, overwrite=overwrite) as file:
-            file.write(self.header)
-            done = len(self.header)
-            for weight in self.weights:
-                for piece in weight.pieces():
-                    file.write(piece.view(torch.uint8).numpy().data)
-                    done += piece.nbytes
-                    if progress is not None:
-                        progress(done, self.nbytes, weight.name)
-            for tensor in self.bytes.values():
-                file.write(tensor.numpy().data)
-            for part in self.files:
-                part.identity.check_unchanged()
-            return file.commit()
+def _content(weights: Sequence[StreamedTensor], gguf_metadata: Mapping[str, Any]) -> SafetensorsContent:
+    """Return the weights, then the tokenizer and the attention preferences."""
+    spiece, metadata = gguf_metadata.get(SPIECE_KEY), source_metadata(gguf_metadata)
+    tokenizer = {} if spiece is None else {SPIECE_TENSOR: torch.from_numpy(np.array(spiece, np.uint8))}
+    extras = (tokenizer | preference_tensors(metadata)).items()
+    return SafetensorsContent(
+        (*weights, *(StreamedTensor.whole(*extra) for extra in extras)), without_preferences(metadata)
+    )
 
 
-class _Weight:
-    """One tensor on its way out."""
+def _restored(tensor: SourceTensor, quantized: torch.dtype) -> StreamedTensor:
+    """Return the tensor in its own dtype, or in `quantized` if it was quantized."""
+    name, dtype = transformers_name(tensor.name), tensor.dtype if tensor.stored in DTYPES else quantized
 
-    def __init__(self, tensor: SourceTensor, dtype: torch.dtype) -> None:
-        self.tensor = tensor
-        self.name = transformers_name(tensor.name)
-        self.dtype = tensor.dtype if tensor.stored in DTYPES else dtype
-        self.nbytes = math.prod(tensor.shape) * self.dtype.itemsize
-
-    def pieces(self) -> Iterator[Tensor]:
-        total = math.prod(self.tensor.shape)
-        for start in range(0, total, _SLICE_WEIGHTS):
-            values = self.tensor.read(start, min(start + _SLICE_WEIGHTS, total))
-            piece = values.to(self.dtype)
-            if self.dtype == torch.float16 and bool((piece.isinf() & ~values.isinf()).any()):
-                raise QuantError(f"tensor {self.name}: has values beyond the range of F16; choose BF16 or F32")
+    def pieces() -> Iterator[Tensor]:
+        total = math.prod(tensor.shape)
+        for start in range(0, total, _SLICE_ELEMENTS):
+            values = tensor.read(start, min(start + _SLICE_ELEMENTS, total))
+            piece = values.to(dtype)
+            if dtype == torch.float16 and bool((piece.isinf() & ~values.isinf()).any()):
+                raise QuantError(f"tensor {name}: has values beyond the range of F16; choose BF16 or F32")
             yield piece
 
-
-def _header(weights: list[_Weight], more: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    tensors = [(weight.name, _NAMES[weight.dtype], weight.tensor.shape, weight.nbytes) for weight in weights]
-    tensors += [(name, _NAMES[tensor.dtype], tuple(tensor.shape), tensor.nbytes) for name, tensor in more.items()]
-    return safetensors_header(tensors, metadata)
+    return StreamedTensor(name, dtype, tensor.shape, pieces)

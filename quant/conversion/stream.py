@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -18,16 +18,15 @@ from torch import Tensor
 from ..errors import QuantError
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from ..gguf.writer import GGUFWriter
+from ..progress import Progress
 from ..qtype import Effort, QuantType
 from ..sources.checkpoint import Checkpoint, SourceTensor
 from .layer_encoder import Inputs
-
-Progress = Callable[[int, int, str], None]
-"""Called with source bytes done, source bytes in all and the tensor's name; may raise anything to stop."""
+from .settings import Settings
 
 # Bounds the float32 temporaries of a slice and the time between two reports; accelerators prefer few launches.
-_SLICE_WEIGHTS = {"cpu": 1 << 20}
-_SLICE_WEIGHTS_DEFAULT = 1 << 23
+_SLICE_ELEMENTS = {"cpu": 1 << 20}
+_SLICE_ELEMENTS_DEFAULT = 1 << 23
 
 
 class Slice(NamedTuple):
@@ -42,8 +41,8 @@ class Slice(NamedTuple):
 
 
 @dataclass
-class Output:
-    """A file being written, and the squared error of the tensor at hand."""
+class OpenFile:
+    """A file being written, and the squared error of its current tensor."""
 
     writer: GGUFWriter
     errors: list[float] = field(init=False)
@@ -55,7 +54,7 @@ class Output:
         self._kept = {spec.name for spec in self.writer.tensors[: len(self.errors)]}
 
     def holds(self, name: str) -> bool:
-        """Whether a killed job wrote this tensor already."""
+        """Return whether a killed conversion wrote this tensor already."""
         return name in self._kept
 
     def encode(self, part: Slice, qtype: QuantType, inputs: Inputs, effort: Effort) -> Tensor:
@@ -88,22 +87,25 @@ class Stream:
     """One source on its way through the encoders."""
 
     checkpoint: Checkpoint
-    effort: Effort
-    importance: Mapping[str, Tensor]
+    settings: Settings
     device: torch.device
     progress: Progress | None
     done_bytes: int = 0
 
+    @property
+    def importance(self) -> Mapping[str, Tensor]:
+        return self.settings.importance or {}
+
     def write(self, writers: Iterable[GGUFWriter]) -> list[Path]:
         """Writes all tensors to all files; returns the paths that these got."""
         with ExitStack() as stack:
-            outputs = [Output(stack.enter_context(writer)) for writer in writers]
+            files = [OpenFile(stack.enter_context(writer)) for writer in writers]
             # Entered last, so left first: no thread writes to a file that is being closed.
             pool = stack.enter_context(ThreadPoolExecutor(1))
-            self._encode(outputs, pool)
+            self._encode(files, pool)
             self.checkpoint.identity.check_unchanged()
             sha256 = self.checkpoint.file.sha256()
-            return [output.writer.close(_final_metadata(output, sha256)) for output in outputs]
+            return [file.writer.close(_final_metadata(file, sha256)) for file in files]
 
     def fits_f16(self, tensor: SourceTensor) -> bool:
         largest = torch.finfo(torch.float16).max
@@ -130,13 +132,13 @@ class Stream:
         if self.progress is not None:
             self.progress(self.done_bytes, self.checkpoint.nbytes, tensor.name)
 
-    def _encode(self, outputs: list[Output], pool: ThreadPoolExecutor) -> None:
-        specs = [{spec.name: spec.qtype for spec in output.writer.tensors} for output in outputs]
+    def _encode(self, files: list[OpenFile], pool: ThreadPoolExecutor) -> None:
+        specs = [{spec.name: spec.qtype for spec in file.writer.tensors} for file in files]
         signal = 0.0
         inputs_of = lru_cache(1)(self._inputs_of)  # of the tensor at hand, for all its slices
         missing = []
         for tensor in self.checkpoint.tensors.values():
-            if all(output.holds(tensor.name) for output in outputs):
+            if all(file.holds(tensor.name) for file in files):
                 self.report(tensor, tensor.nbytes)
             else:
                 missing.append(tensor)
@@ -144,16 +146,16 @@ class Stream:
             for part in slices:
                 name = part.tensor.name
                 signal += self._energy(part)
-                for output, types in zip(outputs, specs, strict=True):
-                    if output.holds(name):
+                for file, types in zip(files, specs, strict=True):
+                    if file.holds(name):
                         continue
-                    output.write(pool, name, output.encode(part, types[name], inputs_of(name), self.effort))
+                    file.write(pool, name, file.encode(part, types[name], inputs_of(name), self.settings.effort))
                     if part.is_last:
-                        output.end_tensor(pool, signal)
+                        file.end_tensor(pool, signal)
                 signal = 0.0 if part.is_last else signal
                 self.report(part.tensor, part.weight.numel() * part.tensor.dtype.itemsize)
-        for output in outputs:
-            output.wait()
+        for file in files:
+            file.wait()
 
     def _inputs_of(self, name: str) -> Inputs:
         return Inputs.of(self.importance, name).to(self.device)
@@ -172,7 +174,7 @@ class Stream:
         for tensor in tensors:
             columns = tensor.shape[-1]
             rows = math.prod(tensor.shape) // columns
-            step = max(1, _SLICE_WEIGHTS.get(self.device.type, _SLICE_WEIGHTS_DEFAULT) // columns)
+            step = max(1, _SLICE_ELEMENTS.get(self.device.type, _SLICE_ELEMENTS_DEFAULT) // columns)
             for start in range(0, rows, step):
                 yield tensor, start, min(start + step, rows)
 
@@ -183,6 +185,6 @@ class Stream:
         return Slice(tensor, weight, tensor.read_packed(first, last), last == math.prod(tensor.shape))
 
 
-def _final_metadata(output: Output, sha256: str) -> dict[str, Any]:
-    errors = np.array(output.errors, np.float32)
-    return {RELATIVE_ERROR: errors, SOURCE_SHA256: sha256, DATA_SHA256: output.writer.sha256}
+def _final_metadata(file: OpenFile, sha256: str) -> dict[str, Any]:
+    errors = np.array(file.errors, np.float32)
+    return {RELATIVE_ERROR: errors, SOURCE_SHA256: sha256, DATA_SHA256: file.writer.sha256}

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import QuantError
+from ..units import GIB
 from .file_lock import try_lock
 
-_GIB = 1 << 30
 # Of all that is written in this way; other programs leave other files.
 _SUFFIXES = (".gguf", ".safetensors")
 
@@ -38,7 +38,7 @@ def check_space(nbytes: Mapping[Path, int]) -> None:
         if free < needed:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             raise QuantError(
-                f"{paths[0]}{more}: {needed / _GIB:.2f} GiB needed, {free / _GIB:.2f} GiB free in the folder;"
+                f"{paths[0]}{more}: {needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free in the folder;"
                 + "; ".join((" free some space or choose another folder", *leftovers(paths)))
             )
 
@@ -55,5 +55,5 @@ def _told(temporary: Path) -> str:
     with suppress(OSError), open(temporary, "rb") as file:
         if try_lock(file):
             name, size = temporary.stem[1:], os.fstat(file.fileno()).st_size
-            return f"{temporary}: {size / _GIB:.2f} GiB of a job that was killed; make {name} again or delete this file"
+            return f"{temporary}: {size / GIB:.2f} GiB of a job that was killed; make {name} again or delete this file"
     return ""

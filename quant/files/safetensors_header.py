@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,18 +57,6 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[Entry]]:
     )
     _check_coverage(path, entries, data_start, file_bytes)
     return metadata, entries
-
-
-def safetensors_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a file with tensors of these names, dtypes, shapes and bytes, padded as the format wants it."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
-    end = 0
-    for name, dtype, shape, nbytes in tensors:
-        begin, end = end, end + nbytes
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:

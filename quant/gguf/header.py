@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import QuantError
+from ..files.shards import Shard
 from ..qtype import QuantType, qtype_of
 from .values import HeaderReader
 
@@ -31,7 +32,6 @@ _MAX_DIMS = 5
 _MAX_ORIG_DIMS = 8
 _MIN_TENSOR_INFO_BYTES = 24
 _MIN_METADATA_BYTES = 13
-_SPLIT_NAME = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf")
 _LOOKALIKES = (
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page, so the download failed; download it again"),
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer; run `git lfs pull` or download the file itself"),
@@ -152,14 +152,15 @@ def alignment_of(metadata: Mapping[str, Any], path: Path) -> int:
 
 
 def _part_paths(path: Path) -> list[Path]:
-    match = _SPLIT_NAME.fullmatch(path.name)
-    if match is None:
+    shard = Shard.parse(path.name)
+    if shard is None or shard.suffix != ".gguf":
         return [path]
-    count = int(match["count"])
-    paths = [path.with_name(f"{match['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    paths = shard.series(path.parent)
     missing = next((part for part in paths if not part.exists()), None)
     if missing is not None:
-        raise QuantError(f"{missing}: missing, one of the {count} parts of this model; put all parts into one folder")
+        raise QuantError(
+            f"{missing}: missing, one of the {shard.total} parts; put all parts of this model into one folder"
+        )
     return paths or [path]
 
 

@@ -28,7 +28,7 @@ SOURCE_SHA256 = "wanquant.source_sha256"
 SOURCE_MTIME = "wanquant.source_mtime_ns"
 
 _SOURCE_METADATA = "wanquant.source_metadata."
-_SAME_JOB = ("version", "recipe", "target_size", "effort", "importance", "five_d", "source_name", "source_size")
+_IDENTIFYING = ("version", "recipe", "target_size", "effort", "importance", "five_d", "source_name", "source_size")
 
 
 def source_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -54,10 +54,10 @@ def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
     return digest.hexdigest()
 
 
-def is_same_job(existing: Mapping[str, Any], job: Mapping[str, Any]) -> bool:
-    """Whether a file's metadata names the same source file, by name and size, and the same settings as `job`."""
-    same = (*(f"wanquant.{name}" for name in _SAME_JOB), NON_FINITE, CALIBRATED)
-    return all(existing.get(key) == job.get(key) for key in same)
+def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a file's metadata names the same source file, by name and size, and the same settings as `wanted`."""
+    same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED)
+    return all(existing.get(key) == wanted.get(key) for key in same)
 
 
 def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:

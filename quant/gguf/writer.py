@@ -1,63 +1,38 @@
-"""Writes GGUF v3 files tensor by tensor; the destination appears complete or not at all.
-
-Source: ggml docs/gguf.md. Flattening: stable-diffusion.cpp core/ggml_extend.hpp Conv3d and model_io/gguf_reader_ext.h
-@ 97d2990 read leading dimensions merged into one; city96/ComfyUI-GGUF loader.py get_orig_shape @ 001ffcf undoes it.
-"""
+"""GGUFWriter: writes GGUF files tensor by tensor; the destination appears complete or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
 from ..files.journal import Entry, Journal
-from ..qtype import QuantType
-from .header import ORIG_SHAPE_KEY, alignment_of
-from .values import pack_metadata, pack_name
+from .layout import FileLayout, TensorSpec
 
 _log = logging.getLogger(__name__)
 
-_MAX_DIMS = 4
 _READ_BYTES = 16 << 20
-# GGML_MAX_NAME as ComfyUI's GGUF tools and stable-diffusion.cpp build it, less the terminating zero.
-_MAX_NAME_BYTES = 127
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written: `shape` is the model's, in torch's order."""
-
-    name: str
-    qtype: QuantType
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.qtype.packed_shape(self.shape or (1,)))
 
 
 class GGUFWriter:
     """A context manager that writes declared tensors in their order.
 
-    Tensors of more than 4 dimensions are stored with the leading ones merged and their shape in
-    `comfy.gguf.orig_shape.<name>`; `five_d` stores them as they are, which WanVideoWrapper needs and llama.cpp refuses.
     Leaving the `with` block normally closes the writer; leaving it by any exception leaves nothing on disk. If the
-    process is killed instead, the tensors that `record` was told of stay beside `path`. With `resume`, the next writer
-    of the same metadata and tensors keeps them: `recorded` has their relative errors, and the others are to be written.
+    process is killed instead, the tensors given to `record` stay beside `path`. With `resume`, the next writer of the
+    same metadata and tensors keeps them: `recorded` has their relative errors, and only the others are to be written.
+
+    Args:
+        five_d: see `FileLayout`.
 
     Raises:
         QuantError: names, shapes or metadata cannot be stored; on entering, what `AtomicFile` raises.
@@ -73,13 +48,9 @@ class GGUFWriter:
         five_d: bool = False,
         resume: bool = False,
     ) -> None:
-        self.path, self.tensors = Path(path), tuple(tensors)
-        self._check_tensors()
-        self._alignment = alignment_of(metadata, self.path)
-        self._stored_shapes = [spec.shape if five_d else _flattened(spec.shape) for spec in self.tensors]
-        self._metadata = {**metadata, **self._orig_shapes()}
-        self._header = self._pack_header(self._metadata)
-        self.nbytes = len(self._header) + sum(self._padded(spec.nbytes) for spec in self.tensors)
+        self._layout = FileLayout(path, metadata, tensors, five_d=five_d)
+        self.path, self.tensors = self._layout.path, self._layout.tensors
+        self.nbytes = self._layout.nbytes
         """Size of the finished file."""
         self.recorded: list[float] = []
         self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite, resume=resume)
@@ -130,7 +101,7 @@ class GGUFWriter:
             raise self._misfit(spec, packed)
         self._append(packed.cpu().contiguous().numpy().data)
         if self._n_bytes == spec.nbytes:
-            self._append(bytes(self._padded(spec.nbytes) - spec.nbytes))
+            self._append(bytes(self._layout.padded(spec.nbytes) - spec.nbytes))
             self._n_written, self._n_bytes = self._n_written + 1, 0
 
     def record(self, relative_error: float) -> None:
@@ -150,7 +121,8 @@ class GGUFWriter:
         if self._n_written < len(self.tensors):
             raise QuantError(f"{self.path}: {self._n_written} of {len(self.tensors)} tensors written; write all first")
         if metadata:
-            self._rewrite_header(metadata)
+            self._file.rewind()
+            self._file.write(self._layout.header_with(metadata))
         self._is_closed = True
         return self._file.commit()
 
@@ -160,15 +132,15 @@ class GGUFWriter:
 
     def _resume(self) -> None:
         """Keeps the tensors that a killed writer recorded, as far as they are in the file as recorded."""
-        header, kept, size = self._file.read(len(self._header)), [], len(self._header)
-        if header == self._header:
+        header, kept, size = self._file.read(len(self._layout.header)), [], len(self._layout.header)
+        if header == self._layout.header:
             for entry, spec in zip(self._journal.read(), self.tensors, strict=False):
                 digest = self._digest.copy()
-                for start in range(0, self._padded(spec.nbytes), _READ_BYTES):
-                    digest.update(self._file.read(min(_READ_BYTES, self._padded(spec.nbytes) - start)))
+                for start in range(0, self._layout.padded(spec.nbytes), _READ_BYTES):
+                    digest.update(self._file.read(min(_READ_BYTES, self._layout.padded(spec.nbytes) - start)))
                 if digest.hexdigest() != entry.sha256:
                     break
-                self._digest, size = digest, size + self._padded(spec.nbytes)
+                self._digest, size = digest, size + self._layout.padded(spec.nbytes)
                 kept.append(entry)
             _log.warning("%s: resumed after %d of %d tensors", self.path, len(kept), len(self.tensors))
         elif header:
@@ -180,7 +152,7 @@ class GGUFWriter:
         else:
             self._journal.delete()
             self._file.restart(0)
-            self._file.write(self._header)
+            self._file.write(self._layout.header)
 
     def _next(self, name: str) -> TensorSpec:
         spec = self.tensors[self._n_written] if self._n_written < len(self.tensors) else None
@@ -194,45 +166,3 @@ class GGUFWriter:
             f"{self.path}: tensor {spec.name}: {packed.numel()} items of {packed.dtype}, expected {spec.nbytes} bytes"
             f" as torch.uint8; quantize it to {spec.qtype.name} {spec.shape}"
         )
-
-    def _rewrite_header(self, metadata: Mapping[str, Any]) -> None:
-        for key, value in metadata.items():
-            if len(pack_metadata({key: value})) != len(pack_metadata({key: self._metadata.get(key, "")})):
-                raise QuantError(f"{self.path}: metadata {key}: not declared, or of another size than its placeholder")
-        self._file.rewind()
-        self._file.write(self._pack_header({**self._metadata, **metadata}))
-
-    def _check_tensors(self) -> None:
-        names = set()
-        for spec in self.tensors:
-            if spec.name in names or not 0 < len(pack_name(spec.name)) - 8 <= _MAX_NAME_BYTES or 0 in spec.shape:
-                raise QuantError(
-                    f"{self.path}: tensor {spec.name!r} {spec.shape}: expected a unique name of 1 to {_MAX_NAME_BYTES}"
-                    " bytes and no dimension of size 0; rename or leave out the tensor"
-                )
-            names.add(spec.name)
-
-    def _orig_shapes(self) -> dict[str, Any]:
-        return {
-            ORIG_SHAPE_KEY + spec.name: np.array(spec.shape, np.int32)
-            for spec, stored in zip(self.tensors, self._stored_shapes, strict=True)
-            if stored != spec.shape
-        }
-
-    def _pack_header(self, metadata: Mapping[str, Any]) -> bytes:
-        infos, offset = [], 0
-        for spec, shape in zip(self.tensors, self._stored_shapes, strict=True):
-            dims = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-            infos.append(pack_name(spec.name) + dims + struct.pack("<IQ", spec.qtype.ggml_type, offset))
-            offset += self._padded(spec.nbytes)
-        head = struct.pack("<4sIQQ", b"GGUF", 3, len(self.tensors), len(metadata))
-        header = head + pack_metadata(metadata) + b"".join(infos)
-        return header.ljust(self._padded(len(header)), b"\0")
-
-    def _padded(self, nbytes: int) -> int:
-        return -(-nbytes // self._alignment) * self._alignment
-
-
-def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
-    n_merged = len(shape) - _MAX_DIMS + 1
-    return (prod(shape[:n_merged]), *shape[n_merged:]) if n_merged > 1 else shape

@@ -6,18 +6,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..gguf.header import ORIG_SHAPE_KEY, read_header
 from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
+from ..units import GIB, MIB
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-MIB, GIB = 1 << 20, 1 << 30
 _MAX_VALUE_CHARS = 80
 _WORST = 5
 
@@ -122,13 +119,6 @@ class FileReport:
             "metadata": dict(_readable(self.metadata)),
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
-
-    def image(self) -> Image:
-        """A picture of where the bytes and the errors are."""
-        # Only pictures need matplotlib, which takes a while to load.
-        from .report_chart import draw
-
-        return draw(self)
 
 
 def inspect(path: str | Path) -> FileReport:

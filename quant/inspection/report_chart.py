@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .report import GIB, MIB, FileReport, TensorSummary, sqnr_db
+from ..units import GIB, MIB
+from .report import FileReport, TensorSummary, sqnr_db
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,7 @@ from ..plan.wan_shapes import role
 from ..sources.checkpoint import SourceTensor, open_checkpoint
 from .report import sqnr_db
 
-_SLICE_WEIGHTS = 1 << 22
+_SLICE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _compare(packed: GGUFTensor, source: SourceTensor) -> TensorError:
         )
     rows = packed.data.view(-1, packed.data.shape[-1])
     columns = math.prod(packed.shape) // len(rows)
-    step = max(1, _SLICE_WEIGHTS // columns)
+    step = max(1, _SLICE_ELEMENTS // columns)
     signal = noise = 0.0
     for start in range(0, len(rows), step):
         weight = packed.qtype.dequantize(rows[start : start + step])

@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from ..errors import QuantError
-from ..gguf.writer import GGUFWriter, TensorSpec
 from ..qtype import QTYPES, QuantType
 
 
@@ -91,7 +90,7 @@ class Fallback(NamedTuple):
     reason: str
 
 
-class Plan(NamedTuple):
+class TypePlan(NamedTuple):
     """A type for every tensor, in the order of the source."""
 
     types: dict[str, QuantType]
@@ -106,7 +105,7 @@ def find_recipe(name: str) -> Recipe:
     return recipe
 
 
-def plan(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Plan:
+def plan(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
     """Gives each tensor the recipe's type, as far as its `treatment` and its rows allow."""
     types: dict[str, QuantType] = {}
     fallbacks: list[Fallback] = []
@@ -116,19 +115,7 @@ def plan(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> Plan:
         if got.name != wanted:
             reason = f"rows of {tensor.shape[-1]} weights are not a multiple of {QTYPES[wanted].block_size}"
             fallbacks.append(Fallback(name, wanted, got.name, reason))
-    return Plan(types, tuple(fallbacks))
-
-
-def predicted_size(
-    types: Mapping[str, QuantType],
-    tensors: Mapping[str, TensorInfo],
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    five_d: bool = False,
-) -> int:
-    """Bytes of the GGUF file that holds these tensors and this metadata, exactly."""
-    specs = [TensorSpec(name, qtype, tensors[name].shape) for name, qtype in types.items()]
-    return GGUFWriter("unwritten.gguf", metadata or {}, specs, five_d=five_d).nbytes
+    return TypePlan(types, tuple(fallbacks))
 
 
 def treatment(name: str, tensor: TensorInfo) -> Treatment:

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from ..gguf.header import DEFAULT_ALIGNMENT
-from ..inspection.report import GIB
 from ..qtype import QTYPES, Effort, QuantType
 from ..sources.checkpoint import SourceTensor
-from .recipe import EMBEDDING, EMBEDDING_TYPE, Plan, fitting_type, predicted_size, sixteen_bit, treatment
+from ..units import GIB
+from .file_size import header_bytes, padded_bytes
+from .recipe import EMBEDDING, EMBEDDING_TYPE, TypePlan, fitting_type, sixteen_bit, treatment
 
 _LADDER = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-# More rows would change the choice of few tensors; these take about a minute of one core at 14B.
-_SAMPLED_WEIGHTS = 1 << 16
+# More rows would change the option of few tensors; these take about a minute of one core at 14B.
+_SAMPLED_ELEMENTS = 1 << 16
 
 # Source: arXiv 2606.00957 (Wan 2.1 14B: the first two and the last three blocks) and the published NVFP4 mixes of Wan
 # (keys and values of cross attention in blocks 0 to 10), both of which measured which layers do most harm.
@@ -35,7 +35,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _EARLY_CROSS = re.compile(r"blocks\.(\d|10)\.cross_attn\.[kv](_img)?\.weight")
 
 
-class Choice(NamedTuple):
+class TypeOption(NamedTuple):
     """A type for a tensor: the bytes that it takes in the file, and its `relative_error`."""
 
     qtype: QuantType
@@ -47,23 +47,23 @@ class Choice(NamedTuple):
 class Front:
     """The types worth choosing for one tensor: rising in bytes, falling in error."""
 
-    choices: tuple[Choice, ...]
+    options: tuple[TypeOption, ...]
     """The Pareto front."""
-    corners: tuple[Choice, ...]
-    """The choices on its convex hull, which are the best ones for some price of a byte."""
+    corners: tuple[TypeOption, ...]
+    """The options on its convex hull, which are the best ones for some price of a byte."""
     raised: bool = False
     """One corner more than the error alone asks for."""
 
     @classmethod
-    def of(cls, choices: list[Choice], *, raised: bool = False) -> Front:
-        front: list[Choice] = []
-        for choice in sorted(choices, key=lambda choice: (choice.nbytes, choice.error)):
-            if not front or choice.error < front[-1].error:
-                front.append(choice)
+    def of(cls, options: list[TypeOption], *, raised: bool = False) -> Front:
+        front: list[TypeOption] = []
+        for option in sorted(options, key=lambda option: (option.nbytes, option.error)):
+            if not front or option.error < front[-1].error:
+                front.append(option)
         corners = front[:1]
         while corners[-1] is not front[-1]:
             above = front[front.index(corners[-1]) + 1 :]
-            corners.append(max(reversed(above), key=lambda choice: _price(corners[-1], choice)))
+            corners.append(max(reversed(above), key=lambda option: _price(corners[-1], option)))
         return cls(tuple(front), tuple(corners), raised)
 
     @property
@@ -71,8 +71,8 @@ class Front:
         """What a byte may cost at most, in error, for each corner but the first to be worth it."""
         return tuple(map(_price, self.corners, self.corners[1:]))
 
-    def at(self, price: float) -> Choice:
-        """The choice of the least error plus price times bytes."""
+    def at(self, price: float) -> TypeOption:
+        """The option of the least error plus price times bytes."""
         corner = sum(limit > price for limit in self.prices) + self.raised
         return self.corners[min(corner, len(self.corners) - 1)]
 
@@ -80,12 +80,12 @@ class Front:
 def check_size(
     nbytes: int, tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], *, five_d: bool = False
 ) -> None:
-    """Refuses, before anything is measured, a size of file that no choice of types comes to.
+    """Refuses, before anything is measured, a size of file that no option of types comes to.
 
     Raises:
         QuantError: it is below the smallest or above the largest.
     """
-    sizes = [[_padded_bytes(q, tensor) for q in candidates(name, tensor)] for name, tensor in tensors.items()]
+    sizes = [[padded_bytes(q, tensor) for q in allowed_types(name, tensor)] for name, tensor in tensors.items()]
     header = _header_bytes(tensors, metadata, five_d)
     low, high = (header + sum(map(pick, sizes)) for pick in (min, max))
     if not low <= nbytes <= high:
@@ -102,28 +102,28 @@ def plan_for_size(
     fronts: Mapping[str, Front],
     *,
     five_d: bool = False,
-) -> Plan:
+) -> TypePlan:
     """The types of a file of at most `nbytes`, headers included, which `check_size` let pass."""
     chosen = allocate(fronts, nbytes - _header_bytes(tensors, metadata, five_d))
-    return Plan({name: choice.qtype for name, choice in chosen.items()}, ())
+    return TypePlan({name: option.qtype for name, option in chosen.items()}, ())
 
 
-def allocate(fronts: Mapping[str, Front], nbytes: int) -> dict[str, Choice]:
-    """The choices of the least total error in at most `nbytes`, which the smallest choices must fit."""
+def allocate(fronts: Mapping[str, Front], nbytes: int) -> dict[str, TypeOption]:
+    """The options of the least total error in at most `nbytes`, which the smallest options must fit."""
     prices = sorted({0.0, *(price for front in fronts.values() for price in front.prices)})
     # Bytes fall as the price of one rises.
     fitting = bisect.bisect_left(prices, -nbytes, key=lambda price: -_size(fronts, price))
     chosen = {name: front.at(prices[fitting]) for name, front in fronts.items()}
-    left = nbytes - sum(choice.nbytes for choice in chosen.values())
+    left = nbytes - sum(option.nbytes for option in chosen.values())
     while steps := [
-        (_price(chosen[name], choice), name, choice)
+        (_price(chosen[name], option), name, option)
         for name, front in fronts.items()
-        for choice in front.choices
-        if 0 < choice.nbytes - chosen[name].nbytes <= left
+        for option in front.options
+        if 0 < option.nbytes - chosen[name].nbytes <= left
     ]:
-        _, name, choice = max(steps, key=lambda step: step[0])
-        left -= choice.nbytes - chosen[name].nbytes
-        chosen[name] = choice
+        _, name, option = max(steps, key=lambda step: step[0])
+        left -= option.nbytes - chosen[name].nbytes
+        chosen[name] = option
     return chosen
 
 
@@ -139,20 +139,20 @@ def measure(
     fronts = {}
     for name, tensor in tensors.items():
         report(tensor)
-        qtypes = candidates(name, tensor)
+        qtypes = allowed_types(name, tensor)
         if len(qtypes) == 1:
-            choices = [Choice(qtypes[0], _padded_bytes(qtypes[0], tensor), 0.0)]
+            options = [TypeOption(qtypes[0], padded_bytes(qtypes[0], tensor), 0.0)]
         else:
             weight = _sample(tensor, device)
-            choices = [
-                Choice(q, _padded_bytes(q, tensor), relative_error(q, weight, importance.get(name), effort))
+            options = [
+                TypeOption(q, padded_bytes(q, tensor), relative_error(q, weight, importance.get(name), effort))
                 for q in qtypes
             ]
-        fronts[name] = Front.of(choices, raised=_is_raised(name, n_blocks))
+        fronts[name] = Front.of(options, raised=_is_raised(name, n_blocks))
     return fronts
 
 
-def candidates(name: str, tensor: SourceTensor) -> list[QuantType]:
+def allowed_types(name: str, tensor: SourceTensor) -> list[QuantType]:
     """The types a tensor may get: one if it is never quantized, Q8_0 or 16 bits if it is protected."""
     kind = treatment(name, tensor)
     if kind == "exact":
@@ -174,7 +174,7 @@ def _sample(tensor: SourceTensor, device: torch.device) -> Tensor:
     """In float32."""
     columns = tensor.shape[-1]
     n_rows = math.prod(tensor.shape[:-1])
-    count = min(n_rows, max(1, _SAMPLED_WEIGHTS // columns))
+    count = min(n_rows, max(1, _SAMPLED_ELEMENTS // columns))
     starts = [(2 * index + 1) * n_rows // (2 * count) * columns for index in range(count)]
     rows = [tensor.read(start, start + columns) for start in starts]
     return torch.stack(rows).to(device).float()
@@ -188,17 +188,11 @@ def _is_raised(name: str, n_blocks: int) -> bool:
 
 
 def _header_bytes(tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], five_d: bool) -> int:
-    types = {name: candidates(name, tensor)[0] for name, tensor in tensors.items()}
-    data = sum(_padded_bytes(qtype, tensors[name]) for name, qtype in types.items())
-    return predicted_size(types, tensors, metadata, five_d=five_d) - data
+    types = {name: allowed_types(name, tensor)[0] for name, tensor in tensors.items()}
+    return header_bytes(types, tensors, metadata, five_d=five_d)
 
 
-def _padded_bytes(qtype: QuantType, tensor: SourceTensor) -> int:
-    nbytes = math.prod(qtype.packed_shape(tensor.shape))
-    return -(-nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
-
-
-def _price(small: Choice, large: Choice) -> float:
+def _price(small: TypeOption, large: TypeOption) -> float:
     return (small.error - large.error) / (large.nbytes - small.nbytes)
 
 

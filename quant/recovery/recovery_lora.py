@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from ..conversion.convert import usable_device
-from ..conversion.stream import Progress
+from ..device import usable_device
 from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
+from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..gguf.provenance import DATA_SHA256, VERSION
 from ..gguf.reader import GGUFFile, GGUFTensor, open_gguf
-from ..inspection.report import GIB
 from ..plan.recipe import treatment
+from ..progress import Progress
 from ..sources.checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from ..sources.names import WAN
 from ..statistics.importance import check_importance
+from ..units import GIB
 from .low_rank import DTYPE, Part, fit
 
 _PREFIX = "diffusion_model."
@@ -130,14 +130,14 @@ def recover(
         layers = _layers(packed, checkpoint)
         room = int(size * GIB) - _overhead(layers)
         parts = _best_parts(layers, importance or {}, room, device, progress)
-        tensors = dict(entry for part in parts for entry in _named(part))
+        tensors = sorted((entry for part in parts for entry in _named(part)), key=lambda entry: entry[0])
         if not tensors:
             raise QuantError(f"{destination}: {size:g} GiB hold not even rank 1 of one layer; give a larger size")
-        content = save(tensors, _metadata(packed))
-        output.write(content)
+        content = SafetensorsContent((StreamedTensor.whole(*entry) for entry in tensors), _metadata(packed))
+        content.write(output)
         path = output.commit()
     summaries = tuple(RecoveredLayer(p.name, len(p.gains), p.error, p.remaining) for p in parts)
-    return Recovery(path, len(content), summaries, warnings, time.monotonic() - started)
+    return Recovery(path, content.nbytes, summaries, warnings, time.monotonic() - started)
 
 
 def _layers(packed: GGUFFile, checkpoint: Checkpoint) -> list[_Layer]:
@@ -171,7 +171,7 @@ def _overhead(layers: Sequence[_Layer]) -> int:
 
 def _metadata(packed: GGUFFile) -> dict[str, str]:
     known = {DATA_SHA256: str(packed.metadata[DATA_SHA256])} if DATA_SHA256 in packed.metadata else {}
-    return {"format": "pt", "wanquant.version": VERSION, "wanquant.recovers": packed.path.name[:_MAX_NAME], **known}
+    return {"wanquant.version": VERSION, "wanquant.recovers": packed.path.name[:_MAX_NAME], **known}
 
 
 def _best_parts(

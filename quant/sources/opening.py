@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import QuantError
 from ..files.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
+from ..files.shards import Shard
 from ..gguf.header import read_header
 from .files import HashedFile
 from .tensors import StoredTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
-_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})\.safetensors")
-_NUMBER = re.compile(r"-(\d{5})-of-\d{5}$")
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
@@ -35,8 +33,8 @@ class Opened(NamedTuple):
 def shard_of(path: Path) -> tuple[str, int]:
     """The name of a checkpoint without suffix and number of a shard, and that number: 1 for what is none."""
     stem = path.name if path.is_dir() else Path(path.name.removesuffix(".index.json")).stem
-    number = _NUMBER.search(stem)
-    return (stem[: number.start()], int(number[1])) if number else (stem, 1)
+    shard = Shard.parse(stem)
+    return (shard.stem, shard.number) if shard else (stem, 1)
 
 
 def open_files(path: Path) -> Opened:
@@ -47,8 +45,8 @@ def open_files(path: Path) -> Opened:
     Raises:
         QuantError: no such file, a pickle, a damaged header, a missing shard or a tensor that is in two.
     """
-    shard = _SHARD.fullmatch(path.name)
-    index = path.with_name(shard[1] + INDEX_SUFFIX) if shard else path
+    shard = _shard(path)
+    index = path.with_name(shard.stem + INDEX_SUFFIX) if shard else path
     path = index if index.is_file() else path
     if path.is_dir():
         return _open_folder(path)
@@ -120,11 +118,13 @@ def _open_folder(folder: Path) -> Opened:
 
 def _series(path: Path) -> list[Path]:
     """All shards of a series, by the number in their names; the file itself if it is none."""
-    shard = _SHARD.fullmatch(path.name)
-    if shard is None:
-        return [path]
-    stem, count = shard.groups()
-    return _present([path.with_name(f"{stem}-{n:05}-of-{count}.safetensors") for n in range(1, int(count) + 1)])
+    shard = _shard(path)
+    return _present(shard.series(path.parent)) if shard else [path]
+
+
+def _shard(path: Path) -> Shard | None:
+    shard = Shard.parse(path.name)
+    return shard if shard and shard.suffix == ".safetensors" else None
 
 
 def _present(shards: list[Path]) -> list[Path]:

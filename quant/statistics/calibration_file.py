@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
-from ..files.safetensors_header import Entry, read_safetensors_header, safetensors_header
+from ..files.safetensors_content import SafetensorsContent, StreamedTensor
+from ..files.safetensors_header import Entry, read_safetensors_header
 from ..sources.files import HashedFile
 from .calibration import SPAN, Calibration
 
@@ -37,13 +38,11 @@ def write_calibration(path: str | Path, calibration: Calibration, *, overwrite: 
         "counts": {name: calibration.counts[name] for name in sorted(calibration)},
         "same": {name: other for name, other in kept.items() if name != other},
     }
-    shapes = [(name, "F32", tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors.items()]
-    header = safetensors_header(shapes, {_KEY: json.dumps(described)})
-    nbytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-    with AtomicFile(Path(path), nbytes, overwrite=overwrite) as file:
-        file.write(header)
-        for tensor in tensors.values():
-            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+    content = SafetensorsContent(
+        (StreamedTensor.whole(name, tensor) for name, tensor in tensors.items()), {_KEY: json.dumps(described)}
+    )
+    with AtomicFile(Path(path), content.nbytes, overwrite=overwrite) as file:
+        content.write(file)
         return file.commit()
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..gguf.layout import TensorSpec
 from ..gguf.reader import open_gguf
-from ..gguf.writer import GGUFWriter, TensorSpec
+from ..gguf.writer import GGUFWriter
 from ..qtype import QTYPES
 from .importance import Importance
 

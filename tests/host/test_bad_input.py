@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from wanquant.quant import QTYPES, convert
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.testing.graphs import conversion, node
 from wanquant.testing.server import Graph, GraphError, HostServer
 from wanquant.testing.tiny_wan import write_tiny_wan

@@ -87,7 +87,7 @@ def test_converted_again_under_the_same_name_reloads(server: HostServer, target:
 
 def test_other_file_is_kept_unless_overwrite_is_set(server: HostServer, target: Path):
     target.write_bytes(b"something else")
-    with pytest.raises(GraphError, match="made in another way"):
+    with pytest.raises(GraphError, match="is not this conversion"):
         convert(server)
     assert target.read_bytes() == b"something else"
     assert "written in" in convert(server, overwrite=True)

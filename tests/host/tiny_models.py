@@ -22,7 +22,8 @@ from torch import nn
 
 from wanquant.quant import QTYPES, convert
 from wanquant.quant.files.sentencepiece import SPIECE_KEY
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.testing.tiny_wan import random_tensor, write_random_checkpoint, write_sparse_checkpoint
 from wanquant.workflow_generators import models
 

@@ -99,7 +99,8 @@ def sqnr():
 @pytest.fixture(scope="session")
 def write_gguf():
     from wanquant.quant import QTYPES
-    from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+    from wanquant.quant.gguf.layout import TensorSpec
+    from wanquant.quant.gguf.writer import GGUFWriter
 
     def write_gguf(path, state, types, *, prefix="", metadata=None, five_d=False):
         """Writes a GGUF with `types(name, tensor)` naming the type of each tensor, and returns its path."""

@@ -99,12 +99,12 @@ def test_result_is_reused_until_something_changes(model, state, tmp_path):
     assert not save(with_lora(model, tensors, 0.5), tmp_path / "a.gguf").reused
     assert save(with_lora(model, tensors, 0.5), tmp_path / "a.gguf").reused
     for other in (with_lora(model, tensors, 0.6), with_lora(model, lora(state, seed=1), 0.5), model):
-        with pytest.raises(QuantError, match="made in another way"):
+        with pytest.raises(QuantError, match="is not this conversion"):
             save(other, tmp_path / "a.gguf")
 
 
 def test_target_size_and_importance(model, state, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "_SAMPLED_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 12)
     patched = with_lora(model, lora(state))
     importance = {PATCHED: torch.linspace(0.1, 10, 256)}
     report = save(patched, tmp_path / "a.gguf", target_size=0.004, importance=importance)

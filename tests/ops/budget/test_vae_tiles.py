@@ -10,8 +10,8 @@ from comfy.model_patcher import ModelPatcher
 from wanquant.ops.budget import vae_tiles as decoding
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.sampling_job import Job
-from wanquant.ops.budget.simulator import GIB
 from wanquant.ops.budget.vae_tiles import decoding_peak, tiles_within
+from wanquant.quant.units import GIB
 
 SMALL = Job.of_video(832, 480, 5)
 

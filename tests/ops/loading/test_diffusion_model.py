@@ -21,8 +21,9 @@ from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.packed.layout import is_packed
 from wanquant.ops.packed.linear import GGUFModule, packed_modules
 from wanquant.quant import QTYPES, QuantError
+from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.provenance import carried_metadata
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 
 
 def as_city96(name, tensor):

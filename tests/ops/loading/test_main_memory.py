@@ -12,7 +12,8 @@ import torch
 
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QTYPES, QuantError
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.plan.wan_shapes import WanSize, transformer_shapes
 
 MIB = 1 << 20

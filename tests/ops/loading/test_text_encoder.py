@@ -17,7 +17,8 @@ from wanquant.ops.loading.text_encoder import load_text_encoder
 from wanquant.ops.packed.layout import is_packed
 from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary, sentencepiece_model
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 
 WIDTH, HEADS, BLOCKS, FFN = 64, 2, 24, 10240  # the host knows umt5-xxl by its 24 blocks and its FFN
 TEXTS = [

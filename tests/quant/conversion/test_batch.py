@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from wanquant.quant import QuantError
 from wanquant.quant.conversion.batch import plan_batch
-from wanquant.quant.conversion.job import Job
+from wanquant.quant.conversion.settings import Target
 
 
 @pytest.fixture
@@ -27,26 +27,26 @@ def out(tmp_path):
 
 
 def test_one_file(source, tmp_path):
-    assert plan_batch(source, tmp_path / "a.gguf", ["Q8_0"]) == {source: [Job(tmp_path / "a.gguf", "Q8_0")]}
+    assert plan_batch(source, tmp_path / "a.gguf", ["Q8_0"]) == {source: [Target(tmp_path / "a.gguf", "Q8_0")]}
     sized = plan_batch(source, tmp_path / "a.gguf", ["Q8_0"], 1.5)
-    assert sized == {source: [Job(tmp_path / "a.gguf", target_size=1.5)]}
+    assert sized == {source: [Target(tmp_path / "a.gguf", target_size=1.5)]}
 
 
 def test_a_recipe_given_twice_counts_once(source, out):
-    (jobs,) = plan_batch(source, out, ["Q8_0", "Q4_0", "Q8_0"]).values()
-    assert [job.destination.name for job in jobs] == ["Wan2.1-T2V-Q8_0.gguf", "Wan2.1-T2V-Q4_0.gguf"]
+    (targets,) = plan_batch(source, out, ["Q8_0", "Q4_0", "Q8_0"]).values()
+    assert [target.destination.name for target in targets] == ["Wan2.1-T2V-Q8_0.gguf", "Wan2.1-T2V-Q4_0.gguf"]
 
 
 def test_name_in_a_folder(source, out):
-    (job,) = plan_batch(source, out, ["Q8_0"], 1.25)[source]
-    assert job == Job(out / "Wan2.1-T2V-1.25GiB.gguf", target_size=1.25)
+    (target,) = plan_batch(source, out, ["Q8_0"], 1.25)[source]
+    assert target == Target(out / "Wan2.1-T2V-1.25GiB.gguf", target_size=1.25)
 
 
 def test_name_tells_the_modules(source, tmp_path, out):
     module = tmp_path / "vace.safetensors"
     save_file({"vace_blocks.0.ffn.0.weight": torch.ones(4, 8)}, module)
-    (job,) = plan_batch(source, out, ["Q8_0"], modules=[module])[source]
-    assert job.destination.name == "Wan2.1-T2V-vace-Q8_0.gguf"
+    (target,) = plan_batch(source, out, ["Q8_0"], add_ons=[module])[source]
+    assert target.destination.name == "Wan2.1-T2V-vace-Q8_0.gguf"
 
 
 def test_sharded_folder_and_pattern_of_shards(tmp_path, out):
@@ -56,9 +56,9 @@ def test_sharded_folder_and_pattern_of_shards(tmp_path, out):
     shards = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for shard, part in zip(shards, parts, strict=True):
         save_file(part, shard)
-    assert plan_batch(folder, out, ["Q8_0"]) == {folder: [Job(out / "Wan2.1-I2V-Q8_0.gguf", "Q8_0")]}
+    assert plan_batch(folder, out, ["Q8_0"]) == {folder: [Target(out / "Wan2.1-I2V-Q8_0.gguf", "Q8_0")]}
     of_pattern = plan_batch(folder / "*.safetensors", out, ["Q8_0"])
-    assert of_pattern == {shards[0]: [Job(out / "model-Q8_0.gguf", "Q8_0")]}
+    assert of_pattern == {shards[0]: [Target(out / "model-Q8_0.gguf", "Q8_0")]}
     assert list(plan_batch(folder / "*-00002-*", out, ["Q8_0"])) == [shards[1]]
 
 

@@ -12,10 +12,12 @@ import torch
 
 from wanquant.quant import QuantError
 from wanquant.quant.conversion.convert import convert, convert_all
-from wanquant.quant.conversion.job import Job, job_metadata
+from wanquant.quant.conversion.output import Output
+from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.gguf.provenance import VERSION, source_metadata
 from wanquant.quant.gguf.reader import open_gguf
-from wanquant.quant.plan.recipe import RECIPES, plan, predicted_size
+from wanquant.quant.plan.file_size import predicted_size
+from wanquant.quant.plan.recipe import RECIPES, plan
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.tests.conftest import ROOT
 
@@ -50,9 +52,9 @@ def test_relative_errors_are_recorded(tmp_path, source, state):
 def test_predicted_size_is_exact(tmp_path, source):
     report = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
     with open_checkpoint(source) as checkpoint:
-        job = job_metadata(checkpoint, Job(tmp_path, "Q8_0"), "fast", None, five_d=False)
+        output = Output.of(Target(report.path, "Q8_0"), checkpoint, Settings(effort="fast"))
         types = plan(RECIPES["Q8_0"], checkpoint.tensors).types
-        assert predicted_size(types, checkpoint.tensors, job) == report.nbytes
+        assert predicted_size(types, checkpoint.tensors, output.metadata) == report.nbytes
 
 
 def test_five_dimensions_are_kept_on_request(tmp_path, source):
@@ -62,7 +64,7 @@ def test_five_dimensions_are_kept_on_request(tmp_path, source):
     assert [len(tensor.stored_shape) for tensor in stored] == [4, 5]
     assert stored[0].shape == stored[1].shape == stored[1].stored_shape
     assert torch.equal(*(tensor.dequantize() for tensor in stored))
-    with pytest.raises(QuantError, match="made in another way"):
+    with pytest.raises(QuantError, match="is not this conversion"):
         convert(source, flat.destination, "Q4_0", effort="fast", five_d=True)
 
 
@@ -92,14 +94,14 @@ def test_version_is_the_packs():
 def test_several_files_in_one_pass_equal_single_ones(tmp_path, source):
     recipes = ("Q8_0", "Q4_K_M", "Q2_K")
     calls = []
-    jobs = [Job(tmp_path / f"{recipe}.gguf", recipe) for recipe in recipes]
-    reports = convert_all(source, jobs, effort="fast", progress=lambda *call: calls.append(call))
+    targets = [Target(tmp_path / f"{recipe}.gguf", recipe) for recipe in recipes]
+    reports = convert_all(source, targets, Settings(effort="fast"), progress=lambda *call: calls.append(call))
     for recipe, report in zip(recipes, reports, strict=True):
         single = convert(source, tmp_path / "single.gguf", recipe, effort="fast", overwrite=True)
         assert report.destination.read_bytes() == single.destination.read_bytes()
     assert calls[-1][0] == calls[-1][1], "every source byte counts once"
     (tmp_path / "Q4_K_M.gguf").unlink()
-    assert [report.reused for report in convert_all(source, jobs, effort="fast")] == [True, False, True]
+    assert [report.reused for report in convert_all(source, targets, Settings(effort="fast"))] == [True, False, True]
 
 
 def test_float_gguf_gives_the_same_weights(tmp_path, source):

@@ -11,7 +11,7 @@ import pytest
 
 from wanquant.quant import QuantError
 from wanquant.quant.conversion.convert import convert, convert_all
-from wanquant.quant.conversion.job import Job
+from wanquant.quant.conversion.settings import Settings, Target
 
 
 @pytest.fixture
@@ -26,16 +26,16 @@ def free(monkeypatch):
 
 
 def test_files_of_one_pass_need_room_together(tmp_path, source, free):
-    jobs = [Job(tmp_path / f"{recipe}.gguf", recipe) for recipe in ("Q8_0", "Q4_0")]
-    sizes = [convert(source, job.destination, job.recipe, effort="fast").nbytes for job in jobs]
-    for job in jobs:
-        job.destination.unlink()
+    targets = [Target(tmp_path / f"{recipe}.gguf", recipe) for recipe in ("Q8_0", "Q4_0")]
+    sizes = [convert(source, target.destination, target.recipe, effort="fast").nbytes for target in targets]
+    for target in targets:
+        target.destination.unlink()
     free(disk=sum(sizes) - 1)
     with pytest.raises(QuantError, match=r"Q8_0\.gguf and 1 more: 0\.01 GiB needed, 0\.01 GiB free in the folder"):
-        convert_all(source, jobs, effort="fast")
+        convert_all(source, targets, Settings(effort="fast"))
     assert not list(tmp_path.iterdir())
     free(disk=sum(sizes))
-    assert [report.nbytes for report in convert_all(source, jobs, effort="fast")] == sizes
+    assert [report.nbytes for report in convert_all(source, targets, Settings(effort="fast"))] == sizes
 
 
 def test_memory(tmp_path, source, free, monkeypatch):

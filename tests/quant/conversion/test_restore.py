@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from wanquant.quant import QTYPES, QuantError, convert, open_gguf
 from wanquant.quant.__main__ import main
 from wanquant.quant.conversion.restore import restore
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 
@@ -44,7 +45,7 @@ def test_converting_a_restored_file_again_is_exact(gguf, tmp_path):
 
 
 def test_slices_are_pieced_together(gguf, tmp_path, monkeypatch):
-    monkeypatch.setattr("wanquant.quant.conversion.restore._SLICE_WEIGHTS", 1000)
+    monkeypatch.setattr("wanquant.quant.conversion.restore._SLICE_ELEMENTS", 1000)
     calls = []
     path = restore(gguf, tmp_path / "a.safetensors", progress=lambda *call: calls.append(call)).path
     for name, tensor in open_gguf(gguf).tensors.items():

@@ -12,7 +12,7 @@ import pytest
 
 from wanquant.quant import open_gguf
 from wanquant.quant.conversion.convert import convert, convert_all
-from wanquant.quant.conversion.job import Job
+from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.files.journal import Entry, Journal
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
@@ -23,15 +23,15 @@ STOP = """
 import os, signal, sys
 from pathlib import Path
 from quant.conversion.convert import convert_all
-from quant.conversion.job import Job
+from quant.conversion.settings import Settings, Target
 source, folder, tensors = sys.argv[1:4]
 seen = set()
 def progress(done, total, name):
     seen.add(name)
     if len(seen) > int(tensors):
         os.kill(os.getpid(), signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
-jobs = [Job(Path(folder, recipe + ".gguf"), recipe) for recipe in sys.argv[4:]]
-convert_all(source, jobs, effort="fast", progress=progress)
+targets = [Target(Path(folder, recipe + ".gguf"), recipe) for recipe in sys.argv[4:]]
+convert_all(source, targets, Settings(effort="fast"), progress=progress)
 """
 
 
@@ -54,8 +54,9 @@ def names(folder: Path) -> set[str]:
 def whole(source, tmp_path_factory):
     """The bytes of uninterrupted files."""
     folder = tmp_path_factory.mktemp("whole")
-    jobs = [Job(folder / f"{recipe}.gguf", recipe) for recipe in RECIPES]
-    return {report.path.stem: report.path.read_bytes() for report in convert_all(source, jobs, effort="fast")}
+    targets = [Target(folder / f"{recipe}.gguf", recipe) for recipe in RECIPES]
+    reports = convert_all(source, targets, Settings(effort="fast"))
+    return {report.path.stem: report.path.read_bytes() for report in reports}
 
 
 def test_killed_job_goes_on_to_the_same_bytes(tmp_path, source, whole, caplog):
@@ -67,8 +68,8 @@ def test_killed_job_goes_on_to_the_same_bytes(tmp_path, source, whole, caplog):
     journal = tmp_path / ".Q4_0.gguf.journal"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:9]) + '{"relative_er')
     calls = []
-    jobs = [Job(tmp_path / f"{recipe}.gguf", recipe) for recipe in RECIPES]
-    convert_all(source, jobs, effort="fast", progress=lambda *call: calls.append(call))
+    targets = [Target(tmp_path / f"{recipe}.gguf", recipe) for recipe in RECIPES]
+    convert_all(source, targets, Settings(effort="fast"), progress=lambda *call: calls.append(call))
     assert f"Q8_0.gguf: resumed after {done[0]} of" in caplog.text
     assert "Q4_0.gguf: resumed after 9 of" in caplog.text
     assert {path.stem: path.read_bytes() for path in tmp_path.iterdir()} == whole

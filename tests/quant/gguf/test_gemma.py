@@ -52,7 +52,7 @@ def test_sampled_rows_equal_libggml(name: str, gemma: GGUFFile, libggml: LibGGML
         rows = tensor.data.view(-1, tensor.data.shape[-1])
         sample = rows[torch.linspace(0, len(rows) - 1, 16).long()]
         # Not dequantize(), which may use libggml itself.
-        weight = tensor.qtype.decode(sample.view(-1, tensor.qtype.type_size)).view(len(sample), -1).numpy()
+        weight = tensor.qtype.dequantize_blocks(sample.view(-1, tensor.qtype.type_size)).view(len(sample), -1).numpy()
         assert_same_bits(weight, libggml.dequantize(name, sample.numpy()))
         assert 0 < abs(weight).max() < 1e4
 

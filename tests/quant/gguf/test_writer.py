@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from wanquant.quant import QTYPES, QuantError, open_gguf
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 
 METADATA = {
     "general.architecture": "wan",

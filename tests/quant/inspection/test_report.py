@@ -11,9 +11,11 @@ import torch
 
 from wanquant.quant import QTYPES
 from wanquant.quant.conversion.convert import convert
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.inspection import report_chart as chart
 from wanquant.quant.inspection.report import inspect
+from wanquant.quant.inspection.report_chart import draw
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
 
@@ -64,7 +66,7 @@ def test_other_models_are_named_and_shown(language_model):
 @pytest.mark.parametrize("which", ["converted", "language_model"])
 def test_image(which, request):
     subject = request.getfixturevalue(which)
-    image = subject.image() if which == "converted" else inspect(subject).image()
+    image = draw(subject if which == "converted" else inspect(subject))
     assert image.mode == "RGB" and image.width == 720
     assert len(image.getcolors(1 << 20)) > 10
 
@@ -72,7 +74,7 @@ def test_image(which, request):
 def test_image_shows_every_layer_of_every_block(converted, monkeypatch):
     drawn = {}
     monkeypatch.setattr(chart, "_draw_map", lambda _figure, _axis, layers, title, value: drawn.update({title: layers}))
-    converted.image()
+    draw(converted)
     assert len(drawn) == 2, "bytes and error"
     for layers in drawn.values():
         assert list(layers)[:2] == ["self_attn.q", "self_attn.k"] and list(layers)[-1] == "ffn.2"

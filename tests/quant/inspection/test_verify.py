@@ -24,7 +24,7 @@ def files(tmp_path_factory):
 
 
 def test_errors_of_tensors_and_roles(files, monkeypatch):
-    monkeypatch.setattr(verify_module, "_SLICE_WEIGHTS", 5000)
+    monkeypatch.setattr(verify_module, "_SLICE_ELEMENTS", 5000)
     gguf, source = files
     weights, packed, errors = load_file(source), open_gguf(gguf).tensors, {}
     verification = verify(gguf, source)

@@ -10,7 +10,8 @@ import torch
 from gguf.constants import LlamaFileType
 
 from wanquant.quant import QTYPES, QuantError
-from wanquant.quant.plan.recipe import RECIPES, find_recipe, plan, predicted_size
+from wanquant.quant.plan.file_size import predicted_size
+from wanquant.quant.plan.recipe import RECIPES, find_recipe, plan
 from wanquant.quant.plan.wan_shapes import SIZES, wan_shapes
 
 

@@ -15,7 +15,7 @@ from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.plan import target_size as budget
-from wanquant.quant.plan.target_size import Choice, Front, allocate
+from wanquant.quant.plan.target_size import Front, TypeOption, allocate
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 GIB = 1 << 30
@@ -24,7 +24,7 @@ TYPES = [QTYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
 
 @pytest.fixture(autouse=True)
 def fewer_sampled_weights(monkeypatch):
-    monkeypatch.setattr(budget, "_SAMPLED_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 12)
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def qtypes(report):
 
 
 def front(*points, raised=False):
-    return Front.of([Choice(q, *point) for q, point in zip(TYPES, points, strict=False)], raised=raised)
+    return Front.of([TypeOption(q, *point) for q, point in zip(TYPES, points, strict=False)], raised=raised)
 
 
 def test_front_leaves_out_what_is_larger_and_no_better():
     found = front((10, 8.0), (20, 9.0), (30, 4.0), (40, 3.9), (50, 1.0))
-    assert [choice.nbytes for choice in found.choices] == [10, 30, 40, 50]
+    assert [choice.nbytes for choice in found.options] == [10, 30, 40, 50]
     assert [choice.nbytes for choice in found.corners] == [10, 30, 50]
     assert found.prices == pytest.approx([0.2, 0.15])
 
@@ -69,7 +69,7 @@ def test_allocation_is_nearly_the_best_of_all():
         nbytes = draw.randrange(60, 190)
         chosen = allocate(fronts, nbytes)
         assert sum(choice.nbytes for choice in chosen.values()) <= nbytes
-        every = itertools.product(*(f.choices for f in fronts.values()))
+        every = itertools.product(*(f.options for f in fronts.values()))
         best = min(sum(c.error for c in mix) for mix in every if sum(c.nbytes for c in mix) <= nbytes)
         assert sum(choice.error for choice in chosen.values()) <= 1.1 * best
 
@@ -122,7 +122,7 @@ def test_size_belongs_to_the_job(tmp_path, source):
     assert open_gguf(report.destination).metadata["wanquant.target_size"] == 9 << 20
     assert sized(source, tmp_path, 9 << 20, overwrite=False).reused
     for settings in ({"target_size": 9.5 / 1024}, {"recipe": "Q4_K_M"}):
-        with pytest.raises(QuantError, match="made in another way"):
+        with pytest.raises(QuantError, match="is not this conversion"):
             convert(source, report.destination, effort="fast", **settings)
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QTYPES, QuantError
-from wanquant.quant.gguf.writer import GGUFWriter, TensorSpec
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.testing.tiny_wan import write_tiny_wan
 

@@ -112,7 +112,7 @@ def test_calibrated_file_is_reused_by_the_same_job_only(tmp_path, source, calibr
     one = Calibration({NAME: calibration.sums[NAME]}, {NAME: 1.0}, 1, products={NAME: calibration.products[NAME]})
     convert(source, path, "Q4_K_S", effort="fast", importance=one)
     assert convert(source, path, "Q4_K_S", effort="fast", importance=one).reused
-    with pytest.raises(QuantError, match="made in another way"):
+    with pytest.raises(QuantError, match="is not this conversion"):
         convert(source, path, "Q4_K_S", effort="fast", importance=dict(one))
 
 

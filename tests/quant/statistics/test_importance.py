@@ -109,7 +109,7 @@ def weighted_error(path, source, importance):
 
 @pytest.mark.parametrize("settings", [{"recipe": "Q4_K_M"}, {"target_size": 0.0035}], ids=["recipe", "size"])
 def test_error_moves_to_columns_that_matter_less(tmp_path, source, importance, settings, monkeypatch):
-    monkeypatch.setattr(budget, "_SAMPLED_WEIGHTS", 1 << 13)
+    monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 13)
     plain = convert(source, tmp_path / "plain.gguf", **settings)
     weighted = convert(source, tmp_path / "weighted.gguf", **settings, importance=importance)
     assert weighted.nbytes <= plain.nbytes + 1024, "but for the metadata"
@@ -124,7 +124,7 @@ def test_file_names_its_importance_matrix(tmp_path, source, importance):
     assert report.metadata["quantize.imatrix.entries_count"] == len(importance)
     assert report.metadata["quantize.imatrix.chunks_count"] == 2
     assert convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast", importance=importance).reused
-    with pytest.raises(QuantError, match="made in another way"):
+    with pytest.raises(QuantError, match="is not this conversion"):
         convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast")
 
 

@@ -31,17 +31,17 @@ def test_touched_source_is_recognised_by_its_content(tmp_path, source):
     with open(copy, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x3f")
-    with pytest.raises(QuantError, match="exists, made in another way"):
+    with pytest.raises(QuantError, match="exists, but is not this conversion"):
         convert(copy, tmp_path / "a.gguf", "Q8_0", effort="fast")
 
 
 def test_other_files_are_only_replaced_when_asked(tmp_path, source):
     destination = tmp_path / "a.gguf"
     destination.write_text("precious")
-    with pytest.raises(QuantError, match=r"a\.gguf: exists, made in another way"):
+    with pytest.raises(QuantError, match=r"a\.gguf: exists, but is not this conversion"):
         convert(source, destination, "Q8_0", effort="fast")
     assert destination.read_text() == "precious"
     convert(source, destination, "Q8_0", effort="fast", overwrite=True)
     for job in ({"recipe": "Q4_0"}, {"effort": "best"}, {"importance": {FFN: torch.ones(256)}}):
-        with pytest.raises(QuantError, match="exists, made in another way"):
+        with pytest.raises(QuantError, match="exists, but is not this conversion"):
             convert(source, destination, **({"recipe": "Q8_0", "effort": "fast"} | job))

@@ -1,0 +1,139 @@
+"""Output: one file of a conversion, with the metadata that identifies how it is made."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import QuantError
+from ..gguf.header import read_header
+from ..gguf.layout import TensorSpec
+from ..gguf.provenance import (
+    DATA_SHA256,
+    FIVE_D,
+    NON_FINITE,
+    RELATIVE_ERROR,
+    SOURCE_MTIME,
+    SOURCE_SHA256,
+    TARGET_SIZE,
+    VERSION,
+    carried_metadata,
+    fingerprint,
+    is_same_conversion,
+)
+from ..gguf.writer import GGUFWriter
+from ..plan.recipe import TypePlan, find_recipe
+from ..sources.checkpoint import Checkpoint
+from ..sources.opening import shard_of
+from ..statistics.importance import Importance
+from .settings import Settings, Target
+
+_log = logging.getLogger(__name__)
+
+# LLAMA_FTYPE_GUESSED of llama.cpp's include/llama.h: the tensors tell.
+_MIXED = 1024
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file of a conversion."""
+
+    target: Target
+    metadata: Mapping[str, Any]
+    reused: bool
+    """The file is there already, made from the same source in the same way."""
+
+    @classmethod
+    def of(cls, target: Target, checkpoint: Checkpoint, settings: Settings) -> Output:
+        """Look at what lies at the destination.
+
+        Raises:
+            QuantError: an unusable destination, recipe or size, or another file there that must not be replaced.
+        """
+        path = target.destination
+        _check_paths(checkpoint.path, path)
+        metadata = _metadata(target, checkpoint, settings)
+        reused = path.exists() and _is_up_to_date(path, metadata, checkpoint)
+        if path.exists() and not reused and not settings.overwrite:
+            raise QuantError(
+                f"{path}: exists, but is not this conversion of {checkpoint.name};"
+                " choose another name, or allow overwriting"
+            )
+        return cls(target, metadata, reused)
+
+    def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> GGUFWriter:
+        """Return a writer of the file, which takes up what a killed conversion left of it."""
+        path, shapes = self.target.destination, checkpoint.tensors
+        if path.exists() and not _is_replaceable(path):
+            _log.warning("%s is in use by a program: the new file gets a name beside it", path)
+        specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in plan.types.items()]
+        # A source in memory has no time that tells it from another one; what is zeroed is found by reading everything.
+        resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
+        return GGUFWriter(
+            path, self.metadata, specs, overwrite=settings.overwrite, five_d=settings.five_d, resume=resume
+        )
+
+
+def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
+    """Return all metadata of the file; the last three values are placeholders until every tensor is written."""
+    recipe, importance = find_recipe(target.recipe), settings.importance
+    return {
+        "general.architecture": checkpoint.architecture,
+        "general.quantization_version": 2,
+        "general.file_type": _MIXED if target.target_bytes else recipe.file_type,
+        "general.name": shard_of(checkpoint.path)[0],
+        "wanquant.version": VERSION,
+        "wanquant.recipe": "" if target.target_bytes else recipe.name,
+        TARGET_SIZE: np.uint64(target.target_bytes),
+        "wanquant.effort": settings.effort,
+        "wanquant.importance": fingerprint(importance),
+        FIVE_D: settings.five_d,
+        "wanquant.source_name": checkpoint.name,
+        "wanquant.source_size": np.uint64(checkpoint.identity.size),
+        "wanquant.source_dtype": checkpoint.stored,
+        **checkpoint.gguf_metadata,
+        **carried_metadata(checkpoint.metadata),
+        **({} if checkpoint.zeroed is None else {NON_FINITE: True}),
+        **(importance.metadata if isinstance(importance, Importance) else {}),
+        SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
+        SOURCE_SHA256: "0" * 64,
+        DATA_SHA256: "0" * 64,
+        RELATIVE_ERROR: np.zeros(len(checkpoint.tensors), np.float32),
+    }
+
+
+def _is_up_to_date(destination: Path, metadata: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
+    """Return whether the file there is the result of this very conversion."""
+    try:
+        existing = read_header(destination).metadata
+    except QuantError:
+        return False
+    if not is_same_conversion(existing, metadata):
+        return False
+    # A copied or touched source has another time but the same content; one in memory has no time.
+    return (
+        existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0
+        or existing.get(SOURCE_SHA256) == checkpoint.file.sha256()
+    )
+
+
+def _check_paths(source: Path, destination: Path) -> None:
+    if destination.suffix.lower() != ".gguf":
+        raise QuantError(f"{destination}: not a .gguf name; choose a destination that ends in .gguf")
+    if source.exists() and destination.exists() and source.samefile(destination):
+        raise QuantError(f"{destination}: is the source itself; choose another destination")
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Return whether Windows would let the file be replaced: not while a program has it mapped."""
+    try:
+        os.replace(path, path)
+    except PermissionError:
+        return False
+    return True

@@ -1,0 +1,30 @@
+"""Shard: the name of one of the files that a checkpoint is split into, such as `wan-00001-of-00003.safetensors`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.gguf|)")
+
+
+class Shard(NamedTuple):
+    """What the name says."""
+
+    stem: str
+    number: int
+    """From 1."""
+    total: int
+    suffix: str
+
+    @classmethod
+    def parse(cls, name: str) -> Shard | None:
+        """Return the parts of a file name with or without its suffix; None if it does not name a shard."""
+        match = _NAME.fullmatch(name)
+        return match and cls(match["stem"], int(match["number"]), int(match["count"]), match["suffix"])
+
+    def series(self, folder: Path) -> list[Path]:
+        """Return the paths of all shards in the folder, which need not exist."""
+        numbers = range(1, self.total + 1)
+        return [folder / f"{self.stem}-{number:05}-of-{self.total:05}{self.suffix}" for number in numbers]
