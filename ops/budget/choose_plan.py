@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ...quant import QuantError
+from ...quant.units import GIB
 from ..lean import LeanPlan
 from .sampling_job import Job
-from .simulator import GIB, Peak, Simulator
+from .simulator import Peak, Simulator
 
 MOST_EXTRA_ARITHMETIC = 0.03
 _ABSURD_GIB = 1024

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ...quant.units import GIB
 from .. import host
 from ..lean import LeanPlan, apply_lean, one_by_one
 from ..loading.prefetch import prefetch_blocks
@@ -24,7 +25,7 @@ from ..packed.patcher import PackedPatcher
 from .choose_plan import Choice, choose
 from .experts import simulate
 from .sampling_job import Condition, Job, image_fields
-from .simulator import GIB, Simulator
+from .simulator import Simulator
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from comfy.samplers import cond_cat
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ...quant.units import GIB
 from .. import host
 from ..lean import LeanPlan, apply_lean
 from ..packed.linear import packed_modules
@@ -23,7 +24,6 @@ from .live_memory import LiveMemory, signature
 from .meta_wan import META, meta_twin
 from .sampling_job import Job
 
-GIB = 1 << 30
 CONTEXT_BYTES = round(0.4 * GIB)
 """CUDA's context and libraries, before any tensor."""
 

@@ -9,10 +9,9 @@ import torch
 
 from ...quant import QuantError
 from ...quant.gguf.header import Header
+from ...quant.units import GIB
 
 logger = logging.getLogger(__name__)
-
-_GIB = 1 << 30
 
 
 def check_memory(header: Header, decoded: int) -> None:
@@ -27,7 +26,7 @@ def check_memory(header: Header, decoded: int) -> None:
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
     if decoded > free:
         raise QuantError(
-            f"{header.path}: loading takes {decoded / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB of main memory are free;"
+            f"{header.path}: loading takes {decoded / GIB:.2f} GiB, and {free / GIB:.2f} GiB of main memory are free;"
             " close other programs, or choose a file that this pack converted, which needs nothing decoded"
         )
     mapped = sum(record.nbytes for record in header.tensors.values())
@@ -36,6 +35,6 @@ def check_memory(header: Header, decoded: int) -> None:
             "%s: %.2f GiB of weights and %.2f GiB of free main memory, so they are read from disk again at every step;"
             " close other programs, or choose a smaller recipe",
             header.path,
-            mapped / _GIB,
-            (free - decoded) / _GIB,
+            mapped / GIB,
+            (free - decoded) / GIB,
         )

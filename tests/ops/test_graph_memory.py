@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wanquant.bench.graph_memory import TOKENS, encoding_peak
-from wanquant.ops.budget.simulator import GIB
+from wanquant.quant.units import GIB
 
 
 def test_text_encoding_fits_the_smallest_budget_of_14b():

@@ -9,9 +9,9 @@ import pytest
 from wanquant.bench.memory import CASES, MODELS, SMALL, job, rows, simulator
 from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, candidates, checked_budget, choose
 from wanquant.ops.budget.sampling_job import Job
-from wanquant.ops.budget.simulator import GIB
 from wanquant.quant import QuantError
 from wanquant.quant.plan.wan_shapes import SIZES
+from wanquant.quant.units import GIB
 
 TINY = SIZES["1.3B"]._replace(layers=1)
 LATENT = Job((1, 16, 5, 60, 104))

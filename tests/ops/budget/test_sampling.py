@@ -14,10 +14,11 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from wanquant.ops.budget.choose_plan import candidates
 from wanquant.ops.budget.sampling import _on_weights_device, preview_job, with_budget
 from wanquant.ops.budget.sampling_job import Job
-from wanquant.ops.budget.simulator import GIB, Simulator
+from wanquant.ops.budget.simulator import Simulator
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.prefetch import prefetch_blocks
 from wanquant.quant import QuantError
+from wanquant.quant.units import GIB
 
 SHAPE, PROMPT = (1, 16, 5, 32, 32), (1, 16, 4096)
 CONDS = {"positive": [{"cross_attn": torch.empty(PROMPT)}]}

@@ -14,12 +14,13 @@ from wanquant.bench.sizes import Source
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.meta_wan import meta_model, meta_twin
 from wanquant.ops.budget.sampling_job import Job, image_fields
-from wanquant.ops.budget.simulator import GIB, Simulator, streamed_bytes
+from wanquant.ops.budget.simulator import Simulator, streamed_bytes
 from wanquant.ops.lean import LeanPlan, apply_lean
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError
 from wanquant.quant.plan.recipe import find_recipe, plan
 from wanquant.quant.plan.wan_shapes import SIZES, transformer_shapes
+from wanquant.quant.units import GIB
 
 LATENT = (1, 16, 3, 32, 32)
 LEAN = LeanPlan(2, 256)
