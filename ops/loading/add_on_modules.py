@@ -9,9 +9,8 @@ from ...quant import QTYPES, QuantError
 from ...quant.gguf.header import Header, TensorRecord
 from ...quant.sources.checkpoint import open_checkpoint
 from ...quant.sources.modules import check_module
+from ...quant.sources.names import WAN_KEY
 from ...quant.sources.tensors import PackedTensor, PlainTensor, SourceTensor
-
-_PREFIXED = "head.modulation"
 
 
 def with_module(base: Header, path: str | os.PathLike[str]) -> Header:
@@ -22,7 +21,7 @@ def with_module(base: Header, path: str | os.PathLike[str]) -> Header:
     """
     with open_checkpoint(base.path) as transformer, open_checkpoint(os.fspath(path)) as module:
         check_module(transformer, module)
-        prefix = next(name.removesuffix(_PREFIXED) for name in base.tensors if name.endswith(_PREFIXED))
+        prefix = next(name.removesuffix(WAN_KEY) for name in base.tensors if name.endswith(WAN_KEY))
         records = [_record(tensor, prefix) for tensor in module.tensors.values()]
     tensors = {**base.tensors, **{record.name: record for record in records}}
     return replace(base, tensors=tensors, parts=base.parts + module.identity.parts)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.files.sentencepiece import sentencepiece_model
 from ...quant.gguf.header import Header, read_header
+from ...quant.sources.names import WAN_KEY
 from ...quant.sources.t5 import transformers_name
 from .. import host
 from ..host_check import check_host
@@ -82,7 +83,7 @@ def _check(header: Header, names: Collection[str], clip_type: comfy.sd.CLIPType)
     """Refuse what the host would load as another model, or as this one with weights missing."""
     if _EMBEDDING not in names or _QUERY not in names:
         architecture = header.metadata.get("general.architecture", "not given")
-        diffusion = any(name.endswith("head.modulation") for name in names)
+        diffusion = any(name.endswith(WAN_KEY) for name in names)
         remedy = "load it with Load Diffusion Model (GGUF)" if diffusion else "choose umt5-xxl for Wan"
         raise QuantError(f"{header.path}: not a T5 text encoder (general.architecture {architecture}); {remedy}")
     biases = sum(name.endswith("relative_attention_bias.weight") for name in names)

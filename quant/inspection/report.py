@@ -13,6 +13,7 @@ import numpy as np
 from ..gguf.header import ORIG_SHAPE_KEY, read_header
 from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
+from ..sources.names import WAN_KEY
 from ..units import GIB, MIB
 
 _MAX_VALUE_CHARS = 80
@@ -62,7 +63,7 @@ class FileReport:
     def kind(self) -> str:
         """What the file is, in words."""
         architecture = self.metadata.get("general.architecture", "unnamed")
-        if any(tensor.name.endswith("head.modulation") for tensor in self.tensors):
+        if any(tensor.name.endswith(WAN_KEY) for tensor in self.tensors):
             return "Wan diffusion model"
         if architecture == "wan":
             return "module for a Wan diffusion model"

@@ -15,7 +15,8 @@ from .modules import is_module
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "model.")
 
-_WAN_KEY = "head.modulation"
+WAN_KEY = "head.modulation"
+"""The name of a tensor that every Wan transformer has and an add-on has not, without prefix."""
 WAN, T5 = "wan", "t5encoder"
 """Values of `general.architecture`."""
 
@@ -45,7 +46,7 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
     Raises:
         QuantError: anything else, with what it looks like.
     """
-    for key, rename in ((_WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
+    for key, rename in ((WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
         for prefix in PREFIXES:
             if prefix + key in names:
                 return Naming(prefix, rename)
@@ -57,6 +58,6 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
             return Naming(prefix, str)
     looks = next((what for keys, what in _LOOKS_LIKE if any(key in n for n in names for key in keys)), "something else")
     raise QuantError(
-        f"{path}: not a Wan model (no tensor {_WAN_KEY}): it looks like {looks};"
+        f"{path}: not a Wan model (no tensor {WAN_KEY}): it looks like {looks};"
         " only Wan and its text encoder are supported"
     )
