@@ -12,6 +12,7 @@ from comfy.clip_vision import Output
 from torch import Tensor
 
 from ...quant import QuantError
+from ...quant.plan.wan_shapes import pixels_per_cell
 from .meta_wan import META
 
 _CLIP_WIDTH = 1280
@@ -63,12 +64,12 @@ class Job:
         Raises:
             QuantError: sizes or frames that Wan cannot take.
         """
-        step = 2 * pixels(channels)
+        step = 2 * pixels_per_cell(channels)
         if width < step or height < step or width % step or height % step:
             raise QuantError(f"size {width}x{height}: this Wan model takes multiples of {step} from {step} on")
         if frames < 1 or frames % 4 != 1:
             raise QuantError(f"frames {frames}: Wan takes 1, 5, 9, ... (a multiple of 4 and 1 more)")
-        size = height // pixels(channels), width // pixels(channels)
+        size = height // pixels_per_cell(channels), width // pixels_per_cell(channels)
         return cls((1, channels, frames // 4 + 1, *size))
 
     def given(self, **fields: Any) -> Job:  # noqa: ANN401
@@ -89,14 +90,9 @@ class Job:
 
     def __str__(self) -> str:
         batch, channels, frames, height, width = self.latent
-        side = pixels(channels)
+        side = pixels_per_cell(channels)
         videos = f"{batch} videos of " if batch > 1 else ""
         return f"{videos}{side * width}x{side * height}, {4 * frames - 3} frames"
-
-
-def pixels(channels: int) -> int:
-    """To a side of a latent's cell."""
-    return 16 if channels == 48 else 8
 
 
 class _Form(NamedTuple):

@@ -12,10 +12,12 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+from ...quant.plan.wan_shapes import pixels_per_cell
+from ...quant.units import GIB
 from .live_memory import LiveMemory
 from .meta_wan import META
-from .sampling_job import Job, pixels
-from .simulator import GIB, Peak, streamed_bytes
+from .sampling_job import Job
+from .simulator import Peak, streamed_bytes
 
 # Source: comfy/sd.py VAE.__init__, ComfyUI 0.30.0.
 _SAME = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
@@ -52,7 +54,7 @@ class Tiles:
 def decoding_peak(job: Job, size: int, dtype: torch.dtype, *, streamed: bool = False) -> Peak:
     """Of one tile with `size` pixels to a side at most, of all frames of the video; the VAE is resident or streamed."""
     _, channels, frames, *cells = job.latent
-    vae, tile = _vae(channels, dtype), [min(count, size // pixels(channels)) for count in cells]
+    vae, tile = _vae(channels, dtype), [min(count, size // pixels_per_cell(channels)) for count in cells]
     memory = LiveMemory(META)
     with torch.inference_mode(False), torch.no_grad(), memory:
         latent = torch.empty(1, channels, frames, *tile, device=META)
@@ -71,7 +73,7 @@ def tiles_within(job: Job, budget: int, dtype: torch.dtype | None = None) -> Til
         dtype: that the VAE computes in, by default what the host takes on its device.
     """
     dtype = dtype or comfy.model_management.vae_dtype(comfy.model_management.vae_device(), _DTYPES)
-    sides = [pixels(job.latent[1]) * cells for cells in job.latent[3:]]
+    sides = [pixels_per_cell(job.latent[1]) * cells for cells in job.latent[3:]]
     streamed = decoding_peak(job, _STEP, dtype).total > budget
     least = decoding_peak(job, _STEP, dtype, streamed=streamed)
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ...quant import QuantError
+from ...quant.plan.wan_shapes import pixels_per_cell
 
 _FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
-_PIXELS_PER_CELL = {16: 8, 48: 16}
 
 
 def model_space(samples: Tensor) -> Tensor:
@@ -45,5 +45,5 @@ def preview_frames(samples: Tensor) -> Tensor:
     bias = torch.tensor(latent_format.latent_rgb_factors_bias)
     rgb = torch.einsum("bcthw,cr->btrhw", latent, factors) + bias.view(3, 1, 1)
     rgb = rgb.flatten(0, 1).add_(1).div_(2).clamp_(0, 1)
-    rgb = torch.nn.functional.interpolate(rgb, scale_factor=_PIXELS_PER_CELL[channels], mode="bilinear")
+    rgb = torch.nn.functional.interpolate(rgb, scale_factor=pixels_per_cell(channels), mode="bilinear")
     return rgb.movedim(1, -1).contiguous()

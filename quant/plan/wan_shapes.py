@@ -46,6 +46,11 @@ _ROLES = (
 )
 
 
+def pixels_per_cell(channels: int) -> int:
+    """Return the pixels per side of a latent cell; the latents of Wan 2.2's VAE have 48 channels, Wan 2.1's have 16."""
+    return 16 if channels == 48 else 8
+
+
 def wan_shapes(size: str) -> dict[str, Shape]:
     """Tensor shapes of a published Wan transformer; `size` is a key of `SIZES`."""
     return transformer_shapes(SIZES[size])
