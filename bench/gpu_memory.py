@@ -147,16 +147,16 @@ class Bench:
     def row(self, case: Case) -> Row:
         import comfy.model_management
 
-        from wanquant.ops.budget.choose_plan import candidates, choose
+        from wanquant.ops.budget.choose_plan import choose_plan, memory_plans
         from wanquant.ops.budget.sampling import with_budget
-        from wanquant.ops.budget.sampling_job import Job
+        from wanquant.ops.budget.sampling_job import SamplingJob
         from wanquant.ops.budget.simulator import Simulator
 
-        patcher, job = with_loras(self._plain, case.loras), Job.of_video(*case.video)
-        simulated, budget = Simulator.of(patcher), round(case.gib * GIB)
+        patcher, job = with_loras(self._plain, case.loras), SamplingJob.for_video(*case.video)
+        simulated, budget = Simulator.from_patcher(patcher), round(case.gib * GIB)
         if case.gib == LEANEST:
-            budget = min(simulated.peak(job, plan).total for plan in candidates(simulated.heads))
-        choice = choose(simulated, job, budget)
+            budget = min(simulated.peak(job, plan).total_bytes for plan in memory_plans(simulated.heads))
+        choice = choose_plan(simulated, job, budget)
         if choice.plan:
             patcher = with_budget(patcher, budget)
 
@@ -166,7 +166,7 @@ class Bench:
             return row | self._difference(case, latent, is_stock=choice.plan is None)
 
         row: Row = {"case": "sample", "is_dynamic": patcher.is_dynamic(), "plan": choice.name, **case._asdict()}
-        row["predicted_gib"] = {name: gib(size) for name, size in choice.peak.parts.items()}
+        row["predicted_gib"] = {name: gib(size) for name, size in choice.peak.bytes_by_part.items()}
         row |= self._meter.run(work, budget)
         row["of_predicted"] = of_predicted(row, dynamic=patcher.is_dynamic())
         comfy.model_management.unload_all_models()

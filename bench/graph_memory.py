@@ -47,19 +47,19 @@ def encoding_peak() -> Peak:
         tokens = torch.zeros(1, TOKENS, dtype=torch.long, device=META)
         model(tokens, attention_mask=torch.ones(1, TOKENS, device=META))
     weights = sum(sorted(streamed)[-2:]) + sum(norm.nbytes for norm in norms)
-    return Peak(weights, memory.peak.scratch, memory.peak.activations, memory.now.flops)
+    return Peak(weights, memory.peak.scratch_bytes, memory.peak.activation_bytes, memory.now.flops)
 
 
 def rows() -> list[Row]:
     import torch
 
-    from ..ops.budget.sampling_job import Job
+    from ..ops.budget.sampling_job import SamplingJob
     from ..ops.budget.vae_tiles import tiles_within
 
     found = [row("umT5-XXL", None, None, encoding_peak())]
     for model, vae in (("14B-T2V", "Wan 2.1 VAE"), ("5B-TI2V", "Wan 2.2 VAE")):
         for video, budget in CASES[model]:
-            job = Job.of_video(*video, channels=MODELS[model].out_dim)
+            job = SamplingJob.for_video(*video, channels=MODELS[model].out_dim)
             tiles = tiles_within(job, round(budget * 2**30), torch.bfloat16)
             plan = {"tile_size": tiles.size, "overlap": tiles.overlap, "streamed": tiles.streamed}
             found.append(row(vae, video, budget, tiles.peak) | plan)
@@ -68,8 +68,14 @@ def rows() -> list[Row]:
 
 def row(part: str, video: Video | None, budget: float | None, peak: Peak) -> Row:
     size = f"{video.width}x{video.height}x{video.frames}" if video else ""
-    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in peak.parts.items()}
-    return {"part": part, "video": size, "budget_gib": budget, "peak_gib": round(peak.total / 2**30, 4), "parts": parts}
+    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in peak.bytes_by_part.items()}
+    return {
+        "part": part,
+        "video": size,
+        "budget_gib": budget,
+        "peak_gib": round(peak.total_bytes / 2**30, 4),
+        "parts": parts,
+    }
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from ..testing.hosts import checkout
 from .sizes import Source
 
 if TYPE_CHECKING:
-    from ..ops.budget.choose_plan import Choice
-    from ..ops.budget.sampling_job import Job
+    from ..ops.budget.choose_plan import ChosenPlan
+    from ..ops.budget.sampling_job import SamplingJob
     from ..ops.budget.simulator import Simulator
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,41 +83,41 @@ def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
     for _ in range(loras):
         layers = packed_modules(patcher.model)
         patcher.add_patches({key: lora(layer.out_features, layer.in_features) for key, layer in layers})
-    return Simulator.of(patcher)
+    return Simulator.from_patcher(patcher)
 
 
-def job(size: WanSize, video: Video) -> Job:
+def job(size: WanSize, video: Video) -> SamplingJob:
     """With one image for image-to-video, and two control videos for VACE."""
-    from ..ops.budget.sampling_job import Job, image_fields
+    from ..ops.budget.sampling_job import SamplingJob, clip_vision_entries
 
-    plain = Job.of_video(*video, channels=size.out_dim)
+    plain = SamplingJob.for_video(*video, channels=size.out_dim)
     if size.image:
-        return plain.given(**image_fields(257))
-    return plain.with_controls(2) if size.vace_layers else plain
+        return plain.with_entries(**clip_vision_entries(257))
+    return plain.with_control_videos(2) if size.vace_layers else plain
 
 
 def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
     """For each model and video the host's own forward, and what Wan Low VRAM chooses for the budget."""
-    from ..ops.budget.choose_plan import choose
+    from ..ops.budget.choose_plan import choose_plan
 
     for model, size in MODELS.items():
         simulated = simulator(size, recipe, loras)
         for video, budget in CASES[model]:
             wanted = job(size, video)
             for gib in (UNLIMITED_GIB, budget):
-                choice = choose(simulated, wanted, round(gib * 2**30))
+                choice = choose_plan(simulated, wanted, round(gib * 2**30))
                 yield row(model, video, recipe, choice, gib)
 
 
-def row(model: str, video: Video, recipe: str, choice: Choice, budget: float) -> dict[str, object]:
-    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in choice.peak.parts.items()}
+def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float) -> dict[str, object]:
+    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in choice.peak.bytes_by_part.items()}
     return {
         "model": model,
         **video._asdict(),
         "recipe": recipe,
         "plan": choice.name,
         "budget_gib": budget,
-        "peak_gib": round(choice.peak.total / 2**30, 4),
+        "peak_gib": round(choice.peak.total_bytes / 2**30, 4),
         "parts": parts,
         "slowdown": round(choice.slowdown, 4),
     }
@@ -139,7 +139,7 @@ def draw(path: Path, recipe: str) -> None:
     """The course of all memory over a block of 14B (with the embeddings and the head), stock and lean, as PNG."""
     from matplotlib.figure import Figure
 
-    from ..ops.budget.choose_plan import choose
+    from ..ops.budget.choose_plan import choose_plan
 
     model = "14B-T2V"
     video, budget = CASES[model][0]
@@ -151,10 +151,10 @@ def draw(path: Path, recipe: str) -> None:
         (f"Wan Low VRAM, {budget:.2f} GiB", budget, "#0072b2"),
     )
     for label, gib, colour in plans:
-        choice = choose(simulated, wanted, round(gib * 2**30))
+        choice = choose_plan(simulated, wanted, round(gib * 2**30))
         history = simulated.run(wanted, choice.plan, record=True).history
         done = [100 * moment.flops / choice.peak.flops for moment in history]
-        beside = choice.peak.weights + choice.peak.context
+        beside = choice.peak.weight_bytes + choice.peak.context_bytes
         total = [(beside + moment.nbytes) / 2**30 for moment in history]
         axis.plot(done, total, color=colour, drawstyle="steps-post", label=f"{label}: peak {max(total):.2f} GiB")
         axis.fill_between(done, total, step="post", color=colour, alpha=0.2, linewidth=0)

@@ -7,9 +7,9 @@ import logging
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..ops.budget.choose_plan import checked_budget, choose
-from ..ops.budget.experts import simulate
-from ..ops.budget.sampling import is_wan, preview_job, with_budget
+from ..ops.budget.choose_plan import budget_bytes, choose_plan
+from ..ops.budget.experts import simulator_for
+from ..ops.budget.sampling import expected_job, is_wan, with_budget
 from ..ops.budget.vae_tiles import HOST_TILES, tiles_within
 from ..quant import QuantError
 
@@ -49,14 +49,14 @@ class WanQuantLowVRAM(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, budget_gib: float, width: int, height: int, frames: int) -> io.NodeOutput:
-        budget = checked_budget(budget_gib)
+        budget = budget_bytes(budget_gib)
         if not is_wan(model):
             text = f"{type(model.model).__name__} is not a Wan model: it passes through unchanged"
             logger.warning("Wan Low VRAM: %s", text)
             return io.NodeOutput(model, text, *HOST_TILES)
-        job = preview_job(model, width, height, frames)
+        job = expected_job(model, width, height, frames)
         try:
-            text = str(choose(simulate(model), job, budget))
+            text = str(choose_plan(simulator_for(model), job, budget))
         except QuantError as refusal:
             # Only the latent that comes to the sampler decides.
             text = str(refusal)

@@ -1,4 +1,4 @@
-"""Sampling within a number of GiB: what a forward takes, by which plan, and how weights are kept to it.
+"""Sampling within a number of GiB: the choice of a memory plan, and weights that stay within what it leaves.
 
 It imports `lean`, `loading`, `packed`, `host` and `quant`.
 """

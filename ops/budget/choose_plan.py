@@ -1,4 +1,4 @@
-"""A number of GiB -> how to sample a Wan model in it: the fastest plan whose simulated peak is within the budget."""
+"""The choice of a memory plan: the fastest one whose predicted peak keeps within a budget."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from dataclasses import dataclass, replace
 
 from ...quant import QuantError
 from ...quant.units import GIB
-from ..lean import LeanPlan
-from .sampling_job import Job
+from ..lean import MemoryPlan
+from .sampling_job import SamplingJob, video_frames
 from .simulator import Peak, Simulator
 
 MOST_EXTRA_ARITHMETIC = 0.03
-_ABSURD_GIB = 1024
+"""The largest share of extra floating-point operations that a plan may cost."""
+
+_LARGEST_BUDGET_GIB = 1024
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A plan, what it takes and what it costs."""
+class ChosenPlan:
+    """A memory plan with its predicted peak and its cost."""
 
-    plan: LeanPlan | None
-    """None: the host's own forward."""
+    plan: MemoryPlan | None
+    """None stands for ComfyUI's own forward."""
     peak: Peak
     slowdown: float
-    """Floating-point operations over those of the host's own forward."""
+    """Floating-point operations of the forward, divided by those of ComfyUI's own forward."""
 
     @property
     def name(self) -> str:
@@ -37,89 +39,98 @@ class Choice:
         return f"{self.peak}; {how}, {self.slowdown:.3f}x the arithmetic"
 
 
-def checked_budget(gib: float) -> int:
-    """Bytes.
+def budget_bytes(gib: float) -> int:
+    """Return a budget of `gib` GiB in bytes.
 
     Raises:
-        QuantError: not a number, not positive, or more than any accelerator has.
+        QuantError: `gib` is not a number, not positive, or larger than the memory of any accelerator.
     """
-    if not (math.isfinite(gib) and 0 < gib <= _ABSURD_GIB):
+    if not (math.isfinite(gib) and 0 < gib <= _LARGEST_BUDGET_GIB):
         raise QuantError(
-            f"budget_gib {gib}: expected GiB of video memory, more than 0 and at most {_ABSURD_GIB}; 3.5 is usual"
+            f"budget_gib {gib}: expected GiB of video memory, more than 0 and at most {_LARGEST_BUDGET_GIB};"
+            " choose the memory that ComfyUI may use, such as 3.5"
         )
     return round(gib * GIB)
 
 
-def candidates(heads: int) -> list[LeanPlan]:
-    """From coarse to fine, each slower than the one before and smaller."""
+def memory_plans(heads: int) -> list[MemoryPlan]:
+    """Return the memory plans to choose from for a model with `heads` heads.
+
+    They are sorted from coarse to fine: each needs less memory and more time than the one before.
+    """
     groups = [count for count in range(1, 21) if heads % count == 0]
     by_chunk = {1 << (32768 // count).bit_length() - 1: count for count in groups}
-    plans = [LeanPlan(count, chunk) for chunk, count in by_chunk.items()]
+    plans = [MemoryPlan(count, chunk) for chunk, count in by_chunk.items()]
     finest = plans[-1]
-    again = sorted({finest.head_groups * quarters // 4 for quarters in (1, 2, 3)} - {0})
-    return [*plans, *(replace(finest, recomputed_groups=count) for count in again)]
+    recomputed = sorted({finest.head_groups * quarters // 4 for quarters in (1, 2, 3)} - {0})
+    return [*plans, *(replace(finest, recomputed_groups=count) for count in recomputed)]
 
 
-def choose(simulator: Simulator, job: Job, budget: int) -> Choice:
-    """The plan with the least slowdown that keeps within `budget` bytes.
+def choose_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenPlan:
+    """Return the fastest memory plan whose predicted peak is at most `budget` bytes.
 
     Raises:
-        QuantError: none does; says what the leanest needs and what would fit.
+        QuantError: every plan exceeds the budget. The message names the smallest possible budget and a number of frames
+            that this budget allows.
     """
-    stock = _choice(simulator, job, None)
-    if stock.peak.total <= budget:
+    stock = _evaluate(simulator, job, None)
+    if stock.peak.total_bytes <= budget:
         return stock
-    plans = candidates(simulator.heads)
-    fitting = _first(plans, lambda plan: simulator.peak(job, plan).total <= budget)
-    choice = _choice(simulator, job, plans[min(fitting, len(plans) - 1)])
-    while choice.slowdown > 1 + MOST_EXTRA_ARITHMETIC:
+    plans = memory_plans(simulator.heads)
+    index = _first_index(plans, lambda plan: simulator.peak(job, plan).total_bytes <= budget)
+    chosen = _evaluate(simulator, job, plans[min(index, len(plans) - 1)])
+    while chosen.slowdown > 1 + MOST_EXTRA_ARITHMETIC:
         plans.pop()
-        choice = _choice(simulator, job, plans[-1])
-    if choice.peak.total > budget:
-        leanest = min(stock, choice, key=lambda each: each.peak.total)
-        raise QuantError(_refusal(simulator, job, budget, leanest))
-    return choice
+        chosen = _evaluate(simulator, job, plans[-1])
+    if chosen.peak.total_bytes > budget:
+        smallest = min(stock, chosen, key=lambda each: each.peak.total_bytes)
+        raise QuantError(_refusal(simulator, job, budget, smallest))
+    return chosen
 
 
-def _choice(simulator: Simulator, job: Job, plan: LeanPlan | None) -> Choice:
+def _evaluate(simulator: Simulator, job: SamplingJob, plan: MemoryPlan | None) -> ChosenPlan:
     peak = simulator.peak(job, plan)
-    return Choice(plan, peak, peak.flops / simulator.peak(job, None).flops)
+    return ChosenPlan(plan, peak, peak.flops / simulator.peak(job, None).flops)
 
 
-def _first(items: Sequence[LeanPlan], fits: Callable[[LeanPlan], bool]) -> int:
-    """The position of the first item that fits, where all after it do too; their number if none does."""
-    low, high = 0, len(items)
+def _first_index(plans: Sequence[MemoryPlan], is_enough: Callable[[MemoryPlan], bool]) -> int:
+    """Return the index of the first plan that is enough, or the number of plans if none is.
+
+    All plans after one that is enough must be enough too: this is a binary search.
+    """
+    low, high = 0, len(plans)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(items[middle]) else (middle + 1, high)
+        low, high = (low, middle) if is_enough(plans[middle]) else (middle + 1, high)
     return low
 
 
-def _refusal(simulator: Simulator, job: Job, budget: int, leanest: Choice) -> str:
-    frames = _most_frames(simulator, job, budget, leanest.plan)
-    shorter = f"{frames} frames of this size would fit" if frames else "not even one frame of this size would fit"
+def _refusal(simulator: Simulator, job: SamplingJob, budget: int, smallest: ChosenPlan) -> str:
+    frames = _most_frames(simulator, job, budget, smallest.plan)
+    shorter = f"at most {frames} frames of this size keep" if frames else "not even one frame of this size keeps"
     return (
-        f"budget of {budget / GIB:.2f} GiB: {job} needs at least {leanest.peak};"
-        f" {shorter}; give {_round_up(leanest.peak.total)} GiB, or a smaller size or fewer frames"
+        f"budget of {budget / GIB:.2f} GiB: {job} needs at least {smallest.peak};"
+        f" {shorter} within the budget; set budget_gib to {_rounded_up_gib(smallest.peak.total_bytes)},"
+        " or choose a smaller size or fewer frames"
     )
 
 
-def _most_frames(simulator: Simulator, job: Job, budget: int, plan: LeanPlan | None) -> int:
-    """Frames of video within the budget, 0 if none."""
+def _most_frames(simulator: Simulator, job: SamplingJob, budget: int, plan: MemoryPlan | None) -> int:
+    """Return the largest number of video frames that `budget` bytes allow with `plan`, 0 if none."""
 
-    def plain(frames: int) -> int:
-        return simulator.peak(job.from_text(frames), plan).total
+    def text_only_bytes(frames: int) -> int:
+        return simulator.peak(job.text_only(frames), plan).total_bytes
 
-    low, high = 0, job.latent[2]  # so many latent frames fit, so many do not
-    # What is given beside the text cannot be cut here; it is taken to shrink with the frames.
-    given_a_frame = (simulator.peak(job, plan).total - plain(high)) / high
+    low, high = 0, job.latent[2]  # `low` latent frames are within the budget, `high` are not
+    # The simulator cannot cut the other conditionings to fewer frames. They are assumed to shrink in proportion.
+    others_per_frame = (simulator.peak(job, plan).total_bytes - text_only_bytes(high)) / high
     while high - low > 1:
         middle = (low + high) // 2
-        fits = plain(middle) + given_a_frame * middle <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    return 4 * low - 3 if low else 0
+        is_within = text_only_bytes(middle) + others_per_frame * middle <= budget
+        low, high = (middle, high) if is_within else (low, middle)
+    return video_frames(low) if low else 0
 
 
-def _round_up(nbytes: int) -> float:
-    """GiB with two decimals."""
+def _rounded_up_gib(nbytes: int) -> float:
+    """Return `nbytes` in GiB, rounded up to two decimals."""
     return math.ceil(100 * nbytes / GIB) / 100

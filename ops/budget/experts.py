@@ -1,4 +1,4 @@
-"""Two models that are never in memory together, as the high-noise and the low-noise expert of Wan 2.2 need not be."""
+"""Two models that take turns in memory, such as the high-noise and the low-noise expert of Wan 2.2."""
 
 from __future__ import annotations
 
@@ -10,69 +10,74 @@ import comfy.model_management
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
-from ..lean import LeanPlan
-from .sampling_job import Job
+from ..lean import MemoryPlan
+from .sampling_job import SamplingJob
 from .simulator import Peak, Simulator
 
 
 def share_memory(first: ModelPatcher, second: ModelPatcher) -> None:
-    """Give both one place in memory: the one that is sampled takes it, and the other goes back to its file.
+    """Make each model unload the other from memory before it is sampled.
 
-    The host unloads a model only when it reckons that memory is short, and then perhaps a part of it. Here the place is
-    free before it makes its plan for the next, so that a plan for the larger of both holds for either. Clones, and
-    so the models that LoRA loaders and other nodes make of them, belong to it too.
+    ComfyUI unloads a model only if it estimates that memory is short, and then perhaps only a part of it. Sharing makes
+    one memory plan, that of the larger model, valid for both. Clones, such as LoRA loaders make, share the memory too.
     """
-    place = _Place(first, second)
+    shared = _SharedMemory(first, second)
     for patcher, other in ((first, second), (second, first)):
-        patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, __name__, _Eviction(other))
-        patcher.set_attachments(__name__, place)
+        patcher.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, __name__, _UnloadOther(other))
+        patcher.set_attachments(__name__, shared)
 
 
-def simulate(patcher: ModelPatcher) -> Simulator:
-    """Of a loaded MODEL with its LoRAs; where it shares its memory, of whichever model takes more."""
-    place: _Place | None = patcher.get_attachment(__name__)
-    return Larger([Simulator.of(each) for each in place.with_latest(patcher)]) if place else Simulator.of(patcher)
+def simulator_for(patcher: ModelPatcher) -> Simulator:
+    """Return a simulator of a loaded MODEL with its LoRAs.
+
+    If it shares its memory with another model, the simulator predicts the larger peak of the two.
+    """
+    shared: _SharedMemory | None = patcher.get_attachment(__name__)
+    if shared is None:
+        return Simulator.from_patcher(patcher)
+    return LargerPeakSimulator([Simulator.from_patcher(each) for each in shared.with_other(patcher)])
 
 
-class Larger(Simulator):
-    """Several models that have one plan: for each job the one that takes most memory."""
+class LargerPeakSimulator(Simulator):
+    """Simulators of models that are sampled with one plan: predicts the largest of their peaks."""
 
     def __init__(self, simulators: list[Simulator]) -> None:
-        self._each = simulators
+        self._simulators = simulators
 
     @property
     def heads(self) -> int:
-        return self._each[0].heads
+        return self._simulators[0].heads
 
-    def peak(self, job: Job, plan: LeanPlan | None) -> Peak:
-        return max((simulator.peak(job, plan) for simulator in self._each), key=lambda peak: peak.total)
+    def peak(self, job: SamplingJob, plan: MemoryPlan | None) -> Peak:
+        peaks = (simulator.peak(job, plan) for simulator in self._simulators)
+        return max(peaks, key=lambda peak: peak.total_bytes)
 
 
-class _Place:
-    """What two models share: of each the patcher that was simulated last, so with the LoRAs that it is sampled with."""
+class _SharedMemory:
+    """Two models that share memory, each as the clone that was simulated last and so has the LoRAs to sample with."""
 
     def __init__(self, *patchers: ModelPatcher) -> None:
-        # References would be cycles, and the models would wait for the garbage collector.
+        # Strong references would form cycles, which only the garbage collector frees.
         self._first = [weakref.ref(patcher) for patcher in patchers]
         self._latest = list(self._first)
 
-    def with_latest(self, patcher: ModelPatcher) -> list[ModelPatcher]:
-        """`patcher`, and the other model's if it is still there."""
+    def with_other(self, patcher: ModelPatcher) -> list[ModelPatcher]:
+        """Return `patcher`, and the other model unless it is gone; remember `patcher` as the latest clone."""
         others = []
         for index, (first, latest) in enumerate(zip(self._first, self._latest, strict=True)):
-            other = latest() or first()
-            if other is not None and other.is_clone(patcher):
+            known = latest() or first()
+            if known is not None and known.is_clone(patcher):
                 self._latest[index] = weakref.ref(patcher)
-            elif other is not None:
-                others.append(other)
+            elif known is not None:
+                others.append(known)
         return [patcher, *others]
 
 
-class _Eviction:
-    """Before the host loads a model to sample it: unload another from every device and pinned memory."""
+class _UnloadOther:
+    """A wrapper that unloads the other model from all devices and from pinned memory before ComfyUI loads this one."""
 
     def __init__(self, other: ModelPatcher) -> None:
-        # A reference would be a cycle, and both models would wait for the garbage collector.
+        # A strong reference would form a cycle, which only the garbage collector frees.
         self._other = weakref.ref(other)
 
     def __call__(self, prepare: Callable[..., Any], *args: object, **kwargs: object) -> Any:  # noqa: ANN401

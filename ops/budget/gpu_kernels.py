@@ -1,4 +1,4 @@
-"""What kernels of GPUs allocate, in place of the operations that torch has for meta tensors."""
+"""Stand-ins for GPU kernels: on meta tensors they allocate what the kernels allocate on a GPU."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2])
 
 
 class FlashAttention:
-    """The host's `optimized_attention_override`: an output and a float32 row of statistics, no matrix of scores."""
+    """An `optimized_attention_override` for ComfyUI: allocates the output and one float32 statistic per query."""
 
-    takes_some_queries = True
+    accepts_query_chunks = True
 
     def __call__(
         self,
@@ -34,7 +34,13 @@ class FlashAttention:
         skip_output_reshape: bool = False,
         **_kwargs: object,
     ) -> Tensor:
-        """(batch, tokens, heads * size), or (batch, heads, tokens, size) where a reshape is skipped."""
+        """Return the output of attention, without its values, in the dtype of `q`.
+
+        Args:
+            q: (batch, tokens, heads * head size), or (batch, heads, tokens, head size) with `skip_reshape`; `k` and
+                `v` likewise.
+            skip_output_reshape: return (batch, heads, tokens, head size), not (batch, tokens, heads * head size).
+        """
         q, k, v = host.uncontained(q, k, v)
         if not skip_reshape:
             size = q.shape[2] // heads
@@ -44,9 +50,10 @@ class FlashAttention:
 
 
 def use_flash_attention(model: wan.WanModel) -> None:
-    """Give it to all parts of a model of our own but the blocks: there alone the host lets its attention be overridden.
+    """Make the parts of a meta model outside its blocks call `FlashAttention`.
 
-    In ComfyUI 0.30.0 they are Animate's face adapter, and what S2V and WanDancer do with sound.
+    ComfyUI lets only the blocks override the attention function. In 0.30.0 the other parts with attention are Animate's
+    face adapter and the audio layers of S2V and WanDancer.
     """
     blocks = {part for each in (model.blocks, getattr(model, "vace_blocks", model.blocks)) for part in each.modules()}
     attention = partial(FlashAttention(), None)
@@ -58,9 +65,9 @@ def use_flash_attention(model: wan.WanModel) -> None:
 
 
 class FusedNorms(TorchFunctionMode):
-    """In place of torch's RMS norm, which on meta tensors is made of others.
+    """Replaces torch's RMS norm, which is several operations on meta tensors but one kernel on GPUs.
 
-    Source: aten/src/ATen/native/layer_norm.cpp rms_norm_symint, torch 2.9.0, the first that has a kernel for CUDA.
+    Source: aten/src/ATen/native/layer_norm.cpp rms_norm_symint, torch 2.9.0, the first version with a CUDA kernel.
     """
 
     def __torch_function__(

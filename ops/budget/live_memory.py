@@ -1,4 +1,4 @@
-"""Counting the memory of a computation from the tensors that are alive, on meta tensors as on real ones."""
+"""A count of the memory that a computation uses, from the tensors that are alive; they may be on meta."""
 
 from __future__ import annotations
 
@@ -21,35 +21,40 @@ Arguments = tuple[object, ...]
 Keywords = dict[str, object]
 
 _ALIGNMENT = 512
-"""Bytes: what torch's CUDA allocator rounds a request up to. Source: c10/cuda/CUDACachingAllocator.h kMinBlockSize."""
+"""Torch's CUDA allocator rounds requests up to a multiple of this many bytes.
 
-_DECODES = ("wanquant::dequantize_into", "wanquant::dequantize")
-"""The pack's operators (quant/torch_op.py)."""
+Source: c10/cuda/CUDACachingAllocator.h kMinBlockSize.
+"""
+
+_DEQUANTIZE_OPERATORS = ("wanquant::dequantize_into", "wanquant::dequantize")
+"""The pack's own operators, of quant/torch_op.py."""
 
 
 class Moment(NamedTuple):
-    """What is alive after an allocation or a release."""
+    """The memory in use after an allocation or a release."""
 
     flops: int
-    """Floating-point operations so far, which stand for the time."""
-    activations: int
-    scratch: int
+    """Floating-point operations so far, as a measure of time."""
+    activation_bytes: int
+    scratch_bytes: int
+    """Weights in dequantized form."""
 
     @property
     def nbytes(self) -> int:
-        return self.activations + self.scratch
+        return self.activation_bytes + self.scratch_bytes
 
 
 class LiveMemory(TorchDispatchMode):
-    """While it is entered, follows every storage that an operation allocates on `device`, from then to its release.
+    """A context manager that counts every storage on `device` from its allocation by an operation to its release.
 
-    Storages that existed before (weights) do not count. Decoded weights are scratch, everything else activations.
-    What an operation allocates and frees within itself is not seen: workspaces of matrix products and convolutions.
+    Storages that existed before, such as the weights, do not count. Dequantized weights count as scratch, everything
+    else as activations. What an operation allocates and frees internally, such as a convolution's workspace, is not
+    seen.
 
     Attributes:
-        now: the present moment.
+        now: the current moment.
         peak: the moment with the most bytes.
-        history: all moments, if `record`.
+        history: all moments, if `record` is true.
     """
 
     def __init__(self, device: torch.device | str, *, record: bool = False) -> None:
@@ -64,7 +69,7 @@ class LiveMemory(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # torch would import its compiler, which takes seconds, to keep it out of the method below.
+        # Otherwise torch imports its compiler, for seconds, to keep it from tracing the method below.
         return False
 
     def __torch_dispatch__(
@@ -73,39 +78,36 @@ class LiveMemory(TorchDispatchMode):
         kwargs = kwargs or {}
         out = self._kernels(func, args, kwargs)
         if count := _FLOPS.get(func._overloadpacket):
-            self.add_flops(count(*args, **kwargs, out_val=out))
+            self._step(self.now._replace(flops=self.now.flops + count(*args, **kwargs, out_val=out)))
         known = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             if storage._cdata not in known and storage.device.type == self._device_type:
                 self._follow(storage)
-        if func._schema.name in _DECODES:
-            decoded = args[2] if out is None else out
-            self._as_scratch(next(_storages(decoded)))
+        if func._schema.name in _DEQUANTIZE_OPERATORS:
+            dequantized = args[2] if out is None else out
+            self._count_as_scratch(next(_storages(dequantized)))
         return out
-
-    def add_flops(self, flops: int) -> None:
-        self._step(self.now._replace(flops=self.now.flops + flops))
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
         if key in self._alive:
             return
         self._alive[key] = (nbytes, weakref.ref(storage, lambda _: self._released(key)))
-        self._step(self.now._replace(activations=self.now.activations + nbytes))
+        self._step(self.now._replace(activation_bytes=self.now.activation_bytes + nbytes))
 
     def _released(self, key: int) -> None:
         nbytes, _ = self._alive.pop(key)
-        part = "scratch" if key in self._scratch else "activations"
+        part = "scratch_bytes" if key in self._scratch else "activation_bytes"
         self._scratch.discard(key)
         self._step(self.now._replace(**{part: getattr(self.now, part) - nbytes}))
 
-    def _as_scratch(self, storage: torch.UntypedStorage) -> None:
+    def _count_as_scratch(self, storage: torch.UntypedStorage) -> None:
         """Count a followed storage as scratch from now on; the total does not change."""
         key = storage._cdata
         if key in self._alive and key not in self._scratch:
             self._scratch.add(key)
             moved = self._alive[key][0]
-            self._step(Moment(self.now.flops, self.now.activations - moved, self.now.scratch + moved))
+            self._step(Moment(self.now.flops, self.now.activation_bytes - moved, self.now.scratch_bytes + moved))
 
     def _step(self, moment: Moment) -> None:
         self.now = moment
@@ -116,7 +118,7 @@ class LiveMemory(TorchDispatchMode):
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
-    """Of the tensors in nested containers; of a packed tensor, that of its bytes."""
+    """Yield the storages of the tensors in nested containers; for a packed tensor, the storage of its bytes."""
     if isinstance(tree, Tensor):
         stored = host.packed_bytes(tree) if isinstance(tree, QuantizedTensor) else tree
         yield stored.untyped_storage()
@@ -132,41 +134,44 @@ def _call(func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -> o
 
 
 class _MetaKernels:
-    """Calls of operations on meta tensors, which are many and alike, and slow as torch has most of them in Python.
+    """A cache of operations on meta tensors, most of which torch implements slowly, in Python.
 
-    What one returned for arguments of the same shapes is made anew. Operations that return views are called.
+    An operation that allocates its outputs is called once per set of argument shapes. Later calls only allocate outputs
+    of the same shapes, or return the argument that the operation writes to. Operations that return views are always
+    called.
     """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, list[_Form] | None] = {}
+        self._outputs: dict[Hashable, list[_OutputSpec] | None] = {}
+        """None for an operation that returns the argument it writes to."""
 
     def __call__(self, func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -> object:
         key = (func, signature(args), signature(kwargs))
-        forms = self._known.get(key)
-        if forms:
-            remade = [torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta") for form in forms]
-            return remade[0] if len(remade) == 1 else tuple(remade)
-        if key in self._known:
-            return _written(func, args, kwargs)
+        specs = self._outputs.get(key)
+        if specs:
+            outputs = [torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta") for spec in specs]
+            return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        if key in self._outputs:
+            return _written_argument(func, args, kwargs)
         out = func(*args, **kwargs)
         aliased = [argument for argument in func._schema.arguments if argument.alias_info]
         outs = out if isinstance(out, tuple) else (out,)
-        made = [_Form(o.shape, o.stride(), o.dtype) for o in outs if type(o) is Tensor and o.is_meta]
-        if not aliased and len(made) == len(outs):
-            self._known[key] = made
-        elif aliased and out is _written(func, args, kwargs):
-            self._known[key] = None
+        allocated = [_OutputSpec(o.shape, o.stride(), o.dtype) for o in outs if type(o) is Tensor and o.is_meta]
+        if not aliased and len(allocated) == len(outs):
+            self._outputs[key] = allocated
+        elif aliased and out is _written_argument(func, args, kwargs):
+            self._outputs[key] = None
         return out
 
 
-class _Form(NamedTuple):
+class _OutputSpec(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
 
-def _written(func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -> object:
-    """The argument that the operation writes, if it is one."""
+def _written_argument(func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -> object:
+    """Return the argument that the operation writes to, or None if it writes to none or to several."""
     written = [
         args[i] if i < len(args) else kwargs.get(argument.name)
         for i, argument in enumerate(func._schema.arguments)
@@ -176,7 +181,7 @@ def _written(func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -
 
 
 def signature(value: object) -> Hashable:
-    """Equal for arguments that differ only in the values of tensors."""
+    """Return a key that is equal for arguments that differ only in the values of their tensors."""
     if isinstance(value, Tensor):
         return value.device, value.shape, value.stride(), value.dtype
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""A Wan model on meta tensors: the host's own modules and our packed weights in their true shapes, without a byte."""
+"""A Wan model on meta tensors: ComfyUI's own modules and packed weights, with shapes and dtypes but without data."""
 
 from __future__ import annotations
 
@@ -21,24 +21,31 @@ from ..packed.linear import GGUFOps
 
 META = torch.device("meta")
 _BLOCK = re.compile(r"^(vace_)?blocks\.(\d+)\.")
-# Of models whose blocks are all alike one block stands for all. Animate has another layer after every fifth.
-_ALIKE = ["WanModel", "CameraWanModel", "HumoWanModel", "SCAILWanModel", "SCAIL2WanModel"]
-_ALIKE += ["WanModel_S2V", "WanDancerModel"]
-_SHORTENED = {name: {"num_layers": 1} for name in _ALIKE} | {
-    "AnimateWanModel": {"num_layers": 5},
-    "WanAnimate2Model": {"num_layers": 1},
+_ONE_BLOCK = {"num_layers": 1}
+_SHORTENED = {
+    "WanModel": _ONE_BLOCK,
+    "CameraWanModel": _ONE_BLOCK,
+    "HumoWanModel": _ONE_BLOCK,
+    "SCAILWanModel": _ONE_BLOCK,
+    "SCAIL2WanModel": _ONE_BLOCK,
+    "WanModel_S2V": _ONE_BLOCK,
+    "WanDancerModel": _ONE_BLOCK,
+    "AnimateWanModel": {"num_layers": 5},  # the face adapter runs after every fifth block
+    "WanAnimate2Model": _ONE_BLOCK,
     "VaceWanModel": {"num_layers": 1, "vace_layers": 1},
 }
+"""The fewest blocks with the peak of the complete model, by the name of ComfyUI's class."""
 
 
 def meta_model(
     shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, QuantType], dtype: torch.dtype = torch.bfloat16
 ) -> BaseModel:
-    """The model that a GGUF with these tensors would load as, found by the host's own detection.
+    """Return the model that ComfyUI would detect and load from a GGUF with these tensors.
 
     Args:
-        shapes: by the tensor's name without prefix, in torch's order.
-        dtype: of the arithmetic.
+        shapes: by tensor name without prefix, in torch's order of dimensions.
+        types: by tensor name without prefix.
+        dtype: that the model computes in.
     """
     state = {name: meta_packed(name, shape, types[name], dtype) for name, shape in shapes.items()}
     config = comfy.model_detection.model_config_from_unet(state, "")
@@ -48,13 +55,16 @@ def meta_model(
 
 
 def meta_twin(model: BaseModel) -> BaseModel:
-    """A copy on meta tensors, of whose equal blocks only one is there, which takes as much as each of them."""
+    """Return a copy of a loaded model on meta tensors.
+
+    It keeps only as many of several equal blocks as the peak depends on.
+    """
     source, loaded = model.diffusion_model, model.model_config
-    fewer = _SHORTENED.get(type(source).__name__, {})
-    config = type(loaded)(loaded.unet_config | fewer)
+    shortened = _SHORTENED.get(type(source).__name__, {})
+    config = type(loaded)(loaded.unet_config | shortened)
     config.set_inference_dtype(loaded.unet_config["dtype"], host.compute_dtype(model))
     config.custom_operations, config.quant_config = loaded.custom_operations, loaded.quant_config
-    kept = {name: tensor for name, tensor in source.state_dict(keep_vars=True).items() if _kept(name, fewer)}
+    kept = {name: tensor for name, tensor in source.state_dict(keep_vars=True).items() if _is_kept(name, shortened)}
     return _build(config, {n: tensor if host.is_preference(n) else _as_meta(tensor) for n, tensor in kept.items()})
 
 
@@ -65,13 +75,18 @@ def _build(config: comfy.supported_models_base.BASE, state: dict[str, Tensor]) -
     return model.requires_grad_(False)
 
 
-def _kept(name: str, fewer: Mapping[str, int]) -> bool:
+def _is_kept(name: str, shortened: Mapping[str, int]) -> bool:
     block = _BLOCK.match(name)
-    return not (fewer and block) or int(block[2]) < fewer["vace_layers" if block[1] else "num_layers"]
+    return not (shortened and block) or int(block[2]) < shortened["vace_layers" if block[1] else "num_layers"]
 
 
 def meta_packed(name: str, shape: tuple[int, ...], qtype: QuantType, dtype: torch.dtype) -> Tensor:
-    """A tensor as it would be loaded from a GGUF."""
+    """Return a meta tensor as it would be loaded from a GGUF: packed and of type `qtype`, or plain.
+
+    Args:
+        shape: in torch's order of dimensions.
+        dtype: that the model computes in.
+    """
     data = torch.empty(qtype.packed_shape(shape), dtype=torch.uint8, device=META)
     return host_tensor(TensorRecord(name, qtype, shape, shape, Path(), 0, data.nbytes), data, dtype)
 

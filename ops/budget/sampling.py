@@ -1,4 +1,19 @@
-"""Keeps the sampling of a MODEL within a number of GiB: its plan, its weights and the other models."""
+"""Sampling within a budget: the wrappers that Wan Low VRAM adds to a MODEL, in the order in which ComfyUI calls them.
+
+1. The node Wan Low VRAM calls `with_budget` once. It only adds wrappers to a clone: nothing is loaded or planned.
+2. A sampler node starts a sampling: OUTER_SAMPLE, `_BudgetedSampling.outer_sample`, notes the denoise mask.
+3. ComfyUI is about to load the model: PREPARE_SAMPLING, `_BudgetedSampling.prepare`, chooses the memory plan for the
+   latent and its conditionings, or refuses. What the plan leaves of the budget is the room for weights.
+   a) All weights have room, or the device is the CPU: ComfyUI loads the model as usual.
+   b) Otherwise all other models leave the accelerator, and ComfyUI loads this one with all weights offloaded.
+      Legacy memory mode: `partially_load` then moves weights to the accelerator until the room is used.
+      Dynamic VRAM: LoRA factors take their share of the room first. The rest is the limit up to which streamed weights
+      stay on the accelerator. ComfyUI removes the limit as the sampler node returns (execution.py, 0.30.0).
+4. Each step: CALC_COND_BATCH, `calc_conds_separately`, runs one forward per conditioning.
+5. Each forward: DIFFUSION_MODEL. `apply_lean` replaces the blocks as the plan says, or leaves ComfyUI's own, and
+   `_BudgetedSampling.forward` runs the time projection in main memory in case b).
+6. The sampling ends: nothing is undone. The weights stay where they are until ComfyUI needs the memory.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +34,23 @@ from torch.utils._pytree import tree_map_only
 
 from ...quant.units import GIB
 from .. import host
-from ..lean import LeanPlan, apply_lean, one_by_one
+from ..lean import MemoryPlan, apply_lean, calc_conds_separately
 from ..loading.prefetch import prefetch_blocks
 from ..packed.patcher import PackedPatcher
-from .choose_plan import Choice, choose
-from .experts import simulate
-from .sampling_job import Condition, Job, image_fields
+from .choose_plan import ChosenPlan, choose_plan
+from .experts import simulator_for
+from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator
 
 logger = logging.getLogger(__name__)
 
 _KEY = "wanquant.budget"
 _COMPILED_RUNS_STOCK = (
-    "a compiled model runs as in ComfyUI and does not keep to the budget; take TorchCompileModel out of the graph"
+    "a compiled model runs ComfyUI's own forward and may exceed the budget; remove TorchCompileModel from the workflow"
 )
 _POSE_CACHE = (
-    "what Wan Animate 2 Cache keeps on the GPU (its buffers, with device gpu the whole cache) is not in the budget"
+    "the budget does not include what Wan Animate 2 Cache keeps on the GPU: its buffers, and with device gpu the whole"
+    " cache"
 )
 
 
@@ -43,17 +59,19 @@ def is_wan(model: ModelPatcher) -> bool:
 
 
 def with_budget(model: ModelPatcher, budget: int) -> ModelPatcher:
-    """A clone of a Wan model that is sampled in `budget` bytes of an accelerator's memory, CUDA's context included.
+    """Return a clone of a Wan model that is sampled within a budget.
 
-    The plan is made when sampling begins, from the latent's shape; one that does not fit is refused there. Everything
-    else leaves the accelerator, prompts run one after the other, and weights stay as far as there is room.
+    A latent that cannot be sampled within the budget raises QuantError when its sampling starts.
+
+    Args:
+        budget: bytes of accelerator memory, including CUDA's context.
     """
-    sampling = _Sampling(budget)
+    sampling = _BudgetedSampling(budget)
     patched = _without_prefetch(apply_lean(model, sampling.plan))
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, sampling.outer_sample),
         (WrappersMP.PREPARE_SAMPLING, sampling.prepare),
-        (WrappersMP.CALC_COND_BATCH, one_by_one),
+        (WrappersMP.CALC_COND_BATCH, calc_conds_separately),
         (WrappersMP.DIFFUSION_MODEL, sampling.forward),
     ):
         patched.remove_wrappers_with_key(kind, _KEY)
@@ -62,43 +80,47 @@ def with_budget(model: ModelPatcher, budget: int) -> ModelPatcher:
 
 
 def _without_prefetch(model: ModelPatcher) -> ModelPatcher:
-    """It would hold two blocks' weights, and by its hooks have each lean block copy its input."""
+    """Remove the loader's prefetch, in place.
+
+    It holds the weights of two blocks. Its hooks on blocks also make each lean block copy its input.
+    """
     present = model.wrappers.get(WrappersMP.DIFFUSION_MODEL, {})
     for key in [key for key, wrappers in present.items() if prefetch_blocks in wrappers]:
         model.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, key)
     return model
 
 
-def preview_job(model: ModelPatcher, width: int, height: int, frames: int) -> Job:
-    """One video, from an image where the model takes one.
+def expected_job(model: ModelPatcher, width: int, height: int, frames: int) -> SamplingJob:
+    """Return the job of one video of this size, from an image if the model is an image-to-video model.
 
     Raises:
-        QuantError: sizes or frames that Wan cannot take.
+        QuantError: the model does not support this size or number of frames.
     """
-    video = Job.of_video(width, height, frames, channels=model.model.latent_format.latent_channels)
-    return video.given(**image_fields(257)) if model.model.diffusion_model.img_emb is not None else video
+    video = SamplingJob.for_video(width, height, frames, channels=model.model.latent_format.latent_channels)
+    from_image = model.model.diffusion_model.img_emb is not None
+    return video.with_entries(**clip_vision_entries(257)) if from_image else video
 
 
-class _Sampling:
-    """What the wrappers of one MODEL share."""
+class _BudgetedSampling:
+    """The wrappers of one MODEL and the state that they share."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self._mask: dict[str, object] = {}
-        """The field of the conditionings that the sampler adds."""
-        self._ample = False
-        """There is room for all weights."""
-        self._choice: Choice | None = None
+        self._mask_entries: dict[str, object] = {}
+        """What the sampler adds to each conditioning."""
+        self._weights_have_room = False
+        """The budget includes all weights, so that none are streamed."""
+        self._chosen: ChosenPlan | None = None
         self._simulator: Simulator | None = None
-        self._patches: object = None
+        self._simulated_patches: object = None
 
-    def plan(self, _: torch.Size) -> LeanPlan | None:
-        return self._choice.plan if self._choice else None
+    def plan(self, _: torch.Size) -> MemoryPlan | None:
+        return self._chosen.plan if self._chosen else None
 
     def outer_sample(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
-        """`args` are (noise, latent image, sampler, sigmas, denoise mask, ...)."""
+        """Wrap ComfyUI's `CFGGuider.outer_sample`, whose fifth argument is the denoise mask."""
         mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
-        self._mask = {} if mask is None else {"denoise_mask": mask}
+        self._mask_entries = {} if mask is None else {"denoise_mask": mask}
         out: Tensor = executor(*args, **kwargs)
         return out
 
@@ -110,56 +132,68 @@ class _Sampling:
         conds: dict[str, list[dict[str, Any]]],
         **kwargs: object,
     ) -> tuple[BaseModel, object, object]:
-        each = [Condition.of(self._mask | fields) for conditioning in conds.values() for fields in conditioning]
-        job = Job(tuple(noise_shape), tuple(each))
-        self._choice = choose(self._simulator_of(model), job, self._budget)
-        logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, self._budget / GIB, self._choice)
-        if self._choice.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, host.COMPILE_KEY):
+        """Wrap ComfyUI's `prepare_sampling`, which loads the model.
+
+        Raises:
+            QuantError: the sampling exceeds the budget with every memory plan.
+        """
+        outlines = (
+            ConditioningOutline.from_entries(self._mask_entries | cond) for each in conds.values() for cond in each
+        )
+        job = SamplingJob(tuple(noise_shape), tuple(outlines))
+        self._chosen = choose_plan(self._simulator_of(model), job, self._budget)
+        logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, self._budget / GIB, self._chosen)
+        if self._chosen.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, host.COMPILE_KEY):
             logger.warning("Wan Low VRAM: %s", _COMPILED_RUNS_STOCK)
         if "animate2_cache" in model.model_options.get("transformer_options", {}):
             logger.warning("Wan Low VRAM: %s", _POSE_CACHE)
-        room = self._budget - self._choice.peak.total
-        self._ample = room >= model.model_size()
-        if self._ample or comfy.model_management.is_device_cpu(model.load_device):
+        room = self._budget - self._chosen.peak.total_bytes
+        self._weights_have_room = room >= model.model_size()
+        if self._weights_have_room or comfy.model_management.is_device_cpu(model.load_device):
             prepared: tuple[BaseModel, object, object] = executor(model, noise_shape, conds, **kwargs)
             _keep_factors(model, room - model.model_size())
             return prepared
-        _make_way(model)
+        _unload_other_models(model)
         prepared = executor(model, noise_shape, conds, **kwargs | {"force_full_load": False, "force_offload": True})
         _keep_weights(model, room)
         return prepared
 
     def _simulator_of(self, model: ModelPatcher) -> Simulator:
-        if self._simulator is None or self._patches != model.patches_uuid:
-            self._simulator, self._patches = simulate(model), model.patches_uuid
+        if self._simulator is None or self._simulated_patches != model.patches_uuid:
+            self._simulator, self._simulated_patches = simulator_for(model), model.patches_uuid
         return self._simulator
 
     def forward(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
-        with _time_projection_in_main_memory(executor.class_obj, unless=self._ample):
+        """Wrap the forward of the transformer."""
+        with _time_projection_in_main_memory(executor.class_obj, unless=self._weights_have_room):
             out: Tensor = executor(*args, **kwargs)
         return out
 
 
-def _make_way(model: ModelPatcher) -> None:
-    """Unload every other model from the accelerator; the host does not where dynamic VRAM could do so later."""
+def _unload_other_models(model: ModelPatcher) -> None:
+    """Unload every other model from the accelerator.
+
+    With dynamic VRAM, ComfyUI would leave them there until an allocation needs their memory.
+    """
     loaded = comfy.model_management.current_loaded_models
     own = [entry for entry in loaded if entry.model is not None and entry.model.is_clone(model)]
     comfy.model_management.free_memory(1e30, model.load_device, keep_loaded=own)
 
 
 def _keep_weights(model: ModelPatcher, room: int) -> None:
-    """Let as many bytes of weights stay on the accelerator, after they were all offloaded."""
+    """Let up to `room` bytes of weights stay on the accelerator, after all of them were offloaded."""
     if not model.is_dynamic():
         model.partially_load(model.load_device, room)
         return
-    held = _keep_factors(model, room)
-    host.limit_resident(model.model, model.load_device, room - held)
+    factor_bytes = _keep_factors(model, room)
+    host.limit_resident(model.model, model.load_device, room - factor_bytes)
 
 
 def _keep_factors(model: ModelPatcher, room: int) -> int:
-    """Bytes of LoRAs that stay on the accelerator, in the legacy memory mode after the weights, by the patcher itself.
+    """With dynamic VRAM, keep up to `room` bytes of LoRA factors on the accelerator; return their bytes.
 
-    With dynamic VRAM they come first: the weights are read ahead, the LoRAs where they are used.
+    LoRA factors come before weights, because only weights are read ahead of their use. In the legacy memory mode the
+    patcher itself moves factors, after the weights.
     """
     if not (model.is_dynamic() and isinstance(model, PackedPatcher)):
         return 0
@@ -168,7 +202,10 @@ def _keep_factors(model: ModelPatcher, room: int) -> int:
 
 @contextmanager
 def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Iterator[None]:
-    """While open, the product with the largest weight runs where the weight lies: it has a row for each timestep."""
+    """While open, multiply with the time projection's offloaded weight on the CPU.
+
+    It is the model's largest weight, and its input has one row per time step.
+    """
     layer = model.time_projection[-1]
     if unless or layer.weight.device.type != "cpu":
         yield
@@ -178,6 +215,6 @@ def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Ite
 
 
 def _on_weights_device(layer: torch.nn.Linear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    """A Linear's forward, its input and what else the host hands it moved to the weight."""
+    """Run a Linear on the device of its weight, and return the output on the device of `x`."""
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(layer.weight.device), (args, kwargs))
     return type(layer).forward(layer, x.to(layer.weight.device), *args, **kwargs).to(x.device)

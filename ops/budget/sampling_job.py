@@ -1,4 +1,4 @@
-"""What is to be sampled, as far as the memory of a forward depends on it."""
+"""A sampling, described by all that the memory of a forward depends on: the latent's shape and the conditionings."""
 
 from __future__ import annotations
 
@@ -20,118 +20,140 @@ _PLAIN = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
-class Condition:
-    """A conditioning without its values: the fields of the host's, a tensor as its shape and dtype."""
+class ConditioningOutline:
+    """The entries of one of ComfyUI's conditionings, with a shape and a dtype in place of each tensor.
 
-    form: Hashable = ()
+    Outlines are hashable. Those of conditionings that differ only in the values of their tensors are equal.
+    """
+
+    outline: Hashable = ()
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Condition:
-        """What is neither tensor, plain, nor made of these (a ControlNet, hooks) is left out."""
-        return cls(_form(dict(fields)))
+    def from_entries(cls, entries: Mapping[str, Any]) -> ConditioningOutline:
+        """Return the outline of a conditioning's dict.
 
-    def fields(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """With tensors of one repeated value, which take no memory, for those in main memory; others are on meta."""
-        return dict(_filled(self.form, torch.device(device)) if self.form else {})
+        Only tensors, plain values, CLIP vision outputs, and dicts and lists of these are kept. Others, such as a
+        ControlNet or hooks, are left out.
+        """
+        return cls(_outline(dict(entries)))
+
+    def entries(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """Return a conditioning's dict of this outline, with stand-ins for the tensors.
+
+        A tensor in main memory becomes one zero, expanded to its shape, on `device`. Every other tensor becomes a meta
+        tensor.
+        """
+        return dict(_stand_in(self.outline, torch.device(device)) if self.outline else {})
 
 
-PROMPTS = (Condition(), Condition())
-"""Text alone, positive and negative."""
+TEXT_ONLY = (ConditioningOutline(), ConditioningOutline())
+"""A positive and a negative prompt."""
 
 
-def image_fields(tokens: int) -> dict[str, Any]:
-    """Of a conditioning with what CLIP vision saw, 257 tokens an image."""
-    seen = Output()
-    seen.penultimate_hidden_states = torch.empty(()).expand(1, tokens, _CLIP_WIDTH)
-    return {"clip_vision_output": seen}
+def clip_vision_entries(tokens: int) -> dict[str, Any]:
+    """Return the entries that a CLIP vision output adds to a conditioning, with 257 tokens per image."""
+    output = Output()
+    output.penultimate_hidden_states = torch.empty(()).expand(1, tokens, _CLIP_WIDTH)
+    return {"clip_vision_output": output}
 
 
 @dataclass(frozen=True)
-class Job:
-    """One sampling."""
+class SamplingJob:
+    """One sampling: the shape of its latent and the outlines of its conditionings."""
 
     latent: tuple[int, ...]
     """(batch, channels, frames, height, width)."""
-    conditions: tuple[Condition, ...] = PROMPTS
+    conditionings: tuple[ConditioningOutline, ...] = TEXT_ONLY
 
     @classmethod
-    def of_video(cls, width: int, height: int, frames: int, *, channels: int = 16) -> Job:
-        """One video of so many pixels from text.
+    def for_video(cls, width: int, height: int, frames: int, *, channels: int = 16) -> SamplingJob:
+        """Return the job of one text-to-video sampling.
 
         Args:
+            width: in pixels, like `height`.
+            frames: of the video.
             channels: of the latent: 16 for Wan 2.1's VAE, 48 for Wan 2.2's.
 
         Raises:
-            QuantError: sizes or frames that Wan cannot take.
+            QuantError: the model does not support this size or number of frames.
         """
         step = 2 * pixels_per_cell(channels)
         if width < step or height < step or width % step or height % step:
-            raise QuantError(f"size {width}x{height}: this Wan model takes multiples of {step} from {step} on")
+            raise QuantError(
+                f"size {width}x{height}: expected multiples of {step} pixels for this Wan model;"
+                f" choose a width and a height of {step}, {2 * step}, {3 * step}, ... pixels"
+            )
         if frames < 1 or frames % 4 != 1:
-            raise QuantError(f"frames {frames}: Wan takes 1, 5, 9, ... (a multiple of 4 and 1 more)")
+            raise QuantError(
+                f"frames {frames}: expected a multiple of 4 plus 1 for a Wan model; choose 1, 5, 9, 13, ..."
+            )
         size = height // pixels_per_cell(channels), width // pixels_per_cell(channels)
         return cls((1, channels, frames // 4 + 1, *size))
 
-    def given(self, **fields: Any) -> Job:  # noqa: ANN401
-        """With these fields in the positive and in the negative conditioning, as the host's nodes put them there."""
-        return replace(self, conditions=(Condition.of(fields),) * 2)
+    def with_entries(self, **entries: Any) -> SamplingJob:  # noqa: ANN401
+        """Return this job with `entries` in both conditionings, as ComfyUI's nodes set them."""
+        return replace(self, conditionings=(ConditioningOutline.from_entries(entries),) * 2)
 
-    def with_controls(self, count: int) -> Job:
-        """With so many control videos for VACE."""
+    def with_control_videos(self, count: int) -> SamplingJob:
+        """Return this job with `count` control videos for VACE."""
         batch, channels, *size = self.latent
         video = torch.empty(()).expand(batch, 2 * channels, *size)
         mask = torch.empty(()).expand(batch, 64, *size)
-        return self.given(vace_frames=[video] * count, vace_mask=[mask] * count, vace_strength=[1.0] * count)
+        return self.with_entries(vace_frames=[video] * count, vace_mask=[mask] * count, vace_strength=[1.0] * count)
 
-    def from_text(self, frames: int) -> Job:
-        """A video of the same size from text alone, of so many latent frames."""
+    def text_only(self, latent_frames: int) -> SamplingJob:
+        """Return a text-to-video job of the same size with this number of latent frames."""
         batch, channels, _, *size = self.latent
-        return Job((batch, channels, frames, *size))
+        return SamplingJob((batch, channels, latent_frames, *size))
 
     def __str__(self) -> str:
         batch, channels, frames, height, width = self.latent
         side = pixels_per_cell(channels)
         videos = f"{batch} videos of " if batch > 1 else ""
-        return f"{videos}{side * width}x{side * height}, {4 * frames - 3} frames"
+        return f"{videos}{side * width}x{side * height}, {video_frames(frames)} frames"
 
 
-class _Form(NamedTuple):
-    """Of a tensor."""
+def video_frames(latent_frames: int) -> int:
+    """Return the frames of the video: one for the first latent frame and four for each further one."""
+    return 4 * latent_frames - 3
 
+
+class _TensorOutline(NamedTuple):
     shape: torch.Size
     dtype: torch.dtype
-    is_cpu: bool
+    in_main_memory: bool
 
 
-class _Fields(NamedTuple):
-    """Of a dict or an object."""
+class _ObjectOutline(NamedTuple):
+    """The outline of a dict, or of an object by its attributes."""
 
     make: type
     items: tuple[tuple[str, Hashable], ...]
 
 
-def _form(value: Any) -> Hashable:  # noqa: ANN401
+def _outline(value: Any) -> Hashable:  # noqa: ANN401
     if isinstance(value, Tensor):
-        return _Form(value.shape, value.dtype, value.is_cpu)
+        return _TensorOutline(value.shape, value.dtype, value.is_cpu)
     if isinstance(value, Output):
-        return _Fields(SimpleNamespace, _items(vars(value)))
+        return _ObjectOutline(SimpleNamespace, _item_outlines(vars(value)))
     if isinstance(value, dict):
-        return _Fields(dict, _items(value))
+        return _ObjectOutline(dict, _item_outlines(value))
     if isinstance(value, list | tuple):
-        return tuple(_form(item) for item in value)
+        return tuple(_outline(item) for item in value)
     return value if isinstance(value, _PLAIN) else None
 
 
-def _items(fields: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
-    return tuple((name, form) for name, value in fields.items() if (form := _form(value)) is not None)
+def _item_outlines(items: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
+    return tuple((name, outline) for name, value in items.items() if (outline := _outline(value)) is not None)
 
 
-def _filled(form: Hashable, device: torch.device) -> Any:  # noqa: ANN401
-    if isinstance(form, _Form):
-        one = torch.zeros((), dtype=form.dtype, device=device)
-        return one.expand(form.shape) if form.is_cpu else torch.empty(form.shape, dtype=form.dtype, device=META)
-    if isinstance(form, _Fields):
-        return form.make(**{name: _filled(value, device) for name, value in form.items})
-    if isinstance(form, tuple):
-        return [_filled(item, device) for item in form]
-    return form
+def _stand_in(outline: Hashable, device: torch.device) -> Any:  # noqa: ANN401
+    if isinstance(outline, _TensorOutline):
+        if not outline.in_main_memory:
+            return torch.empty(outline.shape, dtype=outline.dtype, device=META)
+        return torch.zeros((), dtype=outline.dtype, device=device).expand(outline.shape)
+    if isinstance(outline, _ObjectOutline):
+        return outline.make(**{name: _stand_in(value, device) for name, value in outline.items})
+    if isinstance(outline, tuple):
+        return [_stand_in(item, device) for item in outline]
+    return outline

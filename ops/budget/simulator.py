@@ -1,4 +1,4 @@
-"""Peak memory of sampling a Wan model, found by running the host's own forward on meta tensors."""
+"""The peak memory of sampling a Wan model, predicted by running ComfyUI's own forward on meta tensors."""
 
 from __future__ import annotations
 
@@ -15,120 +15,147 @@ from torch.utils._pytree import tree_map
 
 from ...quant.units import GIB
 from .. import host
-from ..lean import LeanPlan, apply_lean
+from ..lean import MemoryPlan, apply_lean
 from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .live_memory import LiveMemory, signature
 from .meta_wan import META, meta_twin
-from .sampling_job import Job
+from .sampling_job import SamplingJob
 
 CONTEXT_BYTES = round(0.4 * GIB)
-"""CUDA's context and libraries, before any tensor."""
+"""What CUDA's context and libraries need before the first tensor is allocated."""
 
-# What a sampler holds at the latent's size during a forward, in float32: its state, the noise, the latent image, the
-# previous prediction, and of each of two conditionings the output and the weights it is averaged with.
+# A sampler holds these float32 tensors of the latent's shape during a forward: its state, the noise, the latent image
+# and the previous prediction, and for each of two conditionings the sum of the outputs and the sum of their factors.
 _SAMPLER_LATENTS = 8
 _PROMPT_TOKENS = 512
 
 TIME_PROJECTION = "diffusion_model.time_projection.1"
-"""A sixth of a gigabyte in 16 bits, for a product with a single row: a plan leaves it in main memory."""
+"""A Linear of 0.29 GiB in 16 bits (14B) that is multiplied with one row per time step: it stays in main memory."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes at the moment that needs most of them, and the arithmetic of the whole forward."""
+    """The bytes in use at the moment of the highest memory use, and the arithmetic of the whole forward."""
 
-    weights: int
-    scratch: int
-    activations: int
+    weight_bytes: int
+    scratch_bytes: int
+    """Weights in dequantized form."""
+    activation_bytes: int
     flops: int
-    context: int = CONTEXT_BYTES
+    """Floating-point operations."""
+    context_bytes: int = CONTEXT_BYTES
 
     @property
-    def parts(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("weights", "scratch", "activations", "context")}
+    def bytes_by_part(self) -> dict[str, int]:
+        return {
+            "weights": self.weight_bytes,
+            "scratch": self.scratch_bytes,
+            "activations": self.activation_bytes,
+            "context": self.context_bytes,
+        }
 
     @property
-    def total(self) -> int:
-        return sum(self.parts.values())
+    def total_bytes(self) -> int:
+        return sum(self.bytes_by_part.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in self.parts.items())
-        return f"{self.total / GIB:.2f} GiB ({parts})"
+        parts = ", ".join(f"{name} {nbytes / GIB:.2f}" for name, nbytes in self.bytes_by_part.items())
+        return f"{self.total_bytes / GIB:.2f} GiB ({parts})"
 
 
 class Simulator:
-    """Runs forwards of one model on meta tensors, with the plans in place.
+    """A model on meta tensors whose forwards run with any memory plan, without computing or allocating anything.
 
-    What it assumes: attention as flash attention (an output and a float32 row of statistics, no matrix of scores), RMS
-    norm as the kernel that torch has for it on GPUs, rope in torch operations, decoding in fused kernels. Weights are
-    streamed: at any time the packed bytes of two layers are there, the one in use and the next, the largest two of the
-    model, and what the host cannot stream.
+    It assumes the following about the GPU:
+    - Attention is flash attention: it allocates the output and one float32 statistic per query, not the scores.
+    - RMS norm is torch's fused kernel, where torch has one for GPUs.
+    - Rotary embeddings are separate torch operations.
+    - Dequantization is a fused kernel without temporaries.
+    - Weights are streamed. At any time the GPU holds the two largest layers of the model, for the layer in use and the
+      next one, and the weights that ComfyUI cannot stream.
     """
 
-    def __init__(self, model: BaseModel, *, weights: int) -> None:
-        """`model` is on meta tensors; `weights` are the bytes of the true model's, see `streamed_bytes`."""
+    def __init__(self, model: BaseModel, *, weight_bytes: int) -> None:
+        """
+        Args:
+            model: on meta tensors.
+            weight_bytes: result of `streamed_bytes` for the complete model.
+        """
         use_flash_attention(model.diffusion_model)
-        self._model, self._weights = model, weights
-        self._known: dict[tuple[Job, LeanPlan | None], Peak] = {}
+        self._model, self._weight_bytes = model, weight_bytes
+        self._peaks: dict[tuple[SamplingJob, MemoryPlan | None], Peak] = {}
 
     @classmethod
-    def of(cls, patcher: ModelPatcher) -> Simulator:
-        """For a loaded MODEL with its LoRAs."""
+    def from_patcher(cls, patcher: ModelPatcher) -> Simulator:
+        """Return a simulator of a loaded MODEL with its LoRAs."""
         model = meta_twin(patcher.model)
         _attach_patches(model, patcher)
-        return cls(model, weights=streamed_bytes(patcher.model))
+        return cls(model, weight_bytes=streamed_bytes(patcher.model))
 
     @property
     def heads(self) -> int:
-        """Of the self-attention."""
+        """The number of self-attention heads."""
         return int(self._model.diffusion_model.num_heads)
 
-    def peak(self, job: Job, plan: LeanPlan | None) -> Peak:
-        """`plan` is None for the host's own forward."""
-        if (job, plan) not in self._known:
+    def peak(self, job: SamplingJob, plan: MemoryPlan | None) -> Peak:
+        """Return the peak of `job` with `plan`; None stands for ComfyUI's own forward."""
+        if (job, plan) not in self._peaks:
             memory = self.run(job, plan)
             moment = memory.peak
-            self._known[job, plan] = Peak(self._weights, moment.scratch, moment.activations, memory.now.flops)
-        return self._known[job, plan]
+            self._peaks[job, plan] = Peak(
+                self._weight_bytes, moment.scratch_bytes, moment.activation_bytes, memory.now.flops
+            )
+        return self._peaks[job, plan]
 
-    def run(self, job: Job, plan: LeanPlan | None, *, record: bool = False) -> LiveMemory:
-        """One forward; the memory's history is that of the first blocks."""
+    def run(self, job: SamplingJob, plan: MemoryPlan | None, *, record: bool = False) -> LiveMemory:
+        """Run the forwards of one sampling step and return the memory count, with its history if `record`.
+
+        `meta_twin` keeps one of several equal blocks, so the history covers fewer blocks than the model has.
+        """
         patcher = ModelPatcher(self._model, META, META)
         if plan:
             patcher = apply_lean(patcher, plan)
         memory = LiveMemory(META, record=record)
-        # The host samples in inference mode, where the count would not see operations that are made of others.
+        # ComfyUI samples in inference mode. There a dispatch mode does not see the parts of composite operations.
         with torch.inference_mode(False), torch.no_grad(), memory, FusedNorms():
             options = {"wrappers": patcher.wrappers, "optimized_attention_override": FlashAttention()}
             state = torch.empty(_SAMPLER_LATENTS, *job.latent, device=META)
-            predict(self._model, state[0], [self._prompt() | each.fields() for each in job.conditions], options)
+            conditionings = [self._prompt() | outline.entries() for outline in job.conditionings]
+            run_forwards(self._model, state[0], conditionings, options)
         return memory
 
     def _prompt(self) -> dict[str, Any]:
-        """What the host makes of every prompt that is not longer."""
+        """Return the encoded prompt as ComfyUI pads it, for a prompt that is not longer."""
         return {"cross_attn": torch.empty(()).expand(1, _PROMPT_TOKENS, self._model.diffusion_model.text_dim)}
 
 
-def predict(model: BaseModel, latent: Tensor, conditions: list[dict[str, Any]], options: dict[str, Any]) -> None:
-    """A forward for each conditioning that takes another amount of memory than those before, while all are there.
+def run_forwards(
+    model: BaseModel, latent: Tensor, conditionings: list[dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """Run one forward per distinct shape of conditioning, while all of them are in memory, as a sampler does.
+
+    Args:
+        latent: float32, (batch, channels, frames, height, width).
+        conditionings: entries of each conditioning.
+        options: transformer_options of ComfyUI.
 
     Source: comfy/samplers.py encode_model_conds, _calc_cond_batch, ComfyUI 0.30.0.
     """
     time, done = torch.ones(len(latent), device=latent.device), set()
-    encoded = [model.extra_conds(noise=latent, device=latent.device, **fields) for fields in conditions]
+    encoded = [model.extra_conds(noise=latent, device=latent.device, **entries) for entries in conditionings]
     for conds in encoded:
-        given = {name: cond.process_cond(batch_size=len(latent), area=None) for name, cond in conds.items()}
-        form = signature({name: cond.cond for name, cond in given.items()})
-        if form not in done:
-            model.apply_model(latent, time, transformer_options=options, **cond_cat([given]))
-        done.add(form)
+        inputs = {name: cond.process_cond(batch_size=len(latent), area=None) for name, cond in conds.items()}
+        shapes = signature({name: cond.cond for name, cond in inputs.items()})
+        if shapes not in done:
+            model.apply_model(latent, time, transformer_options=options, **cond_cat([inputs]))
+        done.add(shapes)
 
 
 def _attach_patches(model: BaseModel, patcher: ModelPatcher) -> None:
-    """The LoRAs of `patcher`, on meta tensors, where their layers are in `model`."""
+    """Attach the LoRAs of `patcher`, on meta tensors, to those of its layers that `model` has."""
     for key, module in packed_modules(model):
         if key in patcher.patches:
             patches = [_patch_on_meta(patch) for patch in patcher.patches[key]]
@@ -148,10 +175,13 @@ def _patch_on_meta(patch: Patch) -> Patch:
 
 
 def streamed_bytes(model: torch.nn.Module) -> int:
-    """Weights on the device when all that can be is streamed, with `TIME_PROJECTION` left in main memory.
+    """Return the bytes of weights on the device while as many as possible are streamed.
 
-    Source: comfy/model_management.py get_cast_buffer (a buffer for each of two streams, as large as the largest layer
-    it carried), comfy/model_patcher.py ModelPatcher.load (without `comfy_cast_weights`: resident), ComfyUI 0.30.0.
+    `TIME_PROJECTION` does not count.
+
+    Source: comfy/model_management.py get_cast_buffer (one buffer for each of two streams, as large as the largest layer
+    that it carried), comfy/model_patcher.py ModelPatcher.load (modules without `comfy_cast_weights` stay on the
+    device), ComfyUI 0.30.0.
     """
     resident, streamed = 0, [0, 0]
     for name, module in model.named_modules():

@@ -3,7 +3,7 @@
 It imports `packed`, `host` and `quant`.
 """
 
-from .apply import apply_lean, one_by_one
-from .plan import LeanPlan
+from .apply import apply_lean, calc_conds_separately
+from .memory_plan import MemoryPlan
 
-__all__ = ["LeanPlan", "apply_lean", "one_by_one"]
+__all__ = ["MemoryPlan", "apply_lean", "calc_conds_separately"]

@@ -17,22 +17,22 @@ from .. import host
 from .block import LeanBlock, is_lean_block
 from .control import control_forwards
 from .edges import edge_forwards
-from .plan import LeanPlan
+from .memory_plan import MemoryPlan
 from .variants import variant
 
-PlanChooser = Callable[[torch.Size], LeanPlan | None]
+PlanChooser = Callable[[torch.Size], MemoryPlan | None]
 """From the shape of a latent, (batch, channels, frames, height, width); None for the host's own forward."""
 
 _KEY = "wanquant.low_vram"
 
 
-def apply_lean(model: ModelPatcher, plan: LeanPlan | PlanChooser) -> ModelPatcher:
+def apply_lean(model: ModelPatcher, plan: MemoryPlan | PlanChooser) -> ModelPatcher:
     """A clone whose Wan blocks run as `plan` says, and whose prompts run one after the other.
 
     A chooser is asked before each forward of the transformer, and before each step of the sampler (there the channels
     are the latent's alone), with the batch that they get. What any other model does is unchanged.
     """
-    choose = (lambda _: plan) if isinstance(plan, LeanPlan) else plan
+    choose = (lambda _: plan) if isinstance(plan, MemoryPlan) else plan
     patched = model.clone()
     for kind, wrapper in (
         (WrappersMP.DIFFUSION_MODEL, _LeanForward(choose)),
@@ -44,7 +44,7 @@ def apply_lean(model: ModelPatcher, plan: LeanPlan | PlanChooser) -> ModelPatche
     return patched
 
 
-def one_by_one(
+def calc_conds_separately(
     executor: WrapperExecutor,
     model: BaseModel,
     conds: list[Any],
@@ -78,7 +78,7 @@ class _OneByOne:
         if self.choose(x.shape) is None:
             together: list[Tensor] = executor(model, conds, x, timestep, options)
             return together
-        return one_by_one(executor, model, conds, x, timestep, options)
+        return calc_conds_separately(executor, model, conds, x, timestep, options)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _image_tokens(model: wan.WanModel, *images: object) -> int | None:
 class _Run:
     """One forward."""
 
-    plan: LeanPlan
+    plan: MemoryPlan
     image_tokens: int | None
     owns_tokens: bool
     """Nobody reads the coming block's input again but the block."""

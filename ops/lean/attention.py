@@ -13,8 +13,8 @@ from comfy.ldm.flux.math import apply_rope1
 from torch import Tensor
 
 from .. import host
+from .memory_plan import MemoryPlan
 from .modulation import chunks
-from .plan import LeanPlan
 from .weights import Projection, RowProjection, is_known_linear, is_untouched, projection, row_weight
 
 
@@ -40,7 +40,7 @@ class LeanAttention:
     """Rotary embedding, (1, tokens, 1, head size / 2, 2, 2)."""
     like: Tensor
     """The block's input, (batch, tokens, dim)."""
-    plan: LeanPlan
+    plan: MemoryPlan
     options: dict[str, Any]
     """The host's transformer_options."""
 
@@ -108,7 +108,7 @@ class LeanAttention:
         """Whether the attention that will run may give other results for a part of the queries."""
         override = self.options.get("optimized_attention_override")
         # A node's may tell tokens apart by their position, unless it says that it takes some.
-        by_position = override is not None and not getattr(override, "takes_some_queries", False)
+        by_position = override is not None and not getattr(override, "accepts_query_chunks", False)
         return by_position or host.prefers_attention(self.attn)
 
     def _rotated(self, x: Tensor, chunk: slice) -> Tensor:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .. import host
 from .attention import LeanAttention, is_lean_attention
+from .memory_plan import MemoryPlan
 from .modulation import Modulation, chunks
-from .plan import LeanPlan
 from .weights import is_untouched, projection
 
 # For keys of an image, where SageAttention gives NaN. Source: WanI2VCrossAttention, ComfyUI 0.33.0.
@@ -33,7 +33,7 @@ class LeanBlock:
     """
 
     block: wan.WanAttentionBlock
-    plan: LeanPlan
+    plan: MemoryPlan
     image_tokens: int | None
     """How many tokens at the beginning of the context are CLIP's."""
     options: dict[str, Any]
@@ -48,7 +48,7 @@ class LeanBlock:
             freqs: rotary embedding, (1, tokens, 1, head size / 2, 2, 2).
             context: (batch, context tokens, dim).
         """
-        modulation = Modulation.of(self.block, e if e.ndim == 4 else e.unsqueeze(1), x)
+        modulation = Modulation.from_module(self.block, e if e.ndim == 4 else e.unsqueeze(1), x)
         self._self_attention(x, modulation, freqs)
         self._cross_attention(x, context)
         for patch in self.options.get("patches", {}).get("attn2_patch", ()):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..host import Forwards
 from .block import LeanBlock
+from .memory_plan import MemoryPlan
 from .modulation import chunks
-from .plan import LeanPlan
 from .weights import is_untouched, projection
 
 
-def control_forwards(model: wan.WanModel, plan: LeanPlan) -> Forwards:
+def control_forwards(model: wan.WanModel, plan: MemoryPlan) -> Forwards:
     """Lean forwards of a VACE model's control blocks; none for any other model."""
     blocks = [block for block in getattr(model, "vace_blocks", ()) if type(block) is wan.VaceWanAttentionBlock]
     return {block: partial(_forward, block, plan) for block in blocks if is_untouched(block)}
@@ -24,7 +24,7 @@ def control_forwards(model: wan.WanModel, plan: LeanPlan) -> Forwards:
 
 def _forward(
     block: wan.VaceWanAttentionBlock,
-    plan: LeanPlan,
+    plan: MemoryPlan,
     c: Tensor,
     x: Tensor,
     *,

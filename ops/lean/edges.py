@@ -51,7 +51,7 @@ def _embed(embedding: torch.nn.Conv3d, dtype: torch.dtype, latent: Tensor) -> Te
 
 def _head(head: wan.Head, x: Tensor, e: Tensor) -> Tensor:
     """(batch, tokens, values of a patch)."""
-    modulation = Modulation.of(head, (e.unsqueeze(1) if e.ndim < 3 else e).unsqueeze(2), x)
+    modulation = Modulation.from_module(head, (e.unsqueeze(1) if e.ndim < 3 else e).unsqueeze(2), x)
     project, out = projection(head.head, x), x.new_empty(*x.shape[:2], head.head.out_features)
     for chunk in chunks(x.shape[1], _TOKENS):
         out[:, chunk] = project(modulation.shift_and_scale(head.norm(x[:, chunk]), 0, chunk))

@@ -25,7 +25,7 @@ class Modulation:
     tokens: int
 
     @classmethod
-    def of(cls, module: wan.WanAttentionBlock | wan.Head, e: Tensor, x: Tensor) -> Modulation:
+    def from_module(cls, module: wan.WanAttentionBlock | wan.Head, e: Tensor, x: Tensor) -> Modulation:
         """A module's own vectors plus those of the time step.
 
         Args:

@@ -109,8 +109,8 @@ def target(name: str) -> Graph:
         (low_vram(budget_gib=0), "budget_gib 0.*: expected GiB of video memory, more than 0 and at most 1024"),
         (low_vram(budget_gib=-1), "Value -1.* smaller than min of 0"),
         (low_vram(budget_gib=5000), "Value 5000.* bigger than max of 1024"),
-        (low_vram(width=72), "size 72x64: this Wan model takes multiples of 16"),
-        (low_vram(frames=80), "frames 80: Wan takes 1, 5, 9"),
+        (low_vram(width=72), "size 72x64: expected multiples of 16 pixels"),
+        (low_vram(frames=80), "frames 80: expected a multiple of 4 plus 1"),
         (node("WanQuantCompareLatents", reference=["small", 0], compared=["large", 0]), "sample both at the same size"),
     ],
 )

@@ -7,14 +7,14 @@ import math
 import pytest
 
 from wanquant.bench.memory import CASES, MODELS, SMALL, job, rows, simulator
-from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, candidates, checked_budget, choose
-from wanquant.ops.budget.sampling_job import Job
+from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, budget_bytes, choose_plan, memory_plans
+from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.quant import QuantError
 from wanquant.quant.plan.wan_shapes import SIZES
 from wanquant.quant.units import GIB
 
 TINY = SIZES["1.3B"]._replace(layers=1)
-LATENT = Job((1, 16, 5, 60, 104))
+LATENT = SamplingJob((1, 16, 5, 60, 104))
 
 
 @pytest.fixture(scope="module")
@@ -28,48 +28,48 @@ def small():
 def test_bars(model, video, gib):
     """Total of Q4_K_M, CUDA's context included, with less than 3 % of extra arithmetic."""
     wanted = job(MODELS[model], CASES[model][video][0])
-    choice = choose(simulator(MODELS[model], "Q4_K_M"), wanted, round(gib * GIB))
+    choice = choose_plan(simulator(MODELS[model], "Q4_K_M"), wanted, round(gib * GIB))
     assert choice.name == "lean"
-    assert choice.peak.total <= gib * GIB
+    assert choice.peak.total_bytes <= gib * GIB
     assert choice.slowdown <= 1 + MOST_EXTRA_ARITHMETIC
 
 
 @pytest.mark.parametrize("heads", [1, 12, 24, 40])
 def test_candidates_split_the_heads_ever_finer(heads):
-    plans = candidates(heads)
+    plans = memory_plans(heads)
     for plan in plans:
         plan.check(heads)
     assert [plan.token_chunk for plan in plans] == sorted((plan.token_chunk for plan in plans), reverse=True)
 
 
 def test_least_slowdown_that_fits(small):
-    plans = [None, *candidates(small.heads)]
-    totals = [small.peak(LATENT, plan).total for plan in plans]
+    plans = [None, *memory_plans(small.heads)]
+    totals = [small.peak(LATENT, plan).total_bytes for plan in plans]
     assert totals[1:] == sorted(totals[1:], reverse=True)
     assert totals[-1] < 0.8 * totals[0]
-    assert choose(small, LATENT, totals[0]).plan is None
+    assert choose_plan(small, LATENT, totals[0]).plan is None
     for total in totals:
-        assert choose(small, LATENT, total).plan == plans[next(i for i, t in enumerate(totals) if t <= total)]
+        assert choose_plan(small, LATENT, total).plan == plans[next(i for i, t in enumerate(totals) if t <= total)]
 
 
 def test_refuses_with_numbers_and_what_would_fit(small):
-    least = small.peak(LATENT, candidates(small.heads)[-1]).total
+    least = small.peak(LATENT, memory_plans(small.heads)[-1]).total_bytes
     with pytest.raises(
-        QuantError, match=r"832x480, 17 frames needs at least 0\.\d\d GiB \(weights .*\d+ frames .*fit"
+        QuantError, match=r"832x480, 17 frames needs at least 0\.\d\d GiB \(weights .*at most \d+ frames .*keep within"
     ) as told:
-        choose(small, LATENT, least - (8 << 20))
+        choose_plan(small, LATENT, least - (8 << 20))
     frames = int(str(told.value).split(" frames of this size")[0].rsplit(" ", 1)[1])
     assert frames in (1, 5, 9, 13)
-    choose(small, Job.of_video(832, 480, frames), least - (8 << 20))
+    choose_plan(small, SamplingJob.for_video(832, 480, frames), least - (8 << 20))
     with pytest.raises(QuantError, match="not even one frame"):
-        choose(small, LATENT, GIB // 4)
+        choose_plan(small, LATENT, GIB // 4)
 
 
 @pytest.mark.parametrize("gib", [0, -1, math.nan, math.inf, 8000])
 def test_refuses_absurd_budgets(gib):
     with pytest.raises(QuantError, match="budget_gib"):
-        checked_budget(gib)
-    assert checked_budget(3.5) == 3.5 * GIB
+        budget_bytes(gib)
+    assert budget_bytes(3.5) == 3.5 * GIB
 
 
 def test_loras_of_every_layer_are_counted():

@@ -12,9 +12,9 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from wanquant.ops.budget.experts import share_memory, simulate
+from wanquant.ops.budget.experts import share_memory, simulator_for
 from wanquant.ops.budget.sampling import with_budget
-from wanquant.ops.budget.sampling_job import Job
+from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.simulator import Simulator
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant.conversion.convert import convert
@@ -102,15 +102,15 @@ def test_alternating_does_not_grow_memory(experts):
 
 
 def test_both_have_the_plan_of_the_larger(t2v, tiny_wan, tmp_path, caplog):
-    job = Job((1, 16, 5, 32, 32))
+    job = SamplingJob((1, 16, 5, 32, 32))
     larger = tiny_wan["write_tiny_wan"](tmp_path / "larger.safetensors", ffn_dim=4096, layers=1)
     files = t2v[1], convert(larger, tmp_path / "larger.gguf", "Q8_0", effort="fast").path
     small, large = pair = [load_diffusion_model(file, dtype=torch.float32) for file in files]
-    alone, expected = (Simulator.of(patcher).peak(job, None).total for patcher in pair)
+    alone, expected = (Simulator.from_patcher(patcher).peak(job, None).total_bytes for patcher in pair)
     share_memory(*pair)
     with_a_lora = with_lora(small, lora(small.model.diffusion_model.state_dict()))
     for patcher in (with_a_lora, large):
-        assert simulate(patcher).peak(job, None).total == expected > alone
+        assert simulator_for(patcher).peak(job, None).total_bytes == expected > alone
     caplog.set_level("INFO")
     for patcher in (small.clone(), large):
         limited = with_budget(patcher, expected)
@@ -119,7 +119,7 @@ def test_both_have_the_plan_of_the_larger(t2v, tiny_wan, tmp_path, caplog):
     first, second = [record.getMessage() for record in caplog.records if "predicted" in record.getMessage()]
     assert first == second
     del large, pair, patcher, limited, prepare
-    assert simulate(small).peak(job, None).total == alone
+    assert simulator_for(small).peak(job, None).total_bytes == alone
 
 
 def test_models_are_freed_without_the_garbage_collector(files):

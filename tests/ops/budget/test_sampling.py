@@ -11,9 +11,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from wanquant.ops.budget.choose_plan import candidates
-from wanquant.ops.budget.sampling import _on_weights_device, preview_job, with_budget
-from wanquant.ops.budget.sampling_job import Job
+from wanquant.ops.budget.choose_plan import memory_plans
+from wanquant.ops.budget.sampling import _on_weights_device, expected_job, with_budget
+from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.simulator import Simulator
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.prefetch import prefetch_blocks
@@ -22,7 +22,7 @@ from wanquant.quant.units import GIB
 
 SHAPE, PROMPT = (1, 16, 5, 32, 32), (1, 16, 4096)
 CONDS = {"positive": [{"cross_attn": torch.empty(PROMPT)}]}
-JOB = Job(SHAPE).given(cross_attn=torch.empty(PROMPT))
+JOB = SamplingJob(SHAPE).with_entries(cross_attn=torch.empty(PROMPT))
 AMPLE = 100 * GIB
 
 
@@ -34,8 +34,8 @@ def model(t2v):
 
 
 def leanest(model):
-    simulator = Simulator.of(model)
-    return simulator.peak(JOB, candidates(simulator.heads)[-1]).total
+    simulator = Simulator.from_patcher(model)
+    return simulator.peak(JOB, memory_plans(simulator.heads)[-1]).total_bytes
 
 
 def sample(model):
@@ -149,7 +149,7 @@ def test_weights_take_what_is_left(model, monkeypatch, dynamic):
 
 
 def test_preview_has_what_the_model_takes(model):
-    assert preview_job(model, 832, 480, 81) == Job((1, 16, 21, 60, 104))
+    assert expected_job(model, 832, 480, 81) == SamplingJob((1, 16, 21, 60, 104))
 
 
 def test_what_a_pose_cache_takes_is_told(model, caplog):

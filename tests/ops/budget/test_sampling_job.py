@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from wanquant.ops.budget.live_memory import LiveMemory
-from wanquant.ops.budget.sampling_job import Condition, Job, image_fields
-from wanquant.ops.budget.simulator import _SAMPLER_LATENTS, Simulator, predict
-from wanquant.ops.lean import LeanPlan, apply_lean
+from wanquant.ops.budget.sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
+from wanquant.ops.budget.simulator import _SAMPLER_LATENTS, Simulator, run_forwards
+from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.tests.ops.budget.test_simulator import FlashAttention, FusedNorms
 from wanquant.tests.ops.test_variants import METADATA, VARIANTS, write_variant
 
 FRAMES, SIDE = 3, 16
 VIDEO, IMAGE = (1, 16, FRAMES, SIDE, SIDE), (1, 16, 1, SIDE, SIDE)
 PIXELS = 8 * SIDE
-CLIP = image_fields(257)
+CLIP = clip_vision_entries(257)
 PROMPT = (1, 64, 4096)
 
 # What the host's nodes put into conditionings, by variant; a tuple is a tensor's shape.
@@ -28,7 +28,7 @@ FIELDS = {
     "t2v": {"time_dim_concat": IMAGE},
     "5B": {"denoise_mask": (1, 1, FRAMES, SIDE, SIDE)},
     "i2v": {**CLIP, "concat_latent_image": VIDEO, "concat_mask": (1, 4, FRAMES, SIDE, SIDE)},
-    "flf2v": {**image_fields(514), "concat_latent_image": VIDEO},
+    "flf2v": {**clip_vision_entries(514), "concat_latent_image": VIDEO},
     "fun-control-ref": {**CLIP, "concat_latent_image": (1, 32, FRAMES, SIDE, SIDE), "reference_latents": [IMAGE]},
     "vace": {"vace_frames": [(1, 32, FRAMES, SIDE, SIDE)] * 2, "vace_mask": [(1, 64, FRAMES, SIDE, SIDE)] * 2},
     "camera": {**CLIP, "concat_latent_image": VIDEO, "camera_conditions": (1, 24, FRAMES, PIXELS, PIXELS)},
@@ -64,14 +64,14 @@ def real(patcher, latent, fields, plan):
     loaded = patcher.patch_model(torch.device("cpu"))
     noise = torch.randn(latent)
     with LiveMemory("cpu") as memory, FusedNorms():
-        predict(loaded, noise, [fields], options)
+        run_forwards(loaded, noise, [fields], options)
     return memory.peak.nbytes
 
 
 def simulated(patcher, latent, fields, plan):
     """The same by the simulator, which counts the sampler's latents too."""
-    peak = Simulator.of(patcher).peak(Job(latent, (Condition.of(fields),)), plan)
-    return peak.activations + peak.scratch - _SAMPLER_LATENTS * 4 * prod(latent)
+    peak = Simulator.from_patcher(patcher).peak(SamplingJob(latent, (ConditioningOutline.from_entries(fields),)), plan)
+    return peak.activation_bytes + peak.scratch_bytes - _SAMPLER_LATENTS * 4 * prod(latent)
 
 
 @pytest.fixture
@@ -94,12 +94,12 @@ def test_counted_as_the_host_takes_it(name, load, monkeypatch):
     patcher, latent = load(name)
     prompt = {"cross_attn": torch.randn(PROMPT)}
     fields = prompt | {key: tensors(value) for key, value in FIELDS[name].items()}
-    whole = Condition.fields
-    for plan in (None, LeanPlan(2, 64)):
+    whole = ConditioningOutline.entries
+    for plan in (None, MemoryPlan(2, 64)):
         expected = real(patcher, latent, fields, plan)
         with monkeypatch.context() as patch:
             # On the device, as in the real forward here.
-            patch.setattr(Condition, "fields", lambda condition: whole(condition, "meta"))
+            patch.setattr(ConditioningOutline, "entries", lambda outline: whole(outline, "meta"))
             assert simulated(patcher, latent, fields, plan) == pytest.approx(expected, rel=1e-3)
         assert simulated(patcher, latent, prompt, plan) < expected
 
@@ -115,13 +115,13 @@ def test_faces_take_memory(load):
 
 def test_only_forms_tell_jobs_apart():
     def job(fill, size=4, **others):
-        return Job(VIDEO).given(a=[torch.full((size,), fill)], b={"c": 1.0, "image": CLIP}, **others)
+        return SamplingJob(VIDEO).with_entries(a=[torch.full((size,), fill)], b={"c": 1.0, "image": CLIP}, **others)
 
     assert job(1.0) == job(2.0)
     assert hash(job(1.0)) == hash(job(2.0))
     assert job(1.0, control=object()) == job(1.0)
-    assert len({job(1.0), job(1.0, 5), job(1.0, d="e"), Job(VIDEO)}) == 4
-    there = Condition.of({"a": torch.empty(3, device="meta")}).fields()["a"]
+    assert len({job(1.0), job(1.0, 5), job(1.0, d="e"), SamplingJob(VIDEO)}) == 4
+    there = ConditioningOutline.from_entries({"a": torch.empty(3, device="meta")}).entries()["a"]
     assert (there.device.type, there.untyped_storage().nbytes()) == ("meta", 12)
-    (field,) = job(1.0).conditions[0].fields()["a"]
+    (field,) = job(1.0).conditionings[0].entries()["a"]
     assert (field.shape, field.dtype, field.untyped_storage().nbytes()) == ((4,), torch.float32, 4)

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from wanquant.bench.sizes import Source
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.meta_wan import meta_model, meta_twin
-from wanquant.ops.budget.sampling_job import Job, image_fields
+from wanquant.ops.budget.sampling_job import SamplingJob, clip_vision_entries
 from wanquant.ops.budget.simulator import Simulator, streamed_bytes
-from wanquant.ops.lean import LeanPlan, apply_lean
+from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError
 from wanquant.quant.plan.recipe import find_recipe, plan
@@ -23,11 +23,11 @@ from wanquant.quant.plan.wan_shapes import SIZES, transformer_shapes
 from wanquant.quant.units import GIB
 
 LATENT = (1, 16, 3, 32, 32)
-LEAN = LeanPlan(2, 256)
+LEAN = MemoryPlan(2, 256)
 
 
 class FlashAttention:
-    takes_some_queries = True
+    accepts_query_chunks = True
 
     def __call__(self, _, q, k, v, heads, *args, **kwargs):
         return attention.attention_pytorch(q, k, v, heads, *args, **kwargs)
@@ -58,9 +58,9 @@ def real_peak(patcher, lean):
 
 
 def simulated_peak(patcher, lean):
-    peak = Simulator.of(patcher).peak(Job(LATENT), lean)
+    peak = Simulator.from_patcher(patcher).peak(SamplingJob(LATENT), lean)
     inputs = 8 * 4 * 16 * 3 * 32 * 32 + 4 * 512 * 4096 + 512
-    return peak.activations + peak.scratch - inputs
+    return peak.activation_bytes + peak.scratch_bytes - inputs
 
 
 @pytest.mark.parametrize("lean", [None, LEAN], ids=["stock", "lean"])
@@ -80,20 +80,20 @@ def simulator(size, recipe="Q4_K_M"):
     shapes = transformer_shapes(size)
     types = plan(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
     model = meta_model(shapes, types)
-    return Simulator(meta_twin(model), weights=streamed_bytes(model))
+    return Simulator(meta_twin(model), weight_bytes=streamed_bytes(model))
 
 
 @pytest.mark.parametrize(("tokens", "gib"), [((21, 60, 104), 3.48), ((21, 90, 160), 8.03)])
 def test_stock_forward_of_14b_without_fused_norms(tokens, gib, monkeypatch):
     """Figures of a count by other means; here the sampler's latents and the prompt come on top."""
     monkeypatch.setattr("wanquant.ops.budget.gpu_kernels._HAS_FUSED_NORMS", False)
-    peak = simulator(SIZES["14B"]).peak(Job((1, 16, *tokens)), None)
+    peak = simulator(SIZES["14B"]).peak(SamplingJob((1, 16, *tokens)), None)
     around = (8 * 16 * tokens[0] * tokens[1] * tokens[2] + 512 * 4096) * 4 / GIB
-    assert (peak.activations + peak.scratch) / GIB - around == pytest.approx(gib, abs=0.02)
+    assert (peak.activation_bytes + peak.scratch_bytes) / GIB - around == pytest.approx(gib, abs=0.02)
 
 
 def test_the_history_has_the_peak():
-    simulated, job = simulator(SIZES["1.3B"]), Job(LATENT)
+    simulated, job = simulator(SIZES["1.3B"]), SamplingJob(LATENT)
     for lean in (None, LEAN):
         memory = simulated.run(job, lean, record=True)
         assert max(memory.history, key=lambda moment: moment.nbytes).nbytes == memory.peak.nbytes
@@ -103,10 +103,13 @@ def test_the_history_has_the_peak():
 def test_one_block_takes_what_all_take():
     shapes = transformer_shapes(SIZES["1.3B"]._replace(layers=3))
     types = plan(find_recipe("Q8_0"), {name: Source(shape) for name, shape in shapes.items()}).types
-    model, job = meta_model(shapes, types), Job(LATENT)
+    model, job = meta_model(shapes, types), SamplingJob(LATENT)
     for lean in (None, LEAN):
-        one, all_ = Simulator(meta_twin(model), weights=0).peak(job, lean), Simulator(model, weights=0).peak(job, lean)
-        assert one.total == all_.total
+        one, all_ = (
+            Simulator(meta_twin(model), weight_bytes=0).peak(job, lean),
+            Simulator(model, weight_bytes=0).peak(job, lean),
+        )
+        assert one.total_bytes == all_.total_bytes
         assert one.flops < all_.flops
 
 
@@ -124,17 +127,19 @@ def test_loras_are_added(t2v):
     lora = LoRAAdapter(set(), (torch.randn(512, rank), torch.randn(rank, 256), None, None, None, None))
     with_lora.add_patches({"diffusion_model.blocks.0.ffn.0.weight": lora})
     for lean in (None, LEAN):
-        plain, patched = (Simulator.of(p).peak(Job(LATENT), lean) for p in (patcher, with_lora))
+        plain, patched = (Simulator.from_patcher(p).peak(SamplingJob(LATENT), lean) for p in (patcher, with_lora))
         assert patched.flops - plain.flops == 2 * rank * 512 * 256
-        assert patched.total >= plain.total
+        assert patched.total_bytes >= plain.total_bytes
 
 
 def test_control_streams_and_images_take_memory():
     vace = simulator(SIZES["1.3B"]._replace(layers=4, vace_layers=2))
-    one, two = (vace.peak(Job(LATENT).with_controls(count), LEAN).activations for count in (1, 2))
+    one, two = (vace.peak(SamplingJob(LATENT).with_control_videos(count), LEAN).activation_bytes for count in (1, 2))
     assert two - one >= 2 * 1536 * 3 * 16 * 16
     image = simulator(SIZES["1.3B"]._replace(layers=1, in_dim=36, image=True))
-    one, two = (image.peak(Job(LATENT).given(**image_fields(257 * count)), LEAN).flops for count in (1, 2))
+    one, two = (
+        image.peak(SamplingJob(LATENT).with_entries(**clip_vision_entries(257 * count)), LEAN).flops for count in (1, 2)
+    )
     assert two > one
 
 
@@ -149,11 +154,11 @@ def test_control_streams_and_images_take_memory():
 )
 def test_refuses_videos_that_wan_cannot_take(size, told):
     with pytest.raises(QuantError, match=told):
-        Job.of_video(*size)
+        SamplingJob.for_video(*size)
 
 
 def test_sizes_of_the_5b_are_multiples_of_32():
-    assert Job.of_video(1280, 704, 121, channels=48).latent == (1, 48, 31, 44, 80)
+    assert SamplingJob.for_video(1280, 704, 121, channels=48).latent == (1, 48, 31, 44, 80)
     with pytest.raises(QuantError, match="32"):
-        Job.of_video(1280, 720, 121, channels=48)
-    assert str(Job.of_video(832, 480, 81)) == "832x480, 81 frames"
+        SamplingJob.for_video(1280, 720, 121, channels=48)
+    assert str(SamplingJob.for_video(832, 480, 81)) == "832x480, 81 frames"

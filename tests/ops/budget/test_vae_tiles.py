@@ -7,36 +7,36 @@ import torch
 from comfy.ldm.modules.diffusionmodules.model import pytorch_attention
 from comfy.model_patcher import ModelPatcher
 
-from wanquant.ops.budget import vae_tiles as decoding
+from wanquant.ops.budget import vae_tiles
 from wanquant.ops.budget.live_memory import LiveMemory
-from wanquant.ops.budget.sampling_job import Job
+from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.vae_tiles import decoding_peak, tiles_within
 from wanquant.quant.units import GIB
 
-SMALL = Job.of_video(832, 480, 5)
+SMALL = SamplingJob.for_video(832, 480, 5)
 
 
 @pytest.mark.parametrize("channels", [16, 48])
 def test_agrees_with_a_real_decoder(channels, monkeypatch):
     """In little width, which the host's class takes."""
-    wan = decoding.comfy.ldm.wan
+    wan = vae_tiles.comfy.ldm.wan
     module, width = (wan.vae2_2, {"dec_dim": 16}) if channels == 48 else (wan.vae, {})
     whole = module.WanVAE
     monkeypatch.setattr(module, "WanVAE", lambda dim, **kwargs: whole(dim=8, **width, **kwargs))
-    for cache in (decoding._vae, decoding_peak):
+    for cache in (vae_tiles._meta_vae, decoding_peak):
         cache.cache_clear()
-    simulated = decoding_peak(Job.of_video(64, 64, 5, channels=channels), 64, torch.float32)
-    vae = module.WanVAE(dim=8, z_dim=channels, **decoding._SAME).requires_grad_(False)
+    simulated = decoding_peak(SamplingJob.for_video(64, 64, 5, channels=channels), 64, torch.float32)
+    vae = module.WanVAE(dim=8, z_dim=channels, **vae_tiles._SAME).requires_grad_(False)
     for part in vae.modules():
         if isinstance(part, wan.vae.AttentionBlock):
             part.optimized_attention = pytorch_attention
     with LiveMemory("cpu") as memory:
         side = 4 if channels == 48 else 8
         vae.decode(torch.zeros(1, channels, 2, side, side))
-    for cache in (decoding._vae, decoding_peak):
+    for cache in (vae_tiles._meta_vae, decoding_peak):
         cache.cache_clear()
-    assert simulated.activations == pytest.approx(memory.peak.nbytes, rel=0.02)
-    assert simulated.weights == sum(parameter.nbytes for parameter in vae.parameters())
+    assert simulated.activation_bytes == pytest.approx(memory.peak.nbytes, rel=0.02)
+    assert simulated.weight_bytes == sum(parameter.nbytes for parameter in vae.parameters())
 
 
 def tiles(job, gib):
@@ -45,23 +45,23 @@ def tiles(job, gib):
 
 def test_tiles_are_the_largest_that_fit():
     found = tiles(SMALL, 1.95)
-    assert found.peak.total <= 1.95 * GIB < decoding_peak(SMALL, found.size + 64, torch.bfloat16).total
+    assert found.peak.total_bytes <= 1.95 * GIB < decoding_peak(SMALL, found.size + 64, torch.bfloat16).total_bytes
     assert found.overlap * 4 == found.size
     assert f"tiles of {found.size} pixels" in str(found)
 
 
 def test_weights_are_streamed_where_they_leave_no_room():
-    video = Job.of_video(1280, 704, 5, channels=48)
+    video = SamplingJob.for_video(1280, 704, 5, channels=48)
     whole, streamed = tiles(video, 3.26), tiles(video, 1.0)
     assert (whole.streamed, streamed.streamed) == (False, True)
     assert streamed.size > 64
-    assert streamed.peak.total <= GIB
+    assert streamed.peak.total_bytes <= GIB
     assert str(streamed).endswith("its weights streamed")
 
 
 def test_the_host_streams_a_vae():
     """On a device that has room for nothing, the same picture comes of weights that every layer fetches."""
-    vae = decoding.comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, **decoding._SAME).requires_grad_(False)
+    vae = vae_tiles.comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, **vae_tiles._SAME).requires_grad_(False)
     for parameter in vae.parameters():
         parameter.normal_(0, 0.05)
     latent, cpu = torch.randn(1, 16, 1, 4, 4), torch.device("cpu")
@@ -76,4 +76,4 @@ def test_the_host_streams_a_vae():
 def test_tiles_for_any_budget():
     assert tiles(SMALL, 100).size == 832
     assert tiles(SMALL, 0.4).size == 64
-    assert 256 <= tiles(Job.of_video(1280, 704, 5, channels=48), 3.26).size <= 640
+    assert 256 <= tiles(SamplingJob.for_video(1280, 704, 5, channels=48), 3.26).size <= 640

@@ -8,14 +8,14 @@ import torch
 from comfy.ldm.wan.ar_model import CausalWanModel
 from comfy.model_patcher import ModelPatcher
 
-from wanquant.ops.lean import LeanPlan, apply_lean
+from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.lean.variants import VARIANTS
 from wanquant.quant import QuantError
 from wanquant.tests.ops import test_variants
 
 CPU = torch.device("cpu")
-PLANS = [LeanPlan(1, 1000), LeanPlan(4, 7), LeanPlan(4, 16, 1), LeanPlan(2, 5, 1)]
-FINE = LeanPlan(4, 7, 3)
+PLANS = [MemoryPlan(1, 1000), MemoryPlan(4, 7), MemoryPlan(4, 16, 1), MemoryPlan(2, 5, 1)]
+FINE = MemoryPlan(4, 7, 3)
 
 # What a forward needs beyond test_variants.INPUTS, or instead of it.
 INPUTS = test_variants.INPUTS | {
@@ -97,10 +97,10 @@ def test_every_class_of_the_host_is_in_the_table():
 
 def test_refuses_groups_that_heads_cannot_form(t2v_model):
     with pytest.raises(QuantError, match="4 heads cannot be split into 3"):
-        forward(apply_lean(t2v_model, LeanPlan(3, 8)))
+        forward(apply_lean(t2v_model, MemoryPlan(3, 8)))
 
 
 @pytest.mark.parametrize("plan", [(0, 1), (1, 0), (2, 8, 2), (2, 8, -1)], ids=str)
 def test_refuses_senseless_plans(plan):
     with pytest.raises(QuantError, match="expected at least 1 head group"):
-        LeanPlan(*plan)
+        MemoryPlan(*plan)

@@ -10,7 +10,7 @@ import torch
 from comfy.ldm.modules.attention import attention_basic
 from comfy.patcher_extension import WrappersMP
 
-from wanquant.ops.lean import LeanPlan, apply_lean
+from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.tests.ops.lean.test_blocks import FINE, build, error, forward
 
 
@@ -28,7 +28,7 @@ def test_nothing_runs_lean_when_the_chooser_declines(model, lean_blocks):
 
 
 def test_a_second_plan_replaces_the_first(model, lean_blocks):
-    twice = apply_lean(apply_lean(model, LeanPlan(1, 1)), FINE)
+    twice = apply_lean(apply_lean(model, MemoryPlan(1, 1)), FINE)
     forward(twice)
     assert [len(twice.get_all_wrappers(kind)) for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.CALC_COND_BATCH)] == [
         1,

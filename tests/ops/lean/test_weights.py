@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wanquant.ops.lean import LeanPlan, apply_lean
+from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.lean.weights import RowProjection, projection
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.packed import matmul
@@ -20,7 +20,7 @@ from wanquant.quant.conversion.convert import convert
 from wanquant.tests.ops.lean.test_blocks import build, error, forward
 
 CPU = torch.device("cpu")
-PLAN = LeanPlan(2, 16, 1)
+PLAN = MemoryPlan(2, 16, 1)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_time_steps_a_frame():
     steps = torch.tensor([[0.0, 500.0]])
     expected = forward(model, "5B", timestep=steps)
     assert error(expected, forward(model, "5B")) > 1e-3
-    assert error(forward(apply_lean(model, LeanPlan(2, 7, 1)), "5B", timestep=steps), expected) < 1e-5
+    assert error(forward(apply_lean(model, MemoryPlan(2, 7, 1)), "5B", timestep=steps), expected) < 1e-5
 
 
 def test_each_weight_is_decoded_once_a_block(source, tmp_path, monkeypatch):

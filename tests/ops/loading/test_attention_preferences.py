@@ -40,7 +40,7 @@ def test_loaded_simulated_and_saved_with_it(model, tmp_path):
     transformer = model.model.diffusion_model
     assert preference(transformer) == PREFERENCE
     assert preference(transformer, "blocks.1.self_attn") is None
-    assert preference(Simulator.of(model)._model.diffusion_model) == PREFERENCE
+    assert preference(Simulator.from_patcher(model)._model.diffusion_model) == PREFERENCE
     saved = convert(merged_checkpoint(model, torch.device("cpu")), tmp_path / "b.gguf", "Q8_0", effort="fast").path
     assert source_metadata(read_header(saved).metadata) == {f"comfy_attention.{MODULE}": json.dumps(PREFERENCE)}
     assert preference(load_diffusion_model(saved).model.diffusion_model) == PREFERENCE

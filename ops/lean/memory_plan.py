@@ -8,7 +8,7 @@ from ...quant import QuantError
 
 
 @dataclass(frozen=True)
-class LeanPlan:
+class MemoryPlan:
     """Finer cuts take less memory and more time; the result is the same."""
 
     head_groups: int
