@@ -1,4 +1,4 @@
-"""Wan's transformer in little memory: the host's model and weights, its blocks computed piece by piece.
+"""Lean forwards: ComfyUI's Wan transformer, computed in pieces to save memory (see `block`).
 
 It imports `packed`, `host` and `quant`.
 """

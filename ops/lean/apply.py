@@ -1,4 +1,4 @@
-"""Makes the host run its Wan blocks lean, through its own wrappers and block replacements."""
+"""The wrappers that make ComfyUI run a Wan model lean. They use its own wrappers and block replacements."""
 
 from __future__ import annotations
 
@@ -21,25 +21,27 @@ from .memory_plan import MemoryPlan
 from .variants import variant
 
 PlanChooser = Callable[[torch.Size], MemoryPlan | None]
-"""From the shape of a latent, (batch, channels, frames, height, width); None for the host's own forward."""
+"""Latent shape, (batch, channels, frames, height, width) -> memory plan, or None for ComfyUI's own forward."""
 
 _KEY = "wanquant.low_vram"
 
 
 def apply_lean(model: ModelPatcher, plan: MemoryPlan | PlanChooser) -> ModelPatcher:
-    """A clone whose Wan blocks run as `plan` says, and whose prompts run one after the other.
+    """Return a clone whose Wan blocks run lean and whose prompts run one after the other. Other models are unchanged.
 
-    A chooser is asked before each forward of the transformer, and before each step of the sampler (there the channels
-    are the latent's alone), with the batch that they get. What any other model does is unchanged.
+    Args:
+        plan: a memory plan, or a function that chooses one. It is called before each step of the sampler with the shape
+            of the latent, and before each forward with the shape of the transformer's input.
     """
     choose = (lambda _: plan) if isinstance(plan, MemoryPlan) else plan
     patched = model.clone()
     for kind, wrapper in (
         (WrappersMP.DIFFUSION_MODEL, _LeanForward(choose)),
-        (WrappersMP.CALC_COND_BATCH, _OneByOne(choose)),
+        (WrappersMP.CALC_COND_BATCH, _CalcConds(choose)),
     ):
         patched.remove_wrappers_with_key(kind, _KEY)
-        # Ahead of the loader's, which prefetches whole blocks where nobody replaced them: more than a lean one takes.
+        # This wrapper goes first. The loader's prefetch, which holds two blocks, then finds the blocks replaced and
+        # leaves them alone.
         patched.wrappers[kind] = {_KEY: [wrapper]} | patched.wrappers.get(kind, {})
     return patched
 
@@ -52,17 +54,30 @@ def calc_conds_separately(
     timestep: Tensor,
     options: dict[str, Any],
 ) -> list[Tensor]:
-    """Wraps the host's `calc_cond_batch`: each conditioning in forwards of its own, under the index that it had."""
+    """Run each conditioning in a forward of its own: a wrapper of ComfyUI's `calc_cond_batch`.
+
+    ComfyUI batches conditionings if it estimates that memory suffices.
+
+    Args:
+        conds: positive and negative conditioning, each a list of dicts or None.
+        x: noisy latent, float32, (batch, channels, frames, height, width).
+        timestep: float32, (batch,).
+        options: ComfyUI's model_options.
+
+    Returns:
+        One prediction per conditioning, each like `x`.
+    """
 
     def alone(index: int) -> list[Any]:
+        # Each conditioning keeps its index, which tells ComfyUI and other nodes positive from negative.
         return [cond if i == index else None for i, cond in enumerate(conds)]
 
     return [executor(model, alone(i), x, timestep, options)[i] for i in range(len(conds))]
 
 
 @dataclass(frozen=True)
-class _OneByOne:
-    """Positive and negative prompt in forwards of their own; the host batches them where it sees enough memory."""
+class _CalcConds:
+    """A wrapper of `calc_cond_batch` that separates the conditionings if a plan is chosen."""
 
     choose: PlanChooser
 
@@ -76,14 +91,14 @@ class _OneByOne:
         options: dict[str, Any],
     ) -> list[Tensor]:
         if self.choose(x.shape) is None:
-            together: list[Tensor] = executor(model, conds, x, timestep, options)
-            return together
+            predictions: list[Tensor] = executor(model, conds, x, timestep, options)
+            return predictions
         return calc_conds_separately(executor, model, conds, x, timestep, options)
 
 
 @dataclass(frozen=True)
 class _LeanForward:
-    """Puts lean blocks in the place of the host's for one forward, around what other nodes put there."""
+    """A wrapper of the transformer's forward that replaces its blocks for the time of the forward."""
 
     choose: PlanChooser
 
@@ -99,41 +114,42 @@ class _LeanForward:
         **kwargs: object,
     ) -> Tensor:
         model, options = executor.class_obj, transformer_options or {}
-        # Training needs the activations that lean blocks write over, and a compiled graph plans its own memory.
+        # Training needs the activations that lean blocks overwrite, and a compiled graph plans its own memory.
         lean = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         plan = self.choose(x.shape) if lean and isinstance(model, wan.WanModel) else None
         forwards: host.Forwards = {}
         if plan is not None:
             plan.check(model.num_heads)
-            run = _Run(plan, _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref")), not variant(model).keeps_input)
-            options = _with_lean_blocks(model, run, options)
+            image_tokens = _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref"))
+            state = _ForwardState(plan, image_tokens, may_overwrite=not variant(model).keeps_input)
+            options = _with_lean_blocks(model, state, options)
             forwards = edge_forwards(model, x.dtype) | control_forwards(model, plan)
         with host.in_place(forwards):
             out: Tensor = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
         return out
 
 
-def _image_tokens(model: wan.WanModel, *images: object) -> int | None:
-    """How many of CLIP's tokens the host puts before the text, by its own count."""
-    counts = [image.shape[-2] for image in images if isinstance(image, Tensor)]
+def _image_tokens(model: wan.WanModel, *clip_outputs: object) -> int | None:
+    """Return how many CLIP vision tokens ComfyUI puts before the text, counted as ComfyUI counts them."""
+    counts = [output.shape[-2] for output in clip_outputs if isinstance(output, Tensor)]
     return sum(counts) if counts or hasattr(model, "img_emb_refimage") else None
 
 
 @dataclass
-class _Run:
-    """One forward."""
+class _ForwardState:
+    """What the blocks of one forward share."""
 
     plan: MemoryPlan
     image_tokens: int | None
-    owns_tokens: bool
-    """Nobody reads the coming block's input again but the block."""
+    may_overwrite: bool
+    """Only the next block reads its input, so it may overwrite it."""
 
 
-def _with_lean_blocks(model: wan.WanModel, run: _Run, options: dict[str, Any]) -> dict[str, Any]:
+def _with_lean_blocks(model: wan.WanModel, state: _ForwardState, options: dict[str, Any]) -> dict[str, Any]:
     replace = options.get("patches_replace", {})
     present = replace.get("dit", {})
     lean = {
-        ("double_block", i): _Replacement(block, run, present.get(("double_block", i)))
+        ("double_block", i): _BlockReplacement(block, state, present.get(("double_block", i)))
         for i, block in enumerate(model.blocks)
         if is_lean_block(block)
     }
@@ -141,13 +157,13 @@ def _with_lean_blocks(model: wan.WanModel, run: _Run, options: dict[str, Any]) -
 
 
 @dataclass
-class _Replacement:
-    """Of a block, as the host calls it."""
+class _BlockReplacement:
+    """A replacement for one block, in the form in which ComfyUI calls it."""
 
     block: wan.WanAttentionBlock
-    run: _Run
+    state: _ForwardState
     outer: Callable[..., dict[str, Any]] | None
-    """The replacement that another node put there: it decides, and has ours for the original."""
+    """Another node's replacement of the block. It runs first and gets the lean block as the original one."""
 
     def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         if self.outer is None:
@@ -156,9 +172,11 @@ class _Replacement:
 
     def _lean(self, args: dict[str, Any]) -> dict[str, Any]:
         options, x = args["transformer_options"], args["img"]
-        seen = options.get("patches", {})
-        owns = self.run.owns_tokens and not (self.outer or seen.get("double_block") or seen.get("attn2_patch"))
-        x = x.contiguous() if owns else x.clone(memory_format=torch.contiguous_format)
-        self.run.owns_tokens = True
-        lean = LeanBlock(self.block, self.run.plan, self.run.image_tokens, options)
+        patches = options.get("patches", {})
+        # Other nodes may keep the tensors that they were given.
+        may_be_kept = self.outer or patches.get("double_block") or patches.get("attn2_patch")
+        overwrite = self.state.may_overwrite and not may_be_kept
+        x = x.contiguous() if overwrite else x.clone(memory_format=torch.contiguous_format)
+        self.state.may_overwrite = True
+        lean = LeanBlock(self.block, self.state.plan, self.state.image_tokens, options)
         return {"img": lean(x, args["vec"], args["pe"], args["txt"])}

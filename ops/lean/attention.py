@@ -1,4 +1,8 @@
-"""Self-attention of a Wan block in little more than one buffer of the size of its input, beside the input."""
+"""Wan's self-attention over one group of heads at a time.
+
+Beside the block's input it needs one buffer of the input's size for the queries, and one for the keys. The values, the
+keys of recomputed groups and the intermediate tensors exist for one group or one chunk of tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,34 +19,34 @@ from torch import Tensor
 from .. import host
 from .memory_plan import MemoryPlan
 from .modulation import chunks
-from .weights import Projection, RowProjection, is_known_linear, is_untouched, projection, row_weight
+from .weights import Projection, RowProjection, is_known_linear, is_untouched, norm_weight, projection
 
 
 def is_lean_attention(attn: wan.WanSelfAttention) -> bool:
-    """Whether this is the host's own attention, and not one that something replaced or hooked to."""
+    """Return whether `attn` can run lean: it is ComfyUI's own, and none of what is cut is replaced or hooked."""
     own: bool = type(attn) is wan.WanSelfAttention and attn.qk_norm and is_untouched(attn)
     return own and is_untouched(attn.norm_k) and is_known_linear(attn.k) and is_known_linear(attn.v)
 
 
 @dataclass
 class LeanAttention:
-    """`WanSelfAttention.forward` without its last projection.
+    """`WanSelfAttention.forward` up to, but without, the output projection.
 
-    Softmax needs all keys, but only some queries and some heads at a time. So the buffer of the queries takes the
-    output, and values exist for one group of heads. Keys are normalized over all heads: a first pass computes them all,
-    and those of `recomputed_groups` leave only their norm behind until their turn.
+    Softmax needs the keys of all tokens, but only those of one head. So the heads run in groups, and the output of a
+    group is written over its queries. The RMS norm of a key is over all heads. So a first pass computes all keys and
+    their norms, and keeps the keys of the groups that are not recomputed.
     """
 
     attn: wan.WanSelfAttention
-    source: Callable[[slice], Tensor]
-    """The normalized and modulated input of some tokens, (batch, some, dim)."""
+    input_chunk: Callable[[slice], Tensor]
+    """Returns the attention's input for a chunk of tokens, (batch, tokens in the chunk, dim)."""
     freqs: Tensor
     """Rotary embedding, (1, tokens, 1, head size / 2, 2, 2)."""
     like: Tensor
-    """The block's input, (batch, tokens, dim)."""
+    """The block's input, (batch, tokens, dim). The output has its shape, dtype and device."""
     plan: MemoryPlan
     options: dict[str, Any]
-    """The host's transformer_options."""
+    """ComfyUI's transformer_options."""
 
     def __post_init__(self) -> None:
         self.batch, self.tokens, self.dim = self.like.shape
@@ -50,16 +54,16 @@ class LeanAttention:
         self.chunks = list(chunks(self.tokens, self.plan.token_chunk))
 
     def output(self) -> Tensor:
-        """(batch, tokens, dim), contiguous."""
+        """Return the output of the attention, (batch, tokens, dim), contiguous."""
         output = self._queries()
-        kept, scale = self._keys()
+        kept_keys, inverse_rms = self._first_pass()
         values = RowProjection(self.attn.v, self.like)
         for start in range(0, self.dim, self.width):
             features = slice(start, start + self.width)
-            if kept:
-                k, v = kept.pop(0), self._values(values.features(features))
+            if kept_keys:
+                k, v = kept_keys.pop(0), self._values(values.features(features))
             else:
-                k, v = self._keys_and_values(features, values.features(features), scale)
+                k, v = self._keys_and_values(features, values.features(features), inverse_rms)
             self._attend(output[..., features], k, v)
             del k, v  # before the next group's are computed
         return output
@@ -67,52 +71,57 @@ class LeanAttention:
     def _queries(self) -> Tensor:
         project, out = projection(self.attn.q, self.like), self._empty(self.dim)
         for chunk in self.chunks:
-            out[:, chunk] = self._rotated(self.attn.norm_q(project(self.source(chunk))), chunk)
+            out[:, chunk] = self._rotated(self.attn.norm_q(project(self.input_chunk(chunk))), chunk)
         return out
 
-    def _keys(self) -> tuple[list[Tensor], Tensor]:
-        """The keys of the first groups, each (batch, tokens, width), and 1 / RMS of all, (batch, tokens, 1) float32."""
+    def _first_pass(self) -> tuple[list[Tensor], Tensor]:
+        """Compute all keys, and return those to keep and the inverse RMS of all.
+
+        Returns:
+            The keys of the first groups, each (batch, tokens, width), and 1 / RMS of each token's keys over all heads,
+            float32, (batch, tokens, 1).
+        """
         project, norm = projection(self.attn.k, self.like), self.attn.norm_k
         kept = [self._empty(self.width) for _ in range(self.plan.head_groups - self.plan.recomputed_groups)]
-        scale = self.like.new_empty(self.batch, self.tokens, 1, dtype=torch.float32)
+        inverse_rms = self.like.new_empty(self.batch, self.tokens, 1, dtype=torch.float32)
         for chunk in self.chunks:
-            raw = project(self.source(chunk))
+            raw = project(self.input_chunk(chunk))
             length = torch.linalg.vector_norm(raw, dim=-1, keepdim=True, dtype=torch.float32)
-            scale[:, chunk] = torch.rsqrt(length.square() / self.dim + norm.eps)
+            inverse_rms[:, chunk] = torch.rsqrt(length.square() / self.dim + norm.eps)
             keys = self._rotated(norm(raw)[..., : len(kept) * self.width], chunk)
             for group, part in zip(kept, keys.chunk(len(kept), dim=-1), strict=True):
                 group[:, chunk] = part
-        return kept, scale
+        return kept, inverse_rms
 
     def _values(self, value: Projection) -> Tensor:
         v = self._empty(self.width)
         for chunk in self.chunks:
-            v[:, chunk] = value(self.source(chunk))
+            v[:, chunk] = value(self.input_chunk(chunk))
         return v
 
-    def _keys_and_values(self, features: slice, value: Projection, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_and_values(self, features: slice, value: Projection, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._empty(self.width), self._empty(self.width)
         key = self._key_rows.features(features)
-        weight = row_weight(self.attn.norm_k, self.like)[features]
+        weight = norm_weight(self.attn.norm_k, self.like)[features]
         for chunk in self.chunks:
-            x = self.source(chunk)
+            x = self.input_chunk(chunk)
             v[:, chunk] = value(x)
-            k[:, chunk] = self._rotated((key(x) * scale[:, chunk] * weight).to(x.dtype), chunk)
+            k[:, chunk] = self._rotated((key(x) * inverse_rms[:, chunk] * weight).to(x.dtype), chunk)
         return k, v
 
     @cached_property
     def _key_rows(self) -> RowProjection:
         return RowProjection(self.attn.k, self.like)
 
-    def _wants_all_queries(self) -> bool:
-        """Whether the attention that will run may give other results for a part of the queries."""
+    def _needs_all_queries(self) -> bool:
+        """Return whether the attention function may treat a chunk of the queries differently from all of them."""
         override = self.options.get("optimized_attention_override")
-        # A node's may tell tokens apart by their position, unless it says that it takes some.
+        # Another node's override may depend on the position of a token, unless it declares that it does not.
         by_position = override is not None and not getattr(override, "accepts_query_chunks", False)
         return by_position or host.prefers_attention(self.attn)
 
     def _rotated(self, x: Tensor, chunk: slice) -> Tensor:
-        """Rotary embedding of (batch, some, n heads * head size)."""
+        """Apply the rotary embedding to (batch, tokens in the chunk, some heads * head size)."""
         heads = x.view(*x.shape[:2], -1, self.attn.head_dim)
         rotated: Tensor = apply_rope1(heads, self.freqs[:, chunk]).flatten(2)
         return rotated
@@ -121,8 +130,8 @@ class LeanAttention:
         return self.like.new_empty(self.batch, self.tokens, width)
 
     def _attend(self, queries: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write a group's output over its queries."""
-        heads, whole = self.width // self.attn.head_dim, self._wants_all_queries()
+        """Write the attention's output for a group of heads over its queries."""
+        heads, at_once = self.width // self.attn.head_dim, self._needs_all_queries()
         options = host.attention_options(self.attn) | {"transformer_options": self.options}
-        for chunk in [slice(None)] if whole else self.chunks:
+        for chunk in [slice(None)] if at_once else self.chunks:
             queries[:, chunk] = wan.optimized_attention(queries[:, chunk], k, v, heads=heads, **options)

@@ -1,4 +1,4 @@
-"""VACE's control blocks, which the host calls without a hook."""
+"""VACE's control blocks. ComfyUI has no hook to replace them, so their forwards are replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .weights import is_untouched, projection
 
 
 def control_forwards(model: wan.WanModel, plan: MemoryPlan) -> Forwards:
-    """Lean forwards of a VACE model's control blocks; none for any other model."""
+    """Return lean forwards for the control blocks of a VACE model; other models have none."""
     blocks = [block for block in getattr(model, "vace_blocks", ()) if type(block) is wan.VaceWanAttentionBlock]
     return {block: partial(_forward, block, plan) for block in blocks if is_untouched(block)}
 
@@ -34,14 +34,17 @@ def _forward(
     context_img_len: int | None,
     transformer_options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """`VaceWanAttentionBlock.forward`: what to add to the main branch, and the control branch, in its memory.
+    """A lean `VaceWanAttentionBlock.forward`.
 
     Args:
-        c: the control branch, (batch, tokens, dim).
+        c: tokens of the control branch, (batch, tokens, dim). They are overwritten unless a patch may keep them.
         x: input of the main branch, like `c`.
+
+    Returns:
+        What to add to the main branch, and the new tokens of the control branch, both like `c`.
     """
-    seen = transformer_options.get("patches", {}).get("attn2_patch")
-    c = c.clone(memory_format=torch.contiguous_format) if seen else c.contiguous()
+    may_be_kept = transformer_options.get("patches", {}).get("attn2_patch")
+    c = c.clone(memory_format=torch.contiguous_format) if may_be_kept else c.contiguous()
     if block.block_id == 0:
         before = projection(block.before_proj, c)
         for chunk in chunks(c.shape[1], plan.token_chunk):

@@ -1,4 +1,7 @@
-"""What comes before and after the blocks, in pieces: the host's own takes three times the tokens' memory."""
+"""The patch embeddings and the head, before and after the blocks, in pieces.
+
+ComfyUI's own need three times the memory of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,18 @@ from .modulation import Modulation, chunks
 from .weights import is_untouched, projection
 
 _TOKENS = 4096
-"""At a time, or one frame's."""
+"""The number of tokens to process at a time; a patch embedding processes at least one frame."""
 
-# Of the host's variants; each is called as `embedding(latent.float()).to(dtype)`.
+# ComfyUI calls each of these as `embedding(latent.float()).to(dtype)`.
 _EMBEDDINGS = ("patch_embedding", "patch_embedding_global", "patch_embedding_pose", "vace_patch_embedding")
 _HEADS = ("head", "head_global")
 
 
 def edge_forwards(model: wan.WanModel, dtype: torch.dtype) -> Forwards:
-    """Forwards in pieces of the patch embeddings, which give `dtype`, and of the heads.
+    """Return forwards in pieces for the patch embeddings and the heads of `model`.
+
+    Args:
+        dtype: of the tokens.
 
     Source: comfy/ldm/wan/model.py Head.forward, WanModel.forward_orig, ComfyUI 0.30.0.
     """
@@ -32,25 +38,36 @@ def edge_forwards(model: wan.WanModel, dtype: torch.dtype) -> Forwards:
 
 
 def _parts(model: wan.WanModel, names: tuple[str, ...], kind: type[torch.nn.Module]) -> list[Any]:
-    """Those that the model has and that no other node changed."""
+    """Return the modules of these names that the model has and whose forwards no other node replaced or hooked."""
     parts = [getattr(model, name, None) for name in names]
     return [part for part in parts if isinstance(part, kind) and is_untouched(part)]
 
 
 def _embed(embedding: torch.nn.Conv3d, dtype: torch.dtype, latent: Tensor) -> Tensor:
-    """(batch, dim, frames, rows, columns), stored token after token, so that no later copy makes it so."""
+    """Return the tokens, (batch, dim, frames, rows, columns), with the dim of each token contiguous.
+
+    ComfyUI would make them contiguous with a copy.
+
+    Args:
+        latent: float32, (batch, channels, frames, height, width).
+    """
     batch, _, frames, *size = latent.shape
     rows, columns = (side // kernel for side, kernel in zip(size, embedding.kernel_size[1:], strict=True))
     tokens = latent.new_empty(batch, frames, rows, columns, embedding.out_channels, dtype=dtype).movedim(-1, 1)
     step = max(1, _TOKENS // (rows * columns))
     for start in range(0, frames, step):
-        some = slice(start, start + step)
-        tokens[:, :, some] = type(embedding).forward(embedding, latent[:, :, some])
+        chunk = slice(start, start + step)
+        tokens[:, :, chunk] = type(embedding).forward(embedding, latent[:, :, chunk])
     return tokens
 
 
 def _head(head: wan.Head, x: Tensor, e: Tensor) -> Tensor:
-    """(batch, tokens, values of a patch)."""
+    """Return the pixels of the latent's patches, (batch, tokens, elements per patch), in the dtype of `x`.
+
+    Args:
+        x: (batch, tokens, dim).
+        e: modulation vectors of the time step, (batch, dim) or (batch, 1 or frames, dim).
+    """
     modulation = Modulation.from_module(head, (e.unsqueeze(1) if e.ndim < 3 else e).unsqueeze(2), x)
     project, out = projection(head.head, x), x.new_empty(*x.shape[:2], head.head.out_features)
     for chunk in chunks(x.shape[1], _TOKENS):

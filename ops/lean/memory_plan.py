@@ -1,4 +1,4 @@
-"""How finely a block's work is cut."""
+"""A memory plan: into how many pieces a forward is cut."""
 
 from __future__ import annotations
 
@@ -9,24 +9,34 @@ from ...quant import QuantError
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Finer cuts take less memory and more time; the result is the same."""
+    """How lean blocks are cut.
+
+    Smaller pieces need less memory and more time. The result is the same but for rounding.
+    """
 
     head_groups: int
-    """Self-attention runs over this many groups of heads, one after the other; must divide the number of heads."""
+    """Self-attention runs on this many groups of heads, one after the other. It must divide the number of heads."""
     token_chunk: int
-    """Tokens that pass through the projections, the cross-attention and the FFN at a time."""
+    """The number of tokens that the projections, the cross-attention and the FFN process at a time."""
     recomputed_groups: int = 0
-    """Groups whose keys are not kept from the pass that measures their RMS norm (over all heads), but computed again:
-    each saves tokens x dim / head_groups elements and costs 2 x tokens x dim^2 / head_groups multiplications and
-    additions a block. Less than head_groups: the first group's keys are kept at no cost."""
+    """The number of head groups whose keys are computed twice: once for the RMS norm, and again for their attention.
+
+    The RMS norm is over all heads, so all keys are computed before any can be used. Per block, each recomputed group
+    saves tokens * dim / head_groups elements and costs 2 * tokens * dim^2 / head_groups floating-point operations. The
+    first group is used right after the norm, so recomputing its keys would save nothing: this is less than head_groups.
+    """
 
     def __post_init__(self) -> None:
         if self.head_groups < 1 or self.token_chunk < 1 or not 0 <= self.recomputed_groups < self.head_groups:
             raise QuantError(
-                f"{self}: expected at least 1 head group and 1 token a chunk, and fewer recomputed than head groups"
+                f"{self}: expected head_groups >= 1, token_chunk >= 1 and 0 <= recomputed_groups < head_groups;"
+                " change the plan"
             )
 
     def check(self, num_heads: int) -> None:
-        """Raise QuantError if the heads cannot be split so."""
+        """Raise QuantError if the groups do not divide `num_heads`."""
         if num_heads % self.head_groups:
-            raise QuantError(f"{self}: {num_heads} heads cannot be split into {self.head_groups} equal groups")
+            raise QuantError(
+                f"{self}: {num_heads} heads cannot be split into {self.head_groups} equal groups;"
+                " choose a divisor as head_groups"
+            )

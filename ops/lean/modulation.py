@@ -1,4 +1,4 @@
-"""Shift, scale and gate by the time step, made for no more tokens than are at work."""
+"""Wan's modulation: shift, scale and gate vectors that depend on the time step, applied to a chunk of tokens."""
 
 from __future__ import annotations
 
@@ -12,39 +12,47 @@ from torch import Tensor
 
 
 def chunks(tokens: int, size: int) -> Iterator[slice]:
-    """Slices of at most `size` that cover `tokens`."""
+    """Yield slices of at most `size` tokens that cover `tokens` tokens in order."""
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 @dataclass
 class Modulation:
-    """Vectors for each token, of which the host gives one set for all tokens or one a frame."""
+    """The modulation vectors of a block or a head.
+
+    ComfyUI repeats the vectors of a frame for each of its tokens. Here they are repeated only for one chunk at a time.
+    """
 
     vectors: tuple[Tensor, ...]
-    """Each (batch, 1 or frames, dim)."""
+    """Each (batch, 1 or frames, dim): one vector for all tokens, or one per frame."""
     tokens: int
 
     @classmethod
     def from_module(cls, module: wan.WanAttentionBlock | wan.Head, e: Tensor, x: Tensor) -> Modulation:
-        """A module's own vectors plus those of the time step.
+        """Return the vectors of `module` plus those of the time step.
 
         Args:
-            e: (batch, 1 or frames, 1 or the number of vectors, dim).
-            x: (batch, tokens, dim), whose dtype and device the vectors get.
+            e: vectors of the time step, floating point, (batch, 1 or frames, 1 or number of vectors, dim).
+            x: input of the module, (batch, tokens, dim). The vectors get its dtype and device.
         """
         own: Tensor = comfy.model_management.cast_to(module.modulation, dtype=x.dtype, device=x.device)
         return cls((own + e).unbind(2), x.shape[1])
 
     def vector(self, index: int, chunk: slice) -> Tensor:
-        """(batch, 1 or the chunk's tokens, dim)."""
+        """Return the vectors at `index` for a chunk of tokens, (batch, 1 or tokens in the chunk, dim)."""
         vectors = self.vectors[index]
         frames = vectors.shape[1]
         if frames == 1:
             return vectors
-        tokens_a_frame = -(-self.tokens // frames)
-        return vectors[:, torch.arange(chunk.start, chunk.stop, device=vectors.device) // tokens_a_frame]
+        tokens_per_frame = -(-self.tokens // frames)
+        return vectors[:, torch.arange(chunk.start, chunk.stop, device=vectors.device) // tokens_per_frame]
 
     def shift_and_scale(self, normalized: Tensor, index: int, chunk: slice) -> Tensor:
-        """A chunk modulated by the vectors at `index` and after it, written over `normalized`."""
+        """Return `normalized * (1 + scale) + shift`, in the memory of `normalized`.
+
+        Args:
+            normalized: a chunk of tokens after layer norm, floating point, (batch, tokens in the chunk, dim).
+            index: of the shift vector; the scale vector follows it.
+        """
         shift, scale = self.vector(index, chunk), self.vector(index + 1, chunk)
         return torch.addcmul(shift, normalized, 1 + scale, out=normalized)

@@ -1,4 +1,4 @@
-"""Which of the host's Wan models run lean, and what of them does not. Source: comfy/ldm/wan/, ComfyUI 0.33.0."""
+"""ComfyUI's Wan model classes, and which of them have blocks that run lean. Source: comfy/ldm/wan/, ComfyUI 0.33.0."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import comfy.ldm.wan.model as wan
 
 @dataclass(frozen=True)
 class Variant:
-    """What to expect of a model class."""
+    """What a model class allows."""
 
-    blocks: bool = True
-    """The blocks run lean."""
-    stock: str = ""
-    """What runs as in the host, with its memory, after some blocks."""
+    lean_blocks: bool = True
     keeps_input: bool = False
-    """The model reads the first block's input again later, so that block works on a copy."""
+    """The model reads the input of the first block again later, so that block must work on a copy."""
 
 
 VARIANTS = {
@@ -25,16 +22,15 @@ VARIANTS = {
     "SCAILWanModel": Variant(),
     "SCAIL2WanModel": Variant(),
     "VaceWanModel": Variant(keeps_input=True),
-    "WanModel_S2V": Variant(stock="the audio injector"),
-    "WanDancerModel": Variant(stock="the music injector"),
-    "AnimateWanModel": Variant(stock="the face adapter"),
-    "WanAnimate2Model": Variant(
-        blocks=False, stock="all: its blocks attend to a pose branch, which a block's replacement is not given"
-    ),
-    "HumoWanModel": Variant(
-        blocks=False, stock="all: its blocks attend to audio, which a block's replacement is not given"
-    ),
-    "CausalWanModel": Variant(blocks=False, stock="all: blocks keep keys and values between forwards"),
+    # What these run after some blocks stays ComfyUI's: the audio injector, the music injector, the face adapter.
+    "WanModel_S2V": Variant(),
+    "WanDancerModel": Variant(),
+    "AnimateWanModel": Variant(),
+    # ComfyUI does not pass a replaced block the pose branch and the audio that these blocks attend to.
+    "WanAnimate2Model": Variant(lean_blocks=False),
+    "HumoWanModel": Variant(lean_blocks=False),
+    # Its blocks keep keys and values from one forward to the next.
+    "CausalWanModel": Variant(lean_blocks=False),
 }
 """By the name of the class."""
 
@@ -42,5 +38,5 @@ _UNKNOWN = Variant(keeps_input=True)
 
 
 def variant(model: wan.WanModel) -> Variant:
-    """Of a class that is not in the table, whichever blocks are the host's plain ones run lean."""
+    """Return what the class of `model` allows. In an unknown class, blocks of ComfyUI's plain class run lean."""
     return VARIANTS.get(type(model).__name__, _UNKNOWN)

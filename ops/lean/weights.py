@@ -1,4 +1,4 @@
-"""Weights that a block casts, patches and decodes once, and uses for many chunks of tokens."""
+"""Weights that a block casts, patches and dequantizes once and uses for many chunks of tokens."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from ..packed.linear import GGUFModule, GGUFOps
 from ..packed.matmul import DecodedRows, WeightFunction
 
 Projection = Callable[[Tensor], Tensor]
-"""(..., in features) -> (..., out features)."""
+"""(..., input channels) -> (..., output channels), both floating point."""
 
 
 def is_untouched(module: torch.nn.Module) -> bool:
-    """Whether a call does what the module's class says: no hook, no forward put in its place by another node."""
-    # The host leaves the class's own behind where it has put another back.
+    """Return whether a call of `module` runs the forward of its class, without hooks or another node's forward."""
+    # When ComfyUI removes a replaced forward, it leaves the class's own on the instance.
     function = getattr(module.forward, "__func__", None)
     return function is type(module).forward and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def is_known_linear(module: torch.nn.Module) -> bool:
-    """Whether this is a Linear of ours or of the host, so that its weight may be used without calling it."""
+    """Return whether `module` is a Linear of this pack or of ComfyUI, so that its weight may be used without a call."""
     ours_or_host = isinstance(module, GGUFOps.Linear) or type(module).__module__ == comfy.ops.__name__
     return ours_or_host and is_untouched(module)
 
 
 def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
-    """`module` for many chunks of the device and dtype of `like`.
+    """Return the product with the weight of `module`, to apply to many chunks.
 
-    One that is not known here is called for each chunk, and casts its weight each time.
+    The weight is cast once. A module that is not a known Linear is called for each chunk instead.
+
+    Args:
+        like: any tensor of the chunks' device and dtype.
     """
     if not is_known_linear(module):
         return module  # type: ignore[no-any-return]
@@ -45,13 +48,16 @@ def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
             held = DecodedRows(weight, functions, like).decode(0, like.new_empty(weight.shape))
         else:
             held = _kept(module, weight, handle)
-    finally:  # also when memory runs out
+    finally:  # also if memory runs out
         host.uncast(module, weight, bias, handle)
     return lambda x: linear(x, held, bias)
 
 
 class RowProjection:
-    """A known Linear of which some output features are used at a time: of a packed weight, no more are decoded."""
+    """A known Linear of which some output channels are used at a time.
+
+    Of a packed weight, only the rows of these channels are dequantized.
+    """
 
     def __init__(self, module: comfy.ops.CastWeightBiasOp, like: Tensor) -> None:
         weight, self._bias, functions, handle = _cast(module, like)
@@ -60,13 +66,14 @@ class RowProjection:
         self._decoded = DecodedRows(self._weight, functions, like) if is_packed(weight) else None
 
     def features(self, features: slice) -> Projection:
+        """Return the product with the rows of these output channels."""
         weight, bias = self._rows(features), None if self._bias is None else self._bias[features]
         return lambda x: linear(x, weight, bias)
 
     def _rows(self, rows: slice) -> Tensor:
         size = rows.stop - rows.start
         if self._decoded and (rows.start % self._decoded.row_multiple or size % self._decoded.row_multiple):
-            # A patch that needs the whole weight.
+            # A patch needs more rows than these, perhaps the whole weight.
             self._weight = self._decoded.decode(0, self._like.new_empty(self._weight.shape))
             self._decoded = None
         if self._decoded is None:
@@ -74,8 +81,8 @@ class RowProjection:
         return self._decoded.decode(rows.start, self._like.new_empty(size, self._weight.shape[1]))
 
 
-def row_weight(norm: comfy.ops.CastWeightBiasOp, like: Tensor) -> Tensor:
-    """The weight of a norm, for the device and dtype of `like`."""
+def norm_weight(norm: comfy.ops.CastWeightBiasOp, like: Tensor) -> Tensor:
+    """Return the weight of a norm, (dim,), on the device and in the dtype of `like`."""
     weight, bias, _, handle = _cast(norm, like)
     kept = _kept(norm, weight, handle)
     host.uncast(norm, weight, bias, handle)
@@ -85,7 +92,12 @@ def row_weight(norm: comfy.ops.CastWeightBiasOp, like: Tensor) -> Tensor:
 def _cast(
     module: comfy.ops.CastWeightBiasOp, like: Tensor
 ) -> tuple[Tensor, Tensor | None, list[WeightFunction], object]:
-    """Weight, bias of its own memory, what is still to do to a packed weight, and the host's handle."""
+    """Cast a module's parameters to the device and dtype of `like`.
+
+    Returns:
+        The weight, the bias, the functions still to apply to a packed weight, and the handle for `host.uncast`. The bias
+        is a copy, because ComfyUI may reuse the memory of its own.
+    """
     host.begin_use()
     if isinstance(module, GGUFModule):
         weight, bias, functions, handle = module.cast(like)
@@ -96,10 +108,13 @@ def _cast(
 
 
 def _kept(module: comfy.ops.CastWeightBiasOp, weight: Tensor, handle: object) -> Tensor:
-    """A cast weight in memory that stays valid when the host casts other modules; decoded if of the host's formats."""
+    """Return a cast weight in memory that ComfyUI does not reuse for other modules.
+
+    A weight in one of ComfyUI's own quantized formats is dequantized.
+    """
     if isinstance(weight, QuantizedTensor) and not is_packed(weight):
-        decoded: Tensor = weight.dequantize()
-        return decoded
-    as_it_was = weight.dtype == module.weight.dtype and is_packed(weight) == is_packed(module.weight)
+        dequantized: Tensor = weight.dequantize()
+        return dequantized
+    unchanged = weight.dtype == module.weight.dtype and is_packed(weight) == is_packed(module.weight)
     patched = bool(module.weight_function) and not is_packed(weight)
-    return weight.clone() if host.is_lent(module, handle) and as_it_was and not patched else weight
+    return weight.clone() if host.is_lent(module, handle) and unchanged and not patched else weight

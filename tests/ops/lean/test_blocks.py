@@ -85,8 +85,8 @@ def test_variant(name, lean_blocks):
     transformer = model.model.diffusion_model
     blocks = list(transformer.blocks)
     entry = VARIANTS[type(transformer).__name__]
-    assert [block for block in lean_blocks if block in blocks] == (blocks if entry.blocks else [])
-    assert len(lean_blocks) - len(blocks) * entry.blocks == 2 * len(getattr(transformer, "vace_blocks", ()))
+    assert [block for block in lean_blocks if block in blocks] == (blocks if entry.lean_blocks else [])
+    assert len(lean_blocks) - len(blocks) * entry.lean_blocks == 2 * len(getattr(transformer, "vace_blocks", ()))
     assert not any("forward" in vars(module) for module in transformer.modules()), "all is put back"
 
 
@@ -102,5 +102,5 @@ def test_refuses_groups_that_heads_cannot_form(t2v_model):
 
 @pytest.mark.parametrize("plan", [(0, 1), (1, 0), (2, 8, 2), (2, 8, -1)], ids=str)
 def test_refuses_senseless_plans(plan):
-    with pytest.raises(QuantError, match="expected at least 1 head group"):
+    with pytest.raises(QuantError, match="expected head_groups >= 1"):
         MemoryPlan(*plan)
