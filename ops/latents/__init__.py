@@ -1,4 +1,4 @@
-"""Latents compared and previewed.
+"""Comparison and preview of Wan latents.
 
 It imports `quant` alone.
 """

@@ -1,4 +1,4 @@
-"""How far one latent is from another: the measure of what quantization costs on the same seed."""
+"""The difference between two latents, which measures what quantization changes for the same seed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from .preview import model_space, preview_frames
 
 @dataclass(frozen=True)
 class LatentComparison:
-    """Two latents of one shape. Errors are those of the model's own space, where each channel has unit variance."""
+    """The difference between two latents of the same shape.
+
+    It is measured in the space that the model sees, where each channel has about unit variance.
+    """
 
     psnr: float
-    """In dB over the whole latent, its peak the range of the reference; infinite for equal latents."""
+    """PSNR of the whole latent in dB, relative to the range of the reference. It is infinite for equal latents."""
     cosine: float
-    """Of the angle between both, as vectors."""
+    """Cosine similarity of the latents as vectors."""
     frame_psnr: tuple[float, ...]
-    """In dB, of each latent frame."""
+    """PSNR of each latent frame in dB."""
     error: Tensor
-    """(frames, height, width): root mean square over channels, in standard deviations of the model's space."""
+    """Root mean square over channels, in standard deviations of a channel; float32, (frames, height, width)."""
     reference: Tensor
+    """Preview of the reference, float32 in 0..1, (frames, pixel height, pixel width, 3)."""
     compared: Tensor
-    """Preview pictures, float32 (frames, pixel height, pixel width, 3) in 0..1."""
+    """Preview of the compared latent, like `reference`."""
 
     def text(self) -> str:
+        """Return the figures in two lines."""
         worst = min(range(len(self.frame_psnr)), key=self.frame_psnr.__getitem__)
         return (
             f"PSNR {self.psnr:.2f} dB, cosine {self.cosine:.6f}\n"
@@ -37,31 +42,33 @@ class LatentComparison:
 
 
 def compare_latents(reference: Tensor, compared: Tensor) -> LatentComparison:
-    """Measure `compared` against `reference`, both (batch, channels, frames, height, width) from a Wan sampler.
+    """Compare two latents of a Wan sampler. The frames of all videos in a batch are counted as one sequence.
 
-    A batch counts as further frames.
+    Args:
+        reference: floating point, (batch, 16 or 48, frames, height, width).
+        compared: like `reference`.
 
     Raises:
-        QuantError: the latents differ in shape, or are not Wan video latents.
+        QuantError: the latents differ in shape or are not Wan video latents.
     """
     if reference.shape != compared.shape:
         raise QuantError(
             f"latents of shapes {tuple(reference.shape)} and {tuple(compared.shape)}: expected the same shape;"
-            " sample both at the same size and length"
+            " sample both with the same size and number of frames"
         )
     first, second = (model_space(samples).transpose(1, 2).flatten(0, 1) for samples in (reference, compared))
     squared = (second - first).square()
-    peak = (first.max() - first.min()).item()
+    value_range = (first.max() - first.min()).item()
     return LatentComparison(
-        psnr=_psnr(squared, peak),
+        psnr=_psnr(squared, value_range),
         cosine=torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0).item(),
-        frame_psnr=tuple(_psnr(frame, peak) for frame in squared),
+        frame_psnr=tuple(_psnr(frame, value_range) for frame in squared),
         error=squared.mean(1).sqrt(),
         reference=preview_frames(reference),
         compared=preview_frames(compared),
     )
 
 
-def _psnr(squared_error: Tensor, peak: float) -> float:
+def _psnr(squared_error: Tensor, value_range: float) -> float:
     mean = squared_error.mean().item()
-    return 10 * math.log10(peak * peak / mean) if mean else math.inf
+    return 10 * math.log10(value_range**2 / mean) if mean else math.inf

@@ -1,4 +1,4 @@
-"""Draws a comparison of two latents. Needs matplotlib."""
+"""The picture of a comparison of two latents. It needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 from .compare import LatentComparison
 
 _MAX_COLUMNS = 4
-# In inches, 100 pixels each: letters of 14 stay readable in a node that is half as wide.
+# Inches of 100 pixels. A font of 10 points is 14 pixels high, readable in a node of half the picture's width.
 _WIDTH, _CURVE_HEIGHT, _STRIP_WIDTH = 7.2, 2.2, 5.9
 
 
 def draw(comparison: LatentComparison) -> Image.Image:
-    """RGB, 720 pixels wide: PSNR by frame, then some frames of both and where they differ."""
+    """Return an RGB picture, 720 pixels wide: PSNR by frame, then some frames of both latents and their error."""
     count = len(comparison.frame_psnr)
     columns = min(count, _MAX_COLUMNS)
     shown = [round(index * (count - 1) / max(1, columns - 1)) for index in range(columns)]

@@ -1,4 +1,4 @@
-"""A latent's approximate colours, without a VAE."""
+"""A preview of a Wan latent in approximate colors, without a VAE."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 
 
 def model_space(samples: Tensor) -> Tensor:
-    """What the model sees of a latent, float32 on the CPU: each channel has about unit variance.
+    """Return a latent as the model sees it, with about unit variance in each channel; float32, on the CPU.
 
     Args:
-        samples: (batch, channels, frames, height, width) as a sampler returns it: 16 channels (Wan 2.1 and the
-            Wan 2.2 14B experts) or 48 (Wan 2.2 5B).
+        samples: latent of a sampler, floating point, (batch, channels, frames, height, width). It has 16 channels
+            (Wan 2.1 and the Wan 2.2 14B experts) or 48 (Wan 2.2 5B).
 
     Raises:
-        QuantError: the latent is not a Wan video latent.
+        QuantError: `samples` is not a Wan video latent.
     """
     if samples.ndim != 5 or samples.shape[1] not in _FORMATS:
         raise QuantError(
@@ -32,12 +32,18 @@ def model_space(samples: Tensor) -> Tensor:
 
 
 def preview_frames(samples: Tensor) -> Tensor:
-    """Linear RGB estimate of a Wan latent, which `model_space` describes.
+    """Return one RGB picture per latent frame, estimated by a linear function of the channels.
+
+    Args:
+        samples: as for `model_space`.
 
     Returns:
-        float32 (batch * frames, pixel height, pixel width, 3) in 0..1 on the CPU, one picture a latent frame.
+        float32 in 0..1, (batch * frames, pixel height, pixel width, 3), on the CPU.
+
+    Raises:
+        QuantError: `samples` is not a Wan video latent.
     """
-    # The factors were fitted to what the model sees, which is not what the sampler returns.
+    # ComfyUI's RGB factors apply to the model's space, not to what a sampler returns.
     latent = model_space(samples)
     channels = samples.shape[1]
     latent_format = _FORMATS[channels]

@@ -95,8 +95,8 @@ def _cast(
     """Cast a module's parameters to the device and dtype of `like`.
 
     Returns:
-        The weight, the bias, the functions still to apply to a packed weight, and the handle for `host.uncast`. The bias
-        is a copy, because ComfyUI may reuse the memory of its own.
+        The weight, the bias, the functions still to apply to a packed weight, and the handle for `host.uncast`. The
+        bias is a copy, because ComfyUI may reuse the memory of its own.
     """
     host.begin_use()
     if isinstance(module, GGUFModule):
