@@ -54,7 +54,7 @@ def compare_latents(reference: Tensor, compared: Tensor) -> LatentComparison:
     if reference.shape != compared.shape:
         raise QuantError(
             f"latents of shapes {tuple(reference.shape)} and {tuple(compared.shape)}: expected the same shape;"
-            " sample both with the same size and number of frames"
+            " sample both at the same size and with the same number of frames"
         )
     first, second = (model_space(samples).transpose(1, 2).flatten(0, 1) for samples in (reference, compared))
     squared = (second - first).square()

@@ -1,4 +1,4 @@
-"""Puts the host on sys.path and makes it run on the CPU, before any test of this folder imports it."""
+"""What the tests of ops/ share. It makes ComfyUI importable and runs it on the CPU, before a test imports it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if (HOST / "comfy").is_dir():
     from comfy.cli_args import args
 
     args.cpu = True
-    # As the host does: its nodes put a folder with another `utils` ahead on sys.path.
+    # ComfyUI imports its `utils` first too: its nodes then add a folder with another `utils` to sys.path.
     import utils.extra_config  # noqa: F401
 
 
@@ -37,7 +37,7 @@ def pytest_pycollect_makemodule():  # runs for this folder's files only
 
 @pytest.fixture(scope="session")
 def tiny_wan():
-    """The functions of testing/tiny_wan.py."""
+    """Return the functions of testing/tiny_wan.py by name."""
     from wanquant.testing import tiny_wan
 
     return vars(tiny_wan)
@@ -45,7 +45,7 @@ def tiny_wan():
 
 @pytest.fixture(scope="session")
 def t2v(tiny_wan, tmp_path_factory):
-    """A two-layer Wan 2.1 T2V as (safetensors, Q8_0 GGUF)."""
+    """Return the paths of a two-layer Wan 2.1 T2V, as safetensors and as Q8_0 GGUF."""
     from wanquant.quant.conversion.convert import convert
 
     folder = tmp_path_factory.mktemp("t2v")
@@ -55,7 +55,7 @@ def t2v(tiny_wan, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def state(t2v):
-    """The tensors of the checkpoint that `t2v` was converted from."""
+    """Return the tensors of the checkpoint that `t2v` was converted from."""
     from safetensors.torch import load_file
 
     return load_file(t2v[0])
@@ -63,7 +63,7 @@ def state(t2v):
 
 @pytest.fixture
 def model(t2v):
-    """The patcher of `t2v`, computing in float32."""
+    """Return the patcher of `t2v`, which computes in float32."""
     import torch
 
     from wanquant.ops.loading.diffusion_model import load_diffusion_model
@@ -73,7 +73,7 @@ def model(t2v):
 
 @pytest.fixture
 def decoded(t2v, model):
-    """The host's own dense model, with the values of the packed one: what is left to differ is the patching."""
+    """Return ComfyUI's own dense model with the values of the packed one, so that only the patching differs."""
     import comfy.sd
     import torch
 
@@ -90,7 +90,7 @@ def decoded(t2v, model):
 @pytest.fixture(scope="session")
 def sqnr():
     def sqnr(reference, value):
-        """Signal to quantization noise ratio in dB."""
+        """Return the signal-to-quantization-noise ratio in dB."""
         return (10 * (reference.square().mean() / (value - reference).square().mean()).log10()).item()
 
     return sqnr
@@ -103,7 +103,7 @@ def write_gguf():
     from wanquant.quant.gguf.writer import GGUFWriter
 
     def write_gguf(path, state, types, *, prefix="", metadata=None, five_d=False):
-        """Writes a GGUF with `types(name, tensor)` naming the type of each tensor, and returns its path."""
+        """Write a GGUF and return its path; `types(name, tensor)` is the name of the type of a tensor."""
         specs = [TensorSpec(prefix + n, QTYPES[types(n, t)], tuple(t.shape)) for n, t in state.items()]
         with GGUFWriter(path, {"general.architecture": "wan"} | (metadata or {}), specs, five_d=five_d) as writer:
             for spec, tensor in zip(specs, state.values(), strict=True):

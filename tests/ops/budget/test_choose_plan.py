@@ -1,4 +1,4 @@
-"""A budget -> the least slowdown that fits, and the project's figures."""
+"""The chosen plan is the fastest within a budget, and the README's budgets for the published models hold."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def small():
 @pytest.mark.parametrize(
     ("model", "video", "gib"), [("14B-T2V", 0, 1.95), ("14B-T2V", 1, 3.26), ("1.3B-T2V", 0, 1.2)], ids=str
 )
-def test_bars(model, video, gib):
-    """Total of Q4_K_M, CUDA's context included, with less than 3 % of extra arithmetic."""
+def test_budgets_of_published_models(model, video, gib):
+    """In Q4_K_M, including CUDA's context, with at most 3 % of extra arithmetic."""
     wanted = job(MODELS[model], CASES[model][video][0])
     choice = choose_plan(simulator(MODELS[model], "Q4_K_M"), wanted, round(gib * GIB))
     assert choice.name == "lean"
@@ -35,14 +35,14 @@ def test_bars(model, video, gib):
 
 
 @pytest.mark.parametrize("heads", [1, 12, 24, 40])
-def test_candidates_split_the_heads_ever_finer(heads):
+def test_memory_plans_are_sorted_from_coarse_to_fine(heads):
     plans = memory_plans(heads)
     for plan in plans:
         plan.check(heads)
     assert [plan.token_chunk for plan in plans] == sorted((plan.token_chunk for plan in plans), reverse=True)
 
 
-def test_least_slowdown_that_fits(small):
+def test_the_fastest_plan_within_the_budget_is_chosen(small):
     plans = [None, *memory_plans(small.heads)]
     totals = [small.peak(LATENT, plan).total_bytes for plan in plans]
     assert totals[1:] == sorted(totals[1:], reverse=True)
@@ -52,13 +52,13 @@ def test_least_slowdown_that_fits(small):
         assert choose_plan(small, LATENT, total).plan == plans[next(i for i, t in enumerate(totals) if t <= total)]
 
 
-def test_refuses_with_numbers_and_what_would_fit(small):
+def test_a_refusal_names_a_budget_and_a_number_of_frames(small):
     least = small.peak(LATENT, memory_plans(small.heads)[-1]).total_bytes
     with pytest.raises(
         QuantError, match=r"832x480, 17 frames needs at least 0\.\d\d GiB \(weights .*at most \d+ frames .*keep within"
-    ) as told:
+    ) as refusal:
         choose_plan(small, LATENT, least - (8 << 20))
-    frames = int(str(told.value).split(" frames of this size")[0].rsplit(" ", 1)[1])
+    frames = int(str(refusal.value).split(" frames of this size")[0].rsplit(" ", 1)[1])
     assert frames in (1, 5, 9, 13)
     choose_plan(small, SamplingJob.for_video(832, 480, frames), least - (8 << 20))
     with pytest.raises(QuantError, match="not even one frame"):
@@ -66,7 +66,7 @@ def test_refuses_with_numbers_and_what_would_fit(small):
 
 
 @pytest.mark.parametrize("gib", [0, -1, math.nan, math.inf, 8000])
-def test_refuses_absurd_budgets(gib):
+def test_refuses_impossible_budgets(gib):
     with pytest.raises(QuantError, match="budget_gib"):
         budget_bytes(gib)
     assert budget_bytes(3.5) == 3.5 * GIB
@@ -75,11 +75,11 @@ def test_refuses_absurd_budgets(gib):
 def test_loras_of_every_layer_are_counted():
     plain, patched = (simulator(TINY, "Q8_0", loras).peak(LATENT, None) for loras in (0, 2))
     layers = 8 * 1536 * 1536 + 2 * 1536 * 8960
-    ranks_a_weight = 2 * 64 * 2
-    assert patched.flops - plain.flops >= ranks_a_weight * layers
+    flops_per_element = 2 * 64 * 2
+    assert patched.flops - plain.flops >= flops_per_element * layers
 
 
-def test_rows_are_as_promised(monkeypatch):
+def test_rows_of_the_benchmark(monkeypatch):
     monkeypatch.setattr("wanquant.bench.memory.MODELS", {"1.3B-T2V": TINY})
     monkeypatch.setattr("wanquant.bench.memory.CASES", {"1.3B-T2V": ((SMALL, 1.2),)})
     stock, lean = rows("Q8_0")

@@ -1,4 +1,4 @@
-"""Two experts in the memory of one, through the host's own sampling."""
+"""Two experts share the memory of one, through ComfyUI's own sampling."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wanquant.tests.ops.packed.patching import lora, with_lora
 
 @pytest.fixture(scope="module")
 def files(tiny_wan, tmp_path_factory):
-    """High noise and low noise: 34 MB each as Q8_0, much against what else may grow."""
+    """Return two Q8_0 files of 34 MB, which is large compared with other growth of the process."""
     folder = tmp_path_factory.mktemp("experts")
     paths = []
     for seed in (1, 2):
@@ -41,7 +41,7 @@ def experts(files):
 
 
 def sample(patcher, latent):
-    """One step, as KSampler does it."""
+    """Sample one step as KSampler does."""
     text = [[torch.ones(1, 7, 4096) / 64, {}]]
     return comfy.sample.sample(
         patcher,
@@ -74,7 +74,7 @@ def test_one_is_loaded_at_a_time_and_results_do_not_change(experts, files):
             assert loaded() == [expert.model]
 
 
-def test_models_made_of_the_experts_share_too(experts, t2v):
+def test_clones_of_the_experts_share_too(experts, t2v):
     high = with_lora(experts[0], lora(experts[0].model.diffusion_model.state_dict()))
     expected = sample(high, LATENT)
     sample(experts[1].clone(), LATENT)
@@ -101,7 +101,7 @@ def test_alternating_does_not_grow_memory(experts):
     assert resident[-1] < 1.02 * resident[1]
 
 
-def test_both_have_the_plan_of_the_larger(t2v, tiny_wan, tmp_path, caplog):
+def test_both_get_the_plan_of_the_larger(t2v, tiny_wan, tmp_path, caplog):
     job = SamplingJob((1, 16, 5, 32, 32))
     larger = tiny_wan["write_tiny_wan"](tmp_path / "larger.safetensors", ffn_dim=4096, layers=1)
     files = t2v[1], convert(larger, tmp_path / "larger.gguf", "Q8_0", effort="fast").path

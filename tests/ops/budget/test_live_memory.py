@@ -1,4 +1,4 @@
-"""Counting memory: against torch's own profiler on real tensors, and meta tensors against real ones."""
+"""The count of memory equals torch's own profile of real tensors, and is the same for meta tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wanquant.quant.torch_op import dequantize_into
 
 
 def mlp(device):
-    """Views, in-place operations, several outputs and temporaries; (output, floating-point operations)."""
+    """Return a function with views, in-place operations, several outputs and temporaries."""
     x, a, b = (torch.ones(64, 64, device=device) for _ in range(3))
 
     def run():
@@ -25,7 +25,7 @@ def mlp(device):
 
 
 def profiled_peak(run):
-    """Bytes at most, as torch's allocator reports them."""
+    """Return the peak in bytes that torch's allocator reports."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = peak = 0
@@ -60,7 +60,7 @@ def test_meta_tensors_count_as_real_ones():
     assert histories[0][-1].flops == 2 * 2 * 2 * 64**3
 
 
-def test_decoded_weights_are_scratch():
+def test_dequantized_weights_are_scratch():
     q8_0 = QTYPES["Q8_0"]
     packed = torch.empty(q8_0.packed_shape((16, 64)), dtype=torch.uint8, device="meta")
     with LiveMemory("meta") as memory:
@@ -73,7 +73,7 @@ def test_decoded_weights_are_scratch():
 
 
 @pytest.mark.parametrize("write", [lambda t: t.add_(1), lambda t: torch.mm(t, t, out=t.new_empty(8, 8))])
-def test_writing_is_no_allocation_of_its_own(write):
+def test_writing_to_an_argument_allocates_nothing(write):
     tensor = torch.empty(8, 8, device="meta")
     with LiveMemory("meta") as memory:
         write(tensor)

@@ -1,4 +1,4 @@
-"""A MODEL with a budget: sampled as without, its weights and the other models kept out of the way."""
+"""A MODEL with a budget is sampled with the same result; weights and other models leave the accelerator."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ AMPLE = 100 * GIB
 
 @pytest.fixture(scope="module")
 def model(t2v):
-    """Loaded as the host's nodes run."""
+    """Return a model that was loaded in inference mode, as in ComfyUI's nodes."""
     with torch.inference_mode():
         return load_diffusion_model(t2v[1], dtype=torch.float32)
 
 
-def leanest(model):
+def smallest_budget(model):
     simulator = Simulator.from_patcher(model)
     return simulator.peak(JOB, memory_plans(simulator.heads)[-1]).total_bytes
 
 
 def sample(model):
-    """Two steps with a positive and a negative prompt."""
+    """Sample two steps with a positive and a negative prompt."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SHAPE, generator=generator)
     prompts = [[[torch.randn(PROMPT, generator=generator), {}]] for _ in range(2)]
@@ -52,23 +52,23 @@ def sample(model):
 def test_same_result_within_the_budget(model, caplog):
     expected = sample(model)
     caplog.set_level(logging.INFO)
-    for budget, how in ((leanest(model), "groups of heads"), (AMPLE, "own forward")):
+    for budget, how in ((smallest_budget(model), "groups of heads"), (AMPLE, "own forward")):
         caplog.clear()
         got = sample(with_budget(model, budget))
         assert (got - expected).norm() <= 1e-5 * expected.norm()
-        (told,) = [record.getMessage() for record in caplog.records if "predicted peak" in record.getMessage()]
-        assert "256x256, 17 frames" in told
-        assert how in told
+        (message,) = [record.getMessage() for record in caplog.records if "predicted peak" in record.getMessage()]
+        assert "256x256, 17 frames" in message
+        assert how in message
 
 
-def test_prompts_run_one_by_one_under_their_own_index(model):
+def test_conditionings_run_separately_with_their_own_index(model):
     seen = []
 
     def note(executor, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
         seen.append((len(x), transformer_options["cond_or_uncond"]))
         return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
 
-    for budget in (leanest(model), AMPLE):
+    for budget in (smallest_budget(model), AMPLE):
         limited = with_budget(model, budget)
         limited.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", note)
         seen.clear()
@@ -81,9 +81,10 @@ def test_refuses_at_sampling(model):
         sample(with_budget(model, GIB // 8))
 
 
-def test_counts_what_the_conditionings_bring(model):
+def test_counts_the_conditionings(model):
     positive, latents = CONDS["positive"][0], {"time_dim_concat": torch.empty(SHAPE)}
-    (prepare,) = with_budget(model, leanest(model)).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+    limited = with_budget(model, smallest_budget(model))
+    (prepare,) = limited.get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
     prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive]})
     with pytest.raises(QuantError, match="needs at least"):
         prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive | latents]})
@@ -92,14 +93,18 @@ def test_counts_what_the_conditionings_bring(model):
 def test_warns_that_a_compiled_model_runs_stock(model, caplog):
     compiled = model.clone()
     set_torch_compile_wrapper(compiled, "eager")
-    for start, budget, warnings in ((model, leanest(model), 0), (compiled, AMPLE, 0), (compiled, leanest(model), 1)):
+    for start, budget, warnings in (
+        (model, smallest_budget(model), 0),
+        (compiled, AMPLE, 0),
+        (compiled, smallest_budget(model), 1),
+    ):
         caplog.clear()
         (prepare,) = with_budget(start, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
         prepare(lambda *_, **__: None, start, torch.Size(SHAPE), CONDS)
         assert sum("compiled model" in record.getMessage() for record in caplog.records) == warnings
 
 
-def test_budgets_do_not_add_up(model):
+def test_a_second_budget_replaces_the_first(model):
     before = {kind: dict(wrappers) for kind, wrappers in model.wrappers.items()}
     first = with_budget(model, 5)
     second = with_budget(first, AMPLE)
@@ -110,7 +115,7 @@ def test_budgets_do_not_add_up(model):
 
 
 class Accelerated:
-    """A patcher that says it is on a GPU, and what is asked of it."""
+    """A patcher that claims to be on a GPU and records what it is told to load."""
 
     def __init__(self, model, dynamic):
         self._model, self._dynamic, self.loaded = model, dynamic, []
@@ -127,7 +132,7 @@ class Accelerated:
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_weights_take_what_is_left(model, monkeypatch, dynamic):
+def test_weights_get_the_rest_of_the_budget(model, monkeypatch, dynamic):
     class Pages:
         def set_watermark_limit(self, nbytes):
             patcher.loaded.append((patcher.load_device, nbytes))
@@ -135,7 +140,7 @@ def test_weights_take_what_is_left(model, monkeypatch, dynamic):
     patcher, freed, asked = Accelerated(model, dynamic), [], []
     monkeypatch.setattr(model.model, "dynamic_vbars", {patcher.load_device: Pages()}, raising=False)
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda *args, **kwargs: freed.append(args))
-    budget = leanest(model) + 1000
+    budget = smallest_budget(model) + 1000
     (prepare,) = with_budget(model, budget).get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
     prepare(
         lambda *_, **kwargs: asked.append(kwargs),
@@ -148,11 +153,11 @@ def test_weights_take_what_is_left(model, monkeypatch, dynamic):
     assert patcher.loaded == [(patcher.load_device, 1000)]
 
 
-def test_preview_has_what_the_model_takes(model):
+def test_expected_job_has_the_latent_of_the_model(model):
     assert expected_job(model, 832, 480, 81) == SamplingJob((1, 16, 21, 60, 104))
 
 
-def test_what_a_pose_cache_takes_is_told(model, caplog):
+def test_warns_that_a_pose_cache_is_not_counted(model, caplog):
     caplog.set_level(logging.WARNING)
     cached = with_budget(model, AMPLE)
     cached.model_options["transformer_options"]["animate2_cache"] = object()
@@ -160,7 +165,7 @@ def test_what_a_pose_cache_takes_is_told(model, caplog):
     assert "Wan Animate 2 Cache keeps on the GPU" in caplog.text
 
 
-def test_time_projection_takes_what_newer_hosts_hand_it():
+def test_time_projection_accepts_further_arguments_of_newer_hosts():
     seen = []
 
     class Layer(torch.nn.Linear):

@@ -1,4 +1,4 @@
-"""What a sampling is given beside the text: told apart by its form, and counted as the host's own forward takes it."""
+"""Entries of conditionings other than text: jobs differ by their shapes, and the predicted peak includes them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PIXELS = 8 * SIDE
 CLIP = clip_vision_entries(257)
 PROMPT = (1, 64, 4096)
 
-# What the host's nodes put into conditionings, by variant; a tuple is a tensor's shape.
+# Entries that ComfyUI's nodes add to conditionings, by variant; a tuple is the shape of a tensor.
 # Source: comfy_extras/nodes_wan.py and the extra_conds of comfy/model_base.py, ComfyUI 0.30.0.
-FIELDS = {
+ENTRIES = {
     "t2v": {"time_dim_concat": IMAGE},
     "5B": {"denoise_mask": (1, 1, FRAMES, SIDE, SIDE)},
     "i2v": {**CLIP, "concat_latent_image": VIDEO, "concat_mask": (1, 4, FRAMES, SIDE, SIDE)},
@@ -57,27 +57,27 @@ def tensors(shapes):
 
 
 @torch.no_grad()
-def real(patcher, latent, fields, plan):
-    """Bytes that a forward takes on the CPU with what the host makes of the fields, but for the latent."""
+def real(patcher, latent, entries, plan):
+    """Return the peak in bytes of a real forward on the CPU, without the latent."""
     model = (apply_lean(patcher, plan) if plan else patcher).clone()
     options = {"wrappers": model.wrappers, "optimized_attention_override": FlashAttention()}
     loaded = patcher.patch_model(torch.device("cpu"))
     noise = torch.randn(latent)
     with LiveMemory("cpu") as memory, FusedNorms():
-        run_forwards(loaded, noise, [fields], options)
+        run_forwards(loaded, noise, [entries], options)
     return memory.peak.nbytes
 
 
-def simulated(patcher, latent, fields, plan):
-    """The same by the simulator, which counts the sampler's latents too."""
-    peak = Simulator.from_patcher(patcher).peak(SamplingJob(latent, (ConditioningOutline.from_entries(fields),)), plan)
+def simulated(patcher, latent, entries, plan):
+    """Return the predicted peak in bytes, without the latents that the simulator adds for the sampler."""
+    peak = Simulator.from_patcher(patcher).peak(SamplingJob(latent, (ConditioningOutline.from_entries(entries),)), plan)
     return peak.activation_bytes + peak.scratch_bytes - _SAMPLER_LATENTS * 4 * prod(latent)
 
 
 @pytest.fixture
 def load(tmp_path, tiny_wan):
     def load(name):
-        """A dense model of little size, and the shape of a latent for it."""
+        """Return a small dense model and the shape of a latent for it."""
         if VARIANTS[name][0] is None:
             pytest.skip(f"this host has no {name}")
         state = load_file(write_variant(name, tmp_path, tiny_wan))
@@ -89,31 +89,31 @@ def load(tmp_path, tiny_wan):
     return load
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_counted_as_the_host_takes_it(name, load, monkeypatch):
+@pytest.mark.parametrize("name", ENTRIES)
+def test_prediction_equals_a_real_forward(name, load, monkeypatch):
     patcher, latent = load(name)
     prompt = {"cross_attn": torch.randn(PROMPT)}
-    fields = prompt | {key: tensors(value) for key, value in FIELDS[name].items()}
+    entries = prompt | {key: tensors(value) for key, value in ENTRIES[name].items()}
     whole = ConditioningOutline.entries
     for plan in (None, MemoryPlan(2, 64)):
-        expected = real(patcher, latent, fields, plan)
+        expected = real(patcher, latent, entries, plan)
         with monkeypatch.context() as patch:
-            # On the device, as in the real forward here.
+            # The real forward has the tensors of the conditioning on its device.
             patch.setattr(ConditioningOutline, "entries", lambda outline: whole(outline, "meta"))
-            assert simulated(patcher, latent, fields, plan) == pytest.approx(expected, rel=1e-3)
+            assert simulated(patcher, latent, entries, plan) == pytest.approx(expected, rel=1e-3)
         assert simulated(patcher, latent, prompt, plan) < expected
 
 
-def test_faces_take_memory(load):
-    """A motion encoder for pictures of 512 pixels, of which the simulator computes nothing."""
+def test_faces_are_counted(load):
+    """The simulator runs the motion encoder for faces of 512 x 512 pixels without computing anything."""
     patcher, latent = load("animate")
-    fields = {key: tensors(value) for key, value in FIELDS["animate"].items()}
+    entries = {key: tensors(value) for key, value in ENTRIES["animate"].items()}
     face = {"face_video_pixels": torch.empty(()).expand(1, 3, 77, 512, 512)}
     least = 2 * 77 * 3 * 512**2
-    assert simulated(patcher, latent, fields | face, None) > simulated(patcher, latent, fields, None) + least
+    assert simulated(patcher, latent, entries | face, None) > simulated(patcher, latent, entries, None) + least
 
 
-def test_only_forms_tell_jobs_apart():
+def test_jobs_differ_only_by_shapes():
     def job(fill, size=4, **others):
         return SamplingJob(VIDEO).with_entries(a=[torch.full((size,), fill)], b={"c": 1.0, "image": CLIP}, **others)
 
@@ -123,5 +123,5 @@ def test_only_forms_tell_jobs_apart():
     assert len({job(1.0), job(1.0, 5), job(1.0, d="e"), SamplingJob(VIDEO)}) == 4
     there = ConditioningOutline.from_entries({"a": torch.empty(3, device="meta")}).entries()["a"]
     assert (there.device.type, there.untyped_storage().nbytes()) == ("meta", 12)
-    (field,) = job(1.0).conditionings[0].entries()["a"]
-    assert (field.shape, field.dtype, field.untyped_storage().nbytes()) == ((4,), torch.float32, 4)
+    (entry,) = job(1.0).conditionings[0].entries()["a"]
+    assert (entry.shape, entry.dtype, entry.untyped_storage().nbytes()) == ((4,), torch.float32, 4)

@@ -1,4 +1,4 @@
-"""The simulated peak: that of a real forward on the CPU, and the table of the true sizes."""
+"""The predicted peak equals that of a real forward on the CPU, and known figures for published models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class FlashAttention:
 
 
 class FusedNorms(TorchFunctionMode):
-    """Torch makes an RMS norm of other operations on the CPU; here they are not counted, as there are none on GPUs."""
+    """Hides the operations of which torch's RMS norm consists on the CPU; on GPUs it is one kernel."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not torch.nn.functional.rms_norm:
@@ -46,7 +46,7 @@ class FusedNorms(TorchFunctionMode):
 
 @torch.no_grad()
 def real_peak(patcher, lean):
-    """Bytes of activations and scratch of a forward on the CPU, without its inputs."""
+    """Return the peak of activations and scratch in bytes of a forward on the CPU, without its inputs."""
     model = (apply_lean(patcher, lean) if lean else patcher).clone()
     options = {"wrappers": model.wrappers, "optimized_attention_override": FlashAttention()}
     loaded = patcher.patch_model(torch.device("cpu"))
@@ -72,7 +72,7 @@ def test_agrees_with_a_real_forward(t2v, dtype, lean):
 
 def test_agrees_with_a_real_forward_of_packed_weights(t2v):
     packed = load_diffusion_model(t2v[1], dtype=torch.float32)
-    # On the CPU the tile outlives its use, and ggml's or torch's decoder has temporaries.
+    # On the CPU the tile outlives its use, and dequantization by ggml or torch has temporaries.
     assert simulated_peak(packed, LEAN) == pytest.approx(real_peak(packed, LEAN), rel=0.1)
 
 
@@ -85,14 +85,14 @@ def simulator(size, recipe="Q4_K_M"):
 
 @pytest.mark.parametrize(("tokens", "gib"), [((21, 60, 104), 3.48), ((21, 90, 160), 8.03)])
 def test_stock_forward_of_14b_without_fused_norms(tokens, gib, monkeypatch):
-    """Figures of a count by other means; here the sampler's latents and the prompt come on top."""
+    """The figures were counted independently, without the sampler's latents and the prompt."""
     monkeypatch.setattr("wanquant.ops.budget.gpu_kernels._HAS_FUSED_NORMS", False)
     peak = simulator(SIZES["14B"]).peak(SamplingJob((1, 16, *tokens)), None)
     around = (8 * 16 * tokens[0] * tokens[1] * tokens[2] + 512 * 4096) * 4 / GIB
     assert (peak.activation_bytes + peak.scratch_bytes) / GIB - around == pytest.approx(gib, abs=0.02)
 
 
-def test_the_history_has_the_peak():
+def test_the_history_contains_the_peak():
     simulated, job = simulator(SIZES["1.3B"]), SamplingJob(LATENT)
     for lean in (None, LEAN):
         memory = simulated.run(job, lean, record=True)
@@ -100,7 +100,7 @@ def test_the_history_has_the_peak():
         assert memory.history[-1].flops == simulated.peak(job, lean).flops
 
 
-def test_one_block_takes_what_all_take():
+def test_one_block_has_the_peak_of_all():
     shapes = transformer_shapes(SIZES["1.3B"]._replace(layers=3))
     types = plan(find_recipe("Q8_0"), {name: Source(shape) for name, shape in shapes.items()}).types
     model, job = meta_model(shapes, types), SamplingJob(LATENT)
@@ -121,7 +121,7 @@ def test_weights_are_the_two_largest_layers_and_what_cannot_be_streamed():
     assert streamed_bytes(meta_model(shapes, types)) == modulation + 2 * (ffn_2[0] * ffn_2[1] + 4 * 5120)
 
 
-def test_loras_are_added(t2v):
+def test_loras_are_counted(t2v):
     patcher = load_diffusion_model(t2v[1], dtype=torch.bfloat16)
     with_lora, rank = patcher.clone(), 8
     lora = LoRAAdapter(set(), (torch.randn(512, rank), torch.randn(rank, 256), None, None, None, None))
@@ -132,7 +132,7 @@ def test_loras_are_added(t2v):
         assert patched.total_bytes >= plain.total_bytes
 
 
-def test_control_streams_and_images_take_memory():
+def test_control_videos_and_images_are_counted():
     vace = simulator(SIZES["1.3B"]._replace(layers=4, vace_layers=2))
     one, two = (vace.peak(SamplingJob(LATENT).with_control_videos(count), LEAN).activation_bytes for count in (1, 2))
     assert two - one >= 2 * 1536 * 3 * 16 * 16
@@ -144,7 +144,7 @@ def test_control_streams_and_images_take_memory():
 
 
 @pytest.mark.parametrize(
-    ("size", "told"),
+    ("size", "message"),
     [
         ((830, 480, 81), "multiples of 16"),
         ((0, 480, 81), "size 0x480"),
@@ -152,8 +152,8 @@ def test_control_streams_and_images_take_memory():
         ((832, 480, -3), "-3"),
     ],
 )
-def test_refuses_videos_that_wan_cannot_take(size, told):
-    with pytest.raises(QuantError, match=told):
+def test_refuses_videos_that_wan_does_not_support(size, message):
+    with pytest.raises(QuantError, match=message):
         SamplingJob.for_video(*size)
 
 

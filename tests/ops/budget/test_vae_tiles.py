@@ -1,4 +1,4 @@
-"""The simulated peak of decoding: that of the host's VAE on the CPU; and the tiles that a budget allows."""
+"""The predicted peak of decoding equals that of ComfyUI's VAE on the CPU; tiles keep within the budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = SamplingJob.for_video(832, 480, 5)
 
 @pytest.mark.parametrize("channels", [16, 48])
 def test_agrees_with_a_real_decoder(channels, monkeypatch):
-    """In little width, which the host's class takes."""
+    """The VAE has few channels, a parameter of ComfyUI's class, so that it is fast."""
     wan = vae_tiles.comfy.ldm.wan
     module, width = (wan.vae2_2, {"dec_dim": 16}) if channels == 48 else (wan.vae, {})
     whole = module.WanVAE
@@ -43,14 +43,14 @@ def tiles(job, gib):
     return tiles_within(job, round(gib * GIB), torch.bfloat16)
 
 
-def test_tiles_are_the_largest_that_fit():
+def test_tiles_are_the_largest_within_the_budget():
     found = tiles(SMALL, 1.95)
     assert found.peak.total_bytes <= 1.95 * GIB < decoding_peak(SMALL, found.size + 64, torch.bfloat16).total_bytes
     assert found.overlap * 4 == found.size
     assert f"tiles of {found.size} pixels" in str(found)
 
 
-def test_weights_are_streamed_where_they_leave_no_room():
+def test_weights_are_streamed_if_they_leave_no_room():
     video = SamplingJob.for_video(1280, 704, 5, channels=48)
     whole, streamed = tiles(video, 3.26), tiles(video, 1.0)
     assert (whole.streamed, streamed.streamed) == (False, True)
@@ -60,7 +60,7 @@ def test_weights_are_streamed_where_they_leave_no_room():
 
 
 def test_the_host_streams_a_vae():
-    """On a device that has room for nothing, the same picture comes of weights that every layer fetches."""
+    """The picture is the same on a device without room for weights, where each layer fetches its own."""
     vae = vae_tiles.comfy.ldm.wan.vae.WanVAE(dim=8, z_dim=16, **vae_tiles._SAME).requires_grad_(False)
     for parameter in vae.parameters():
         parameter.normal_(0, 0.05)

@@ -1,4 +1,4 @@
-"""Comparison of latents against figures worked out by hand."""
+"""The comparison of latents returns figures that were calculated by hand."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_equal_latents():
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])
-def test_picture_is_of_one_width(frames):
+def test_picture_has_the_same_width_for_any_number_of_frames(frames):
     samples = torch.randn(1, 16, frames, 4, 6)
     picture = draw(compare_latents(samples, samples + 0.1 * torch.randn_like(samples)))
     assert picture.width == 720
 
 
-def test_other_shapes_are_refused():
+def test_refuses_other_shapes():
     with pytest.raises(QuantError, match="expected the same shape"):
         compare_latents(torch.zeros(1, 16, 1, 2, 2), torch.zeros(1, 16, 2, 2, 2))
     with pytest.raises(QuantError, match="16 or 48"):

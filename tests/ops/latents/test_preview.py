@@ -1,4 +1,4 @@
-"""Latent colours against the host's own previewer."""
+"""The preview of a latent has the colors of ComfyUI's own previewer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from wanquant.quant import QuantError
 
 
 @pytest.mark.parametrize(("channels", "scale"), [(16, 8), (48, 16)])
-def test_flat_latent_has_the_colour_the_host_previews(channels, scale):
+def test_flat_latent_has_the_color_that_the_host_previews(channels, scale):
     import comfy.latent_formats
     from latent_preview import Latent2RGBPreviewer
 
@@ -24,6 +24,6 @@ def test_flat_latent_has_the_colour_the_host_previews(channels, scale):
     torch.testing.assert_close(frames[0, 0, 0], expected, atol=1 / 255, rtol=0)
 
 
-def test_image_latent_is_refused():
+def test_refuses_image_latents():
     with pytest.raises(QuantError, match="expected \\(batch, 16 or 48, frames, height, width\\)"):
         preview_frames(torch.zeros(1, 4, 8, 8))

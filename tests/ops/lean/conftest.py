@@ -9,7 +9,7 @@ from wanquant.ops.lean.block import LeanBlock
 
 @pytest.fixture
 def lean_blocks(monkeypatch):
-    """The blocks that ran lean, in order."""
+    """Return the list of the blocks that ran lean, in order; it grows as they run."""
     seen, run = [], LeanBlock.__call__
     monkeypatch.setattr(LeanBlock, "__call__", lambda self, *args: (seen.append(self.block), run(self, *args))[1])
     return seen

@@ -1,4 +1,4 @@
-"""Lean blocks give what the host's give, for every Wan variant and whatever other nodes chain."""
+"""Lean blocks return what ComfyUI's blocks return, for every Wan variant."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 PLANS = [MemoryPlan(1, 1000), MemoryPlan(4, 7), MemoryPlan(4, 16, 1), MemoryPlan(2, 5, 1)]
 FINE = MemoryPlan(4, 7, 3)
 
-# What a forward needs beyond test_variants.INPUTS, or instead of it.
+# Inputs of a forward that test_variants.INPUTS lacks or has otherwise.
 INPUTS = test_variants.INPUTS | {
     "vace": {"vace_context": (1, 2, 96, 2, 8, 8), "vace_strength": [1.0, 0.5]},
     "t2v-14B-i2v": {},
@@ -26,7 +26,7 @@ INPUTS = test_variants.INPUTS | {
 
 
 def build(name="t2v", dtype=torch.float32, **arguments):
-    """A tiny model with random weights, in the host's patcher."""
+    """Return a tiny model with random weights, in ComfyUI's patcher."""
     cls, variant, _ = test_variants.VARIANTS[name]
     if cls is None:
         pytest.skip(f"this host has no {name}")
@@ -34,7 +34,7 @@ def build(name="t2v", dtype=torch.float32, **arguments):
     generator = torch.Generator().manual_seed(0)
     model = cls(**sizes, dtype=dtype, operations=comfy.ops.manual_cast)
     for key, parameter in model.named_parameters():
-        # Norms near one and strong modulation, so that what attention does is seen in the output.
+        # Norms near one and strong modulation make the attention's effect visible in the output.
         mean, deviation = (
             (1, 0.1) if parameter.ndim == 1 and key.endswith("weight") else (0, parameter[0].numel() ** -0.5)
         )
@@ -87,7 +87,7 @@ def test_variant(name, lean_blocks):
     entry = VARIANTS[type(transformer).__name__]
     assert [block for block in lean_blocks if block in blocks] == (blocks if entry.lean_blocks else [])
     assert len(lean_blocks) - len(blocks) * entry.lean_blocks == 2 * len(getattr(transformer, "vace_blocks", ()))
-    assert not any("forward" in vars(module) for module in transformer.modules()), "all is put back"
+    assert not any("forward" in vars(module) for module in transformer.modules()), "every replaced forward is restored"
 
 
 def test_every_class_of_the_host_is_in_the_table():
@@ -95,12 +95,12 @@ def test_every_class_of_the_host_is_in_the_table():
     assert classes | {CausalWanModel.__name__} <= VARIANTS.keys()
 
 
-def test_refuses_groups_that_heads_cannot_form(t2v_model):
+def test_refuses_groups_that_do_not_divide_the_heads(t2v_model):
     with pytest.raises(QuantError, match="4 heads cannot be split into 3"):
         forward(apply_lean(t2v_model, MemoryPlan(3, 8)))
 
 
 @pytest.mark.parametrize("plan", [(0, 1), (1, 0), (2, 8, 2), (2, 8, -1)], ids=str)
-def test_refuses_senseless_plans(plan):
+def test_refuses_impossible_plans(plan):
     with pytest.raises(QuantError, match="expected head_groups >= 1"):
         MemoryPlan(*plan)

@@ -1,4 +1,4 @@
-"""What other nodes chain to a model does the same to lean blocks as to the host's."""
+"""Patches and replacements of other nodes have the same effect on lean blocks as on ComfyUI's."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_training_runs_stock(model, lean_blocks):
     assert not lean_blocks
 
 
-# Patches: functions the host calls inside or between blocks.
+# Patches: functions that ComfyUI calls inside or between blocks.
 
 
 PATCHES = {
@@ -90,7 +90,7 @@ def test_what_a_patch_keeps_is_not_written_to(kind, model):
     assert all(torch.equal(image, copy) for image, copy in kept)
 
 
-# Replacements: functions the host calls instead of a block.
+# Replacements: functions that ComfyUI calls instead of a block.
 
 
 def blend(args, extra):
@@ -123,7 +123,7 @@ def test_attention_override_sees_every_token_of_a_head(model):
 
 
 class Preferred(torch.nn.Module):
-    """What newer hosts keep beside an attention whose checkpoint prefers another kind."""
+    """A stand-in for the object by which newer ComfyUIs note which attention a checkpoint prefers."""
 
     def __init__(self, function):
         super().__init__()
@@ -132,7 +132,7 @@ class Preferred(torch.nn.Module):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Tokens and keywords of each call of the host's attention."""
+    """Return a list of (queries, keys, keywords), one entry per call of ComfyUI's attention function."""
     calls, attend = [], wan.optimized_attention
 
     def record(q, k, v, *args, **keywords):
@@ -143,14 +143,14 @@ def calls(monkeypatch):
     return calls
 
 
-def test_keys_of_an_image_get_no_attention_in_low_precision(calls):
-    """SageAttention gives NaN there."""
+def test_image_keys_get_attention_in_full_precision(calls):
+    """SageAttention returns NaN for them."""
     forward(apply_lean(build("i2v"), FINE), "i2v")
     precise = {keys: keywords.get("low_precision_attention", True) for _, keys, keywords in calls}
     assert precise == {32: True, 7: True, 257: False}
 
 
-def test_preferred_attention_is_handed_on_with_all_queries(calls):
+def test_preferred_attention_is_called_with_all_queries(calls):
     model = build()
     for block in model.model.diffusion_model.blocks:
         block.self_attn.comfy_attention = block.cross_attn.comfy_attention = Preferred(attention_basic)
@@ -170,7 +170,7 @@ def test_no_preference_changes_nothing(calls):
     assert max(queries for queries, *_ in calls[: len(calls) // 2]) == FINE.token_chunk
 
 
-# Forwards that other nodes put in the place of a module's own, as sparse attention, NAG or bypassed LoRAs do.
+# Forwards of modules that other nodes replace, such as sparse attention, NAG and bypassed LoRAs.
 
 
 def rolled(module):
@@ -221,18 +221,18 @@ def test_replaced_edges(model, monkeypatch):
 
 
 def test_a_forward_put_back_counts_as_the_modules_own(model, monkeypatch, lean_blocks):
-    """As the host leaves it after an object patch."""
+    """ComfyUI leaves it on the instance after an object patch."""
     block = model.model.diffusion_model.blocks[0]
     monkeypatch.setattr(block, "forward", block.forward)
     forward(apply_lean(model, FINE))
     assert len(lean_blocks) == 2
 
 
-# Positive and negative prompt.
+# Positive and negative conditioning.
 
 
 @pytest.mark.parametrize(("plan", "calls"), [(FINE, [["a", None], [None, "b"]]), (None, [["a", "b"]])])
-def test_prompts_run_one_by_one_when_lean(plan, calls, model):
+def test_conditionings_run_separately_when_lean(plan, calls, model):
     seen = []
 
     def executor(model, conds, x, timestep, options):
@@ -244,7 +244,7 @@ def test_prompts_run_one_by_one_when_lean(plan, calls, model):
     assert seen == calls
 
 
-def test_a_compiled_graph_is_of_the_stock_forward(model, lean_blocks, monkeypatch):
+def test_a_compiled_forward_is_stock(model, lean_blocks, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     forward(apply_lean(model, FINE))
     assert not lean_blocks

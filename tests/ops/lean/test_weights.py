@@ -1,4 +1,4 @@
-"""Weights of lean blocks: packed or dense, patched, decoded once, and safe from the host's reuse of its buffers."""
+"""Weights of lean blocks: packed or dense, patched, dequantized once, and not overwritten as ComfyUI reuses buffers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_dense_weights_of_the_host(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_within_rounding(dtype):
-    """As near to the exact result as the host's own forward."""
+    """The error against float32 is about that of ComfyUI's own forward."""
     exact = forward(build())
     model = build(dtype=dtype)
     stock = forward(model, dtype=dtype).float()
@@ -82,8 +82,8 @@ def test_low_precision_is_within_rounding(dtype):
     assert error(lean, exact) < 1.2 * error(stock, exact)
 
 
-def test_time_steps_a_frame():
-    """As 5B has them with a denoise mask."""
+def test_one_time_step_per_frame():
+    """The 5B model has them with a denoise mask."""
     model = build("5B")
     steps = torch.tensor([[0.0, 500.0]])
     expected = forward(model, "5B", timestep=steps)
@@ -91,29 +91,29 @@ def test_time_steps_a_frame():
     assert error(forward(apply_lean(model, MemoryPlan(2, 7, 1)), "5B", timestep=steps), expected) < 1e-5
 
 
-def test_each_weight_is_decoded_once_a_block(source, tmp_path, monkeypatch):
+def test_each_weight_is_dequantized_once_per_block(source, tmp_path, monkeypatch):
     model = load(convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").path)
     layers = {m.weight._qdata.data_ptr(): (key, len(m.weight)) for key, m in packed_modules(model.model)}
-    decoded, decode = Counter(), matmul.dequantize_into
+    rows, dequantize = Counter(), matmul.dequantize_into
 
     def count(packed, qtype, out):
-        decoded[layers[max(start for start in layers if start <= packed.data_ptr())]] += len(packed)
-        decode(packed, qtype, out)
+        rows[layers[max(start for start in layers if start <= packed.data_ptr())]] += len(packed)
+        dequantize(packed, qtype, out)
 
     monkeypatch.setattr(matmul, "dequantize_into", count)
     forward(apply_lean(model, PLAN))
     keys = "diffusion_model.blocks.0.self_attn.k.weight"
-    again = {key: count - rows for (key, rows), count in decoded.items() if count != rows}
-    assert again == {keys: 128}, "one of the two groups of heads"
+    repeated = {key: count - all_rows for (key, all_rows), count in rows.items() if count != all_rows}
+    assert repeated == {keys: 128}, "one of the two groups of heads"
 
 
-class Lent:
-    """A host that casts every weight into the same buffer, as it does on each of its copy streams."""
+class SharedBuffer:
+    """A stand-in for ComfyUI's cast, which casts all weights of a copy stream into the same buffer."""
 
     def __init__(self):
         self.buffer = torch.empty(0)
 
-    def cast(self, module, like, **_):
+    def __call__(self, module, like, **_):
         if self.buffer.shape != module.weight.shape:
             self.buffer = torch.empty_like(module.weight)
         self.buffer.copy_(module.weight)
@@ -122,8 +122,8 @@ class Lent:
 
 @pytest.mark.parametrize("rows", [False, True])
 def test_held_weights_survive_the_next_cast(rows, monkeypatch):
-    host, like = Lent(), torch.ones(1, 8)
-    monkeypatch.setattr(comfy.ops, "cast_bias_weight", host.cast)
+    cast, like = SharedBuffer(), torch.ones(1, 8)
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *_: None)
     modules = [comfy.ops.manual_cast.Linear(8, 8, bias=False) for _ in range(2)]
     for value, module in enumerate(modules):
@@ -133,7 +133,7 @@ def test_held_weights_survive_the_next_cast(rows, monkeypatch):
 
 
 def test_pages_of_dynamic_vram_are_not_held(monkeypatch):
-    """The host unmaps a page once it is unpinned."""
+    """ComfyUI unmaps a page once it is unpinned."""
     page = torch.ones(8, 8)
     module = comfy.ops.manual_cast.Linear(8, 8, bias=False)
     module.weight, module._v = torch.nn.Parameter(page.clone(), requires_grad=False), SimpleNamespace()
