@@ -190,7 +190,7 @@ def _keep_weights(model: ModelPatcher, room: int) -> None:
 
 
 def _keep_factors(model: ModelPatcher, room: int) -> int:
-    """With dynamic VRAM, keep up to `room` bytes of LoRA factors on the accelerator; return their bytes.
+    """Keep up to `room` bytes of LoRA factors on the accelerator, with dynamic VRAM only, and return their bytes.
 
     LoRA factors come before weights, because only weights are read ahead of their use. In the legacy memory mode the
     patcher itself moves factors, after the weights.

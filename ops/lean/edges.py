@@ -62,7 +62,7 @@ def _embed(embedding: torch.nn.Conv3d, dtype: torch.dtype, latent: Tensor) -> Te
 
 
 def _head(head: wan.Head, x: Tensor, e: Tensor) -> Tensor:
-    """Return the pixels of the latent's patches, (batch, tokens, elements per patch), in the dtype of `x`.
+    """Return the output of the head, (batch, tokens, elements of a latent patch), in the dtype of `x`.
 
     Args:
         x: (batch, tokens, dim).

@@ -32,7 +32,7 @@ VARIANTS = {
     # Its blocks keep keys and values from one forward to the next.
     "CausalWanModel": Variant(lean_blocks=False),
 }
-"""By the name of the class."""
+"""What each of ComfyUI's classes allows, by its name."""
 
 _UNKNOWN = Variant(keeps_input=True)
 

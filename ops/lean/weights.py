@@ -33,9 +33,9 @@ def is_known_linear(module: torch.nn.Module) -> bool:
 
 
 def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
-    """Return the product with the weight of `module`, to apply to many chunks.
+    """Return a function that multiplies chunks with the weight of `module` and adds its bias.
 
-    The weight is cast once. A module that is not a known Linear is called for each chunk instead.
+    The weight is cast once. If `module` is not a known Linear, the function is `module` itself.
 
     Args:
         like: any tensor of the chunks' device and dtype.
@@ -66,7 +66,7 @@ class RowProjection:
         self._decoded = DecodedRows(self._weight, functions, like) if is_packed(weight) else None
 
     def features(self, features: slice) -> Projection:
-        """Return the product with the rows of these output channels."""
+        """Return a function that computes these output channels of the Linear."""
         weight, bias = self._rows(features), None if self._bias is None else self._bias[features]
         return lambda x: linear(x, weight, bias)
 
@@ -115,6 +115,7 @@ def _kept(module: comfy.ops.CastWeightBiasOp, weight: Tensor, handle: object) ->
     if isinstance(weight, QuantizedTensor) and not is_packed(weight):
         dequantized: Tensor = weight.dequantize()
         return dequantized
+    # A conversion or a patch made a new tensor. Otherwise the weight may be ComfyUI's own buffer.
     unchanged = weight.dtype == module.weight.dtype and is_packed(weight) == is_packed(module.weight)
     patched = bool(module.weight_function) and not is_packed(weight)
     return weight.clone() if host.is_lent(module, handle) and unchanged and not patched else weight

@@ -26,7 +26,7 @@ def small():
     ("model", "video", "gib"), [("14B-T2V", 0, 1.95), ("14B-T2V", 1, 3.26), ("1.3B-T2V", 0, 1.2)], ids=str
 )
 def test_budgets_of_published_models(model, video, gib):
-    """In Q4_K_M, including CUDA's context, with at most 3 % of extra arithmetic."""
+    """Models in Q4_K_M, at most 3 % of extra arithmetic; the budgets include CUDA's context."""
     wanted = job(MODELS[model], CASES[model][video][0])
     choice = choose_plan(simulator(MODELS[model], "Q4_K_M"), wanted, round(gib * GIB))
     assert choice.name == "lean"
