@@ -1,6 +1,7 @@
 """Sampling within a budget: the wrappers that Wan Low VRAM adds to a MODEL, in the order in which ComfyUI calls them.
 
-1. The node Wan Low VRAM calls `with_budget` once. It only adds wrappers to a clone: nothing is loaded or planned.
+1. The node Wan Low VRAM calls `with_budget`, which only adds wrappers to a clone. The node also predicts a peak for its
+   width, height and frames, to show it; sampling does not use that prediction.
 2. A sampler node starts a sampling: OUTER_SAMPLE, `_BudgetedSampling.outer_sample`, notes the denoise mask.
 3. ComfyUI is about to load the model: PREPARE_SAMPLING, `_BudgetedSampling.prepare`, chooses the memory plan for the
    latent and its conditionings, or refuses. What the plan leaves of the budget is the room for weights.
