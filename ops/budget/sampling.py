@@ -6,7 +6,8 @@
 3. ComfyUI is about to load the model: PREPARE_SAMPLING, `_BudgetedSampling.prepare`, chooses the memory plan for the
    latent and its conditionings, or refuses. What the plan leaves of the budget is the room for weights.
    a) All weights have room, or the device is the CPU: ComfyUI loads the model as usual.
-   b) Otherwise all other models leave the accelerator, and ComfyUI loads this one with all weights offloaded.
+   b) Otherwise all other models leave the accelerator, and ComfyUI loads this one with its weights offloaded: all of
+      them on NVIDIA. Elsewhere MIN_WEIGHT_MEMORY_RATIO (comfy/model_management.py) may keep some in legacy mode.
       Legacy memory mode: `partially_load` then moves weights to the accelerator until the room is used.
       Dynamic VRAM: LoRA factors take their share of the room first. The rest is the limit up to which streamed weights
       stay on the accelerator. ComfyUI removes the limit as the sampler node returns (execution.py, 0.30.0).
