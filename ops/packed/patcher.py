@@ -18,7 +18,7 @@ from ...quant import QuantError
 from .. import host
 from .layout import is_packed
 from .linear import GGUFModule, gguf_modules, packed_modules
-from .patch_fit import fitting, follow_loras
+from .patch_match import matching_patches
 from .patch_rows import Patch
 from .patches import OnTheFly
 
@@ -92,15 +92,16 @@ class PackedPatcher(ModelPatcher):
     def add_patches(
         self, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        added: list[Any] = super().add_patches(fitting(self.model, patches), strength_patch, strength_model)
+        matching = matching_patches(self.model, patches)
+        added: list[Any] = super().add_patches(matching, strength_patch, strength_model)
         return added
 
     def add_hook_patches(
         self, hook: WeightHook, patches: dict[Any, Any], strength_patch: float = 1.0, strength_model: float = 1.0
     ) -> list[Any]:
-        # None at all is usual: the host gives each hook to the model and to the text encoder.
-        fits = fitting(self.model, patches) if patches else patches
-        added: list[Any] = super().add_hook_patches(hook, fits, strength_patch, strength_model)
+        # The host gives each hook to the model and to the text encoder, so no patches at all are not an error here.
+        matching = matching_patches(self.model, patches) if patches else patches
+        added: list[Any] = super().add_hook_patches(hook, matching, strength_patch, strength_model)
         return added
 
     def unpatch_model(self, device_to: torch.device | None = None, unpatch_weights: bool = True) -> None:
@@ -148,7 +149,6 @@ def with_packed_patches(patcher: ModelPatcher) -> ModelPatcher:
     """Make `patcher` one that keeps packed weights packed, whatever its class (legacy or dynamic), and return it."""
     if not isinstance(patcher, PackedPatcher):
         patcher.__class__ = _mixed(type(patcher))  # type: ignore[arg-type]
-        follow_loras(patcher)
     if not patcher.get_callbacks(CallbacksMP.ON_LOAD, _KEY):
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _KEY, _after_load)
     return patcher
