@@ -86,7 +86,7 @@ class WanQuantLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         path = path or model_path(GGUF, model_name)
         module = None if module_name == NONE else model_path(_folder(module_name), module_name)
-        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], module=module, int8=int8))
+        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], add_on=module, int8=int8))
 
 
 def _folder(module_name: str | None) -> str:

@@ -25,7 +25,7 @@ from ..packed.int8 import int8_ops
 from ..packed.layout import pack, with_dtype
 from ..packed.linear import GGUFOps, packed_modules
 from ..packed.patcher import with_packed_patches
-from .add_on_modules import with_module
+from .add_on import with_add_on
 from .file_mapping import map_files, watch
 from .main_memory import check_memory
 from .prefetch import prefetch_blocks
@@ -51,7 +51,7 @@ def load_diffusion_model(
     path: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    module: str | os.PathLike[str] | None = None,
+    add_on: str | os.PathLike[str] | None = None,
     int8: bool = False,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
@@ -59,19 +59,19 @@ def load_diffusion_model(
 
     Args:
         dtype: of the arithmetic; the host chooses for the device when None.
-        module: a GGUF or safetensors file with what a Wan transformer can be extended by (VACE and the like).
+        add_on: a GGUF or safetensors file of an add-on (VACE and the like) for the Wan transformer in `path`.
         int8: multiply many tokens in 8-bit integers (`int8_linear`).
         disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
 
     Raises:
         QuantError: a host that does not fit, not a well-formed GGUF, no diffusion model that this host knows, a module
-            that does not fit it, or no int8 in this host.
+            that does not match it, or no int8 in this host.
     """
     check_host()
     header = read_header(path)
     _refuse_foreign(header)
-    if module is not None:
-        header = with_module(header, module)
+    if add_on is not None:
+        header = with_add_on(header, add_on)
     # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
     stand_in = dtype or torch.bfloat16
     check_memory(header, decoded_bytes(header, stand_in))
@@ -90,7 +90,7 @@ def load_diffusion_model(
     if patcher is None:
         raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
     _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
-    host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, module=module, int8=int8))
+    host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, add_on=add_on, int8=int8))
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
     if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
@@ -139,7 +139,7 @@ def _refuse_foreign(header: Header) -> None:
     if header.metadata.get("general.type") == "adapter":
         raise _not_a_model(header, "a LoRA")
     if is_module(header.tensors, ""):
-        raise _not_a_model(header, "an add-on module", "choose it as the module_name, with the model it is for")
+        raise _not_a_model(header, "an add-on for a Wan model", "choose it as module_name, with the model it is for")
     for prefixes, what, remedy in _FOREIGN:
         if any(name.startswith(prefixes) for name in header.tensors):
             raise _not_a_model(header, what, remedy)

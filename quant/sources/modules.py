@@ -13,7 +13,6 @@ from typing import Protocol
 
 from ..errors import QuantError
 from .layers import MARKER
-from .tensors import SourceTensor
 
 _MODULE_NAME = re.compile(
     r"(vace_blocks|vace_patch_embedding|control_adapter|ref_conv|face_adapter|face_encoder|motion_encoder"
@@ -23,11 +22,16 @@ _MODULE_NAME = re.compile(
 )
 
 
+class _Shaped(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 class _Source(Protocol):
     @property
     def path(self) -> Path: ...
     @property
-    def tensors(self) -> Mapping[str, SourceTensor]: ...
+    def tensors(self) -> Mapping[str, _Shaped]: ...
 
 
 def is_module(names: Collection[str], prefix: str) -> bool:

@@ -81,7 +81,7 @@ def test_a_modules_tensors_name_the_modules_file(handed, tmp_path):
     save_file(module, tmp_path / "module.safetensors")
     save_file({name: t for name, t in state.items() if name not in module}, tmp_path / "base.safetensors")
     base = convert(tmp_path / "base.safetensors", tmp_path / "base.gguf", "Q8_0", effort="fast").path
-    load_diffusion_model(base, module=tmp_path / "module.safetensors")
+    load_diffusion_model(base, add_on=tmp_path / "module.safetensors")
     assert handed == {
         os.path.realpath(base): len(state) - len(module),
         os.path.realpath(tmp_path / "module.safetensors"): len(module),
