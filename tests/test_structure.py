@@ -123,6 +123,38 @@ def test_names_of_the_host_are_used_in_one_place(path):
         assert not words(path) & OF_THE_HOST, "use it through ops/host.py"
 
 
+# CONTRIBUTING.md says where and why.
+REPLACING = {
+    ("ops/packed/patcher.py", "with_packed_patches"),
+    ("ops/host.py", "in_place"),
+    ("ops/budget/gpu_kernels.py", "use_flash_attention"),
+}
+
+
+def replaces(node: ast.AST) -> bool:
+    """Whether a statement gives an object another class or forward."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return any(isinstance(target, ast.Attribute) and target.attr in {"__class__", "forward"} for target in targets)
+    if isinstance(node, ast.Call):
+        name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        return name == "setattr" or (name == "update" and any(k.arg == "forward" for k in node.keywords))
+    return False
+
+
+def test_instances_are_changed_only_where_contributing_says():
+    found = {
+        (path.relative_to(ROOT).as_posix(), function.name)
+        for path in MODULES
+        if path.relative_to(ROOT).parts[0] != "quant"
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and any(replaces(node) for node in ast.walk(function))
+    }
+    assert found == REPLACING
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    assert all(f"`{name}` (`{path}`)" in contributing for path, name in REPLACING)
+
+
 def toml_list(name: str) -> list[str]:
     text = (ROOT / "pyproject.toml").read_text()
     return json.loads(re.search(rf"^{name} = (\[.*?\])$", text, re.MULTILINE | re.DOTALL)[1])
