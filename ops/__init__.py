@@ -1,4 +1,4 @@
-"""The ComfyUI side of the pack: weights that stay packed in its memory manager, loading, sampling in a budget.
+"""The ComfyUI side of the pack: packed weights in ComfyUI's memory manager, loading, and sampling within a budget.
 
-It imports `quant` and comfy.
+This folder imports `quant` and comfy.
 """

@@ -89,7 +89,7 @@ def _add(
     keywords: dict[str, Any],
 ) -> None:
     with host.outside_graphs():
-        collector.add(name, host.multiplied(*inputs, **keywords), weight)
+        collector.add(name, host.linear_input(*inputs, **keywords), weight)
 
 
 def step_size(t: Tensor, sigmas: Tensor | None) -> float:

@@ -1,7 +1,7 @@
-"""The one seam to ComfyUI: every private or unstable name of it that this pack uses is used here and nowhere else.
+"""The seam to ComfyUI: the pack uses private or unstable names of ComfyUI in this file only.
 
-Checked by running 0.24.0, 0.27.0, 0.30.0 and 0.33.0; by reading up to 0.39.1 and the main branch of 9 October 2026.
-What only some of these versions have says so. `host_check` compares the calls at start.
+Tests ran with 0.24.0, 0.27.0, 0.30.0 and 0.33.0. The sources up to 0.39.1 and the main branch of 9 October 2026 were
+read. Comments name the versions where something exists in some of them only. `host_check` compares the calls at start.
 """
 
 from __future__ import annotations
@@ -31,70 +31,80 @@ from .host_version import host_version
 try:
     import comfy_kitchen
     from comfy_kitchen.tensor import TensorWiseINT8Layout
-except ImportError:  # before 0.27
+except ImportError:  # Before 0.27.
     comfy_kitchen = None
 
 Forwards = dict[torch.nn.Module, Callable[..., Any]]
-"""What to call instead of a module's own forward."""
+"""The function to call instead of `forward`, by module."""
 
 COMPILE_KEY = "torch.compile"
-"""Of the wrapper that TorchCompileModel adds (comfy_api/torch_helpers/torch_compile.py)."""
+"""The key of the wrapper that TorchCompileModel adds (comfy_api/torch_helpers/torch_compile.py)."""
 
 # Quantized tensors.
 
 
 def packed_bytes(tensor: QuantizedTensor) -> Tensor:
-    """The stored bytes of a quantized tensor, without a copy."""
+    """Return the stored bytes of a quantized tensor without a copy: uint8, (rows, bytes per row), for a GGUF tensor."""
     qdata: Tensor = tensor._qdata
     return qdata
 
 
 def layout_name(tensor: QuantizedTensor) -> str:
+    """Return the name under which the layout of the tensor is registered."""
     name: str = tensor._layout_cls
     return name
 
 
 def move_parameters(module: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
-    """`torch.nn.Module._apply`, which swaps the data of a parameter in place, for wrapper tensors that cannot."""
+    """Do what `torch.nn.Module._apply` does, also for quantized tensors, whose data cannot be swapped in place."""
     comfy.ops._quantized_apply(module, fn, recurse)
 
 
-# The call of a Linear.
+# The forward pass of a Linear.
 
 
 def begin_use() -> None:
-    """What the host does before each use of a weight: an interruption of the prompt is raised here."""
+    """Do what the host does before each use of a weight, such as raising an interruption of the prompt."""
     comfy.ops.run_every_op()
 
 
 def cast(module: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
-    """Weight and bias on the device and in the dtype of `like`, and the handle that `uncast` wants."""
+    """Return weight and bias on the device and in the dtype of `like`, and the handle for `uncast`."""
     weight, bias, handle = comfy.ops.cast_bias_weight(module, like, offloadable=True, compute_dtype=like.dtype)
     return weight, bias, handle
 
 
 def uncast(module: torch.nn.Module, weight: Tensor, bias: Tensor | None, handle: object) -> None:
-    """Give back, after the last use, what `cast` returned."""
+    """Give what `cast` returned back to the host, after its last use."""
     comfy.ops.uncast_bias_weight(module, weight, bias, handle)
 
 
 def is_streamed(module: torch.nn.Module) -> bool:
-    """Whether the host can cast the module's weights at each use, so that they need not stay on the device."""
+    """Return whether the host can cast the module's weights at each use instead of keeping them on the device."""
     return hasattr(module, "comfy_cast_weights")
 
 
 def is_lent(module: torch.nn.Module, handle: Any) -> bool:  # noqa: ANN401
-    """Whether what `cast` returned lies in memory of the host's, which it gives to the next module."""
+    """Return whether what `cast` returned lies in memory that the host reuses for the next module."""
     return hasattr(module, "_v") or (handle is not None and handle[0] is not None)
 
 
-def activated(x: Tensor, activation: str | None, weight: object = None, eps: float = 0.0) -> Tensor:
-    """What a Linear multiplies when the host hands it an activation with its input.
-
-    Source: comfy/ops.py _eager_input_act (by 0.39) and INPUT_ACT_EAGER (from 0.30).
+def apply_activation(x: Tensor, activation: str | None, weight: object = None, eps: float = 0.0) -> Tensor:
+    """Apply the activation that the host passes to a Linear together with its input.
 
     Args:
-        weight: of the activation: a tensor, or a norm module.
+        x: floating point, any shape.
+        activation: the host's name of it, or None.
+        weight: the parameter of the activation, a tensor or a norm module.
+        eps: the epsilon of the activation.
+
+    Returns:
+        The dtype of x; the last dimension may be another one.
+
+    Raises:
+        QuantError: an activation that this host does not know.
+
+    Source: comfy/ops.py _eager_input_act (by 0.39) and INPUT_ACT_EAGER (from 0.30).
     """
     if activation is None:
         return x
@@ -102,33 +112,34 @@ def activated(x: Tensor, activation: str | None, weight: object = None, eps: flo
     if eager is None:
         known = getattr(comfy.ops, "INPUT_ACT_EAGER", {})
         if activation not in known:
-            raise unknown_call(f"an activation {activation!r}")
+            raise unknown_call(f"the activation {activation!r}")
         out: Tensor = known[activation](x)
     else:
-        takes = len(inspect.signature(eager).parameters)
-        out = eager(*(x, activation, weight, eps)[:takes])
+        n_parameters = len(inspect.signature(eager).parameters)
+        out = eager(*(x, activation, weight, eps)[:n_parameters])
     return out
 
 
-def multiplied(
+def linear_input(
     input: Tensor, input_act: str | None = None, act_weight: object = None, act_eps: float = 0.0, **_: object
 ) -> Tensor:
-    """What a Linear that is called so multiplies with its weight."""
-    return activated(input, input_act, act_weight, act_eps)
+    """Return what a Linear that is called with these arguments multiplies with its weight, (..., in_features)."""
+    return apply_activation(input, input_act, act_weight, act_eps)
 
 
 def unknown_call(what: str) -> QuantError:
+    """Return the error for an argument of a layer that this pack does not know."""
     return QuantError(
-        f"ComfyUI {host_version()} hands a Linear {what}, which this WanQuant does not know: update WanQuant"
+        f"ComfyUI {host_version()} passes {what} to a layer, which this WanQuant does not know; update WanQuant"
     )
 
 
 @contextmanager
 def in_place(forwards: Forwards) -> Iterator[None]:
-    """While open, these forwards take the place of the modules' own, for which the host has no hook.
+    """Replace `forward` of these module instances until the context ends.
 
-    As the host's object patches do it, but these stay until the model is unloaded. From 0.40 on the host folds
-    products with what surrounds them unless a layer asks to be called (`comfy_force_forward`).
+    The host has no hook for this: its object patches work the same way, but stay until the model is unloaded. From 0.40
+    on, `comfy_force_forward` keeps the host from merging a layer with its neighbors without a call of the layer.
     """
     names = ("forward", "comfy_force_forward")
     before = [(vars(m), {name: vars(m)[name] for name in names if name in vars(m)}) for m in forwards]
@@ -144,11 +155,11 @@ def in_place(forwards: Forwards) -> Iterator[None]:
 
 
 def folds_activations(module: torch.nn.Module) -> bool:
-    """Whether the host's forward of a container may leave out a call of its layer (0.31 to 0.39)."""
-    return "linear_input_act" in _names(type(module).forward)
+    """Return whether the host's forward of a container may skip the call of one of its layers (0.31 to 0.39)."""
+    return "linear_input_act" in _names_used_by(type(module).forward)
 
 
-def _names(function: Any) -> tuple[str, ...]:  # noqa: ANN401
+def _names_used_by(function: Any) -> tuple[str, ...]:  # noqa: ANN401
     code = getattr(function, "__code__", None)
     return (*code.co_names, *code.co_freevars) if code else ()
 
@@ -157,42 +168,49 @@ def _names(function: Any) -> tuple[str, ...]:  # noqa: ANN401
 
 
 def dynamic_vram() -> bool:
-    """Whether the host streams weights by its own allocator, and maps files itself."""
+    """Return whether the host streams weights with its own allocator, and maps files itself."""
     return bool(comfy.memory_management.aimdo_enabled)
 
 
 def map_file(path: Path) -> Any:  # noqa: ANN401
-    """The host's own map of a file: its address by `get()`, and by `get_file_handle()` what `note_slice` wants.
+    """Map a file with the host's own class: `get()` is its address, `get_file_handle()` is for `annotate_slice`.
 
     Raises:
         QuantError: the file cannot be mapped.
     """
-    # Not at the top: the module takes its library as it is imported, and the host loads that only for dynamic VRAM.
+    # Imported late: the module needs a library that the host loads only for dynamic VRAM.
     from comfy_aimdo.model_mmap import ModelMMAP
 
     try:
         return ModelMMAP(os.fspath(path))
     except RuntimeError as error:
-        raise QuantError(f"{path}: cannot be mapped into memory: {error}") from None
+        raise QuantError(
+            f"{path}: cannot be mapped into memory: {error}; restart ComfyUI and load the file again"
+        ) from None
 
 
-def note_slice(data: Tensor, handle: object, lock: threading.Lock, offset: int, keep: object) -> None:
-    """Say where in a file a mapped tensor lies, so that dynamic VRAM reads it from disk to the device.
+def annotate_slice(data: Tensor, handle: object, lock: threading.Lock, offset: int, keep: object) -> None:
+    """Annotate a mapped tensor with its place in the file, so that dynamic VRAM reads it from disk to the device.
 
     Args:
-        data: uint8, one storage from its first byte to its last: the host ignores slices of any other size.
-        keep: what must live as long as the tensor.
+        data: uint8, a whole storage, because the host ignores slices of any other size.
+        handle: what `map_file(...).get_file_handle()` returns.
+        lock: held by the host while it reads the file.
+        offset: bytes from the start of the file.
+        keep: an object to keep alive as long as the tensor.
     """
     storage: Any = data.untyped_storage()
     storage._comfy_tensor_file_slice = comfy.memory_management.TensorFileSlice(handle, lock, offset, data.nbytes)
     storage._comfy_tensor_mmap_refs = keep
 
 
-def note_source(tensor: Tensor, path: Path) -> Tensor:
-    """Say which file a tensor comes from, and return it.
+def annotate_source(tensor: Tensor, path: Path) -> Tensor:
+    """Annotate a tensor with the file that it comes from, and return it.
 
-    From 0.39 on weights whose files all lie on fast disks are not pinned in main memory. One tensor without a file
-    makes the whole model count as on a slow disk. Source: comfy/storage.py annotate_state_dict.
+    From 0.39 on, the host does not pin weights in main memory if all their files are on fast disks. One tensor without
+    a file makes the whole model count as on a slow disk.
+
+    Source: comfy/storage.py annotate_state_dict.
     """
     storage: Any = tensor.untyped_storage()
     storage._comfy_source_path = os.path.realpath(path)
@@ -203,43 +221,48 @@ def note_source(tensor: Tensor, path: Path) -> Tensor:
 
 
 def limit_resident(model: BaseModel, device: torch.device, nbytes: int) -> None:
-    """Let so many bytes of the weights stay on the device, until the host lifts the limit as the next prompt begins."""
+    """Limit the bytes of weights that stay on the device; the host lifts the limit when the next prompt begins."""
     vbar = model.dynamic_vbars.get(device)
     if vbar is not None:
         vbar.set_watermark_limit(nbytes)
 
 
 def prefetch_options(arguments: Iterable[object]) -> dict[str, Any]:
-    """The transformer options among a call's arguments, if the host lets this call prefetch."""
+    """Return the transformer options among the arguments of a call, or {} if the call must not prefetch."""
     return next((a for a in arguments if isinstance(a, dict) and "prefetch_dynamic_vbars" in a), {})
 
 
 def prefetch_queue(modules: list[torch.nn.Module], device: torch.device, options: dict[str, Any]) -> list[Any] | None:
-    """None where the host has none: another memory mode, or no streams."""
+    """Return the host's prefetch queue, or None if it has none: in another memory mode, or without streams."""
     queue: list[Any] | None = comfy.model_prefetch.make_prefetch_queue(modules, device, options)
     return queue
 
 
 def advance(queue: list[Any], device: torch.device, module: torch.nn.Module | None) -> None:
-    """Give back the weights of the module before, and send those of the next on their way; None after the last."""
+    """Free the weights of the previous module, and start to copy those of the next; None after the last one."""
     comfy.model_prefetch.prefetch_queue_pop(queue, device, module)
 
 
 def prefetches(model: torch.nn.Module) -> bool:
-    """Whether the host's own forward of this model prefetches its blocks."""
+    """Return whether the host's own forward of this model prefetches its blocks."""
     forwards = (getattr(type(model), name, None) for name in ("forward", "_forward", "forward_orig"))
-    return any("prefetch_queue_pop" in _names(forward) for forward in forwards)
+    return any("prefetch_queue_pop" in _names_used_by(forward) for forward in forwards)
 
 
 def without_prefetch(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a call in which all Python code runs: a prefetched block may be replayed as a CUDA graph (0.33 on)."""
+    """Return options for a call that runs all Python code.
+
+    Without them the host may replay a prefetched block as a CUDA graph (0.33 on).
+    """
     return options | {"prefetch_dynamic_vbars": False}
 
 
 def outside_graphs() -> AbstractContextManager[Any]:
-    """While open, allocations may outlive the block that makes them.
+    """Return a context in which allocations may outlive the block that makes them.
 
-    Within the host's allocation graphs (by 0.38) they must not. Source: comfy/model_prefetch.py pause_malloc_graph.
+    Within the host's allocation graphs (by 0.38) they must not.
+
+    Source: comfy/model_prefetch.py pause_malloc_graph.
     """
     pause = getattr(comfy.model_prefetch, "pause_malloc_graph", nullcontext)
     context: AbstractContextManager[Any] = pause()
@@ -252,49 +275,51 @@ allocate_within(outside_graphs)
 # The model and its patcher.
 
 
-def loaded_patches(model: BaseModel) -> object:
-    """What tells the patches that the loaded weights have; None while no weights are loaded."""
+def loaded_patches_uuid(model: BaseModel) -> object:
+    """Return the `patches_uuid` of the patcher whose weights are loaded, or None while none are."""
     return model.current_weight_patches_uuid
 
 
 def resident_bytes(model: BaseModel) -> int:
-    """Bytes that the host reckons the model to take on the device, its buffer for streaming among them."""
+    """Return the bytes that the host counts for the model on the device, including its buffer for streaming."""
     nbytes: int = model.model_loaded_weight_memory + model.model_offload_buffer_memory
     return nbytes
 
 
 def add_resident_bytes(model: BaseModel, nbytes: int) -> None:
+    """Make the host count `nbytes` more for the model on the device."""
     model.model_loaded_weight_memory += nbytes
 
 
 def compute_dtype(model: BaseModel) -> torch.dtype | None:
+    """Return the dtype that the model computes in, if it differs from that of its weights."""
     dtype: torch.dtype | None = model.manual_cast_dtype
     return dtype
 
 
 def set_compute_dtype(model: BaseModel, dtype: torch.dtype) -> None:
-    """Make the model compute in `dtype`; the host then also reckons the decoded weights in its memory plan."""
+    """Make the model compute in `dtype`; the host then also counts the dequantized weights in its estimates."""
     model.manual_cast_dtype = dtype
 
 
 def remember_loader(patcher: ModelPatcher, load: Callable[..., ModelPatcher]) -> None:
-    """Tell the host how to load the model again in its legacy memory mode."""
+    """Register the function with which the host loads the model again in its legacy memory mode."""
     patcher.cached_patcher_init = (load, ())
 
 
-def loaded_weight(patcher: ModelPatcher, key: str, weight: Tensor) -> Tensor:
-    """A weight as it was loaded: where the host has patched it in place, it keeps that."""
+def unpatched_weight(patcher: ModelPatcher, key: str, weight: Tensor) -> Tensor:
+    """Return a weight as it was loaded; the host keeps a backup of one that it patched in place."""
     backup = patcher.backup.get(key)
     return weight if backup is None else backup.weight
 
 
 def is_host_patch(function: object) -> bool:
-    """Whether a weight function is the host's own for patches of a streamed weight."""
+    """Return whether a weight function is the host's own, for the patches of a streamed weight."""
     return isinstance(function, LowVramPatch)
 
 
 def keep_from_rounding(module: torch.nn.Module) -> None:
-    """Take away what dynamic VRAM would round into the packed blocks."""
+    """Remove the patches that dynamic VRAM would round into the packed blocks."""
     if hasattr(module, "weight_lowvram_function"):
         module.weight_lowvram_function = None  # type: ignore[assignment]
 
@@ -303,34 +328,35 @@ def keep_from_rounding(module: torch.nn.Module) -> None:
 
 
 def attention_options(attention: torch.nn.Module) -> dict[str, Any]:
-    """What the host hands its attention function for this module: the kind that the checkpoint prefers (0.38 on)."""
+    """Return the arguments that select the attention function that the checkpoint prefers here (0.38 on)."""
     preferred = getattr(attention, "comfy_attention", None)
     return {} if preferred is None else {"preferred_attention": preferred}
 
 
 def prefers_attention(attention: torch.nn.Module) -> bool:
-    """Whether the host runs another attention here than elsewhere, as the checkpoint prefers."""
+    """Return whether the checkpoint prefers another attention function in this module."""
     return getattr(getattr(attention, "comfy_attention", None), "function", None) is not None
 
 
 def attention_preferences(model: torch.nn.Module) -> dict[str, object]:
-    """What the checkpoint of a loaded model prefers, by the names of the modules."""
+    """Return the attention preferences of a loaded model's checkpoint, by module name."""
     named = ((name, getattr(module, "comfy_attention", None)) for name, module in model.named_modules())
     configs = ((name, getattr(attention, "config", None)) for name, attention in named)
     return {name: config for name, config in configs if config is not None}
 
 
 def knows_preferences() -> bool:
+    """Return whether the host reads attention preferences from a checkpoint (0.38 on)."""
     return hasattr(comfy.ldm.modules.attention, "ComfyAttention")
 
 
 def is_preference(name: str) -> bool:
-    """Whether a state dict's tensor is text that its module reads as it is loaded."""
+    """Return whether a tensor of a state dict holds the text of an attention preference."""
     return name.endswith(".comfy_attention.config")
 
 
 def uncontained(*tensors: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    """Tensors as they are, and those out of the containers that attention functions consume (0.38 on)."""
+    """Return the tensors, each taken out of its container if the host passes one to attention functions (0.38 on)."""
     return tuple(tensor.take() if hasattr(tensor, "take") and hasattr(tensor, "peek") else tensor for tensor in tensors)
 
 
@@ -338,16 +364,35 @@ def uncontained(*tensors: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
 
 
 def has_int8() -> bool:
+    """Return whether the host can multiply 8-bit integers."""
     return comfy_kitchen is not None
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes like `weight`, and float32 scales (rows, 1), the columns rotated in groups of 256."""
+    """Quantize a weight to 8-bit integers, with its columns rotated in groups of 256.
+
+    Args:
+        weight: floating point, (rows, columns).
+
+    Returns:
+        Codes, int8, (rows, columns), and scales, float32, (rows, 1).
+    """
     codes, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True)
     return codes, params.scale.view(-1, 1)
 
 
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """The product with rows of `quantize_rows`; x is rotated and quantized token by token."""
+    """Return the product of x with the result of `quantize_rows`; x is rotated and quantized token by token.
+
+    Args:
+        x: floating point, (..., columns).
+        codes: int8, (rows, columns).
+        scales: float32, (rows, 1).
+        bias: the dtype of x, (rows,).
+        group: the number of columns that are rotated together.
+
+    Returns:
+        The dtype of x, (..., rows).
+    """
     out: Tensor = comfy_kitchen.int8_linear(x, codes, scales, bias, x.dtype, convrot=True, convrot_groupsize=group)
     return out

@@ -176,7 +176,7 @@ def _detection_metadata(model: BaseModel) -> dict[str, str]:
 def _parameter(patcher: ModelPatcher, name: str, weight: Tensor, memory: _Memory) -> _Parameter:
     key = _PREFIX + name
     patches = patcher.patches.get(key, [])
-    weight = host.loaded_weight(patcher, key, weight)
+    weight = host.unpatched_weight(patcher, key, weight)
     if isinstance(weight, QuantizedTensor):
         packed = is_packed(weight)
         stored, dtype = (weight.params.qtype, torch.float32) if packed else (host.layout_name(weight), weight.dtype)

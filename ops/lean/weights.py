@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from .. import host
 from ..packed.layout import is_packed
 from ..packed.linear import GGUFModule, GGUFOps
-from ..packed.matmul import DecodedRows, WeightFunction
+from ..packed.matmul import PatchedRows, WeightFunction
 
 Projection = Callable[[Tensor], Tensor]
 """(..., input channels) -> (..., output channels), both floating point."""
@@ -45,7 +45,7 @@ def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
     weight, bias, functions, handle = _cast(module, like)
     try:
         if is_packed(weight):
-            held = DecodedRows(weight, functions, like).decode(0, like.new_empty(weight.shape))
+            held = PatchedRows(weight, functions, like).dequantize_rows(0, like.new_empty(weight.shape))
         else:
             held = _kept(module, weight, handle)
     finally:  # also if memory runs out
@@ -63,7 +63,7 @@ class RowProjection:
         weight, self._bias, functions, handle = _cast(module, like)
         self._like, self._weight = like, _kept(module, weight, handle)
         host.uncast(module, weight, self._bias, handle)
-        self._decoded = DecodedRows(self._weight, functions, like) if is_packed(weight) else None
+        self._decoded = PatchedRows(self._weight, functions, like) if is_packed(weight) else None
 
     def features(self, features: slice) -> Projection:
         """Return a function that computes these output channels of the Linear."""
@@ -74,11 +74,11 @@ class RowProjection:
         size = rows.stop - rows.start
         if self._decoded and (rows.start % self._decoded.row_multiple or size % self._decoded.row_multiple):
             # A patch needs more rows than these, perhaps the whole weight.
-            self._weight = self._decoded.decode(0, self._like.new_empty(self._weight.shape))
+            self._weight = self._decoded.dequantize_rows(0, self._like.new_empty(self._weight.shape))
             self._decoded = None
         if self._decoded is None:
             return self._weight[rows]
-        return self._decoded.decode(rows.start, self._like.new_empty(size, self._weight.shape[1]))
+        return self._decoded.dequantize_rows(rows.start, self._like.new_empty(size, self._weight.shape[1]))
 
 
 def norm_weight(norm: comfy.ops.CastWeightBiasOp, like: Tensor) -> Tensor:

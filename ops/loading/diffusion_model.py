@@ -80,7 +80,7 @@ def load_diffusion_model(
     state_dict = {r.name: loaded_tensor(r, data(r), stand_in) for r in header.tensors.values()}
     if host.knows_preferences():
         preferences = preference_tensors(metadata)
-        state_dict |= {name: host.note_source(tensor, header.path) for name, tensor in preferences.items()}
+        state_dict |= {name: host.annotate_source(tensor, header.path) for name, tensor in preferences.items()}
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
         {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": dtype} if dtype else {}),
@@ -100,7 +100,7 @@ def load_diffusion_model(
 
 def loaded_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
     """`host_tensor`, which tells the host its file."""
-    return host.note_source(host_tensor(record, data, dtype), record.path)
+    return host.annotate_source(host_tensor(record, data, dtype), record.path)
 
 
 def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:

@@ -81,5 +81,5 @@ class _HostMap:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             data = torch.frombuffer(self._view[record.offset : record.offset + record.nbytes], dtype=torch.uint8)
-        host.note_slice(data, self._handle, self._lock, record.offset, (self._map, self._view))
+        host.annotate_slice(data, self._handle, self._lock, record.offset, (self._map, self._view))
         return data.view(record.qtype.packed_shape(record.stored_shape or (1,)))

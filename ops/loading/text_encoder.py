@@ -63,7 +63,7 @@ def load_text_encoder(
         "umt5xxl_model_config": _config(state_dict),
     }
     if clip_type is comfy.sd.CLIPType.WAN:  # the host has the tokenizer of the other models itself
-        state_dict["spiece_model"] = host.note_source(_tokenizer(header), header.path)
+        state_dict["spiece_model"] = host.annotate_source(_tokenizer(header), header.path)
     if comfy.sd.detect_te_model(state_dict) is not comfy.sd.TEModel.T5_XXL:
         raise QuantError(f"{header.path}: a T5 text encoder of another size than XXL; choose umt5-xxl for Wan")
     clip = comfy.sd.load_text_encoder_state_dicts(

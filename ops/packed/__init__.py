@@ -1,4 +1,4 @@
-"""Weights that stay packed: tensor layout, Linear, products, and LoRA on them.
+"""Weights that stay packed: their tensor layout, their layers, matrix products with them, and LoRAs on them.
 
-It imports `quant` and `host`.
+This folder imports `quant` and `host`.
 """

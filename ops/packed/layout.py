@@ -1,4 +1,4 @@
-"""GGUF blocks as the host's own QuantizedTensor, so that the host's memory manager moves them without knowing GGUF."""
+"""GGUF blocks as a `QuantizedTensor` of the host, whose memory manager moves them without knowing GGUF."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ...quant import QTYPES
 from .. import host
 
 LAYOUT_NAME = "WanQuantGGUF"
-"""The registry is global to the process: another pack must not share the name."""
+"""The key in the host's registry of layouts, which all packs of a process share."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GGUFParams:
-    """What the bytes alone do not say. No tensors: one byte buffer is all that moves between devices.
+    """The ggml type, dtype and shape of a packed tensor, which its bytes do not tell.
 
-    The methods are the host's protocol. `clone` and `to_device` return new objects because the host writes through
-    `copy_from` into the params of a copy, which must not reach the original.
+    The host's protocol prescribes the methods. `clone` and `to_device` return new objects: the host calls `copy_from`
+    on the parameters of a copy, and the original must not change. There are no tensors here, so that only the bytes
+    move between devices.
     """
 
     qtype: str
@@ -43,7 +44,7 @@ class GGUFParams:
 
 
 class GGUFLayout(QuantizedLayout):
-    """Rows of ggml blocks: qdata is uint8 (rows, n_blocks * type_size), orig_shape the shape in weights.
+    """Rows of ggml blocks: `qdata` is uint8, (rows, n_blocks * type_size); `orig_shape` counts elements.
 
     Source: comfy_kitchen/tensor/base.py QuantizedLayout, comfy-kitchen 0.2.26.
     """
@@ -52,16 +53,24 @@ class GGUFLayout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: GGUFParams) -> Tensor:
-        """`orig_dtype`, `orig_shape`: always a fresh tensor, since LoRAs are added to it in place."""
+        """Return a new tensor of `orig_dtype` and `orig_shape`, which the caller may write to.
+
+        Args:
+            qdata: uint8, (rows, n_blocks * type_size).
+        """
         return QTYPES[params.qtype].dequantize(qdata, params.orig_dtype).view(params.orig_shape)
 
     @classmethod
     def quantize(cls, tensor: Tensor, qtype: str = "Q8_0", **_: object) -> tuple[Tensor, GGUFParams]:
-        """Round to nearest, for host paths that write a packed weight back; nothing in this pack does.
+        """Quantize with round to nearest, for code of the host that writes a packed weight back.
 
         Args:
             tensor: floating point, (..., n).
+            qtype: name of the ggml type.
             _: the host's rounding options, which block formats do not have.
+
+        Returns:
+            Blocks, uint8, (rows, n_blocks * type_size), and their parameters.
         """
         params = GGUFParams(qtype, tensor.dtype, tuple(tensor.shape))
         return QTYPES[qtype].quantize(tensor, effort="fast"), params
@@ -83,19 +92,24 @@ register_layout_class(LAYOUT_NAME, GGUFLayout)
 
 
 def pack(qdata: Tensor, qtype: str, shape: tuple[int, ...], dtype: torch.dtype) -> QuantizedTensor:
-    """Wrap block bytes, without a copy, as a tensor that the host sees as `shape` weights of `dtype`."""
+    """Wrap blocks, without a copy, as a tensor of shape `shape` that dequantizes to `dtype`.
+
+    Args:
+        qdata: uint8, (rows, n_blocks * type_size).
+    """
     return QuantizedTensor(qdata, LAYOUT_NAME, GGUFParams(qtype, dtype, shape))
 
 
 def is_packed(tensor: object) -> bool:
+    """Return whether `tensor` holds GGUF blocks of this layout."""
     return isinstance(tensor, QuantizedTensor) and host.layout_name(tensor) == LAYOUT_NAME
 
 
 def with_dtype(tensor: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
-    """The same bytes, to be decoded to `dtype`; the tensor's own `.to(dtype)` would copy them."""
+    """Return a packed tensor on the same bytes that dequantizes to `dtype`; its own `.to(dtype)` would copy them."""
     return pack(host.packed_bytes(tensor), tensor.params.qtype, tensor.params.orig_shape, dtype)
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Decode a packed tensor to `dtype` in one step; any other tensor is returned as it is."""
+    """Dequantize a packed tensor to `dtype`, of the same shape; return any other tensor unchanged."""
     return with_dtype(tensor, dtype).dequantize() if is_packed(tensor) else tensor

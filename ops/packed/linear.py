@@ -1,4 +1,14 @@
-"""Linear and Embedding on packed weights: the only layers that see GGUF blocks, all others get plain tensors."""
+"""Linear and Embedding layers on packed weights; all other layers get plain tensors when a file is loaded.
+
+A forward pass of `GGUFOps.Linear` has these steps:
+
+1. ComfyUI calls `forward_comfy_cast_weights` with the input.
+2. `GGUFModule.cast` lets the host bring the weight to the device of the input. The weight arrives packed.
+3. `packed_linear` (`matmul.py`) dequantizes some rows of the weight into a tile of at most 64 MiB.
+4. The layer's patches, such as LoRAs, are added to the tile (`patches.py`).
+5. The input is multiplied with the tile, which yields the output features of these rows.
+6. Steps 3 to 5 repeat until all rows are done. Then `host.uncast` gives the weight back to the host.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +30,15 @@ if TYPE_CHECKING:
 
 
 class GGUFModule(torch.nn.Module):
-    """Parameters that take the checkpoint's tensors as they are: no allocation before, no copy or cast at loading."""
+    """A layer whose parameters are the tensors of the file: nothing is allocated before loading, or copied by it."""
 
     weight: Any
-    """Packed blocks, or a plain tensor where the file has one."""
+    """A packed tensor, or a plain one if the file has one."""
     weight_function: list[WeightFunction]
-    """The host's: applied in turn to the decoded weight at every use."""
+    """Functions in the host's list for this layer; each use of the weight applies them to it in turn."""
 
     _mapped: tuple[torch.nn.Parameter, ...] = ()
-    """The packed weight as it was loaded, while another device has a copy; in a tuple, torch does not count it in."""
+    """The mapped weight while a copy is on another device. The tuple hides it from torch's list of parameters."""
 
     def _declare(self, dtype: torch.dtype | None, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -64,22 +74,24 @@ class GGUFModule(torch.nn.Module):
         return self
 
     def _keep_mapped(self, target: torch.device) -> None:
-        """Before a move: blocks do not change, so those that return to main memory are the mapped ones, not a copy."""
+        """Prepare a move to `target`: a weight that returns to main memory becomes the mapped one again, not a copy."""
         if target.type != "cpu" and self.weight.device.type == "cpu":
             self._mapped = (self.weight,)
         elif target.type == "cpu" and self._mapped:
             (self.weight,), self._mapped = self._mapped, ()
 
     def cast(self, like: Tensor) -> tuple[Tensor, Tensor | None, list[WeightFunction], Any]:
-        """`host.cast`, which decodes the whole weight for a LoRA, without that.
+        """Bring weight and bias to the device of `like`, and keep a packed weight packed.
+
+        `host.cast` alone would dequantize the whole weight to apply its functions.
 
         Returns:
-            Weight, bias, and the weight functions still to be applied, on the device of `like`: there are some only
-            for a weight that is still packed (`DecodedRows` applies them). A weight that is not has the dtype of
-            `like`. Last, the handle that `host.uncast` wants after the last use.
+            The weight, (out_features, in_features): packed, or else of the dtype of `like`. The bias, of the dtype of
+            `like`, (out_features,). The functions that are left to apply to a packed weight (`PatchedRows` does).
+            The handle to pass to `host.uncast` after the last use.
         """
         functions = self.weight_function
-        # A compiled graph has the weight whole anyway, and must not write to the module.
+        # A compiled graph dequantizes the whole weight anyway, and must not write to the module.
         if not functions or not is_packed(self.weight) or torch.compiler.is_compiling():
             weight, bias, handle = host.cast(self, like)
             return weight, bias, [], handle
@@ -95,7 +107,7 @@ class GGUFModule(torch.nn.Module):
         return weight, bias, [], handle
 
     def convert_weight(self, weight: Tensor, inplace: bool = False, **_: object) -> Tensor:
-        """The host calls this before it patches a weight; the result is dense and may be written to."""
+        """Return the dequantized weight, which the host then patches in place."""
         return dense(weight, weight.dtype)
 
 
@@ -128,18 +140,18 @@ class GGUFOps(comfy.ops.manual_cast):
             residual_scale: Tensor | None = None,
             **others: object,
         ) -> Tensor:
-            """The host's call. Some versions hand over what surrounds the product, to be folded with it."""
-            _refuse(others)
-            product = self.product(host.activated(input, input_act, act_weight, act_eps))
-            return _joined(product, residual, residual_scale)
+            """Run the layer, with the activation before it and the sum after it where the host passes these."""
+            _refuse_unknown(others)
+            product = self.product(host.apply_activation(input, input_act, act_weight, act_eps))
+            return _add_residual(product, residual, residual_scale)
 
         def product(self, x: Tensor) -> Tensor:
-            """(..., in_features) -> (..., out_features)."""
+            """Return the output, (..., out_features), for an input (..., in_features), both of the dtype of x."""
             weight, bias, functions, handle = self.cast(x)
             packed = is_packed(weight)
             try:
                 return self.multiply(x, weight, bias, functions) if packed else linear(x, weight, bias)
-            finally:  # also when memory runs out, else the weight's page of video memory is held for ever
+            finally:  # Also when memory runs out, so that the host can reuse the weight's page of video memory.
                 host.uncast(self, weight, bias, handle)
 
     class Embedding(GGUFModule, comfy.ops.manual_cast.Embedding):
@@ -164,8 +176,15 @@ class GGUFOps(comfy.ops.manual_cast):
         def forward_comfy_cast_weights(
             self, input: Tensor, out_dtype: torch.dtype | None = None, **others: object
         ) -> Tensor:
-            """Gathers where the table lies, so that a table of gigabytes never crosses to the accelerator."""
-            _refuse(others)
+            """Look up rows on the device of the table, so that gigabytes do not move to the accelerator.
+
+            Args:
+                input: integers, any shape.
+
+            Returns:
+                (*input.shape, embedding_dim), of `out_dtype` or else the dtype of the weight.
+            """
+            _refuse_unknown(others)
             if self.weight_function or not is_packed(self.weight):
                 plain: Tensor = super().forward_comfy_cast_weights(input, out_dtype)
                 return plain
@@ -174,12 +193,12 @@ class GGUFOps(comfy.ops.manual_cast):
             return rows.to(input.device)
 
         def host_rows(self, input: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-            """What the host asks for instead (0.39 on) where the table is not on the accelerator."""
+            """Look up rows; hosts from 0.39 call this method if the table is not on the accelerator."""
             return self.forward_comfy_cast_weights(input, out_dtype)
 
 
 def computing_in(dtype: torch.dtype) -> type[GGUFOps]:
-    """Operations whose matrix products are in `dtype`, whatever that of their input, which the result has again."""
+    """Return operations that multiply matrices in `dtype`; outputs have the dtype of the input."""
 
     class Operations(GGUFOps):
         class Linear(GGUFOps.Linear):
@@ -189,27 +208,27 @@ def computing_in(dtype: torch.dtype) -> type[GGUFOps]:
     return Operations
 
 
-def _joined(product: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-    """`residual + scale * product`, as the host computes it."""
+def _add_residual(product: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Return `residual + scale * product`, with the host's rounding."""
     if residual is None:
         return product
     return residual + product if scale is None else torch.addcmul(residual, product, scale)
 
 
-def _refuse(others: dict[str, object]) -> None:
-    """Raise QuantError for what a newer host hands a layer, and this pack would leave out."""
+def _refuse_unknown(others: dict[str, object]) -> None:
+    """Raise QuantError for arguments of a newer host, which this pack would ignore."""
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise host.unknown_call(", ".join(given))
 
 
 def gguf_modules(model: torch.nn.Module) -> Iterator[tuple[str, GGUFModule]]:
-    """Every layer of ours, with the state-dict key of its weight."""
+    """Yield all layers of this pack in the model, each after the state-dict key of its weight."""
     for name, module in model.named_modules():
         if isinstance(module, GGUFModule):
             yield f"{name}.weight", module
 
 
 def packed_modules(model: torch.nn.Module) -> Iterator[tuple[str, GGUFModule]]:
-    """Those whose weight is packed now."""
+    """Return the `gguf_modules` whose weight is packed at present."""
     return ((key, module) for key, module in gguf_modules(model) if is_packed(module.weight))

@@ -1,4 +1,4 @@
-"""A Linear's product with a packed weight, decoded and patched a tile of rows at a time."""
+"""The matrix product with a packed weight, which is dequantized and patched a tile of rows at a time."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from .layout import dense
 from .patches import OnTheFly, PatchRows
 
 WeightFunction = Callable[[Tensor], Tensor]
-"""The host's: whole decoded weight -> weight. Ours, `OnTheFly`, also patches some of its rows."""
+"""A function in the host's list for a layer: whole dequantized weight -> weight.
+
+`OnTheFly` of this pack can also patch some of the rows.
+"""
 
 TILE_BYTES = 64 << 20
-"""Of decoded weight at any time, whatever the size of the layer."""
+"""The size of a tile, so the most dequantized bytes at any time, however large the layer is."""
 
-# Before macOS 15 a product there never reaches a slice given as `out`, and no error says so.
+# On these devices a product does not arrive in a slice given as `out` before macOS 15, and no error is raised.
 # Source: https://github.com/pytorch/pytorch/issues/104832.
-_LOSES_SLICES = ("mps",)
+_LOSES_OUT_SLICES = ("mps",)
 
-# Rows of blocks of every type start on 16 bytes again after this many.
-_ROWS = 16
+# For every ggml type this number of rows takes a multiple of 16 bytes.
+_ALIGNED_ROWS = 16
 
 
 class _Scratch(threading.local):
-    """One tile in main memory for each thread: fresh pages cost a CPU more time than to decode into them."""
+    """One tile in main memory per thread: for a CPU, new pages cost more time than dequantizing into old ones."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def tile(self, rows: int, like: Tensor) -> Tensor:
-        """(rows, like's columns) of like's dtype and device; valid until the next call."""
+        """Return (rows, columns of `like`) of its dtype and device; the next call overwrites it."""
         n_bytes = rows * like.shape[-1] * like.itemsize
-        # torch's allocator elsewhere keeps memory, in the order of the stream; here only a tile's.
+        # Other devices have an allocator that reuses memory, and larger tiles are too rare to keep.
         if like.device.type != "cpu" or n_bytes > TILE_BYTES:
             return like.new_empty(rows, like.shape[-1])
         if len(self._bytes) < n_bytes:
@@ -50,24 +53,31 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-class DecodedRows:
-    """Rows of a packed weight, decoded and patched when they are asked for; for one use of the weight."""
+class PatchedRows:
+    """The rows of a packed weight with its patches, dequantized on request, for one use of the weight."""
 
     def __init__(self, weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> None:
         """
         Args:
             weight: (rows, columns), on the device of `like`.
-            functions: applied in turn, each to the result of the one before.
-            like: its dtype and device are those of the rows.
+            functions: applied to the dequantized rows in turn.
+            like: a tensor of the dtype and on the device that the rows get.
         """
         self._weight, self._packed = weight, host.packed_bytes(weight)
         self._patches = [_patch_rows(function, like) for function in functions]
         whole = len(weight)
         self.row_multiple = lcm(1, *(f.row_multiple if isinstance(f, OnTheFly) else whole for f in functions))
-        """Rows can be had from multiples of this, and as many; all at once where a function needs the whole weight."""
+        """`start` and the number of rows must be multiples of this: all rows if a function needs the whole weight."""
 
-    def decode(self, start: int, out: Tensor) -> Tensor:
-        """As many rows from `start` as `out`, contiguous, has. Writes to it and returns it, or what a function made."""
+    def dequantize_rows(self, start: int, out: Tensor) -> Tensor:
+        """Dequantize and patch the rows from `start` on.
+
+        Args:
+            out: contiguous, (rows to dequantize, columns), of the dtype and device of `like`. It is overwritten.
+
+        Returns:
+            `out`, or a tensor of its shape that the last function returned.
+        """
         dequantize_into(self._packed[start : start + len(out)], self._weight.params.qtype, out)
         for patch in self._patches:
             out = patch(out, start)
@@ -80,23 +90,38 @@ def _patch_rows(function: WeightFunction, like: Tensor) -> PatchRows:
     return lambda weight, _: function(weight)
 
 
-def decoded_tiles(
+def dequantized_tiles(
     weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a packed weight after `functions`, of dtype and device of `like`; each tile valid until the next."""
+    """Yield the rows of a packed weight after `functions`, as tiles that the next one overwrites.
+
+    Args:
+        weight: packed, (rows, columns).
+        like: a tensor of the dtype and on the device that the tiles get.
+
+    Yields:
+        Which rows, and the tile, (number of these rows, columns).
+    """
     rows, columns = weight.shape
-    decoded = DecodedRows(weight, functions, like)
-    multiple = lcm(_ROWS, decoded.row_multiple)
+    patched = PatchedRows(weight, functions, like)
+    multiple = lcm(_ALIGNED_ROWS, patched.row_multiple)
     step = min(rows, max(multiple, TILE_BYTES // (columns * like.itemsize) // multiple * multiple))
     tile = _scratch.tile(step, like)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
-        yield part, decoded.decode(start, tile[: part.stop - start])
+        yield part, patched.dequantize_rows(start, tile[: part.stop - start])
 
 
-def needs_whole(x: Tensor, bias: Tensor | None, functions: Sequence[WeightFunction]) -> bool:
-    """Whether a graph is made of the product: a compiled one plans its own memory, and a backward pass needs the weight
-    that was multiplied with. What is trained may be what a function of another node adds to weight or bias."""
+def needs_whole_weight(x: Tensor, bias: Tensor | None, functions: Sequence[WeightFunction]) -> bool:
+    """Return whether the product must use the whole weight at once.
+
+    A compiled graph plans its own memory. A backward pass needs the weight that was multiplied with.
+
+    Args:
+        x: the input, (..., columns).
+        bias: (rows,).
+        functions: those of other nodes may add parameters that are being trained.
+    """
     trained = x.requires_grad or (bias is not None and bias.requires_grad)
     trained = trained or not all(isinstance(function, OnTheFly) for function in functions)
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and trained)
@@ -105,23 +130,29 @@ def needs_whole(x: Tensor, bias: Tensor | None, functions: Sequence[WeightFuncti
 def packed_linear(
     x: Tensor, weight: QuantizedTensor, bias: Tensor | None, functions: Sequence[WeightFunction] = ()
 ) -> Tensor:
-    """`linear(x, dense(weight), bias)`, in memory for the output and one tile; the weight after `functions`.
+    """Return `linear(x, dense(weight), bias)`, with `functions` applied to the dequantized weight.
+
+    This needs memory for the output and one tile, unless `needs_whole_weight`.
 
     Args:
         x: floating point, (..., columns).
         weight: packed, (rows, columns).
-        bias: of the dtype of x, (rows,).
+        bias: the dtype of x, (rows,).
+        functions: applied to the dequantized weight in turn.
+
+    Returns:
+        The dtype of x, (..., rows).
     """
-    if needs_whole(x, bias, functions):
+    if needs_whole_weight(x, bias, functions):
         whole = dense(weight, x.dtype)
         for function in functions:
             whole = function(whole)
         return linear(x, whole, bias)
     rows, columns = weight.shape
     flat, out = x.reshape(-1, columns), x.new_empty(*x.shape[:-1], rows)
-    for part, tile in decoded_tiles(weight, functions, x):
+    for part, tile in dequantized_tiles(weight, functions, x):
         product, part_bias = out.view(-1, rows)[:, part], None if bias is None else bias[part]
-        if x.device.type in _LOSES_SLICES:
+        if x.device.type in _LOSES_OUT_SLICES:
             product.copy_(linear(flat, tile, part_bias))
         elif part_bias is None:
             torch.mm(flat, tile.t(), out=product)

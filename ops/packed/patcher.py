@@ -1,4 +1,4 @@
-"""LoRA on packed weights: added to the decoded weight at every use, never quantized, never kept as a dense copy."""
+"""LoRAs on packed weights: added to the dequantized rows at every use, so that nothing is quantized again."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ _KEY = "wanquant"
 
 
 class PackedPatcher(ModelPatcher):
-    """Mixed into whichever patcher the host made. All it does is keep patches of packed weights in `weight_function`.
+    """A subclass of the host's patcher that keeps the patches of packed weights in `weight_function`.
 
-    One rule, `sync`, makes the state right whatever the host did before, and runs after everything that changes it:
-    the host would write a dense weight (full load), append a second patch (partial unload), or round the LoRA into
-    the packed blocks (dynamic VRAM).
+    The host would write a dense weight (full load), append a second patch (partial unload), or round the LoRA into
+    the packed blocks (dynamic VRAM). `sync` runs after every method that does so, and sets the right patches.
     """
 
     def sync(self) -> None:
-        """Give every packed layer exactly the patches that are active now: none while no weights are loaded.
+        """Give every packed layer the patches that are active now, or none while no weights are loaded.
 
-        The model is shared by clones; while another clone's weights are loaded, its patches are left alone.
+        Clones share the model. While another clone is loaded, its patches stay.
         """
-        loaded = host.loaded_patches(self.model)
+        loaded = host.loaded_patches_uuid(self.model)
         if loaded not in (None, self.patches_uuid):
             return
         active = (self.patches, self.get_combined_hook_patches(self.current_hooks)) if loaded else ()
@@ -46,13 +45,16 @@ class PackedPatcher(ModelPatcher):
             if is_packed(module.weight):
                 _set_patches(key, module, [patches[key] for patches in active if key in patches])
             else:
-                # The host keeps some tiny layers dense, with the patches in them.
+                # The host dequantizes some tiny layers for good, and writes the patches into them.
                 module.weight_function = [f for f in module.weight_function if not isinstance(f, OnTheFly)]
 
     def keep_factors_on_device(self, device: torch.device, budget: float) -> int:
-        """Move LoRA factors too, as long as `budget` bytes last; returns the bytes that they take.
+        """Move the LoRAs of layers to `device` while the sum stays within `budget` bytes.
 
-        In the legacy memory mode those of resident layers; with dynamic VRAM no layer is resident for good.
+        In the legacy memory mode these are the layers whose weights are on `device`, with dynamic VRAM all layers.
+
+        Returns:
+            The bytes that the moved LoRAs need.
         """
         used = 0
         for function in self._on_the_fly(None if self.is_dynamic() else device):
@@ -62,14 +64,14 @@ class PackedPatcher(ModelPatcher):
         return used
 
     def restore_loaded_backups(self) -> int:
-        """The host's, when dynamic VRAM gives back what was loaded beside its pages."""
+        """Move LoRAs to main memory too, when dynamic VRAM frees what is on the device outside its pages."""
         for function in self._on_the_fly():
             function.move_to(torch.device("cpu"))
         restored: int = super().restore_loaded_backups()
         return restored
 
     def _on_the_fly(self, device: torch.device | None = None) -> Iterator[OnTheFly]:
-        """Of layers whose weights lie on `device`."""
+        """Yield the patches of all packed layers, or of those whose weights are on `device`."""
         modules = (m for _, m in packed_modules(self.model) if device is None or m.weight.device.type == device.type)
         return (f for module in modules for f in module.weight_function if isinstance(f, OnTheFly))
 
@@ -81,7 +83,7 @@ class PackedPatcher(ModelPatcher):
         return_weight: bool = False,
         force_cast: bool = False,
     ) -> Tensor | None:
-        # force_cast is dynamic VRAM making a tiny layer resident, return_weight a caller that wants it dense.
+        # Dynamic VRAM sets force_cast to keep a tiny layer on the device. return_weight asks for a dense weight.
         if not (return_weight or force_cast) and self._is_packed(key):
             return None
         weight: Tensor | None = super().patch_weight_to_device(
@@ -128,8 +130,8 @@ class PackedPatcher(ModelPatcher):
 
     def model_state_dict_for_saving(self, *_: object, **__: object) -> NoReturn:
         raise QuantError(
-            "a GGUF model cannot be saved as safetensors, its weights are packed blocks;"
-            " write it, LoRAs merged, with Save Model as GGUF"
+            "a GGUF model cannot be saved as safetensors, because its weights are packed blocks;"
+            " save it with Save Model as GGUF, which merges the LoRAs too"
         )
 
     def _is_packed(self, key: str) -> bool:
@@ -137,7 +139,7 @@ class PackedPatcher(ModelPatcher):
 
 
 def _set_patches(key: str, module: GGUFModule, sources: list[list[Patch]]) -> None:
-    """One function for each source, the present one where it has the same patches, ahead of other nodes' own."""
+    """Set one weight function per source, before those of other nodes; reuse a function with the same patches."""
     present = [f for f in module.weight_function if isinstance(f, OnTheFly)]
     others = [f for f in module.weight_function if not (isinstance(f, OnTheFly) or host.is_host_patch(f))]
     mine = [next((f for f in present if f.applies(p)), None) or OnTheFly(key, p, module) for p in sources]
@@ -146,25 +148,28 @@ def _set_patches(key: str, module: GGUFModule, sources: list[list[Patch]]) -> No
 
 
 def with_packed_patches(patcher: ModelPatcher) -> ModelPatcher:
-    """Make `patcher` one that keeps packed weights packed, whatever its class (legacy or dynamic), and return it."""
+    """Make `patcher` a `PackedPatcher`, in addition to its own class (legacy or dynamic), and return it.
+
+    The host creates the patcher and chooses its class, so the instance gets a subclass of it as `__class__`.
+    """
     if not isinstance(patcher, PackedPatcher):
-        patcher.__class__ = _mixed(type(patcher))  # type: ignore[arg-type]
+        patcher.__class__ = _packed_class(type(patcher))  # type: ignore[arg-type]
     if not patcher.get_callbacks(CallbacksMP.ON_LOAD, _KEY):
         patcher.add_callback_with_key(CallbacksMP.ON_LOAD, _KEY, _after_load)
     return patcher
 
 
 @cache
-def _mixed(base: type[ModelPatcher]) -> type[ModelPatcher]:
+def _packed_class(base: type[ModelPatcher]) -> type[ModelPatcher]:
     return type(f"Packed{base.__name__}", (PackedPatcher, base), {})
 
 
 def _after_load(
     patcher: ModelPatcher, device: torch.device, memory: float, force_patch_weights: bool, full_load: bool
 ) -> None:
-    """The host's ON_LOAD callback; `memory` is the bytes it may load, 0 for no limit.
+    """Handle the host's ON_LOAD callback; `memory` is the bytes that may be loaded, 0 without a limit.
 
-    A callback, because clones made behind our class's back inherit it: they become ours here.
+    Clones inherit callbacks, so one that was not made by `clone` becomes a `PackedPatcher` here.
     """
     with_packed_patches(patcher).sync()
     if not patcher.is_dynamic():

@@ -1,7 +1,7 @@
-"""Patches of one packed weight, applied to any rows of its decoded copy: no layer is decoded whole for a LoRA.
+"""The patches of one packed weight, applied to any of its dequantized rows.
 
-Plain LoRAs are added here, all of a layer as one matrix product in the compute dtype. Any other patch is left to the
-host's own arithmetic, on the rows in question where it can be cut to them.
+A LoRA thus never needs the whole dequantized weight. The plain LoRAs of a layer are added here, as one matrix product
+in the compute dtype. All other patches use the host's arithmetic, on the rows at hand where the patch can be sliced.
 """
 
 from __future__ import annotations
@@ -20,35 +20,37 @@ from comfy.model_management import cast_to_device
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 from torch import Tensor
 
-from .patch_rows import Patch, cut, cut_weight, row_multiple
+from .patch_rows import Patch, row_multiple, slice_patch, slice_weight
 
 PatchRows = Callable[[Tensor, int], Tensor]
-"""(some rows of the decoded weight, index of the first) -> these rows, patched. It may write to what it is given."""
+"""(some dequantized rows, index of the first) -> these rows, patched. It may write to its input."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Plain LoRAs, added as one product: weight += up @ down, rank beside rank.
+    """Plain LoRAs, concatenated along their rank and added as one product: weight += up @ down.
 
-    That costs the same for any number of tokens. Through the tokens, x @ down.T @ up.T, it would take less arithmetic
-    for fewer than rows * columns / (rows + columns), 2560 at 5120 x 5120: a video has 32,760, and of the text's 512
-    there are too few to matter.
+    The cost does not depend on the number of tokens. Applying them to the tokens, x @ down.T @ up.T, is cheaper only
+    for fewer than rows * columns / (rows + columns) tokens. For a weight of 5120 x 5120 these are 2560 tokens. A video
+    has more, such as 32,760, and the 512 tokens of the text cost little either way.
     """
 
     factors: tuple[tuple[Tensor, Tensor, float], ...]
-    """Up (rows, rank), down (rank, columns), and what their product is multiplied with."""
+    """For each LoRA: up, (rows, rank); down, (rank, columns); the factor of their product. Floating point."""
     row_multiple: int = 1
 
     def size(self, dtype: torch.dtype) -> int:
+        """Return the bytes of the factors in `dtype`."""
         return sum((up.numel() + down.numel()) * dtype.itemsize for up, down, _ in self.factors)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> LowRank:
-        """A single LoRA of scale 1: scales are multiplied into up, and rounded once."""
+        """Return one equal LoRA on `device`; the scales are multiplied into its `up`, which is rounded once."""
         ups = [(cast_to_device(up, device, torch.float32) * scale).to(dtype) for up, _, scale in self.factors]
         downs = [cast_to_device(down, device, dtype) for _, down, _ in self.factors]
         return LowRank(((torch.cat(ups, 1), torch.cat(downs), 1.0),))
 
     def __call__(self, rows: Tensor, start: int) -> Tensor:
+        """Add to `rows` in place and return it; see `PatchRows`."""
         for up, down, scale in self.factors:
             rows.addmm_(up[start : start + len(rows)], down, alpha=scale)
         return rows
@@ -56,25 +58,28 @@ class LowRank:
 
 @dataclass(frozen=True)
 class HostPatch:
-    """Any other patch."""
+    """A patch that is not a plain LoRA."""
 
     key: str
     patch: Patch
     module: Any
-    """Whose `weight`, packed and without patches, some patches are relative to."""
+    """The layer; some patches need its packed, unpatched `weight`."""
     row_multiple: int
 
     def size(self, dtype: torch.dtype) -> int:
+        """Return the bytes of the patch, which keeps its own dtype."""
         return sum(tensor.nbytes for tensor in _tensors(self.patch[1]))
 
     def on(self, device: torch.device, dtype: torch.dtype) -> HostPatch:
+        """Return the patch with its tensors on `device`."""
         strength, value, *rest = self.patch
         return replace(self, patch=(strength, _on_device(value, device), *rest))
 
     def __call__(self, rows: Tensor, start: int) -> Tensor:
+        """Return the patched rows; see `PatchRows`."""
         patch, original, stop = self.patch, self.module.weight, start + len(rows)
         if len(rows) < len(original):
-            patch, original = cut(patch, len(original), start, stop), cut_weight(original, start, stop)
+            patch, original = slice_patch(patch, len(original), start, stop), slice_weight(original, start, stop)
         patched: Tensor = comfy.lora.calculate_weight(
             [patch], rows, self.key, rows.dtype, {self.key: [(original, None)]}
         )
@@ -82,24 +87,31 @@ class HostPatch:
 
 
 class OnTheFly:
-    """A weight function of the host's: the patches of one packed weight, in the compute dtype."""
+    """The patches of one packed weight as an entry of the host's `weight_function` list of a layer.
+
+    They are applied in the compute dtype.
+    """
 
     def __init__(self, key: str, patches: list[Patch], module: torch.nn.Module) -> None:
         self.patches = list(patches)
-        # A reference would be a cycle, and a model of gigabytes would wait for the garbage collector.
+        # A strong reference would be a cycle, which keeps gigabytes until the garbage collector runs.
         self._module: Any = weakref.proxy(module)
         self._steps = tuple(_steps(key, patches, self._module))
         self._held: tuple[LowRank | HostPatch, ...] = ()
         self._held_as: tuple[torch.device, torch.dtype] | None = None
         self.row_multiple = lcm(*(step.row_multiple for step in self._steps))
-        """Rows of the weight can be patched a multiple of this at a time."""
+        """The first row and the number of rows that are patched at a time must be multiples of this."""
 
     def __call__(self, weight: Tensor) -> Tensor:
-        """The whole weight, patched. It may be written to: it must be a private copy."""
+        """Return the patched weight.
+
+        Args:
+            weight: the whole dequantized weight, (rows, columns), in the compute dtype. It may be overwritten.
+        """
         return self.bind(weight.device, weight.dtype)(weight, 0)
 
     def bind(self, device: torch.device, dtype: torch.dtype) -> PatchRows:
-        """For one use of the weight: its patches, brought to the device once for all rows."""
+        """Return a function that patches rows, for one use of the weight; the patches are moved to `device` once."""
         held = self._held_as == (device, dtype)
         steps = self._held if held else tuple(step.on(device, dtype) for step in self._steps)
 
@@ -111,27 +123,32 @@ class OnTheFly:
         return patch_rows
 
     def applies(self, patches: list[Patch]) -> bool:
+        """Return whether these very patches, in this order, are the ones that are applied here."""
         return len(patches) == len(self.patches) and all(a is b for a, b in zip(patches, self.patches, strict=True))
 
     def size(self) -> int:
-        """Bytes that `move_to` an accelerator would take there."""
+        """Return the bytes that the patches need on an accelerator."""
         return sum(step.size(self._module.weight.dtype) for step in self._steps)
 
     def move_to(self, device: torch.device) -> int:
-        """Keep the patches on `device`. The host's protocol: returns the bytes taken there, or given back by a move to
-        the CPU, where the patches are the LoRA file's own again."""
+        """Keep the patches on `device`; a method that the host calls.
+
+        Returns:
+            The bytes that they need on an accelerator. For the CPU, where they are the LoRA file's own tensors, the
+            bytes that this frees.
+        """
         if comfy.model_management.is_device_cpu(device):
             freed = self.size() if self._held_as else 0
             self._held, self._held_as = (), None
             return freed
-        # A tensor's device has an index, which the host's name for it may lack, as on Macs.
+        # The device of a tensor has an index, but the host's device may lack it, as on Macs.
         device, dtype = torch.empty(0, device=device).device, self._module.weight.dtype
         self._held, self._held_as = tuple(step.on(device, dtype) for step in self._steps), (device, dtype)
         return self.size()
 
 
 def _steps(key: str, patches: list[Patch], module: Any) -> Iterator[LowRank | HostPatch]:  # noqa: ANN401
-    """The patches in their order, plain LoRAs that follow each other together."""
+    """Yield the patches in their order, with consecutive plain LoRAs as one."""
     shape = module.weight.shape
     for plain, group in groupby(patches, lambda patch: _factors(patch, shape) is not None):
         if plain:
@@ -142,7 +159,7 @@ def _steps(key: str, patches: list[Patch], module: Any) -> Iterator[LowRank | Ho
 
 
 def _factors(patch: Patch, shape: torch.Size) -> tuple[Tensor, Tensor, float] | None:
-    """Up, down and scale of a LoRA of the whole weight, None for any other patch."""
+    """Return up, down and scale of a plain LoRA of the whole weight, None for any other patch."""
     strength, adapter, strength_model, offset, function = patch
     if type(adapter) is not LoRAAdapter or strength_model != 1 or offset is not None or function is not None:
         return None
@@ -153,7 +170,7 @@ def _factors(patch: Patch, shape: torch.Size) -> tuple[Tensor, Tensor, float] | 
 
 
 def _on_device(value: Any, device: torch.device) -> Any:  # noqa: ANN401
-    """The host's patch value with all its tensors on `device`."""
+    """Return a patch value of the host's with all its tensors on `device`."""
     if isinstance(value, Tensor):
         return cast_to_device(value, device, None)
     if isinstance(value, WeightAdapterBase):

@@ -262,12 +262,12 @@ def test_what_it_does_not_know_is_refused_with_the_hosts_version(monkeypatch):
     table.load_state_dict({"weight": packed_weight("Q8_0")})
     x, index = torch.randn(3, COLUMNS), torch.tensor([1])
     assert torch.equal(module.forward_comfy_cast_weights(x, act_up=None), module(x))
-    with pytest.raises(QuantError, match=r"ComfyUI 9\.9\.0 hands a Linear act_up, .*: update WanQuant"):
+    with pytest.raises(QuantError, match=r"ComfyUI 9\.9\.0 passes act_up to a layer, .*; update WanQuant"):
         module.forward_comfy_cast_weights(x, act_up=x)
-    with pytest.raises(QuantError, match=r"ComfyUI 9\.9\.0 hands"):
+    with pytest.raises(QuantError, match=r"ComfyUI 9\.9\.0 passes .* to a layer"):
         table.forward_comfy_cast_weights(index, scale=x)
     if not hasattr(comfy.ops, "_eager_input_act"):
-        with pytest.raises(QuantError, match="hands a Linear an activation 'relu'"):
+        with pytest.raises(QuantError, match="passes the activation 'relu' to a layer"):
             module.forward_comfy_cast_weights(x, input_act="relu")
 
 

@@ -73,7 +73,7 @@ def test_no_allocation_but_output_once_warm():
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no_bias"])
 def test_no_product_into_a_slice_where_the_device_loses_it(with_bias, monkeypatch):
     monkeypatch.setattr(matmul, "TILE_BYTES", 16 * COLUMNS * 4)
-    monkeypatch.setattr(matmul, "_LOSES_SLICES", ("cpu",))
+    monkeypatch.setattr(matmul, "_LOSES_OUT_SLICES", ("cpu",))
     for name in ("mm", "addmm"):
         monkeypatch.setattr(torch, name, lambda *_, **__: None)
     x, bias = torch.randn(2, 5, COLUMNS), torch.randn(ROWS) if with_bias else None
