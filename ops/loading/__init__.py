@@ -1,4 +1,4 @@
-"""Files -> the host's models.
+"""Loads GGUF files as models of the host.
 
-It imports `packed`, `host` and `quant`.
+This folder imports `packed`, `host` and `quant`.
 """

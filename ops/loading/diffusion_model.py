@@ -1,4 +1,4 @@
-"""GGUF file -> the host's state dict -> ModelPatcher."""
+"""Loads the diffusion model in a GGUF file as a ModelPatcher of the host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..packed.layout import pack, with_dtype
 from ..packed.linear import GGUFOps, packed_modules
 from ..packed.patcher import with_packed_patches
 from .add_on import with_add_on
-from .file_mapping import map_files, watch
+from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
 from .prefetch import prefetch_blocks
 
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-# Two-dimensional parameters named `.weight` that the host's models read directly, not through a Linear.
+# Two-dimensional parameters named `.weight` that the host's models use directly, not in a Linear.
 # Source: comfy/ldm/wan/model_animate.py EqualLinear, comfy/ldm/wan/model.py WanModel_S2V, ComfyUI 0.30.0.
-_NO_LINEAR = ("motion_encoder.", "trainable_cond_mask.")
+_NOT_LINEAR = ("motion_encoder.", "trainable_cond_mask.")
 
-# How tensors start, what such a file is, and what to do with it.
-_FOREIGN = (
+# How the tensor names start, what the file is, and what to do with it.
+_OTHER_FILES = (
     (("enc.blk.", "encoder.block."), "a T5 text encoder", "load it with Load Text Encoder (GGUF)"),
     (("v.blk.", "mm.", "v.patch_embd"), "a vision projector (mmproj)", "choose another file"),
     (("blk.", "token_embd."), "a language model or text encoder", "choose another file"),
@@ -55,29 +55,30 @@ def load_diffusion_model(
     int8: bool = False,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
-    """Load a GGUF diffusion model for the host; weights stay packed until they are used.
+    """Load a GGUF diffusion model for the host; its weights stay packed until they are used.
 
     Args:
-        dtype: of the arithmetic; the host chooses for the device when None.
+        path: a GGUF file; of a split one, any part.
+        dtype: the dtype to compute in; if None, the host chooses it for the device.
         add_on: a GGUF or safetensors file of an add-on (VACE and the like) for the Wan transformer in `path`.
         int8: multiply many tokens in 8-bit integers (`int8_linear`).
-        disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
+        disable_dynamic: load for the host's legacy memory mode, which it needs for torch.compile and hooks.
 
     Raises:
-        QuantError: a host that does not fit, not a well-formed GGUF, no diffusion model that this host knows, a module
-            that does not match it, or no int8 in this host.
+        QuantError: an incompatible host, a malformed GGUF, a model that this host does not know, an add-on for another
+            model, too little main memory, or `int8` in a host without it.
     """
     check_host()
     header = read_header(path)
-    _refuse_foreign(header)
+    _refuse_other_files(header)
     if add_on is not None:
         header = with_add_on(header, add_on)
-    # Only a stand-in until the host has chosen: bfloat16 is what Wan was trained in.
-    stand_in = dtype or torch.bfloat16
-    check_memory(header, decoded_bytes(header, stand_in))
+    # Wan was trained in bfloat16. The host chooses the final dtype below.
+    provisional = dtype or torch.bfloat16
+    check_memory(header, dequantized_bytes(header, provisional))
     data = map_files(header.parts, dynamic=not disable_dynamic)
     metadata = source_metadata(header.metadata)
-    state_dict = {r.name: loaded_tensor(r, data(r), stand_in) for r in header.tensors.values()}
+    state_dict = {r.name: annotated_tensor(r, data(r), provisional) for r in header.tensors.values()}
     if host.knows_preferences():
         preferences = preference_tensors(metadata)
         state_dict |= {name: host.annotate_source(tensor, header.path) for name, tensor in preferences.items()}
@@ -88,23 +89,31 @@ def load_diffusion_model(
         disable_dynamic=disable_dynamic,
     )
     if patcher is None:
-        raise _not_a_model(header, "no diffusion model that this version of ComfyUI knows")
-    _settle_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
+        raise _not_a_model(header, "not a diffusion model that this version of ComfyUI knows")
+    _set_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
     host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, add_on=add_on, int8=int8))
-    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
+    patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
     if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
-        logger.warning("%s: loaded, but WanQuant is tested with Wan models only", header.path)
+        logger.warning("%s: loaded, but not a Wan model; WanQuant is tested with Wan models only", header.path)
     return with_packed_patches(patcher)
 
 
-def loaded_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
-    """`host_tensor`, which tells the host its file."""
+def annotated_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `host_tensor`, annotated with its file for the host."""
     return host.annotate_source(host_tensor(record, data, dtype), record.path)
 
 
 def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the host's state dict gets: packed for our layers, zero-copy for plain types, else decoded to `dtype`."""
+    """Return a tensor of `record.shape` for the host's state dict.
+
+    It is packed if it belongs to a Linear, and mapped if its type is plain. Any other tensor is dequantized.
+
+    Args:
+        record: the tensor in the header.
+        data: uint8, (*stored_shape[:-1], row_bytes).
+        dtype: what a packed tensor dequantizes to, and a quantized one is dequantized to.
+    """
     plain = _PLAIN.get(record.qtype.name)
     if plain is not None:
         aligned = data if data.storage_offset() % plain.itemsize == 0 else data.clone()
@@ -115,32 +124,32 @@ def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tenso
     return record.qtype.dequantize(data, dtype).view(record.shape)
 
 
-def decoded_bytes(header: Header, dtype: torch.dtype) -> int:
-    """Bytes that `host_tensor` decodes into for the whole file; all else is mapped."""
+def dequantized_bytes(header: Header, dtype: torch.dtype) -> int:
+    """Return the bytes of the tensors that `host_tensor` dequantizes; all others stay mapped."""
     records = (r for r in header.tensors.values() if r.qtype.name not in _PLAIN and not _is_linear(r))
     return sum(prod(record.shape) for record in records) * dtype.itemsize
 
 
 def _is_linear(record: TensorRecord) -> bool:
     matrix = len(record.shape) == 2 and record.shape == record.stored_shape
-    return matrix and record.name.endswith(".weight") and not any(part in record.name for part in _NO_LINEAR)
+    return matrix and record.name.endswith(".weight") and not any(part in record.name for part in _NOT_LINEAR)
 
 
-def _settle_dtype(model: BaseModel, dtype: torch.dtype) -> None:
-    """Make the model, and what its weights are decoded to, of `dtype`."""
+def _set_dtype(model: BaseModel, dtype: torch.dtype) -> None:
+    """Make the model compute in `dtype`, and its packed weights dequantize to it."""
     host.set_compute_dtype(model, dtype)
     for _, module in packed_modules(model):
         module.weight = torch.nn.Parameter(with_dtype(module.weight, dtype), requires_grad=False)
 
 
-def _refuse_foreign(header: Header) -> None:
+def _refuse_other_files(header: Header) -> None:
     if "imatrix" in (header.metadata.get("general.type"), header.metadata.get("general.architecture")):
         raise _not_a_model(header, "an importance matrix")
     if header.metadata.get("general.type") == "adapter":
         raise _not_a_model(header, "a LoRA")
     if is_module(header.tensors, ""):
         raise _not_a_model(header, "an add-on for a Wan model", "choose it as module_name, with the model it is for")
-    for prefixes, what, remedy in _FOREIGN:
+    for prefixes, what, remedy in _OTHER_FILES:
         if any(name.startswith(prefixes) for name in header.tensors):
             raise _not_a_model(header, what, remedy)
 

@@ -1,4 +1,4 @@
-"""Tensor data of files, mapped the way the host's memory manager wants it."""
+"""Maps the tensor data of files in the way that the host's memory manager expects."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ from .. import host
 logger = logging.getLogger(__name__)
 
 TensorData = Callable[[TensorRecord], Tensor]
-"""A record's bytes, uint8 (*stored_shape[:-1], row_bytes), mapped and not copied."""
+"""Returns the mapped bytes of a record without a copy: uint8, (*stored_shape[:-1], row_bytes)."""
 
 
 def map_files(parts: Sequence[FileIdentity], *, dynamic: bool = True) -> TensorData:
-    """Map files of any format: with dynamic VRAM through the host's own map, else through a private one, to be pinned.
+    """Map files of any format.
+
+    With dynamic VRAM the host's own map is used. It is read-only, so CUDA cannot pin it. The legacy memory mode gets a
+    private map, which CUDA can pin.
 
     Args:
-        dynamic: off for a model in the legacy memory mode: the host's map is read-only, so CUDA cannot pin it.
+        parts: the files.
+        dynamic: False for a model in the legacy memory mode.
 
     Raises:
-        QuantError: a file cannot be mapped, or is no longer the one whose records were read.
+        QuantError: a file cannot be mapped, or has changed since its records were read.
     """
     streams = dynamic and host.dynamic_vram()
     maps = {part.path: _HostMap(part.path) if streams else _PrivateMap(part) for part in parts}
@@ -47,27 +51,29 @@ class _PrivateMap:
         return packed.view(record.qtype.packed_shape(record.stored_shape or (1,)))
 
 
-def watch(header: Header) -> Callable[[object], None]:
-    """A callback for before each run, which says once in the log that a loaded file was deleted or replaced.
+def change_warning(header: Header) -> Callable[[object], None]:
+    """Return a callback for the start of each run that warns once if a loaded file was deleted or replaced.
 
-    Its mapping serves on then. It raises QuantError when the file itself was written to: the weights are others now.
+    The mapping stays valid then. The callback raises QuantError if the file was written to, which changes the weights.
     """
-    told: set[Path] = set()
+    warned: set[Path] = set()
 
     def check(_: object) -> None:
         for part in header.parts:
             what = part.displaced()
-            if what and part.path not in told:
-                told.add(part.path)
+            if what and part.path not in warned:
+                warned.add(part.path)
                 logger.warning(
-                    "%s was %s; what was loaded from it stays in use until it is loaded again", part.path, what
+                    "%s was %s since it was loaded; the weights of the old file stay in use until it is loaded again",
+                    part.path,
+                    what,
                 )
 
     return check
 
 
 class _HostMap:
-    """A file that dynamic VRAM can read from disk to the accelerator.
+    """The map of a file that dynamic VRAM can read from disk to the accelerator.
 
     Source: comfy/utils.py load_safetensors, ComfyUI 0.30.0.
     """

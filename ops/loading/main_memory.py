@@ -1,4 +1,4 @@
-"""What a model asks of main memory, said before it is loaded."""
+"""Checks before loading whether a model fits in main memory."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from ...quant.units import GIB
 logger = logging.getLogger(__name__)
 
 
-def check_memory(header: Header, decoded: int) -> None:
-    """Refuse a file that does not fit, and warn of one that will be read from disk again at every step.
+def check_memory(header: Header, dequantized: int) -> None:
+    """Refuse a file that does not fit in main memory, and warn of one that must be read from disk at every step.
 
     Args:
-        decoded: bytes of memory of its own that loading takes; all else is mapped, and the system can take it back.
+        header: the header of the file.
+        dequantized: bytes that loading allocates; everything else is mapped, and the system can drop it again.
 
     Raises:
-        QuantError: less main memory is free than that.
+        QuantError: less main memory is free than loading allocates.
     """
     free = comfy.model_management.get_free_memory(torch.device("cpu"))
-    if decoded > free:
+    if dequantized > free:
         raise QuantError(
-            f"{header.path}: loading takes {decoded / GIB:.2f} GiB, and {free / GIB:.2f} GiB of main memory are free;"
-            " close other programs, or choose a file that this pack converted, which needs nothing decoded"
+            f"{header.path}: loading needs {dequantized / GIB:.2f} GiB of main memory, {free / GIB:.2f} GiB are free;"
+            " close other programs, or choose a file that this pack converted, which needs much less"
         )
     mapped = sum(record.nbytes for record in header.tensors.values())
-    if mapped > free - decoded:
+    if mapped > free - dequantized:
         logger.warning(
-            "%s: %.2f GiB of weights and %.2f GiB of free main memory, so they are read from disk again at every step;"
-            " close other programs, or choose a smaller recipe",
+            "%s: the weights need %.2f GiB, but %.2f GiB of main memory are free, so every step reads them from disk;"
+            " close other programs, or choose a file made with a smaller recipe",
             header.path,
             mapped / GIB,
-            (free - decoded) / GIB,
+            (free - dequantized) / GIB,
         )

@@ -1,4 +1,4 @@
-"""With dynamic VRAM: all weights of a Wan block on their way at once, while the block before it still computes."""
+"""Copies the weights of a Wan block to the accelerator while the previous block computes, with dynamic VRAM."""
 
 from __future__ import annotations
 
@@ -10,15 +10,24 @@ import torch
 from .. import host
 
 Block = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
-"""The host's replacement of a block: (its arguments, {"original_block": the block}) -> {"img": output}."""
+"""A block replacement of the host's: (arguments of the block, {"original_block": the block}) -> {"img": output}."""
 
 
 def prefetch_blocks(execute: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-    """A DIFFUSION_MODEL wrapper that hands each block to the host's prefetch queue before it runs.
+    """Pass each block to the host's prefetch queue before it runs; a DIFFUSION_MODEL wrapper.
 
-    Without it each layer asks for its weights as it runs, and its copy overlaps the one layer before. The queue wants
-    room for the packed weights of two blocks. Nothing changes where the host has no queue (another memory mode, no
-    streams) or prefetches by itself, where a node runs blocks its own way, and where a block is in use before its turn.
+    Without this, each layer requests its weights when it runs, and the copy overlaps with one layer only. The queue
+    needs memory for the packed weights of two blocks.
+
+    The wrapper does nothing if the host has no queue (another memory mode, no streams) or prefetches itself. The same
+    holds if a node replaces blocks, or if a block is used before its turn.
+
+    Args:
+        execute: the host's executor of the wrapped call.
+        x: the latent, (batch, channels, frames, height, width).
+
+    Returns:
+        The prediction of the model, of the shape of x.
     """
     options = host.prefetch_options((*args, *kwargs.values()))
     replaced = options.get("patches_replace", {})
@@ -29,21 +38,21 @@ def prefetch_blocks(execute: Any, x: torch.Tensor, *args: Any, **kwargs: Any) ->
     if queue is None:
         return execute(x, *args, **kwargs)
 
-    def then(block: torch.nn.Module | None) -> None:
+    def fetch(block: torch.nn.Module | None) -> None:
         host.advance(queue, x.device, block)
 
-    # The host made these options for this call, with all that lies deeper shared between calls.
-    hooks = {("double_block", index): _after(then, block) for index, block in enumerate(blocks)}
+    # These options are of this call only, but the dicts in them are shared between calls.
+    hooks = {("double_block", index): _after(fetch, block) for index, block in enumerate(blocks)}
     options["patches_replace"] = {**replaced, "dit": hooks}
     output = execute(x, *args, **kwargs)
-    # Nobody would use, and so give back, the weights of blocks that a node left out.
+    # Blocks that a node skipped would never free their weights.
     del queue[1:-1]
-    then(None)
+    fetch(None)
     return output
 
 
 def _prefetched_otherwise(model: Any, blocks: list[torch.nn.Module]) -> bool:  # noqa: ANN401
-    """By the model itself, or by what runs ahead of a block's turn: the pose branch of Wan Animate 2."""
+    """Return whether the model prefetches itself, or uses blocks early, as the pose branch of Wan Animate 2 does."""
     return host.prefetches(model) or any(hasattr(block, "forward_pose") for block in blocks)
 
 

@@ -1,4 +1,4 @@
-"""GGUF text encoder (umT5, T5) -> the host's CLIP."""
+"""Loads a text encoder (umT5, T5) in a GGUF file as a CLIP of the host."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .. import host
 from ..host_check import check_host
 from ..packed.linear import GGUFOps, computing_in
 from ..packed.patcher import with_packed_patches
-from .diffusion_model import decoded_bytes, loaded_tensor
-from .file_mapping import map_files, watch
+from .diffusion_model import annotated_tensor, dequantized_bytes
+from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
 
 _EMBEDDING = "shared.weight"
@@ -40,37 +40,41 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     disable_dynamic: bool = False,
 ) -> comfy.sd.CLIP:
-    """Load a T5 text encoder for the host; weights stay packed, and of the embedding only a prompt's rows are decoded.
+    """Load a T5 text encoder for the host; its weights stay packed until they are used.
+
+    Only those rows of the embedding that a prompt needs are dequantized.
 
     Args:
+        path: a GGUF file; of a split one, any part.
         clip_type: the model family that the prompt is for, which decides on tokenizer and padding.
-        dtype: of the matrix products; None is the host's, float32. All else is float32 in any case.
-        disable_dynamic: the host asks for its legacy memory mode (torch.compile, hooks).
+        embedding_directory: folders of textual inversion embeddings.
+        dtype: the dtype of matrix products, float32 if None. All other operations use float32.
+        disable_dynamic: load for the host's legacy memory mode, which it needs for torch.compile and hooks.
 
     Raises:
-        QuantError: a host that does not fit, not a well-formed GGUF, no T5-XXL encoder, one of another model family, or
-            without its tokenizer.
+        QuantError: an incompatible host, a malformed GGUF, a file that is not a T5-XXL encoder or is for another model
+            family, a missing tokenizer, or too little main memory.
     """
     check_host()
     header = read_header(path)
     names = {transformers_name(name): record for name, record in header.tensors.items()}
     _check(header, names.keys(), clip_type)
-    check_memory(header, decoded_bytes(header, torch.bfloat16))
+    check_memory(header, dequantized_bytes(header, torch.bfloat16))
     data = map_files(header.parts, dynamic=not disable_dynamic)
-    state_dict = {name: loaded_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
+    state_dict = {name: annotated_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
     options = {
         "custom_operations": computing_in(dtype) if dtype else GGUFOps,
         "umt5xxl_model_config": _config(state_dict),
     }
-    if clip_type is comfy.sd.CLIPType.WAN:  # the host has the tokenizer of the other models itself
+    if clip_type is comfy.sd.CLIPType.WAN:  # The host brings the tokenizers of other models.
         state_dict["spiece_model"] = host.annotate_source(_tokenizer(header), header.path)
     if comfy.sd.detect_te_model(state_dict) is not comfy.sd.TEModel.T5_XXL:
-        raise QuantError(f"{header.path}: a T5 text encoder of another size than XXL; choose umt5-xxl for Wan")
+        raise QuantError(f"{header.path}: a T5 text encoder of another size, expected XXL; choose umt5-xxl for Wan")
     clip = comfy.sd.load_text_encoder_state_dicts(
         [state_dict], embedding_directory, clip_type, options, disable_dynamic=disable_dynamic
     )
     clip.patcher = with_packed_patches(clip.patcher)
-    clip.patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, watch(header))
+    clip.patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     host.remember_loader(clip.patcher, partial(_load_patcher, path, clip_type, embedding_directory, dtype=dtype))
     return clip
 
@@ -80,19 +84,21 @@ def _load_patcher(*args: Any, **options: Any) -> ModelPatcher:  # noqa: ANN401
 
 
 def _check(header: Header, names: Collection[str], clip_type: comfy.sd.CLIPType) -> None:
-    """Refuse what the host would load as another model, or as this one with weights missing."""
+    """Raise QuantError for files that the host would load as another model, or with weights missing."""
     if _EMBEDDING not in names or _QUERY not in names:
         architecture = header.metadata.get("general.architecture", "not given")
         diffusion = any(name.endswith(WAN_KEY) for name in names)
         remedy = "load it with Load Diffusion Model (GGUF)" if diffusion else "choose umt5-xxl for Wan"
         raise QuantError(f"{header.path}: not a T5 text encoder (general.architecture {architecture}); {remedy}")
     biases = sum(name.endswith("relative_attention_bias.weight") for name in names)
-    # umT5 has one in every block, T5 one for all.
+    # umT5 has one in every block, T5 has one for all blocks.
     is_umt5, wants_umt5 = biases == _blocks(names), clip_type is comfy.sd.CLIPType.WAN
     if is_umt5 and not wants_umt5:
         raise QuantError(f"{header.path}: umT5, the text encoder of Wan; choose type wan")
     if wants_umt5 and not is_umt5:
-        raise QuantError(f"{header.path}: T5, but Wan's text encoder is umT5; choose umt5-xxl, or the type it is for")
+        raise QuantError(
+            f"{header.path}: T5, but Wan's text encoder is umT5; choose umt5-xxl, or the type that the T5 is for"
+        )
 
 
 def _blocks(names: Collection[str]) -> int:
@@ -100,7 +106,7 @@ def _blocks(names: Collection[str]) -> int:
 
 
 def _config(state_dict: dict[str, Tensor]) -> dict[str, int]:
-    """The sizes that the host otherwise takes for granted to be umt5-xxl's."""
+    """Return the sizes of the encoder; without them the host assumes those of umt5-xxl."""
     vocabulary, width = state_dict[_EMBEDDING].shape
     heads = next(t.shape[1] for name, t in state_dict.items() if name.endswith("relative_attention_bias.weight"))
     return {

@@ -196,7 +196,7 @@ def test_base_is_opened_as_often_as_without_an_add_on(tmp_path, tiny_wan, t2v, m
     ("name", "message"),
     [
         ("double_blocks.0.img_attn.qkv.weight", "not a Wan model"),
-        ("condition_embedder.time_proj.weight", "no diffusion model that this version of ComfyUI knows"),
+        ("condition_embedder.time_proj.weight", "not a diffusion model that this version of ComfyUI knows"),
     ],
     ids=["another model", "Wan in Diffusers' names"],
 )

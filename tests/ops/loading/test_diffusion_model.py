@@ -164,7 +164,7 @@ def test_file_deleted_or_replaced_serves_on(loaded, state, write_gguf, caplog):
     for _ in range(2):
         patcher.pre_run()
     (message,) = (record.getMessage() for record in caplog.records if "a.gguf" in record.getMessage())
-    assert "was deleted; what was loaded from it stays in use" in message
+    assert "was deleted since it was loaded; the weights of the old file stay in use" in message
     write_gguf(path, {name: 2 * tensor for name, tensor in state.items()}, as_city96)
     patcher.pre_run()
     assert torch.equal(forward(patcher), expected)
@@ -177,7 +177,7 @@ def test_replaced_file_is_told(loaded, caplog):
     other.write_bytes(path.read_bytes())
     os.replace(other, path)
     patcher.pre_run()
-    assert "a.gguf was replaced by another; what was loaded from it" in caplog.text
+    assert "a.gguf was replaced by another since it was loaded; the weights of the old file" in caplog.text
 
 
 def test_file_that_was_written_to_is_refused_before_a_run(loaded):
@@ -196,8 +196,12 @@ def test_file_that_was_written_to_is_refused_before_a_run(loaded):
         ({"general.type": "imatrix"}, ["blk.0.attn_q.weight.in_sum2"], "an importance matrix"),
         ({"general.type": "adapter"}, ["blk.0.attn_q.weight.lora_a"], "a LoRA"),
         ({"general.architecture": "vae"}, ["encoder.conv1.weight", "decoder.upsamples.0.weight"], "a VAE"),
-        ({"general.architecture": "wan"}, ["strange.weight"], "no diffusion model that this version of ComfyUI knows"),
-        ({}, [], "no diffusion model"),
+        (
+            {"general.architecture": "wan"},
+            ["strange.weight"],
+            "not a diffusion model that this version of ComfyUI knows",
+        ),
+        ({}, [], "not a diffusion model"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

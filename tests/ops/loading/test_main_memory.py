@@ -29,7 +29,7 @@ def test_file_larger_than_memory_is_told(t2v, monkeypatch, caplog):
     assert "free main memory" not in caplog.text
     free_memory(monkeypatch, 4 * MIB)
     load_diffusion_model(t2v[1])
-    assert "0.00 GiB of free main memory, so they are read from disk again at every step" in caplog.text
+    assert "0.00 GiB of main memory are free, so every step reads them from disk" in caplog.text
 
 
 def test_decoded_tensors_larger_than_memory_are_refused(tmp_path, state, write_gguf, monkeypatch):
@@ -42,7 +42,7 @@ def test_decoded_tensors_larger_than_memory_are_refused(tmp_path, state, write_g
     path = write_gguf(tmp_path / "a.gguf", flat, lambda name, _: types.get(name, "F32"), metadata=metadata)
     load_diffusion_model(path, dtype=torch.float32)
     free_memory(monkeypatch, 256 * 64 * 4 - 1)
-    with pytest.raises(QuantError, match=r"a\.gguf: loading takes 0\.00 GiB, and 0\.00 GiB of main memory are free"):
+    with pytest.raises(QuantError, match=r"a\.gguf: loading needs 0\.00 GiB of main memory, 0\.00 GiB are free"):
         load_diffusion_model(path, dtype=torch.float32)
 
 
