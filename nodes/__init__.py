@@ -43,7 +43,7 @@ class WanQuantExtension(ComfyExtension):
 def model_nodes() -> list[type[io.ComfyNode]]:
     """The nodes that work with loaded models. After an update of ComfyUI that they do not fit, the others stay."""
     try:
-        from ..ops.host_check import misfits, sentence
+        from ..ops.host_check import incompatibilities, incompatibility_message
         from .collect_importance import WanQuantCollectImportance
         from .load_diffusion_model import WanQuantLoader
         from .load_expert_pair import WanQuantExpertPairLoader
@@ -59,8 +59,8 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         )
         logger.debug("where it failed", exc_info=error)
         return []
-    if problems := misfits():
-        logger.error("WanQuant: %s", sentence(problems))
+    if problems := incompatibilities():
+        logger.error("WanQuant: %s", incompatibility_message(problems))
     return [
         WanQuantLoader,
         WanQuantExpertPairLoader,

@@ -1,4 +1,4 @@
-"""Collects an importance matrix while a model samples, packed or not."""
+"""Collects an importance matrix while a model samples, whether its weights are packed or not."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ _KEY = "wanquant.importance"
 
 
 def with_collector(patcher: ModelPatcher, collector: Collector, *, by_step_size: bool = False) -> ModelPatcher:
-    """A clone of the model that adds the inputs of its Linears to `collector` in every evaluation.
+    """Return a clone of the model that adds the inputs of its Linears to `collector` in every evaluation.
 
     Args:
-        by_step_size: count a step by the square of the noise that it takes away, since that is how far an error in
-            it moves the result; otherwise every evaluation counts alike.
+        patcher: the model, from any loader.
+        collector: sums up the inputs.
+        by_step_size: weight a step by the square of the noise that it removes, because an error in it changes the
+            result that much. Otherwise all evaluations have the same weight.
     """
     observed = patcher.clone()
     observed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_observe, collector, by_step_size))
@@ -43,7 +45,7 @@ def _observe(
     transformer_options: dict[str, Any],
     **kwargs: object,
 ) -> Tensor:
-    """Wraps `BaseModel.apply_model`."""
+    """Observe one evaluation; a wrapper of `BaseModel.apply_model`, whose arguments these are."""
     weight = step_size(t, transformer_options.get("sample_sigmas")) ** 2 if by_step_size else 1.0
     options = host.without_prefetch(transformer_options)
     with collecting(executor.class_obj.diffusion_model, collector, weight):
@@ -54,11 +56,16 @@ def _observe(
 
 @contextmanager
 def collecting(model: torch.nn.Module, collector: Collector, weight: float = 1.0) -> Iterator[None]:
-    """While open, what each Linear of the model multiplies is added to `collector`.
+    """Add the inputs of all Linears of the model to `collector` until the context ends.
 
-    The hooks last for one evaluation only: other clones share the layers.
+    Open it for one evaluation only, because other clones share the layers and so the hooks.
+
+    Args:
+        model: the transformer.
+        collector: sums up the inputs.
+        weight: the factor of this evaluation in the sums.
     """
-    # Any module with the width of a Linear: those of quantized models of the host are no torch.nn.Linear.
+    # Linears of the host's quantized models are not torch.nn.Linear, but all have `in_features`.
     layers = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "in_features")}
     collector.watched.update(layers)
     hooks = [
@@ -74,7 +81,10 @@ def collecting(model: torch.nn.Module, collector: Collector, weight: float = 1.0
 
 
 def _one_by_one(model: torch.nn.Module, layers: Iterable[torch.nn.Module]) -> host.Forwards:
-    """Forwards with which the host calls every layer: it folds some with their activation, past the layer's hooks."""
+    """Return forwards with which the host calls every layer, and so the layer's hooks.
+
+    Without them the host computes some layers together with their activation.
+    """
     folded = (m for m in model.modules() if isinstance(m, torch.nn.Sequential) and host.folds_activations(m))
     plain = {module: MethodType(torch.nn.Sequential.forward, module) for module in folded}
     return {layer: layer.forward for layer in layers} | plain
@@ -93,7 +103,12 @@ def _add(
 
 
 def step_size(t: Tensor, sigmas: Tensor | None) -> float:
-    """The share of the noise that the step at `t` takes away; 1 outside of a schedule."""
+    """Return the share of the noise that the step at `t` removes, or 1 without a schedule.
+
+    Args:
+        t: the noise level of the evaluation, floating point, (batch,).
+        sigmas: the noise levels of the schedule, floating point, (steps + 1,), or None.
+    """
     if sigmas is None or len(sigmas) < 2:
         return 1.0
     sigmas = sigmas.to("cpu", torch.float32)

@@ -1,4 +1,4 @@
-"""CONDITIONING <-> safetensors: every field the host's nodes put beside the prompt, exactly as it was."""
+"""Saves CONDITIONING as safetensors and loads it, with every field that the host's nodes added to the prompt."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from safetensors.torch import save_file
 from ..quant import QuantError
 
 Conditioning = list[list[Any]]
-"""The host's type: a list of [prompt embedding (batch, tokens, width), dict of further fields]."""
+"""The host's type: a list of [prompt embedding, floating point, (batch, tokens, width); dict of further fields]."""
 
 _KEY = "wanquant.conditioning"
 
 
 def save_conditioning(conditioning: Conditioning, path: str) -> None:
-    """Write atomically; tensors keep their dtype.
+    """Write conditioning to a safetensors file atomically; tensors keep shape and dtype.
 
     Raises:
-        QuantError: a field holds an object that is neither a tensor nor plain data (a ControlNet, say), or the system
-            refuses the file.
+        QuantError: a field holds an object such as a ControlNet, which is neither a tensor nor plain data, or the file
+            cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     layout = _flatten(conditioning, "conditioning", tensors)
@@ -39,10 +39,10 @@ def save_conditioning(conditioning: Conditioning, path: str) -> None:
 
 
 def load_conditioning(path: str) -> Conditioning:
-    """Read what `save_conditioning` wrote, tensors on the CPU.
+    """Read conditioning that `save_conditioning` wrote; its tensors are on the CPU.
 
     Raises:
-        QuantError: not a safetensors file, or one without conditioning.
+        QuantError: the file is not a safetensors file, or has no conditioning.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -56,23 +56,23 @@ def load_conditioning(path: str) -> Conditioning:
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401
-    """Turn `value` into JSON; tensors move to `tensors` and leave their name behind."""
+    """Return `value` as JSON, in which names replace tensors; the tensors are added to `tensors`."""
     if isinstance(value, torch.Tensor):
-        # clone(): safetensors refuses tensors that share memory, and the host repeats masks by expand().
+        # Cloned, because safetensors refuses tensors that share memory, and the host repeats masks with expand().
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in value.items()}}
     if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"  # torch.Size among them
+        kind = "list" if isinstance(value, list) else "tuple"  # This includes torch.Size.
         return {kind: [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, _clip_vision_output()):  # of image to video; nothing but a bag of attributes
+    if isinstance(value, _clip_vision_output()):  # From image to video; it is a plain set of attributes.
         return {"clip_vision": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in vars(value).items()}}
     raise QuantError(
-        f"{name}: a {type(value).__name__} cannot be saved; expected tensors, numbers, text, lists or dicts:"
-        " apply this field after loading the conditioning"
+        f"{name}: a {type(value).__name__} object cannot be saved, only tensors, numbers, text, lists and dicts;"
+        " add this field after loading the conditioning"
     )
 
 
@@ -94,7 +94,7 @@ def _restore(value: Any, file: Any) -> Any:  # noqa: ANN401
 
 
 def _clip_vision_output() -> type:
-    # Late: the demo writes its prompt where no host can be imported.
+    # Imported late, because the demo writes its prompt without a host.
     from comfy.clip_vision import Output
 
     return cast("type", Output)

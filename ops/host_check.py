@@ -1,4 +1,4 @@
-"""Whether this ComfyUI is as the pack uses it: by signatures at start, and by a tiny layer before the first load."""
+"""Checks that this ComfyUI is compatible with the pack: signatures at start, a tiny layer before the first load."""
 
 from __future__ import annotations
 
@@ -38,41 +38,44 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy.sd.load_text_encoder_state_dicts": (4, "disable_dynamic"),
     "comfy.lora.calculate_weight": (5, ""),
 }
-"""How the pack calls the host: arguments by position, `self` among them, and arguments by name."""
+"""How the pack calls the host: the number of positional arguments, including `self`, and the names of the others."""
 
 _ROWS, _COLUMNS = 32, 32
-_WITHOUT = "GGUF models do not load, but Convert to GGUF and GGUF Info work"
+_WHAT_WORKS = "GGUF models do not load, but Convert to GGUF and GGUF Info work"
 
 
-def misfits() -> list[str]:
-    """What of `CALLS` this ComfyUI lacks or takes otherwise. It reads signatures, and imports and computes nothing."""
-    return [problem for name, call in CALLS.items() if (problem := _misfit(name, *call))]
+def incompatibilities() -> list[str]:
+    """Describe each function in `CALLS` that this ComfyUI lacks, or that takes other arguments.
+
+    Only signatures are read; nothing is imported or computed.
+    """
+    return [problem for name, call in CALLS.items() if (problem := _incompatibility(name, *call))]
 
 
 @cache
 def check_host() -> None:
-    """Refuse a ComfyUI that does not fit, before the first load of a process.
+    """Refuse an incompatible ComfyUI before the first load of a process.
 
-    A tiny packed Linear goes through the host's cast, and an Embedding through its gather, as those of a model do.
+    A tiny packed Linear and a tiny packed Embedding run in the host, as those of a model do.
 
     Raises:
-        QuantError: what does not fit, which ComfyUI this is, and what works all the same.
+        QuantError: the first incompatibility, the version of ComfyUI, and what works nevertheless.
     """
-    problems = misfits() or _failures()
+    problems = incompatibilities() or _failures()
     if problems:
-        raise QuantError(sentence(problems))
+        raise QuantError(incompatibility_message(problems))
 
 
-def sentence(problems: list[str]) -> str:
-    """What to tell the user of them."""
+def incompatibility_message(problems: list[str]) -> str:
+    """Return the error message for these incompatibilities."""
     more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
     return (
-        f"ComfyUI {host_version()} does not fit this WanQuant: {problems[0]}{more}; {_WITHOUT};"
-        " update WanQuant, or go back to the ComfyUI before"
+        f"ComfyUI {host_version()} is not compatible with this WanQuant: {problems[0]}{more}; {_WHAT_WORKS};"
+        " update WanQuant, or go back to the previous ComfyUI"
     )
 
 
-def _misfit(name: str, positional: int, keywords: str) -> str:
+def _incompatibility(name: str, positional: int, keywords: str) -> str:
     module = next(m for m in _prefixes(name) if m in sys.modules)
     found: Any = sys.modules[module]
     for part in name.removeprefix(module).strip(".").split("."):
@@ -82,22 +85,22 @@ def _misfit(name: str, positional: int, keywords: str) -> str:
     try:
         inspect.signature(found).bind(*range(positional), **dict.fromkeys(keywords.split()))
     except TypeError as error:
-        return f"{name} is called otherwise ({error})"
+        return f"{name} takes other arguments ({error})"
     return ""
 
 
 def _prefixes(name: str) -> list[str]:
-    """Of a dotted name, the longest first."""
+    """Return the prefixes of a dotted name, the longest first."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
 
 
 def _failures() -> list[str]:
-    """What a packed Linear and Embedding get wrong here."""
+    """Describe what a packed Linear and a packed Embedding compute wrongly in this host."""
     qtype = QTYPES["Q8_0"]
     dense = torch.linspace(-1, 1, _ROWS * _COLUMNS).view(_ROWS, _COLUMNS)
     blocks, bias = qtype.quantize(dense, effort="fast"), torch.linspace(0, 1, _ROWS)
-    decoded, x = qtype.dequantize(blocks), torch.linspace(-1, 1, 2 * _COLUMNS).view(2, _COLUMNS)
+    values, x = qtype.dequantize(blocks), torch.linspace(-1, 1, 2 * _COLUMNS).view(2, _COLUMNS)
     linear = GGUFOps.Linear(_COLUMNS, _ROWS, dtype=torch.float32)
     table = GGUFOps.Embedding(_ROWS, _COLUMNS, dtype=torch.float32)
     packed = pack(blocks, qtype.name, (_ROWS, _COLUMNS), torch.float32)
@@ -106,9 +109,9 @@ def _failures() -> list[str]:
         linear.load_state_dict({"weight": packed, "bias": bias})
         table.load_state_dict({"weight": packed})
         with torch.inference_mode():
-            product = torch.allclose(linear(x), torch.nn.functional.linear(x, decoded, bias), atol=1e-5)
-            gathered = torch.equal(table(index, out_dtype=torch.float32), decoded[index])
+            product = torch.allclose(linear(x), torch.nn.functional.linear(x, values, bias), atol=1e-5)
+            gathered = torch.equal(table(index, out_dtype=torch.float32), values[index])
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return [f"a packed layer fails ({type(error).__name__}: {str(error).partition(chr(10))[0]})"]
-    wrong = {"the product with a packed weight": product, "the rows of a packed embedding": gathered}
-    return [f"{what} are not those of the decoded one" for what, right in wrong.items() if not right]
+    correct = {"the products with a packed weight": product, "the rows of a packed embedding": gathered}
+    return [f"{what} differ from those of the same dense weight" for what, equal in correct.items() if not equal]

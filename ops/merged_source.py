@@ -1,4 +1,4 @@
-"""A loaded model, with its LoRAs merged, as a source that the converter reads tensor by tensor."""
+"""A loaded model with its LoRAs merged, as a source that the converter reads tensor by tensor."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from .packed.layout import dense, is_packed
 from .packed.patch_rows import Patch
 
 _PREFIX = "diffusion_model."
-# In float32: the weight, what the host adds to, its patch, and what that is made of.
+# Merging a patch needs so many float32 tensors of the weight's size: the weight, the copy that the host adds to, the
+# patch, and an intermediate result of the patch.
 _MERGING_COPIES = 4
 _STORED = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class _Identity(SourceIdentity):
-    """Of no file: what is in memory is told by its content only."""
+    """The identity of a model in memory, which has neither a file size nor a time."""
 
     size: int = 0
     mtime_ns: int = 0
@@ -45,7 +46,7 @@ class _Identity(SourceIdentity):
 
 @dataclass(frozen=True)
 class _Parameter(SourceTensor):
-    """A parameter of the model, as it was loaded, and what is patched onto it."""
+    """A parameter of the model as it was loaded, with its patches."""
 
     weight: Tensor = field(repr=False, compare=False)
     patches: list[Patch] = field(repr=False, compare=False)
@@ -55,7 +56,7 @@ class _Parameter(SourceTensor):
         packed = self.read_packed(start, self._stop(stop))
         if packed is None:
             return self.memory.values(self)[start : self._stop(stop)]
-        self.memory.reach(self)
+        self.memory.hash_if_next(self)
         return QTYPES[self.stored].dequantize(packed)
 
     def read_packed(self, start: int, stop: int) -> Tensor | None:
@@ -66,7 +67,10 @@ class _Parameter(SourceTensor):
         return qdata[start // qtype.block_size * qtype.type_size : stop // qtype.block_size * qtype.type_size].cpu()
 
     def merged(self, device: torch.device) -> Tensor:
-        """All values in `dtype`: with patches a float32 sum on the device, rounded nowhere."""
+        """Return the whole tensor with its patches, of `shape` and `dtype`.
+
+        Patches are added in float32 on `device`.
+        """
         weight = dense(self.weight, torch.float32)
         if isinstance(weight, QuantizedTensor):
             weight = weight.dequantize()
@@ -78,12 +82,15 @@ class _Parameter(SourceTensor):
             self.patches, weight, key, torch.float32, {key: [(weight.clone(), None)]}
         )
         if merged.shape != self.shape:
-            raise QuantError(f"{self.name}: a patch changes its shape from {self.shape} to {tuple(merged.shape)}")
+            raise QuantError(
+                f"tensor {self.name}: a patch changes its shape from {self.shape} to {tuple(merged.shape)};"
+                " remove the LoRA that does so, and save again"
+            )
         return merged
 
 
 class _Memory(SourceFiles):
-    """Holds the values of one tensor at a time; those that are reached in order also feed one SHA-256."""
+    """The parameters of a model, read one at a time, and the SHA-256 of all of them."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(())
@@ -94,21 +101,21 @@ class _Memory(SourceFiles):
         self._hashed = 0
 
     def values(self, tensor: _Parameter) -> Tensor:
-        """Flat, of the tensor's dtype; the next call lets go of them."""
+        """Return the merged values, flat, of the tensor's dtype; only those of the latest tensor are kept."""
         if self._held is None or self._held[0] != tensor.name:
             self._held = None
             with torch.no_grad():
                 self._held = (tensor.name, tensor.merged(self.device).flatten())
-            self.reach(tensor)
+            self.hash_if_next(tensor)
         return self._held[1]
 
-    def reach(self, tensor: _Parameter) -> None:
-        """Hashes the tensor if it is the next one."""
+    def hash_if_next(self, tensor: _Parameter) -> None:
+        """Add the tensor to the SHA-256 if it is the next one in order."""
         if self._hashed < len(self.tensors) and self.tensors[self._hashed] is tensor:
             self._feed(tensor)
 
     def sha256(self) -> str:
-        """Hex digest of the weights as loaded and of the patches."""
+        """Return the hex digest of the weights as they were loaded and of the patches."""
         while self._hashed < len(self.tensors):
             self._feed(self.tensors[self._hashed])
         return self._hash.hexdigest()
@@ -123,7 +130,7 @@ class _Memory(SourceFiles):
 
 
 def _parts(value: Any) -> Iterator[Any]:  # noqa: ANN401
-    """Everything that tells one value from another, as bytes."""
+    """Yield all bytes that distinguish one value from another."""
     if isinstance(value, QuantizedTensor):
         value = host.packed_bytes(value) if is_packed(value) else value.dequantize()
     if isinstance(value, Tensor):
@@ -139,14 +146,14 @@ def _parts(value: Any) -> Iterator[Any]:  # noqa: ANN401
 
 
 def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint:
-    """What a MODEL computes with, as `open_checkpoint` would give it.
+    """Return a MODEL with its patches merged as a checkpoint, like one from `open_checkpoint`.
 
     Args:
-        patcher: from any loader; its LoRAs and other weight patches are merged, wherever its weights are now.
-        device: where they are merged.
+        patcher: the model, from any loader; its weights may be on any device.
+        device: the device that merges LoRAs and other patches.
 
     Raises:
-        QuantError: no Wan model.
+        QuantError: not a Wan model.
     """
     model = patcher.model.diffusion_model
     weights = dict(model.named_parameters())
@@ -163,13 +170,15 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
 
 
 def _detection_metadata(model: BaseModel) -> dict[str, str]:
-    """The `config` metadata by which the host detects the model again, where names and shapes do not tell it.
+    """Return the `config` metadata that the host needs to detect the model, if names and shapes do not suffice.
 
-    Wan Animate 2 is shaped as image to video. Source: comfy/model_detection.py detect_unet_config, ComfyUI 0.33.0.
+    Wan Animate 2 has the shapes of image to video.
+
+    Source: comfy/model_detection.py detect_unet_config, ComfyUI 0.33.0.
     """
-    told = comfy.model_detection.detect_unet_config(dict(model.diffusion_model.named_parameters()), "")
+    detected = comfy.model_detection.detect_unet_config(dict(model.diffusion_model.named_parameters()), "")
     own = {key: value for key, value in model.model_config.unet_config.items() if isinstance(value, str)}
-    more = {key: value for key, value in own.items() if told.get(key) != value}
+    more = {key: value for key, value in own.items() if detected.get(key) != value}
     return {"config": json.dumps({"transformer": more})} if more else {}
 
 

@@ -58,7 +58,7 @@ def test_round_trip_is_exact(tmp_path):
 
 
 def test_object_is_refused_by_name_and_nothing_is_written(tmp_path):
-    with pytest.raises(QuantError, match=r"conditioning\.0\.1\.control: a object cannot be saved"):
+    with pytest.raises(QuantError, match=r"conditioning\.0\.1\.control: a object object cannot be saved"):
         save_conditioning([[torch.zeros(1), {"control": object()}]], str(tmp_path / "x.safetensors"))
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""A ComfyUI that the pack does not fit: found at start and before the first load, and told in one sentence."""
+"""An incompatible ComfyUI: found at start and before the first load, and reported in one sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wanquant.ops import host_check
-from wanquant.ops.host_check import check_host, misfits
+from wanquant.ops.host_check import check_host, incompatibilities
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError, convert
 
@@ -23,8 +23,8 @@ def unchecked(monkeypatch):
     check_host.cache_clear()
 
 
-def test_this_host_fits():
-    assert misfits() == []
+def test_this_host_is_compatible():
+    assert incompatibilities() == []
     check_host()
 
 
@@ -34,8 +34,12 @@ def without_compute_dtype(s, input=None, offloadable=False):
 
 CHANGES = {
     "gone": ("uncast_bias_weight", None, r"there is no comfy\.ops\.uncast_bias_weight"),
-    "argument": ("cast_bias_weight", without_compute_dtype, r"cast_bias_weight is called otherwise \(.*compute_dtype"),
-    "more arguments": ("run_every_op", lambda options: None, "run_every_op is called otherwise"),
+    "argument": (
+        "cast_bias_weight",
+        without_compute_dtype,
+        r"cast_bias_weight takes other arguments \(.*compute_dtype",
+    ),
+    "more arguments": ("run_every_op", lambda options: None, "run_every_op takes other arguments"),
 }
 
 
@@ -46,9 +50,10 @@ def test_changed_call_is_found_without_a_call(change, monkeypatch, t2v, tmp_path
         monkeypatch.delattr(comfy.ops, name)
     else:
         monkeypatch.setattr(comfy.ops, name, changed)
-    assert len(misfits()) == 1
+    assert len(incompatibilities()) == 1
     refusal = (
-        rf"^ComfyUI 9\.9\.0 does not fit this WanQuant: .*{problem}.*; GGUF models do not load, but Convert.*update"
+        rf"^ComfyUI 9\.9\.0 is not compatible with this WanQuant: .*{problem}.*;"
+        " GGUF models do not load, but Convert.*update"
     )
     with pytest.raises(QuantError, match=refusal):
         load_diffusion_model(t2v[1])
@@ -63,8 +68,8 @@ def test_changed_result_is_found_by_a_tiny_layer(monkeypatch, t2v):
         return weight.dequantize().t().contiguous(), bias, handle
 
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", transposed)
-    assert misfits() == []
-    with pytest.raises(QuantError, match="the product with a packed weight are not those of the decoded one"):
+    assert incompatibilities() == []
+    with pytest.raises(QuantError, match="the products with a packed weight differ from those of the same dense"):
         load_diffusion_model(t2v[1])
 
 
@@ -94,5 +99,5 @@ def test_start_reads_signatures_only(monkeypatch):
 
     before = set(sys.modules)
     with Refuse():
-        assert misfits() == []
+        assert incompatibilities() == []
     assert set(sys.modules) == before
