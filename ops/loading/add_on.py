@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from ...quant import QTYPES, QuantError
 from ...quant.gguf.header import Header, TensorRecord
@@ -29,15 +30,15 @@ def with_add_on(base: Header, path: str | os.PathLike[str]) -> Header:
     transformer = replace(base, tensors={name: record for name, record in records.items() if name is not None})
     with open_checkpoint(os.fspath(path)) as add_on:
         check_module(transformer, add_on)
-        added = [_record(tensor, prefix) for tensor in add_on.tensors.values()]
+        added = [_record(add_on.path, tensor, prefix) for tensor in add_on.tensors.values()]
     tensors = {**base.tensors, **{record.name: record for record in added}}
     return replace(base, tensors=tensors, parts=base.parts + add_on.identity.parts)
 
 
-def _record(tensor: SourceTensor, prefix: str) -> TensorRecord:
+def _record(path: Path, tensor: SourceTensor, prefix: str) -> TensorRecord:
     if not isinstance(tensor, PlainTensor | PackedTensor) or tensor.stored not in QTYPES:
         raise QuantError(
-            f"add-on tensor {tensor.name}: stored as {tensor.stored}, which cannot be mapped;"
+            f"{path}: tensor {tensor.name}: stored as {tensor.stored}, which cannot be mapped;"
             " convert the add-on with Convert to GGUF and choose the result"
         )
     data = tensor.data

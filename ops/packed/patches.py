@@ -50,7 +50,7 @@ class LowRank:
         return LowRank(((torch.cat(ups, 1), torch.cat(downs), 1.0),))
 
     def __call__(self, rows: Tensor, start: int) -> Tensor:
-        """Add to `rows` in place and return it; see `PatchRows`."""
+        """Add the LoRAs to `rows`, in place, and return it; see `PatchRows`."""
         for up, down, scale in self.factors:
             rows.addmm_(up[start : start + len(rows)], down, alpha=scale)
         return rows

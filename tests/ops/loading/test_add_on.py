@@ -168,7 +168,9 @@ def test_quantized_add_on_stays_packed_on_a_prefixed_base(tmp_path, tiny_wan, wr
 def test_scaled_add_on_is_to_be_converted(tmp_path, t2v):
     tensors = {"vace_blocks.0.before_proj.weight": torch.zeros(256, 256).to(torch.float8_e4m3fn)}
     save_file(tensors, tmp_path / "add-on.safetensors")
-    with pytest.raises(QuantError, match=r"stored as F8_E4M3.*convert the add-on with Convert to GGUF"):
+    with pytest.raises(
+        QuantError, match=r"add-on\.safetensors: tensor \S+: stored as F8_E4M3.*convert the add-on with Convert to GGUF"
+    ):
         load_diffusion_model(t2v[1], add_on=tmp_path / "add-on.safetensors")
 
 
