@@ -40,7 +40,7 @@ def model(request, t2v, tmp_path_factory):
         return load_diffusion_model(t2v[1], dtype=torch.float32)
     if request.param == "dense":
         return comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.float32})
-    # Of the host's own format, whose products newer hosts fold with the activation before them.
+    # A format of the host's, whose products newer hosts compute together with the previous activation.
     stored, layers = quantized(load_file(t2v[0]), "int8-convrot")
     for layer, config in layers.items():
         stored[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
@@ -65,7 +65,7 @@ def is_int8(model):
 
 
 def ffn_inputs(model):
-    """What the layer NAME multiplies, told by the layer before it: its own hooks may miss what is folded with it."""
+    """Collect the inputs of the layer NAME from the previous layer, since its own hooks may miss the activation."""
     seen, ffn = [], model.model.diffusion_model.blocks[1].ffn
     hook = ffn[0].register_forward_hook(lambda _, __, out: seen.append(gelu(out, approximate="tanh")))
     return seen, hook
@@ -82,7 +82,7 @@ def test_every_linear_over_all_steps(model):
     assert collected.counts[NAME] == len(rows) == STEPS * 2 * 4 * 4
     assert collected.samples == STEPS
     assert len(collected) == 2 * 10 + 6, "ten Linears a block, and those around them"
-    # What the host folds into a product in 8 bits, it rounds otherwise where its layer is called.
+    # The host rounds an activation that it computes together with an 8-bit product differently.
     near = 1e-3 if is_int8(model) else 0
     torch.testing.assert_close(observed, sample(model), rtol=near, atol=near)
     assert collector.unseen == []
@@ -171,7 +171,7 @@ def test_step_sizes():
 
 
 def test_layers_that_no_input_reaches_are_told(model):
-    """As the host would leave out the call of a layer whose product it computes by itself."""
+    """Skip the call of a layer, as the host does if it computes the product itself."""
     collector, transformer = Collector(), model.model.diffusion_model
     block = transformer.blocks[1]
     block.forward = lambda x, **_: x
@@ -183,7 +183,7 @@ def test_layers_that_no_input_reaches_are_told(model):
 
 
 def test_no_block_is_replayed_past_the_hooks(model):
-    """The host captures blocks that it prefetches as CUDA graphs, and runs no Python in them again."""
+    """The host captures prefetched blocks as CUDA graphs, and does not run their Python code again."""
     seen = []
 
     def record(executor, x, *args, **kwargs):
@@ -199,7 +199,7 @@ def test_no_block_is_replayed_past_the_hooks(model):
 
 
 class Passes(TorchDispatchMode):
-    """Elements that operations read or write."""
+    """The number of elements that operations read or write."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ class Passes(TorchDispatchMode):
 
 
 def test_goes_over_inputs_a_few_times():
-    """A copy as float32, its squares in place, and their sums."""
+    """Collecting makes a float32 copy, squares it in place, and sums it."""
     inputs = torch.randn(512, 8960, dtype=torch.bfloat16)
     with Passes() as passes:
         Collector().add("ffn.2", inputs)
@@ -221,7 +221,7 @@ def test_goes_over_inputs_a_few_times():
 
 
 def test_sums_are_kept_outside_the_hosts_allocation_graph(monkeypatch):
-    """What a block allocates within it must be given back when the block ends; the sums stay."""
+    """Memory that is allocated in a block must be freed when the block ends, but the sums must stay."""
     depth, depths = [0], []
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Save and load of CONDITIONING, field by field."""
+"""Saving and loading CONDITIONING, field by field."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def same(a, b):
 
 
 def seen():
-    """What CLIP Vision gives image to video; the host repeats some of it by reference."""
+    """Return the output of CLIP Vision for image to video, in which some tensors share memory."""
     output = ClipVisionOutput()
     output["last_hidden_state"] = torch.randn(1, 5, 8)
     output["penultimate_hidden_states"] = output["last_hidden_state"][:, :-1]

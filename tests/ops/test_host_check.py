@@ -16,7 +16,7 @@ from wanquant.quant import QuantError, convert
 
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
-    """As in a process that has loaded nothing yet, of a host that names itself 9.9.0."""
+    """Restore the state of a process that has loaded nothing yet, in a host of version 9.9.0."""
     monkeypatch.setattr(host_check, "host_version", lambda: "9.9.0")
     check_host.cache_clear()
     yield
@@ -91,7 +91,7 @@ def test_checked_once_a_process(monkeypatch, t2v):
 
 
 def test_start_reads_signatures_only(monkeypatch):
-    """Nothing is imported, and nothing computed."""
+    """The check at start neither imports nor computes anything."""
 
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

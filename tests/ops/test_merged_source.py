@@ -1,4 +1,4 @@
-"""A MODEL and its LoRAs as one GGUF: the same outputs, from a packed and from a dense model."""
+"""A MODEL with its LoRAs saved as one GGUF: the outputs stay the same, for a packed and a dense model."""
 
 from __future__ import annotations
 

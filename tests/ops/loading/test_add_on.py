@@ -23,7 +23,7 @@ from wanquant.quant.inspection.report import inspect
 from wanquant.quant.inspection.verify import verify
 
 TINY = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2}
-# name: (class, arguments, what the add-on's tensors start with, the host's class of the whole model)
+# Name: (class, arguments, prefix of the add-on's tensors, the host's class of the whole model).
 ADD_ONS = {
     "vace": (wan.VaceWanModel, {"vace_layers": 2, "vace_in_dim": 96}, "vace_", "WAN21_Vace"),
     "camera": (wan.CameraWanModel, {"model_type": "camera_2.2", "in_dim": 36}, "control_adapter.", "WAN22_Camera"),
@@ -38,7 +38,7 @@ ADD_ONS = {
 
 @pytest.fixture(params=ADD_ONS)
 def files(request, tmp_path, tiny_wan):
-    """(whole, base, add-on) as safetensors, and the host's class."""
+    """Return (whole, base, add-on) as safetensors, and the host's class of the whole model."""
     cls, arguments, start, host_class = ADD_ONS[request.param]
     model = cls(**(TINY | arguments), dtype=torch.float32, operations=comfy.ops.manual_cast)
     generator = torch.Generator().manual_seed(0)
@@ -133,7 +133,7 @@ def test_add_on_is_added_as_the_model_is_loaded(files, tmp_path, suffix):
     )
     assert type(loaded.model.model_config).__name__ == host_class
     vace = host_class == "WAN21_Vace"
-    if vace or host_class == "WAN21_FunControl2V":  # the camera's inputs are of another kind
+    if vace or host_class == "WAN21_FunControl2V":  # The camera model needs other inputs.
         assert torch.equal(forward(loaded, vace), forward(expected, vace))
     assert loaded.clone(disable_dynamic=True).model.state_dict().keys() == expected.model.state_dict().keys()
     os.utime(add_on, (0, 0))

@@ -1,4 +1,4 @@
-"""GGUF file to ModelPatcher: the layouts other packs write, what is refused, and how the file is mapped."""
+"""Loading a GGUF file as a ModelPatcher: layouts of other packs, refused files, and how the file is mapped."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_layouts_of_other_packs(prefix, five_d, plain, tmp_path, state, dense, s
 
 
 def test_anything_may_be_quantized(tmp_path, state, dense, sqnr, write_gguf):
-    """What no layer of ours takes is decoded: raw parameters, norms, biases, the 5-D patch embedding."""
+    """Tensors outside of packed layers are dequantized: parameters, norms, biases, the 5-D patch embedding."""
 
     def types(name, tensor):
         return "Q8_0" if tensor.shape[-1] % 32 == 0 else "F32"
@@ -114,7 +114,7 @@ def test_compute_dtype(dtype, t2v):
 
 
 def test_memory_plan_counts_the_decoded_weight(t2v):
-    """What the host calls the offload cost of a module: the packed bytes and the scratch for one decoded weight."""
+    """The host's offload cost of a module is the packed bytes and the memory for one dequantized weight."""
     patcher = load_diffusion_model(t2v[1])
     costs = {entry[-3]: (entry[0], entry[1]) for entry in patcher._load_list()}
     offload, size = costs["diffusion_model.blocks.0.ffn.0"]
@@ -151,7 +151,7 @@ def test_uses_whichever_patcher_the_host_has_now(t2v, monkeypatch):
 
 @pytest.fixture
 def loaded(tmp_path, state, write_gguf):
-    """A patcher and the file that it was loaded from."""
+    """Return a patcher and the file that it was loaded from."""
     path = write_gguf(tmp_path / "a.gguf", state, as_city96)
     return load_diffusion_model(path), path
 
@@ -246,7 +246,7 @@ def test_only_other_diffusion_models_get_a_warning(tmp_path, t2v, caplog, write_
 
 @pytest.fixture
 def dynamic_vram(monkeypatch):
-    """The host as with dynamic VRAM, as far as it goes without an accelerator: its own file map."""
+    """Make the host map files as with dynamic VRAM, which works without an accelerator."""
     if control.lib is None:
         control.init()
     monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
@@ -268,11 +268,11 @@ def test_dynamic_vram_gets_file_slices(dynamic_vram, t2v, state, sqnr, dense):
 
 
 def test_legacy_copy_beside_dynamic_vram_can_be_pinned(dynamic_vram, t2v):
-    """The host's map is read-only, which CUDA refuses to pin; nobody reads slices of the file in the legacy mode."""
+    """CUDA cannot pin the host's read-only map, and the legacy mode does not read slices of the file."""
     patcher = load_diffusion_model(t2v[1], disable_dynamic=True)
     for _, module in packed_modules(patcher.model):
         assert not hasattr(module.weight._qdata.untyped_storage(), "_comfy_tensor_file_slice")
-        module.weight._qdata[:1].zero_()  # a fault of the process in a read-only map
+        module.weight._qdata[:1].zero_()  # In a read-only map this would crash the process.
 
 
 def test_a_file_that_the_host_cannot_map_is_named(dynamic_vram, t2v, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Main memory, before and after a model is loaded."""
+"""Main memory, before and after loading a model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_file_larger_than_memory_is_told(t2v, monkeypatch, caplog):
 
 
 def test_decoded_tensors_larger_than_memory_are_refused(tmp_path, state, write_gguf, monkeypatch):
-    """ComfyUI-GGUF's files may have quantized patch embeddings, which the host convolves with."""
+    """Files of ComfyUI-GGUF may have quantized patch embeddings, which must be dequantized for the convolution."""
     types = {"patch_embedding.weight": "Q8_0", "blocks.0.ffn.0.weight": "Q8_0"}
     flat = state | {"patch_embedding.weight": state["patch_embedding.weight"].flatten(1)}
     metadata = {
@@ -48,7 +48,7 @@ def test_decoded_tensors_larger_than_memory_are_refused(tmp_path, state, write_g
 
 @pytest.fixture
 def large(tmp_path):
-    """Wan's shapes in 120 MB of zeros: small beside the 14B models, large beside what Python takes for its objects."""
+    """Write Wan's shapes in 120 MB of zeros: small next to 14B models, large next to Python's own objects."""
     shapes = transformer_shapes(WanSize(dim=1024, ffn_dim=4096, layers=6))
     types = {
         name: "Q8_0" if name.startswith("blocks.") and len(shape) == 2 else "F32" for name, shape in shapes.items()
@@ -61,7 +61,7 @@ def large(tmp_path):
 
 
 def anonymous():
-    """Bytes of memory that belong to no file, of this process."""
+    """Return the bytes of memory of this process that are not mapped from a file."""
     gc.collect()
     (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith("Anonymous:"))
     return int(line.split()[1]) << 10
@@ -79,7 +79,7 @@ def test_loading_maps_and_unloading_gives_all_back(large):
         comfy.model_management.unload_all_models()
         return loaded
 
-    cycle()  # imports, and a tile of scratch
+    cycle()  # For imports, and the scratch tile.
     before = anonymous()
     size = large.stat().st_size
     assert size > 100 * MIB

@@ -1,4 +1,4 @@
-"""Which file each tensor came from: newer hosts pin what lies on a slow disk, and what is not named counts as that."""
+"""The file of each tensor: newer hosts pin weights on slow disks, and count tensors without a file as such."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def source(tensor):
 
 @pytest.fixture
 def handed(monkeypatch):
-    """How many tensors of which file the host was handed; as newer hosts count them."""
+    """Count the tensors that the host gets, by file, as newer hosts do."""
     paths = Counter()
 
     def counting(load):
@@ -73,18 +73,18 @@ def test_every_part_of_a_split_file_is_named(t2v, handed, tmp_path):
     assert handed.total() == len(state)
 
 
-def test_a_modules_tensors_name_the_modules_file(handed, tmp_path):
+def test_an_add_ons_tensors_name_the_add_ons_file(handed, tmp_path):
     sizes = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "vace_layers": 2, "vace_in_dim": 96}
     model = wan.VaceWanModel(**sizes, operations=comfy.ops.manual_cast)
     state = {name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
     module = {name: tensor for name, tensor in state.items() if name.startswith("vace_")}
-    save_file(module, tmp_path / "module.safetensors")
+    save_file(module, tmp_path / "add-on.safetensors")
     save_file({name: t for name, t in state.items() if name not in module}, tmp_path / "base.safetensors")
     base = convert(tmp_path / "base.safetensors", tmp_path / "base.gguf", "Q8_0", effort="fast").path
-    load_diffusion_model(base, add_on=tmp_path / "module.safetensors")
+    load_diffusion_model(base, add_on=tmp_path / "add-on.safetensors")
     assert handed == {
         os.path.realpath(base): len(state) - len(module),
-        os.path.realpath(tmp_path / "module.safetensors"): len(module),
+        os.path.realpath(tmp_path / "add-on.safetensors"): len(module),
     }
 
 

@@ -20,7 +20,7 @@ from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary, sen
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
 
-WIDTH, HEADS, BLOCKS, FFN = 64, 2, 24, 10240  # the host knows umt5-xxl by its 24 blocks and its FFN
+WIDTH, HEADS, BLOCKS, FFN = 64, 2, 24, 10240  # The host recognizes umt5-xxl by its 24 blocks and its FFN.
 TEXTS = [
     "a red ball moves right",
     "  two   spaces, CAPITALS and ﬁne ligatures!  ",
@@ -32,7 +32,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def spiece():
-    """A small unigram model with umT5's special tokens."""
+    """Return a small unigram model with the special tokens of umT5."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 20),
@@ -51,7 +51,7 @@ def spiece():
 
 @pytest.fixture(scope="module")
 def weights(spiece):
-    """The host's tensor names -> (llama.cpp's, weight)."""
+    """Return (name in llama.cpp, weight) by the host's tensor name."""
     generator = torch.Generator().manual_seed(0)
     rows = sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size()
 
@@ -63,7 +63,7 @@ def weights(spiece):
     for i in range(BLOCKS):
         host, llama = f"encoder.block.{i}.layer", f"enc.blk.{i}"
         for part in "qkvo":
-            # T5 does not scale its scores: the queries are initialised small instead.
+            # T5 does not scale its attention scores, so its queries are initialized small.
             std = (WIDTH * WIDTH / HEADS) ** -0.5 if part == "q" else None
             weight = normal(WIDTH, WIDTH, std=std)
             tensors[f"{host}.0.SelfAttention.{part}.weight"] = (f"{llama}.attn_{part}.weight", weight)
@@ -153,7 +153,7 @@ def test_embedding_and_layers_stay_packed(llama_file):
 
 
 def test_products_in_bfloat16(llama_file, sqnr):
-    """The host's float32 goes in and comes out; the residual and the norms are the host's."""
+    """Inputs, outputs, residuals and norms stay float32, as in the host."""
     clip = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN, dtype=torch.bfloat16)
     exact = load_text_encoder(llama_file, comfy.sd.CLIPType.WAN)
     hidden = torch.randn(1, 4, WIDTH)
@@ -169,8 +169,8 @@ def test_products_in_bfloat16(llama_file, sqnr):
 
 
 def test_embedding_of_true_size_is_never_dense(tmp_path, spiece, monkeypatch):
-    """256384 rows of 4096: 4.2 GB in float32, 2.1 GB in bfloat16. One block, of the true width."""
-    monkeypatch.setattr(comfy.sd, "detect_te_model", lambda _: comfy.sd.TEModel.T5_XXL)  # it would ask for 24 blocks
+    """Test one block of the true width: 256384 rows of 4096 have 4.2 GB in float32 and 2.1 GB in bfloat16."""
+    monkeypatch.setattr(comfy.sd, "detect_te_model", lambda _: comfy.sd.TEModel.T5_XXL)  # It would require 24 blocks.
     shapes = {"shared.weight": (256384, 4096), "encoder.final_layer_norm.weight": (4096,)}
     block = "encoder.block.0.layer"
     shapes |= {f"{block}.0.SelfAttention.{part}.weight": (64, 4096) for part in "qkv"}
@@ -189,12 +189,12 @@ def test_embedding_of_true_size_is_never_dense(tmp_path, spiece, monkeypatch):
         encoded = load_text_encoder(tmp_path / "true.gguf", comfy.sd.CLIPType.WAN).encode("a red ball")
     assert encoded.shape == (1, 512, 4096)
     assert encoded.isfinite().all()
-    # The table's rows stay mapped; what is left is 512 tokens of 4096, some copies of them, and the 6 small matrices.
+    # The table stays mapped. Memory is needed for 512 tokens of 4096, some copies of them, and 6 small matrices.
     assert growth.nbytes < 300 << 20, f"{growth.nbytes >> 20} MiB"
 
 
 class peak_growth:  # noqa: N801
-    """Most anonymous memory that the process has beyond what it had on entering, in bytes, looked at each 2 ms."""
+    """The peak growth of anonymous memory of the process in bytes, sampled every 2 ms."""
 
     def __enter__(self):
         self.nbytes, self._stop = 0, threading.Event()

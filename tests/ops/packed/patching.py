@@ -1,4 +1,4 @@
-"""What tests of patches on a whole model share: LoRA files, loading as the host does it, and what came of it."""
+"""Shared by tests of patches on a whole model: LoRA files, loading as the host does it, and reading the result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEY = "diffusion_model.blocks.0.ffn.0.weight"
 
 
 def lora(state, *, rank=8, seed=0, bias=False, **extra):
-    """A LoRA as published for Wan, on five layers of each block."""
+    """Return a LoRA as published for Wan, for five layers of each block."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, weight in state.items():
@@ -34,7 +34,7 @@ def with_lora(patcher, tensors, strength=1.0):
 
 
 def load(patcher, memory=None):
-    """As the host's memory manager does: everything, or what fits in `memory` bytes."""
+    """Load as the host's memory manager does: everything, or as much as `memory` bytes hold."""
     patcher.patch_model(CPU, load_weights=False)
     patcher.partially_load(CPU, 1 << 40 if memory is None else memory)
     return patcher

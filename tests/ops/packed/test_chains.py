@@ -1,4 +1,4 @@
-"""Our MODEL through the nodes that people chain behind a loader: what a dequantized MODEL gives, or a clear refusal."""
+"""Nodes that users chain after the loader: they act as on a dequantized MODEL, or refuse with a clear message."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wanquant.ops.packed.linear import packed_modules
 from wanquant.quant import QuantError
 from wanquant.tests.ops.packed.patching import lora
 
-nodes = pytest.importorskip("nodes")  # the host's
+nodes = pytest.importorskip("nodes")  # The host's.
 LATENT = torch.randn(1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -23,7 +23,7 @@ def extra(module, name):
 
 
 def first(result):
-    """The first output of a node, of either of the host's two interfaces."""
+    """Return the first output of a node, which may use either of the host's two interfaces."""
     return (result if isinstance(result, tuple) else result.result)[0]
 
 
@@ -32,7 +32,7 @@ def text(seed):
 
 
 def sample(model, positive=None, steps=2, cfg=3.0, sampler="euler"):
-    """As KSampler does it."""
+    """Sample as KSampler does."""
     noise = comfy.sample.prepare_noise(LATENT, 0)
     return comfy.sample.sample(
         model, noise, steps, cfg, sampler, "simple", positive or text(1), text(2), LATENT, disable_pbar=True
@@ -41,7 +41,7 @@ def sample(model, positive=None, steps=2, cfg=3.0, sampler="euler"):
 
 @pytest.fixture(scope="module", autouse=True)
 def loras(t2v, tmp_path_factory):
-    """Files for LoraLoaderModelOnly and CreateHookLora: 1, 2, 3, and one that makes few steps do, as those for Wan."""
+    """Write LoRA files for LoraLoaderModelOnly and CreateHookLora: 1, 2, 3, and one for few steps."""
     import folder_paths
     from safetensors.torch import load_file
 
@@ -91,7 +91,7 @@ def nag(model):
 
 
 def merge(model):
-    """With itself under a LoRA: its weights are read decoded, and again packed."""
+    """Merge a model with itself under a LoRA, which reads its weights dequantized and packed."""
     return extra("nodes_model_merging", "ModelMergeSimple")().merge(model, with_loras(model, "3"), 0.25)[0]
 
 
@@ -100,7 +100,7 @@ def multi_gpu(model):
 
 
 def other_device(model):
-    """What the multi-GPU nodes make for each further device."""
+    """Return the clone that the multi-GPU nodes make for each further device."""
     return model.deepclone_multigpu(torch.device("cpu"))
 
 

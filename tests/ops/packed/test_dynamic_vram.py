@@ -28,13 +28,13 @@ from wanquant.quant import QTYPES
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cpu", 0)
-"""Another device to whoever compares devices, the same to torch."""
+"""A device that compares as another one, but is the same for torch."""
 
 KEY = "diffusion_model.blocks.0.ffn.0.weight"
 
 
 class StandInVBAR:
-    """Pages are CPU tensors that are always resident."""
+    """A stand-in whose pages are CPU tensors that are always resident."""
 
     def __init__(self, size, device, **_):
         pass
@@ -94,7 +94,7 @@ def load(patcher):
 
 
 def cast(module):
-    """As comfy.ops.cast_bias_weight does for a weight of dynamic VRAM."""
+    """Cast as comfy.ops.cast_bias_weight does for a weight of dynamic VRAM."""
     comfy.ops.cast_modules_with_vbar([module], torch.float32, CPU, torch.float32, False)
     weight, _ = comfy.ops.resolve_cast_module_with_vbar(module, torch.float32, CPU, torch.float32, torch.float32, False)
     return weight
@@ -195,7 +195,7 @@ def streams(monkeypatch):
 
 
 def forward(patcher, **options):
-    """As the host calls the model, with the patcher's wrappers in its options."""
+    """Call the model as the host does, with the patcher's wrappers in its options."""
     generator = torch.Generator().manual_seed(1)
     x, text = (torch.randn(shape, generator=generator) for shape in [(1, 16, 2, 8, 8), (1, 7, 4096)])
     options = {"wrappers": patcher.wrappers, "prefetch_dynamic_vbars": True} | options
@@ -204,7 +204,7 @@ def forward(patcher, **options):
 
 
 def prefetched(patcher):
-    """The blocks all of whose packed layers are on their way or there."""
+    """Return the blocks whose packed layers have all been copied or are being copied."""
     blocks = patcher.model.diffusion_model.blocks
     return [i for i, block in enumerate(blocks) if all(hasattr(m, "_prefetch") for _, m in packed_modules(block))]
 
@@ -236,7 +236,7 @@ def test_blocks_that_a_node_replaces_are_not_prefetched(dynamic, streams):
 
 @pytest.mark.parametrize("some", [0, 1])
 def test_no_block_is_held_that_a_node_leaves_out(some, dynamic, streams):
-    """As caches of a step do, by a forward of their own."""
+    """Skip blocks with another forward, as nodes do that cache a step."""
     load(dynamic)
 
     def cached(x, options):
@@ -251,7 +251,7 @@ def test_no_block_is_held_that_a_node_leaves_out(some, dynamic, streams):
 
 
 def test_small_layers_are_made_resident_with_the_lora_in_them(dynamic, t2v, tmp_path, write_gguf):
-    """The host forces modules up to 16 KiB onto the device, decoded; unloading packs them again."""
+    """The host moves modules up to 16 KiB to the device, dequantized; unloading restores the packed weights."""
     small = "blocks.0.self_attn.q.weight"
     types = {small: "TQ1_0"}
     path = write_gguf(tmp_path / "a.gguf", load_file(t2v[0]), lambda name, tensor: types.get(name, "F32"))

@@ -1,4 +1,4 @@
-"""The product in 8-bit integers: its error, and where it stands aside."""
+"""Products in 8-bit integers: their error, and when `packed_linear` is used instead."""
 
 from __future__ import annotations
 

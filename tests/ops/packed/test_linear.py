@@ -1,4 +1,4 @@
-"""Linear and Embedding on packed weights, without a model around them."""
+"""Linear and Embedding on packed weights, outside of a model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def packed_weight(name, dtype=torch.float32, rows=ROWS):
     return pack(blocks.view(rows, -1), name, (rows, COLUMNS), dtype)
 
 
-# Bytes of each block that hold float16 scales: random ones could be infinite.
+# The bytes of each block that hold float16 scales, since random bytes could be infinite there.
 SCALES = {
     "Q8_0": [0, 1],
     "Q4_0": [0, 1],
@@ -79,7 +79,7 @@ def test_nothing_is_allocated_before_loading_and_nothing_copied_by_it():
 
 
 def test_blocks_that_return_to_main_memory_are_those_that_were_loaded():
-    """The meta device stands in for an accelerator: what comes back from it has no values, so it must not be used."""
+    """Use the meta device as an accelerator: tensors that return from it have no values, so they must not be used."""
     weight = packed_weight("Q4_0")
     module = linear(weight)
     expected = weight._qdata.clone()
@@ -120,7 +120,7 @@ def test_weight_functions_get_a_private_decoded_weight():
 
 @pytest.mark.parametrize("use", ["forward", "projection"])
 def test_the_host_gets_its_weight_back_when_memory_runs_out(use, monkeypatch):
-    """It would keep the weight's page of video memory pinned."""
+    """A handle that is kept would keep the weight's page of video memory pinned."""
     module, x, returned = linear(packed_weight("Q8_0")), torch.randn(3, COLUMNS), []
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *cast: returned.append(cast[0]))
 
@@ -184,7 +184,7 @@ def test_embedding_takes_plain_tables_and_patches():
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ2_XXS"])
 def test_compiles_once_for_all_layers_of_a_shape(name):
-    """In one graph, which decodes in one operation and has no other cast or copy of a weight."""
+    """Compile to one graph, which dequantizes in one operation and does not cast or copy the weight otherwise."""
     graphs = []
 
     def compiler(graph, _):
@@ -204,7 +204,7 @@ def test_compiles_once_for_all_layers_of_a_shape(name):
 
 @pytest.fixture
 def eager(monkeypatch):
-    """The host's activations, also where the host is too old to hand them to a Linear."""
+    """Return the host's activations, also for hosts that are too old to pass them to a Linear."""
     if not hasattr(comfy.ops, "_eager_input_act"):
         monkeypatch.setattr(comfy.ops, "_eager_input_act", newer_host.eager, raising=False)
 
@@ -246,7 +246,7 @@ def test_takes_what_newer_hosts_fold_with_the_product(call, scaled, eager):
 
 
 def test_activation_and_residual_keep_the_callers_dtype(eager):
-    """Where only the product is in 16 bits, as of a text encoder."""
+    """Test a layer that only computes the product in 16 bits, as in a text encoder."""
     module = computing_in(torch.bfloat16).Linear(COLUMNS, ROWS, bias=False, dtype=torch.float32)
     module.load_state_dict({"weight": packed_weight("Q8_0")})
     x, residual = torch.randn(2, 5, COLUMNS), 1000 + torch.randn(2, 5, ROWS)
@@ -272,7 +272,7 @@ def test_what_it_does_not_know_is_refused_with_the_hosts_version(monkeypatch):
 
 
 def test_rows_of_a_table_that_is_not_resident():
-    """Newer hosts ask for them by another name; their own way would decode the whole table."""
+    """Newer hosts call another method, whose version in the host would dequantize the whole table."""
     weight, index = packed_weight("Q8_0"), torch.tensor([[3, 1]])
     table = GGUFOps.Embedding(ROWS, COLUMNS, dtype=torch.float32)
     table.load_state_dict({"weight": weight})

@@ -33,13 +33,13 @@ def test_tiles_do_not_show(rows_a_tile, with_bias, dtype, monkeypatch):
     monkeypatch.setattr(matmul, "TILE_BYTES", rows_a_tile * COLUMNS * dtype.itemsize)
     for shape in ((2, 5, COLUMNS), (COLUMNS,), (0, COLUMNS), (1, COLUMNS)):
         x, bias = torch.randn(shape, dtype=dtype), torch.randn(ROWS, dtype=dtype) if with_bias else None
-        atol = 1e-4 + 64 * torch.finfo(dtype).eps  # another order of sums of about 25
+        atol = 1e-4 + 64 * torch.finfo(dtype).eps  # The sums, of about 25, are added in another order.
         actual = matmul.packed_linear(x, weight(), bias)
         torch.testing.assert_close(actual, expected(x, weight(), bias), rtol=0, atol=atol)
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes, in bytes."""
+    """The size of the largest tensor that an operation creates, in bytes."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def test_the_next_layer_does_not_change_the_gradient_of_this():
 
 
 def test_a_patch_in_training_gets_its_gradient_whatever_the_input():
-    """The text is no result of a layer before, so it needs none."""
+    """The text is not the output of a layer, so its gradient is not needed."""
     difference, bias = torch.zeros(ROWS, COLUMNS, requires_grad=True), torch.zeros(ROWS, requires_grad=True)
     x = torch.randn(3, COLUMNS)
     matmul.packed_linear(x, weight(), None, [lambda dense: dense + difference]).sum().backward()
@@ -115,7 +115,7 @@ def test_a_patch_in_training_gets_its_gradient_whatever_the_input():
 
 
 def test_weight_of_more_than_2_31_elements():
-    """All but the last rows are zeros that nothing was written to, so that they take no memory."""
+    """All but the last rows are zeros that were never written, so they need no memory."""
     quant, columns = QTYPES["Q2_K"], 8192
     rows = (1 << 31) // columns + 16
     data = torch.zeros(quant.packed_shape((rows, columns)), dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""LoRA and other patches on packed weights, through the host's own functions and in every order it uses them."""
+"""LoRAs and other patches on packed weights, through the host's functions, in every order in which it calls them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_clones_share_the_model_and_swap_their_patches(model, state):
     assert not any(torch.equal(a, b) for a, b in pairwise(outputs))
     for patcher, output in zip((first, model, second), (outputs[1], outputs[0], outputs[2]), strict=True):
         assert torch.equal(forward(load(patcher)), output)
-    model.cleanup()  # of a clone that is not loaded: must not touch the one that is
+    model.cleanup()  # This clone is not loaded; the loaded one must not change.
     assert torch.equal(forward(second), outputs[2])
 
 
@@ -88,7 +88,7 @@ def test_through_the_hosts_memory_manager(model, state):
 
 @pytest.mark.parametrize("state_of_vram", ["NORMAL_VRAM", "LOW_VRAM", "NO_VRAM"])
 def test_memory_modes_of_the_host(state_of_vram, model, state, monkeypatch):
-    """--lowvram and --novram; the host takes the CPU for an accelerator."""
+    """Test --lowvram and --novram, with the CPU as an accelerator."""
     expected = forward(load(with_lora(model, lora(state))))
     model.detach()
     host = comfy.model_management
@@ -113,7 +113,7 @@ def test_wrapper_patches_of_other_nodes_keep_their_place(model, state):
 
 
 def test_class_and_callback_survive_a_legacy_downgrade(model, state):
-    """As the host does for torch.compile and hooks: a new model, the patches of the old one."""
+    """The host does this for torch.compile and hooks: a new model gets the patches of the old one."""
     patched = with_lora(model, lora(state))
     expected = forward(load(patched))
 
@@ -134,7 +134,9 @@ def test_model_merge_reads_decoded_weights(model):
     ((weight, convert),) = model.get_key_patches("diffusion_model.blocks.0.ffn.0.weight")[KEY]
     assert torch.equal(convert(weight, inplace=True), weight.dequantize())
     other = model.clone()
-    other.add_patches({KEY: model.get_key_patches()[KEY]}, 0.25, 0.75)  # a quarter of itself, as merge nodes do
+    other.add_patches(
+        {KEY: model.get_key_patches()[KEY]}, 0.25, 0.75
+    )  # A quarter of itself, as nodes that merge models do.
     expected = forward(load(model))
     torch.testing.assert_close(forward(load(other)), expected, atol=1e-5, rtol=1e-5)
 
@@ -165,11 +167,11 @@ def test_saving_is_refused(model):
         model.state_dict_for_saving()
 
 
-# No accelerator here: a second CPU "device" that the host takes for one shows what is accounted and moved.
+# Without an accelerator: a second CPU device, which the host treats as one, shows what is counted and moved.
 
 
 def test_factors_move_and_are_accounted(model, state, monkeypatch):
-    """Device stand-in: the host is told that the CPU is no CPU, so that moves happen and are counted."""
+    """Make the host treat the CPU as an accelerator, so that it moves tensors and counts them."""
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == torch.device("meta"))
     patched = with_lora(model, lora(state))
     load(patched)
@@ -182,7 +184,7 @@ def test_factors_move_and_are_accounted(model, state, monkeypatch):
 
 
 def test_factors_stay_away_when_memory_is_short(model, state, monkeypatch):
-    """Device stand-in, as above: a partial load has no room for LoRA factors beyond its budget."""
+    """A partial load moves LoRAs only within its budget; the CPU is the accelerator, as above."""
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: device == torch.device("meta"))
     patched = with_lora(model, lora(state))
     budget = patched.model_size() // 2
@@ -190,7 +192,7 @@ def test_factors_stay_away_when_memory_is_short(model, state, monkeypatch):
     assert patched.model.model_loaded_weight_memory <= budget
 
 
-# Dynamic VRAM cannot run without an accelerator: what its load leaves on a module is set here by hand.
+# Dynamic VRAM needs an accelerator, so these tests set the attributes that its loading sets.
 
 
 def test_dynamic_vram_state_is_rewritten(model, state):
@@ -204,7 +206,7 @@ def test_dynamic_vram_state_is_rewritten(model, state):
 
 
 def test_tiny_layer_that_dynamic_vram_makes_resident(model, state):
-    """force_cast: the host wants a dense, patched weight in place, and takes it back from its backup."""
+    """With force_cast the host sets a dense, patched weight, and later restores the packed one from its backup."""
     patched = load(with_lora(model, lora(state)))
     expected = forward(patched)
     patched.patch_weight_to_device(KEY, device_to=CPU, force_cast=True)

@@ -1,4 +1,4 @@
-"""LoRA and other patches of packed weights: what they do to the decoded rows."""
+"""LoRAs and other patches of packed weights: their effect on the dequantized rows."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_strength_zero_is_exact(model, state):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_compute_dtype(dtype, t2v, state):
-    """The patched weight is within two roundings of the exact one."""
+    """Assert that the patched weight is within two roundings of the exact one."""
     patched = load(with_lora(load_diffusion_model(t2v[1], dtype=dtype), lora(state)))
     _, module = next((key, m) for key, m in packed_modules(patched.model) if key == KEY)
     weight = module.weight_function[0](module.weight.dequantize())
@@ -76,7 +76,7 @@ def test_low_precision_compute_dtype(dtype, t2v, state):
 
 
 def test_model_as_lora_hook(model, state):
-    """A difference to another model's weights, which needs this model's own."""
+    """Test a difference to the weights of another model, which needs those of this model."""
     target = torch.randn(512, 256)
     patched = model.clone()
     patched.add_patches({KEY: ("model_as_lora", (target,))}, 1.0)
@@ -86,8 +86,8 @@ def test_model_as_lora_hook(model, state):
 
 
 def test_the_hosts_bypass_lora(model, state):
-    """Added to activations, not weights; the host finds our layers as it finds its own."""
-    # A host that hands ffn.2 its activation has a bypass that adds to what comes before it.
+    """Test LoRAs that are added to activations instead of weights; the host must find the packed layers too."""
+    # Hosts that pass the activation to ffn.2 add the bypass to the input of the activation.
     factors = {name: factor for name, factor in lora(state).items() if ".ffn.2." not in name}
     expected = forward(load(with_lora(model, factors)))
     model.detach()
@@ -125,7 +125,7 @@ UP, DOWN, ALPHA = random(ROWS, 4), random(4, COLUMNS), 2.0
 NORM = torch.rand(ROWS, 1) + 0.5
 LORA = adapter("LoRA", UP, DOWN, ALPHA, None, None, None)
 TUCKER = (UP, DOWN[..., None, None], ALPHA, random(4, 4, 1, 1), None, None)
-# Name -> value, rows that can be patched at a time.
+# Name -> value, and the number of rows at whose multiples it can be sliced.
 VALUES = {
     "lora": (LORA, 1),
     "lora_without_alpha": (adapter("LoRA", UP, DOWN, None, None, None, None), 1),
@@ -154,7 +154,7 @@ VALUES = {
 
 
 def on_the_fly(*patches):
-    # OnTheFly keeps no reference to the layer.
+    # OnTheFly does not keep the layer alive.
     module = GGUFOps.Linear(COLUMNS, ROWS, bias=False)
     module.load_state_dict({"weight": packed()})
     return OnTheFly("key", list(patches), module), module
@@ -227,7 +227,7 @@ def test_patches_are_held_on_a_device_until_they_move_back(name):
 
 
 def test_held_patches_serve_whatever_the_host_calls_the_device(monkeypatch):
-    """Here "cpu:0" is "cpu" to a tensor; on a Mac "mps" is "mps:0"."""
+    """A tensor on "cpu:0" has the device "cpu" here; on a Mac, one on "mps" has "mps:0"."""
     function, module = on_the_fly((1.0, LORA, 1.0, None, None))
     expected = function(module.weight.dequantize())
     monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
