@@ -4,7 +4,8 @@ A forward pass of `GGUFOps.Linear` has these steps:
 
 1. ComfyUI calls `forward_comfy_cast_weights` with the input.
 2. `GGUFModule.cast` lets the host bring the weight to the device of the input. The weight arrives packed.
-3. `packed_linear` (`matmul.py`) dequantizes some rows of the weight into a tile of at most 64 MiB.
+3. `packed_linear` (`matmul.py`) dequantizes some rows of the weight into a tile of at most 64 MiB. The tile holds all
+   rows only if a patch needs the whole weight.
 4. The layer's patches, such as LoRAs, are added to the tile (`patches.py`).
 5. The input is multiplied with the tile, which yields the output features of these rows.
 6. Steps 3 to 5 repeat until all rows are done. Then `host.uncast` gives the weight back to the host.
@@ -146,7 +147,7 @@ class GGUFOps(comfy.ops.manual_cast):
             return _add_residual(product, residual, residual_scale)
 
         def product(self, x: Tensor) -> Tensor:
-            """Return the output, (..., out_features), for an input (..., in_features), both of the dtype of x."""
+            """Multiply x, floating point, (..., in_features), and return (..., out_features) of the same dtype."""
             weight, bias, functions, handle = self.cast(x)
             packed = is_packed(weight)
             try:

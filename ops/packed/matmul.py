@@ -23,7 +23,7 @@ WeightFunction = Callable[[Tensor], Tensor]
 """
 
 TILE_BYTES = 64 << 20
-"""The size of a tile, so the most dequantized bytes at any time, however large the layer is."""
+"""The largest size of a tile of dequantized rows, unless a function needs the whole weight."""
 
 # On these devices a product does not arrive in a slice given as `out` before macOS 15, and no error is raised.
 # Source: https://github.com/pytorch/pytorch/issues/104832.
@@ -54,15 +54,15 @@ _scratch = _Scratch()
 
 
 class PatchedRows:
-    """The rows of a packed weight with its patches, dequantized on request, for one use of the weight."""
+    """The rows of a packed weight with its patches, dequantized on request, for one use of the weight.
+
+    Args:
+        weight: packed, (rows, columns), on the device of `like`.
+        functions: applied to the dequantized rows in turn.
+        like: a tensor of the dtype and on the device that the rows get.
+    """
 
     def __init__(self, weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> None:
-        """
-        Args:
-            weight: (rows, columns), on the device of `like`.
-            functions: applied to the dequantized rows in turn.
-            like: a tensor of the dtype and on the device that the rows get.
-        """
         self._weight, self._packed = weight, host.packed_bytes(weight)
         self._patches = [_patch_rows(function, like) for function in functions]
         whole = len(weight)
