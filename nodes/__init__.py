@@ -1,4 +1,4 @@
-"""The pack's nodes, one a file. The only place with folder_paths, schemas and progress bars."""
+"""The pack's nodes, one per file. No other package uses folder_paths, schemas or progress bars."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class WanQuantExtension(ComfyExtension):
 
 
 def model_nodes() -> list[type[io.ComfyNode]]:
-    """The nodes that work with loaded models. After an update of ComfyUI that they do not fit, the others stay."""
+    """Return the nodes that work with loaded models, or none if an update of ComfyUI broke what they import."""
     try:
         from ..ops.host_check import incompatibilities, incompatibility_message
         from .collect_importance import WanQuantCollectImportance
@@ -52,12 +52,12 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         from .save_model import WanQuantSaveModel
     except (ImportError, AttributeError) as error:
         logger.error(
-            "WanQuant: ComfyUI %s has changed what loading a GGUF builds on (%s); Convert to GGUF and GGUF Info work;"
-            " update WanQuant",
+            "WanQuant: the nodes that load models cannot start in ComfyUI %s (%s), but Convert to GGUF and GGUF Info"
+            " work; update WanQuant",
             host_version(),
             error,
         )
-        logger.debug("where it failed", exc_info=error)
+        logger.debug("Traceback of the failed import", exc_info=error)
         return []
     if problems := incompatibilities():
         logger.error("WanQuant: %s", incompatibility_message(problems))

@@ -1,4 +1,4 @@
-"""WanQuantCollectImportance."""
+"""The Collect Importance Matrix node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..quant.statistics.importance import Collector
 
 ImportanceIO = io.Custom("WANQUANT_IMPORTANCE")
 
-_ALIKE, _BY_SIZE = "alike", "by size"
+_EQUAL, _BY_STEP_SIZE = "alike", "by size"
 
 
 class WanQuantCollectImportance(io.ComfyNode):
@@ -21,28 +21,28 @@ class WanQuantCollectImportance(io.ComfyNode):
             node_id="WanQuantCollectImportance",
             display_name="Collect Importance Matrix",
             category="WanQuant/convert",
-            description="While the MODEL samples, measures how large the inputs of every layer are. A conversion with"
-            " this importance matrix puts its errors where they count least.",
+            description="Measures how large the inputs of every layer are while the MODEL samples. A conversion with"
+            " this importance matrix makes its errors where they matter least.",
             search_aliases=["imatrix", "calibration", "calibrate"],
             inputs=[
-                io.Model.Input("model", tooltip="The model to be converted, in any precision; a GGUF serves too."),
+                io.Model.Input("model", tooltip="The model to convert, in any precision. A GGUF also works."),
                 io.Combo.Input(
                     "steps",
-                    options=[_ALIKE, _BY_SIZE],
-                    default=_ALIKE,
+                    options=[_EQUAL, _BY_STEP_SIZE],
+                    default=_EQUAL,
                     advanced=True,
-                    tooltip="How much each sampling step counts: all alike, or by the square of the noise it removes.",
+                    tooltip="The weight of each step: alike, or by size (the square of the noise that it removes).",
                 ),
                 io.Boolean.Input(
                     "calibrate",
                     default=False,
                     optional=True,
-                    tooltip="Measure also how the inputs go together, for rounding that makes up for its own errors."
-                    " The file has 1.5 GiB for a 14B model.",
+                    tooltip="Also measure how the inputs correlate, for rounding that compensates for its own errors."
+                    " The file of a 14B model has 1.5 GiB.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="Sample with this one. The results are the same."),
+                io.Model.Output(tooltip="Sample with this MODEL. It gives the same results."),
                 ImportanceIO.Output(display_name="importance", tooltip="Connect to Save Importance Matrix."),
             ],
         )
@@ -50,4 +50,4 @@ class WanQuantCollectImportance(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, steps: str, calibrate: bool = False) -> io.NodeOutput:
         collector = CalibrationCollector() if calibrate else Collector()
-        return io.NodeOutput(with_collector(model, collector, by_step_size=steps == _BY_SIZE), collector)
+        return io.NodeOutput(with_collector(model, collector, by_step_size=steps == _BY_STEP_SIZE), collector)

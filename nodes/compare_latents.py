@@ -1,4 +1,4 @@
-"""WanQuantCompareLatents."""
+"""The Compare Latents node."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ class WanQuantCompareLatents(io.ComfyNode):
             node_id="WanQuantCompareLatents",
             display_name="Compare Latents",
             category="WanQuant/latent",
-            description="How far one latent is from another of the same seed: PSNR, cosine, and where they differ.",
+            description="Measures how far two latents of the same seed are apart: PSNR, cosine similarity, and"
+            " where they differ.",
             search_aliases=["psnr", "quality", "difference", "quantization error"],
             is_output_node=True,
             inputs=[
                 io.Latent.Input("reference", tooltip="The LATENT of the full-precision run."),
-                io.Latent.Input("compared", tooltip="The LATENT of the same seed with the quantized model."),
+                io.Latent.Input("compared", tooltip="The LATENT of the quantized model with the same seed."),
             ],
             outputs=[
-                io.Float.Output(display_name="psnr", tooltip="In dB; 6 dB more is half the error."),
-                io.Float.Output(display_name="cosine", tooltip="1 for the same direction."),
+                io.Float.Output(display_name="psnr", tooltip="In dB. 6 dB more means half the error."),
+                io.Float.Output(display_name="cosine", tooltip="Cosine similarity: 1 means the same direction."),
                 io.Image.Output(display_name="plot"),
             ],
         )
 
     @classmethod
     def execute(cls, reference: dict[str, Any], compared: dict[str, Any]) -> io.NodeOutput:
-        # Only pictures need matplotlib, which takes a while to load.
+        # Imported late, because matplotlib loads slowly and only pictures need it.
         from ..ops.latents.compare_chart import draw
 
         comparison = compare_latents(reference["samples"], compared["samples"])

@@ -1,4 +1,4 @@
-"""WanQuantConvert."""
+"""The Convert to GGUF node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .folders import (
     written_token,
 )
 
-_FLAT, _DEEP = "4d", "5d"
+_FLAT, _FIVE_D = "4d", "5d"
 
 
 class WanQuantConvert(io.ComfyNode):
@@ -35,62 +35,64 @@ class WanQuantConvert(io.ComfyNode):
             node_id="WanQuantConvert",
             display_name="Convert to GGUF",
             category="WanQuant/convert",
-            description="Writes a quantized copy of a Wan checkpoint, one tensor at a time. A copy that is already"
-            " there and made the same way is reused.",
+            description="Writes a quantized copy of a Wan checkpoint, one tensor at a time. An existing copy with the"
+            " same settings is reused.",
             search_aliases=["quantize", "gguf", "compress model"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
                     "source",
                     options=source_names(),
-                    tooltip="A Wan checkpoint: .safetensors, the first of its shards, or .gguf.",
+                    tooltip="A Wan checkpoint: .safetensors (the first file if it is sharded) or .gguf.",
                 ),
                 encoding.recipe_input(),
                 encoding.folder_input(),
                 io.String.Input(
                     "output_name",
                     default="",
-                    tooltip="Name of the .gguf file; empty: the source's name and the recipe.",
+                    tooltip="Name of the .gguf file. If empty, the name of the source and the recipe.",
                 ),
                 encoding.overwrite_input(),
                 encoding.effort_input(),
                 encoding.device_input(),
-                # Those from here on are optional: graphs saved before they were added lack them.
+                # The inputs below are optional, because graphs saved before they were added lack them.
                 encoding.target_size_input(),
                 encoding.importance_input(
-                    "errors go where they count least. With a calibration (.safetensors) they also make up for each"
-                    " other."
+                    "errors go where they matter least. With a calibration (.safetensors) they also compensate for"
+                    " each other."
                 ),
                 io.String.Input(
                     "importance_path",
                     optional=True,
                     force_input=True,
-                    tooltip="Connect the path of Save Importance Matrix; importance is then ignored.",
+                    tooltip="Connect the path of Save Importance Matrix. The importance input is then ignored.",
                 ),
                 io.Combo.Input(
                     "module",
+                    display_name="add_on",
                     options=[NONE, *source_names()],
                     default=NONE,
                     optional=True,
                     advanced=True,
-                    tooltip="A separate module (VACE and the like) that becomes part of the file.",
+                    tooltip="An add-on file, such as VACE, that becomes part of the model's file.",
                 ),
                 io.Combo.Input(
                     "patch_embedding",
-                    options=[_FLAT, _DEEP],
+                    options=[_FLAT, _FIVE_D],
                     default=_FLAT,
                     optional=True,
                     advanced=True,
-                    tooltip="4d is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper.",
+                    tooltip="4d flattens it, as llama.cpp's tools require. 5d is for WanVideoWrapper.",
                 ),
                 io.MultiCombo.Input(
                     "more_modules",
+                    display_name="more_add_ons",
                     options=source_names(),
                     default=[],
                     optional=True,
                     advanced=True,
-                    placeholder="more modules",  # all that the canvas shows of its name
-                    tooltip="Further modules that become part of the file, in this order.",
+                    placeholder="more add-ons",  # the canvas shows this instead of the display name
+                    tooltip="Further add-on files that become part of the model's file, in this order.",
                 ),
             ],
             outputs=encoding.report_outputs(),
@@ -105,8 +107,8 @@ class WanQuantConvert(io.ComfyNode):
         module: str | None = NONE,
         more_modules: Sequence[str] | None = (),
     ) -> bool | str:
-        named = [(source_folder(name), name) for name in (source, *_modules(module, more_modules or ()))]
-        if importance != NONE and importance_path == "":  # a linked path is None at this point
+        named = [(source_folder(name), name) for name in (source, *_add_ons(module, more_modules or ()))]
+        if importance != NONE and importance_path == "":  # a linked path is still None here
             named.append((IMPORTANCE, importance))
         return check_names(*named)
 
@@ -123,10 +125,10 @@ class WanQuantConvert(io.ComfyNode):
         more_modules: Sequence[str] = (),
         **_: object,
     ) -> str:
-        modules = _modules(module, more_modules)
-        name = _name(output_name, source, modules, recipe, target_size)
+        add_ons = _add_ons(module, more_modules)
+        name = _file_name(output_name, source, add_ons, recipe, target_size)
         target = os.path.join(destinations().get(folder, folder), name)
-        read = [*((source_folder(file), file) for file in (source, *modules)), (IMPORTANCE, importance)]
+        read = [*((source_folder(file), file) for file in (source, *add_ons)), (IMPORTANCE, importance)]
         return " ".join((*(stat_token(where, what) for where, what in read), written_token(target)))
 
     @classmethod
@@ -146,8 +148,8 @@ class WanQuantConvert(io.ComfyNode):
         patch_embedding: str = _FLAT,
         more_modules: Sequence[str] = (),
     ) -> io.NodeOutput:
-        modules = _modules(module, more_modules)
-        name = _name(output_name, source, modules, recipe, target_size)
+        add_ons = _add_ons(module, more_modules)
+        name = _file_name(output_name, source, add_ons, recipe, target_size)
         target = output_path(destinations()[folder], name, ".gguf")
         if importance != NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
@@ -160,20 +162,20 @@ class WanQuantConvert(io.ComfyNode):
             importance=encoding.read_importance(importance_path) if importance_path else None,
             device=encoding.encoder_device(device),
             overwrite=overwrite,
-            five_d=patch_embedding == _DEEP,
-            modules=[model_path(source_folder(file), file) for file in modules],
+            five_d=patch_embedding == _FIVE_D,
+            modules=[model_path(source_folder(file), file) for file in add_ons],
             progress=encoding.progress_bar(),
         )
-        return encoding.shown(report, cls)
+        return encoding.report_output(report, cls)
 
 
-def _modules(first: str | None, more: Sequence[str]) -> list[str]:
-    """Those chosen, as far as they are known: a linked name is None before it is."""
+def _add_ons(first: str | None, more: Sequence[str]) -> list[str]:
+    """Return the chosen add-on files that are known already: during validation a linked name is None."""
     return [name for name in (first, *more) if name is not None and name != NONE]
 
 
-def _name(output_name: str, source: str, modules: Sequence[str], recipe: str, target_size: float) -> str:
-    """Of the file to write: the one that was typed, or the source's with what is made of it."""
-    added = [os.path.basename(source_stem(module)) for module in modules]
+def _file_name(output_name: str, source: str, add_ons: Sequence[str], recipe: str, target_size: float) -> str:
+    """Return `output_name`, or if it is empty a name made of the source, the add-ons and the recipe or target size."""
+    added = [os.path.basename(source_stem(add_on)) for add_on in add_ons]
     parts = (source_stem(source), *added, f"{target_size:g}GiB" if target_size else recipe)
     return portable(output_name) or "-".join(parts) + ".gguf"

@@ -1,4 +1,4 @@
-"""What the nodes that write GGUF files share: their choices, and the progress bar."""
+"""The inputs, outputs and progress bar that the nodes that write files share."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..quant.statistics.importance import Importance
 from .folders import IMPORTANCE, MODELS, NONE, destinations
 from .pictures import picture_tensor, text_and_picture
 
-# What the search for the least error takes on an accelerator, where loaded models would leave no room for it.
+# The search for the least error needs this much memory on an accelerator, which loaded models may fill.
 _ENCODER_BYTES = 1 << 30
-# As the host's bar: thousands of small tensors must not flood the websocket.
+# As in the host's own progress bar: thousands of small tensors must not flood the websocket.
 _SECONDS_BETWEEN_NAMES = 0.1
 
 
@@ -31,7 +31,7 @@ def recipe_input() -> io.Combo.Input:
         "recipe",
         options=list(RECIPES),
         default="Q4_K_M",
-        tooltip="Size against quality: Q8_0 nearly lossless, Q4_K_M the usual choice, Q2_K the smallest.",
+        tooltip="Trades size for quality: Q8_0 is nearly lossless, Q4_K_M the usual choice, Q2_K the smallest.",
     )
 
 
@@ -41,13 +41,13 @@ def folder_input() -> io.Combo.Input:
         options=list(destinations()),
         default=MODELS,
         advanced=True,
-        tooltip="Where the file goes: a model folder, or output for ComfyUI's output folder.",
+        tooltip="Where to write the file: a model folder, or output for ComfyUI's output folder.",
     )
 
 
 def overwrite_input() -> io.Boolean.Input:
     return io.Boolean.Input(
-        "overwrite", default=False, tooltip="Replace a file of that name that was made in another way."
+        "overwrite", default=False, tooltip="Replace a file of the same name that was made with other settings."
     )
 
 
@@ -57,17 +57,17 @@ def effort_input() -> io.Combo.Input:
         options=["best", "fast"],
         default="best",
         advanced=True,
-        tooltip="best searches for the lowest error; fast writes what ggml's own encoders do, in less time.",
+        tooltip="best searches for the least error. fast writes the same bytes as ggml's own encoders, in less time.",
     )
 
 
-def device_input(what: str = "the weights are encoded") -> io.Combo.Input:
+def device_input(what: str = "the weights are quantized") -> io.Combo.Input:
     return io.Combo.Input(
         "device",
         options=["default", "cpu"],
         default="default",
         advanced=True,
-        tooltip=f"Where {what}; default is the GPU if there is one.",
+        tooltip=f"Where {what}. default is the GPU if there is one.",
     )
 
 
@@ -88,8 +88,8 @@ def target_size_input() -> io.Float.Input:
         min=0.0,
         max=100.0,
         step=0.01,
-        optional=True,  # graphs saved before it was added lack it
-        tooltip="GiB of the file: the types are chosen for the lowest error in that size. 0: the recipe's.",
+        optional=True,  # because graphs saved before it was added lack it
+        tooltip="Size of the file in GiB: the types are chosen for the least error at that size. 0 uses the recipe.",
     )
 
 
@@ -102,49 +102,48 @@ def report_outputs() -> list[io.Output]:
 
 
 def encoder_device(choice: str) -> torch.device:
-    """The device of a `device_input`, with room made for the encoder."""
+    """Return the device chosen in a `device_input`, after freeing memory there for the encoder."""
     device = comfy.model_management.get_torch_device() if choice == "default" else torch.device(choice)
     comfy.model_management.free_memory(_ENCODER_BYTES, device)
     return device
 
 
 def read_importance(path: str) -> Importance:
-    """An importance matrix, or a calibration, which is one too."""
+    """Read an importance matrix, or a calibration (.safetensors), which contains one."""
     return quant.read_calibration(path) if path.endswith(".safetensors") else quant.read_importance(path)
 
 
 def progress_bar() -> Progress:
-    """For one file: a bar and the tensor's name on the running node; the user can interrupt it."""
+    """Return a callback that shows a bar and the tensor's name on the running node, and lets the user interrupt it."""
     bar = comfy.utils.ProgressBar(1)
-    running, told = get_executing_context(), 0.0
+    running, last_shown = get_executing_context(), 0.0
 
     def progress(done: int, total: int, name: str) -> None:
-        nonlocal told
+        nonlocal last_shown
         comfy.model_management.throw_exception_if_processing_interrupted()
         bar.update_absolute(done, total)
-        if time.monotonic() - told > _SECONDS_BETWEEN_NAMES:
-            told = time.monotonic()
-            _tell(running, name)
+        if time.monotonic() - last_shown > _SECONDS_BETWEEN_NAMES:
+            last_shown = time.monotonic()
+            _show(running, name)
 
     return progress
 
 
-def say(text: str) -> None:
-    """On the running node, instead of the last tensor's name."""
-    _tell(get_executing_context(), text)
+def show_on_node(text: str) -> None:
+    """Show a text on the running node, in place of the last tensor's name."""
+    _show(get_executing_context(), text)
 
 
-def _tell(running: ExecutionContext | None, text: str) -> None:
-    """On the node itself."""
+def _show(running: ExecutionContext | None, text: str) -> None:
     if running:
         PromptServer.instance.send_progress_text(text, running.node_id)
 
 
-def shown(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:
-    """What `report_outputs` declares, and the same below the node."""
+def report_output(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:
+    """Return the values of `report_outputs`, which the host also shows below the node."""
     # Only pictures need matplotlib, which takes a while to load.
     from ..quant.inspection.report_chart import draw
 
     picture, summary = picture_tensor(draw(report)), report.text()
-    say(summary.partition("\n")[0])
+    show_on_node(summary.partition("\n")[0])
     return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, node))

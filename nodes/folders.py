@@ -1,4 +1,4 @@
-"""Which folders the nodes read from and write to, in the host's own terms."""
+"""The folders that the nodes read from and write to, under the host's own names for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..quant import QuantError
 
 MODELS = "diffusion_models"
 ENCODERS = "text_encoders"
-# The names that existing GGUF packs use, so that entries in extra_model_paths.yaml serve both.
+# Other GGUF packs use the same names, so that an entry in extra_model_paths.yaml works for all of them.
 GGUF = "unet_gguf"
 GGUF_ENCODERS = "clip_gguf"
 CONDITIONING = "conditioning"
@@ -24,7 +24,7 @@ IMPORTANCE = "importance"
 LORAS = "loras"
 OUTPUT = "output"
 NONE = "none"
-"""What a list offers where no file need be chosen."""
+"""The list entry that chooses no file."""
 
 _SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.(safetensors|gguf)$)")
 
@@ -35,7 +35,7 @@ def register_folders() -> None:
         shared, _ = folder_paths.folder_names_and_paths[name]
         paths, extensions = folder_paths.folder_names_and_paths.get(gguf_name, (shared, set()))
         if paths is not shared:
-            # Configured by the user or by another pack: its folders stay, ahead of the host's.
+            # The user or another pack configured these folders: keep them, ahead of the host's.
             shared = [*paths, *(path for path in shared if path not in paths)]
         folder_paths.folder_names_and_paths[gguf_name] = (shared, {*extensions, ".gguf"})
     parents = (folder_paths.models_dir, folder_paths.get_output_directory())
@@ -44,27 +44,27 @@ def register_folders() -> None:
 
 
 def source_names() -> list[str]:
-    """Checkpoints that can be converted: of one in several files the first, which stands for all."""
+    """List the checkpoints that can be converted. The first file of a sharded one stands for all its files."""
     dense = [name for name in folder_paths.get_filename_list(MODELS) if name.endswith(".safetensors")]
     shards = [(name, _SHARD.search(name)) for name in (*dense, *folder_paths.get_filename_list(GGUF))]
     return [name for name, shard in shards if shard is None or int(shard[1]) == 1]
 
 
 def source_folder(name: str | None) -> str:
-    """The kind of folder that lists a checkpoint."""
+    """Return the name of the folder list that contains a checkpoint."""
     return GGUF if name is not None and name.endswith(".gguf") else MODELS
 
 
 def source_stem(name: str) -> str:
-    """A checkpoint's name, subfolder included, without the suffix and the number of a shard."""
+    """Return a checkpoint's name with its subfolder, but without its suffix and shard number."""
     return _SHARD.sub("", portable(name)).removesuffix(".safetensors").removesuffix(".gguf")
 
 
 def model_path(folder: str, name: str) -> str:
-    """Full path of a listed file, by its name in a graph that may have been saved on another system.
+    """Return the full path of a listed file, whose name may come from a graph saved on another operating system.
 
     Raises:
-        QuantError: no such file, with the nearest name there is.
+        QuantError: there is no such file. The message suggests the most similar name.
     """
     path = _find(folder, name)
     if path is None:
@@ -73,11 +73,10 @@ def model_path(folder: str, name: str) -> str:
 
 
 def check_names(*named: tuple[str, str | None]) -> bool | str:
-    """What `validate_inputs` answers for (folder, name) pairs: True, or why one leads to no file.
+    """Return True if every (folder, name) pair is a file, else a message about the first that is not.
 
-    A linked name, still unknown, is None.
-
-    Declaring a combo in `validate_inputs` takes its check over from the host, which knows the separators of one system.
+    A name is None while it is linked, and is not checked then. The result is for `validate_inputs`. The host does not
+    check a combo that is an argument there, and by itself would accept only its own system's path separators.
     """
     known = ((folder, name) for folder, name in named if name is not None)
     return next((_absence(folder, name) for folder, name in known if _find(folder, name) is None), True)
@@ -91,7 +90,7 @@ def _find(folder: str, name: str) -> str | None:
 
 
 def portable(name: str) -> str:
-    """A name as Linux writes it: Windows has another separator, macOS decomposes accents."""
+    """Return a name in the form of Linux: Windows has another separator, and macOS decomposes accents."""
     return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
@@ -99,8 +98,8 @@ def _absence(folder: str, name: str) -> str:
     where = " or ".join(folder_paths.get_folder_paths(folder))
     listed = {portable(other): other for other in folder_paths.get_filename_list(folder)}
     if portable(name) in listed:
-        return f"{name!r} in {where} is a link that leads nowhere: repair it, or choose another file"
-    # The same file often lies in another subfolder.
+        return f"{name!r} in {where} is a broken link: repair it, or choose another file"
+    # Compare file names only, because the same file is often in another subfolder.
     by_stem = {Path(other).name.lower(): listed[other] for other in listed}
     near = difflib.get_close_matches(Path(portable(name)).name.lower(), by_stem, n=1)
     hint = f"the nearest name there is {by_stem[near[0]]!r}" if near else "no file there has a similar name"
@@ -108,7 +107,7 @@ def _absence(folder: str, name: str) -> str:
 
 
 def stat_token(folder: str, name: str) -> str:
-    """Changes whenever the file does: what a node's cache is keyed by."""
+    """Return a cache key for a node that reads a file. It changes whenever the file does."""
     path = _find(folder, name)
     if path is None:
         return "missing"
@@ -117,12 +116,12 @@ def stat_token(folder: str, name: str) -> str:
 
 
 def written_token(path: str) -> str:
-    """Changes whenever the file that a node wrote does; for a file that is gone, always: it has to be made again."""
+    """Return a cache key for a node that writes a file. It changes with the file, and always if the file is missing."""
     return f"{path} {os.stat(path).st_mtime_ns if os.path.exists(path) else time.time_ns()}"
 
 
 def destinations() -> dict[str, str]:
-    """Folders a conversion may write to: a label that means the same on every machine -> the path."""
+    """Return the folders that nodes may write to, by labels that mean the same on every machine."""
     labels = {OUTPUT: os.path.join(folder_paths.get_output_directory(), MODELS)}
     for path in folder_paths.get_folder_paths(MODELS):
         inside = Path(path).is_relative_to(folder_paths.models_dir)
@@ -133,23 +132,23 @@ def destinations() -> dict[str, str]:
 
 
 def output_path(folder: str, name: str, suffix: str) -> str:
-    """Full path of a file to be written below `folder`; its folder is made.
+    """Return the full path of a file to write below `folder`, and create the folder that will contain it.
 
     Raises:
-        QuantError: `name` leads out of the folder or names another kind of file, or the system refuses it.
+        QuantError: `name` is outside `folder`, lacks `suffix`, or is refused by the operating system.
     """
     name = portable(name)
     path = os.path.abspath(os.path.join(folder, name))
-    # Resolved, so that a symbolic link below the folder leads out too.
+    # Resolve links, so that one that points outside the folder is refused.
     inside = Path(path).resolve().is_relative_to(Path(folder).resolve())
     if os.path.isabs(name) or not inside or path == os.path.abspath(folder):
-        raise QuantError(f"output name {name!r}: leads out of {folder}; give a name below that folder")
+        raise QuantError(f"output name {name!r} is outside {folder}: give a name below that folder")
     if not path.endswith(suffix):
-        raise QuantError(f"output name {name!r}: does not end in {suffix}; give a name like model{suffix}")
+        raise QuantError(f"output name {name!r} does not end in {suffix}: give a name like model{suffix}")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with suppress(FileNotFoundError):
-            os.stat(path)  # names that are too long fail here, not later and without advice
+            os.stat(path)  # raises for a name that is too long, while advice can still be given
     except OSError as error:
         raise QuantError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from None
     return path

@@ -1,4 +1,4 @@
-"""WanQuantInspect."""
+"""The GGUF Info node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class WanQuantInspect(io.ComfyNode):
             node_id="WanQuantInspect",
             display_name="GGUF Info",
             category="WanQuant/convert",
-            description="What a GGUF file holds: types, sizes, bits per weight, how it was made.",
+            description="Shows what a GGUF file contains: types, sizes, bits per weight, and how it was made.",
             search_aliases=["inspect gguf", "model info", "metadata"],
             is_output_node=True,
             inputs=[

@@ -1,4 +1,4 @@
-"""WanQuantLoadConditioning."""
+"""The Load Conditioning node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WanQuantLoadConditioning(io.ComfyNode):
             node_id="WanQuantLoadConditioning",
             display_name="Load Conditioning",
             category="WanQuant/conditioning",
-            description="Loads a prompt that Save Conditioning kept; no text encoder is needed.",
+            description="Loads a prompt that Save Conditioning wrote. No text encoder is needed.",
             search_aliases=["cached prompt", "import conditioning"],
             inputs=[
                 io.Combo.Input(

@@ -1,4 +1,4 @@
-"""WanQuantLoader."""
+"""The Load Diffusion Model (GGUF) node."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def dtype_input() -> io.Combo.Input:
         options=list(DTYPES),
         default="default",
         advanced=True,
-        tooltip="Number format of the arithmetic. default lets ComfyUI choose for your GPU.",
+        tooltip="Number format of the arithmetic. default lets ComfyUI choose one for your GPU.",
     )
 
 
@@ -29,7 +29,7 @@ class WanQuantLoader(io.ComfyNode):
             node_id="WanQuantLoader",
             display_name="Load Diffusion Model (GGUF)",
             category="WanQuant/loaders",
-            description="Loads a GGUF diffusion model; its weights stay quantized in memory.",
+            description="Loads a GGUF diffusion model. Its weights stay quantized in memory.",
             search_aliases=["gguf", "unet loader gguf", "load wan", "quantized"],
             inputs=[
                 io.Combo.Input(
@@ -42,24 +42,25 @@ class WanQuantLoader(io.ComfyNode):
                     "path",
                     optional=True,
                     force_input=True,
-                    tooltip="Connect the path of Convert to GGUF to load what it wrote; model_name is then ignored.",
+                    tooltip="Connect the path of Convert to GGUF to load its file. model_name is then ignored.",
                 ),
                 io.Combo.Input(
                     "module_name",
+                    display_name="add_on_name",
                     options=[NONE, *sorted((*folder_paths.get_filename_list(GGUF), *source_names()))],
                     default=NONE,
-                    optional=True,  # graphs saved before it was added lack it
+                    optional=True,  # because graphs saved before it was added lack it
                     advanced=True,
-                    tooltip="A file in models/diffusion_models that extends the model, such as a VACE module: .gguf,"
-                    " or .safetensors in F32, F16 or BF16.",
+                    tooltip="An add-on file in models/diffusion_models, such as VACE: .gguf, or .safetensors in F32,"
+                    " F16 or BF16.",
                 ),
                 io.Boolean.Input(
                     "int8",
                     default=False,
                     optional=True,
                     advanced=True,
-                    tooltip="Multiply in 8-bit integers: faster on many GPUs, at about 1.4 % error in each layer's"
-                    " output. With it off, results do not depend on the GPU's integer arithmetic.",
+                    tooltip="Multiply in 8-bit integers. This is faster on many GPUs, with an error of about 1.4 %"
+                    " in each layer's output.",
                 ),
             ],
             outputs=[io.Model.Output()],
@@ -69,10 +70,10 @@ class WanQuantLoader(io.ComfyNode):
     def validate_inputs(
         cls, model_name: str | None = None, path: str | None = "", module_name: str | None = NONE
     ) -> bool | str:
-        # A linked path, None at this point, makes a stale name irrelevant.
+        # A linked path is still None here. It replaces the name, which may then be stale.
         base = [(GGUF, model_name)] if path == "" else []
-        module = [] if module_name == NONE else [(_folder(module_name), module_name)]
-        return check_names(*base, *module)
+        add_on = [] if module_name == NONE else [(_folder(module_name), module_name)]
+        return check_names(*base, *add_on)
 
     @classmethod
     def fingerprint_inputs(
@@ -85,8 +86,8 @@ class WanQuantLoader(io.ComfyNode):
         cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NONE, int8: bool = False
     ) -> io.NodeOutput:
         path = path or model_path(GGUF, model_name)
-        module = None if module_name == NONE else model_path(_folder(module_name), module_name)
-        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], add_on=module, int8=int8))
+        add_on = None if module_name == NONE else model_path(_folder(module_name), module_name)
+        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], add_on=add_on, int8=int8))
 
 
 def _folder(module_name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""WanQuantExpertPairLoader."""
+"""The Load Wan 2.2 Experts (GGUF) node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class WanQuantExpertPairLoader(io.ComfyNode):
             node_id="WanQuantExpertPairLoader",
             display_name="Load Wan 2.2 Experts (GGUF)",
             category="WanQuant/loaders",
-            description="Loads the two experts of a Wan 2.2 14B model; only the one that is sampled is in memory.",
+            description="Loads the two experts of a Wan 2.2 14B model. Only the one that is sampled is in memory.",
             search_aliases=["gguf", "wan 2.2", "high noise", "low noise", "A14B"],
             inputs=[
                 io.Combo.Input("high_noise_name", options=names, tooltip="The expert for the first steps."),

@@ -1,4 +1,4 @@
-"""WanQuantTextEncoderLoader."""
+"""The Load Text Encoder (GGUF) node."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .folders import GGUF_ENCODERS, check_names, model_path, stat_token
 
 logger = logging.getLogger(__name__)
 
-# Not float16: what T5's gated layers multiply leaves its range, and the prompt would be NaN.
+# float16 is missing because products in T5's gated layers overflow it, which makes the prompt NaN.
 # Source: transformers 5.23 modeling_t5.py, which keeps T5DenseGatedActDense.wo in float32 and clamps in T5Block.
 DTYPES = {"default": None, "bfloat16": torch.bfloat16}
-# Wan first: it is what the pack is for. The others take the same kind of file.
+# Wan comes first, because the pack is for it. The others use the same kind of file.
 TYPES = ("wan", "sd3", "mochi", "ltxv", "pixart", "chroma")
 
 
@@ -29,7 +29,8 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
             node_id="WanQuantTextEncoderLoader",
             display_name="Load Text Encoder (GGUF)",
             category="WanQuant/loaders",
-            description="Loads a GGUF text encoder: umT5-XXL for Wan, T5-XXL for others. Its weights stay quantized.",
+            description="Loads a GGUF text encoder: umT5-XXL for Wan, T5-XXL for other models. Its weights stay"
+            " quantized.",
             search_aliases=["gguf", "clip loader gguf", "umt5", "t5"],
             inputs=[
                 io.Combo.Input(
@@ -42,10 +43,10 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
                     "compute_dtype",
                     options=list(DTYPES),
                     default="default",
-                    optional=True,  # graphs saved before it was added lack it
+                    optional=True,  # because graphs saved before it was added lack it
                     advanced=True,
-                    tooltip="Number format of the matrix products. default is ComfyUI's, float32; bfloat16 is faster on"
-                    " most GPUs and takes half the working memory.",
+                    tooltip="Number format of the matrix products. default is float32, as in ComfyUI. bfloat16 is"
+                    " faster on most GPUs and needs half the working memory.",
                 ),
             ],
             outputs=[io.Clip.Output()],
@@ -66,5 +67,5 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
         embeddings = folder_paths.get_folder_paths("embeddings")
         device = comfy.model_management.text_encoder_device()
         if compute_dtype == "bfloat16" and not comfy.model_management.should_use_bf16(device):
-            logger.warning("ComfyUI would not use bfloat16 on %s: compute_dtype default may be faster", device)
+            logger.warning("ComfyUI itself would not use bfloat16 on %s: compute_dtype default may be faster", device)
         return io.NodeOutput(load_text_encoder(path, clip_type, embeddings, dtype=DTYPES[compute_dtype]))

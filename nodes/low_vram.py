@@ -1,4 +1,4 @@
-"""WanQuantLowVRAM."""
+"""The Wan Low VRAM node."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ class WanQuantLowVRAM(io.ComfyNode):
             node_id="WanQuantLowVRAM",
             display_name="Wan Low VRAM",
             category="WanQuant/memory",
-            description="Samples a Wan model within a budget of video memory, as fast as that allows.",
+            description="Samples a Wan model within a budget of video memory, as fast as the budget allows.",
             search_aliases=["vram", "out of memory", "OOM", "block swap", "offload", "low memory", "budget"],
             inputs=[
-                io.Model.Input("model", tooltip="A Wan model, with its LoRAs."),
+                io.Model.Input("model", tooltip="A Wan model with its LoRAs."),
                 io.Float.Input(
                     "budget_gib",
                     default=3.5,
                     min=0.0,
                     max=1024.0,
                     step=0.01,
-                    tooltip="GiB of video memory for everything, the 0.4 that CUDA itself takes included.",
+                    tooltip="Video memory for everything, in GiB. It includes the 0.4 GiB that CUDA itself needs.",
                 ),
-                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="For the prediction only."),
-                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="For the prediction only."),
-                io.Int.Input("frames", default=81, min=1, max=4097, step=4, tooltip="For the prediction only."),
+                io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Only for the prediction."),
+                io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Only for the prediction."),
+                io.Int.Input("frames", default=81, min=1, max=4097, step=4, tooltip="Only for the prediction."),
             ],
             outputs=[
                 io.Model.Output(),
                 io.String.Output(display_name="predicted_peak"),
-                io.Int.Output(display_name="tile_size", tooltip="For VAE Decode (Tiled): the largest in the budget."),
-                io.Int.Output(display_name="tile_overlap", tooltip="For its overlap."),
+                io.Int.Output(
+                    display_name="tile_size", tooltip="The largest tile size within the budget, for VAE Decode (Tiled)."
+                ),
+                io.Int.Output(display_name="tile_overlap", tooltip="The overlap of the tiles, for VAE Decode (Tiled)."),
             ],
         )
 
@@ -51,14 +53,14 @@ class WanQuantLowVRAM(io.ComfyNode):
     def execute(cls, model: ModelPatcher, budget_gib: float, width: int, height: int, frames: int) -> io.NodeOutput:
         budget = budget_bytes(budget_gib)
         if not is_wan(model):
-            text = f"{type(model.model).__name__} is not a Wan model: it passes through unchanged"
+            text = f"{type(model.model).__name__} is not a Wan model, so it passes through unchanged"
             logger.warning("Wan Low VRAM: %s", text)
             return io.NodeOutput(model, text, *HOST_TILES)
         job = expected_job(model, width, height, frames)
         try:
             text = str(choose_plan(simulator_for(model), job, budget))
         except QuantError as refusal:
-            # Only the latent that comes to the sampler decides.
+            # This is a preview only. The latent that reaches the sampler may be smaller and fit.
             text = str(refusal)
             logger.warning("Wan Low VRAM: %s", text)
         tiles = tiles_within(job, budget)

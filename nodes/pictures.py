@@ -1,4 +1,4 @@
-"""Text and a picture shown together under a node."""
+"""Text and a picture below a node."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 
 def picture_tensor(picture: Image) -> torch.Tensor:
-    """The host's IMAGE: float32 (1, height, width, 3) in 0..1."""
+    """Return the picture as the host's IMAGE: float32, (1, height, width, 3), in 0..1."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]
 
 

@@ -1,4 +1,4 @@
-"""WanQuantPreviewDecode."""
+"""The Preview Decode (no VAE) node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class WanQuantPreviewDecode(io.ComfyNode):
             node_id="WanQuantPreviewDecode",
             display_name="Preview Decode (no VAE)",
             category="WanQuant/latent",
-            description="Approximate colours of a Wan latent, one picture a latent frame, without loading a VAE.",
+            description="Shows approximate colors of a Wan latent without a VAE, one picture per latent frame.",
             search_aliases=["latent preview", "latent to rgb", "decode without vae"],
             inputs=[io.Latent.Input("samples", tooltip="The LATENT of a Wan sampler (16 or 48 channels).")],
             outputs=[io.Image.Output()],

@@ -1,4 +1,4 @@
-"""Graphs made with ComfyUI-GGUF open with our nodes where that pack is absent: the canvas offers it, /prompt does it.
+"""Replacements for nodes of ComfyUI-GGUF where it is not installed. The canvas offers them; /prompt applies them.
 
 Source: city96/ComfyUI-GGUF nodes.py @ 795e451; app/node_replace_manager.py, ComfyUI 0.30.0.
 """
@@ -9,8 +9,8 @@ from comfy_api.latest import ComfyAPI, io
 
 
 def _loader(old_id: str, *other_widgets: str) -> io.NodeReplace:
-    # What its advanced loader sets beside has no counterpart: blocks always decode in float32 arithmetic, and a LoRA
-    # is always added in the compute dtype, where the layer runs.
+    # The other settings of its advanced loader have no counterpart. Weights are always dequantized in float32
+    # arithmetic, and a LoRA is always added in the compute dtype, on the layer's device.
     return io.NodeReplace(
         new_node_id="WanQuantLoader",
         old_node_id=old_id,
@@ -40,6 +40,6 @@ REPLACEMENTS = (
 
 
 async def register_replacements() -> None:
-    """Tell the host; it uses them for nodes that no installed pack has."""
+    """Register them with the host, which uses them for nodes that no installed pack defines."""
     for replacement in REPLACEMENTS:
         await ComfyAPI().node_replacement.register(replacement)

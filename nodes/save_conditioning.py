@@ -1,4 +1,4 @@
-"""WanQuantSaveConditioning."""
+"""The Save Conditioning node."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ class WanQuantSaveConditioning(io.ComfyNode):
             node_id="WanQuantSaveConditioning",
             display_name="Save Conditioning",
             category="WanQuant/conditioning",
-            description="Keeps an encoded prompt as a file, so that the text encoder is needed once a prompt.",
+            description="Writes an encoded prompt to a file, so that the text encoder is needed only once per prompt.",
             search_aliases=["cache prompt", "export conditioning"],
             is_output_node=True,
             inputs=[
-                io.Conditioning.Input("conditioning", tooltip="The prompt to keep, with all that nodes put beside it."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The prompt to save, with everything that other nodes added to it."
+                ),
                 io.String.Input(
                     "name",
                     default="prompt.safetensors",
-                    tooltip="File name below output/conditioning. A file of that name is replaced.",
+                    tooltip="File name below output/conditioning. An existing file is replaced.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Where the file was written.")],

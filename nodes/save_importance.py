@@ -1,4 +1,4 @@
-"""WanQuantSaveImportance."""
+"""The Save Importance Matrix node."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class WanQuantSaveImportance(io.ComfyNode):
             node_id="WanQuantSaveImportance",
             display_name="Save Importance Matrix",
             category="WanQuant/convert",
-            description="Writes what Collect Importance Matrix has measured so far as a file for Convert to GGUF, in"
-            " llama.cpp's layout, or as a calibration (.safetensors) if that was asked for.",
+            description="Writes what Collect Importance Matrix has measured to a file for Convert to GGUF. The file has"
+            " llama.cpp's layout, or is a calibration (.safetensors) if calibrate is on.",
             search_aliases=["imatrix", "export imatrix"],
             is_output_node=True,
             inputs=[
-                ImportanceIO.Input("importance", tooltip="Of Collect Importance Matrix."),
+                ImportanceIO.Input("importance", tooltip="The output of Collect Importance Matrix."),
                 io.String.Input(
                     "name",
                     default="importance.gguf",
-                    tooltip="File name below output/importance. A file of that name is replaced.",
+                    tooltip="File name below output/importance. An existing file is replaced.",
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The sampler's result, so that saving waits for it. Leave it unconnected to save what an"
-                    " interrupted run has collected.",
+                    tooltip="The result of the sampler, so that saving waits for it. Disconnect it to save what an"
+                    " interrupted run has measured.",
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="Connect to importance_path of Convert to GGUF.")],
@@ -44,7 +44,7 @@ class WanQuantSaveImportance(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: object) -> float:
-        return float("nan")  # the same handle holds more after each run
+        return float("nan")  # never equal: the collector holds more after each run
 
     @classmethod
     def execute(cls, importance: Collector, name: str, latent: object = None) -> io.NodeOutput:
@@ -54,7 +54,7 @@ class WanQuantSaveImportance(io.ComfyNode):
             written = str(write_calibration(output_path(folder, name, ".safetensors"), collected, overwrite=True))
         else:
             written = str(write_importance(output_path(folder, name, ".gguf"), collected, overwrite=True))
-        text = f"{len(collected)} matrices over {collected.samples} evaluations of the model"
+        text = f"{len(collected)} layers over {collected.samples} evaluations of the model"
         if importance.unseen:
-            text += f"; {len(importance.unseen)} layers had no input, the first is {importance.unseen[0]}"
+            text += f"; {len(importance.unseen)} layers received no input, first {importance.unseen[0]}"
         return io.NodeOutput(written, ui=ui.PreviewText(f"Saved {name}: {text}"))

@@ -1,4 +1,4 @@
-"""WanQuantSaveModel."""
+"""The Save Model as GGUF node."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class WanQuantSaveModel(io.ComfyNode):
             node_id="WanQuantSaveModel",
             display_name="Save Model as GGUF",
             category="WanQuant/convert",
-            description="Writes a MODEL with its LoRAs merged as one GGUF. Each weight is merged in full precision and"
-            " encoded once.",
+            description="Merges a MODEL and its LoRAs into one GGUF. Each weight is merged in full precision and"
+            " quantized once.",
             search_aliases=["merge lora", "bake lora", "export gguf", "model save"],
             is_output_node=True,
             inputs=[
@@ -55,15 +55,15 @@ class WanQuantSaveModel(io.ComfyNode):
         target_size: float = 0.0,
     ) -> io.NodeOutput:
         target = output_path(destinations()[folder], name, ".gguf")
-        chosen = encoding.encoder_device(device)
+        encoder_device = encoding.encoder_device(device)
         report = convert(
-            merged_checkpoint(model, chosen),
+            merged_checkpoint(model, encoder_device),
             target,
             recipe,
             target_size=target_size or None,
             effort=effort,
-            device=chosen,
+            device=encoder_device,
             overwrite=overwrite,
             progress=encoding.progress_bar(),
         )
-        return encoding.shown(report, cls)
+        return encoding.report_output(report, cls)

@@ -1,4 +1,4 @@
-"""WanQuantSaveRecoveryLora."""
+"""The Save Recovery LoRA node."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
             node_id="WanQuantSaveRecoveryLora",
             display_name="Save Recovery LoRA",
             category="WanQuant/convert",
-            description="Writes what quantization took from a GGUF, as much as fits a size, as a LoRA that any loader"
-            " takes, at strength 1.",
+            description="Writes a LoRA that undoes part of a GGUF's quantization error, within a given size. It works"
+            " in any LoRA loader, at strength 1.",
             search_aliases=["quality lora", "error lora", "recover quality"],
             is_output_node=True,
             inputs=[
@@ -55,18 +55,18 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
                     min=0.01,
                     max=16384.0,
                     step=0.01,
-                    tooltip="MiB that the file takes at most. Each layer gets the rank that is worth its bytes.",
+                    tooltip="Largest size of the file in MiB. Ranks go to the layers where they remove most error.",
                 ),
                 io.String.Input(
                     "name",
                     default="",
-                    tooltip="Name of the .safetensors file in models/loras; empty: the model's with -recovery.",
+                    tooltip="Name of the .safetensors file in models/loras. If empty, the model's name and -recovery.",
                 ),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of the same name."),
                 encoding.device_input("the arithmetic runs"),
-                encoding.importance_input("the errors that count most are taken back first."),
+                encoding.importance_input("the errors that matter most are removed first."),
             ],
-            # The lists of LoRA loaders take no string.
+            # LoRA loaders do not accept a String link for their list.
             outputs=[io.AnyType.Output(display_name="lora_name", tooltip="Connect to lora_name of a LoRA loader.")],
         )
 
@@ -82,7 +82,7 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name: str, source: str, name: str, importance: str = NONE, **_: object) -> str:
         read = [(GGUF, model_name), (source_folder(source), source), (IMPORTANCE, importance)]
-        target = os.path.join(_folder(), _name(name, model_name))
+        target = os.path.join(_folder(), _file_name(name, model_name))
         return " ".join((*(stat_token(folder, file) for folder, file in read), written_token(target)))
 
     @classmethod
@@ -96,7 +96,7 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
         device: str,
         importance: str = NONE,
     ) -> io.NodeOutput:
-        name = _name(name, model_name)
+        name = _file_name(name, model_name)
         matrix = None if importance == NONE else encoding.read_importance(model_path(IMPORTANCE, importance))
         report = recover(
             model_path(GGUF, model_name),
@@ -108,7 +108,7 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
             overwrite=overwrite,
             progress=encoding.progress_bar(),
         )
-        encoding.say(report.text())
+        encoding.show_on_node(report.text())
         return io.NodeOutput(os.path.relpath(report.path, _folder()), ui=ui.PreviewText(report.text()))
 
 
@@ -117,5 +117,5 @@ def _folder() -> str:
     return first
 
 
-def _name(name: str, model_name: str) -> str:
+def _file_name(name: str, model_name: str) -> str:
     return portable(name) or f"{source_stem(model_name)}-recovery{_SUFFIX}"

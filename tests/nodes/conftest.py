@@ -1,4 +1,4 @@
-"""The same host and fixtures as tests/ops, with model folders of the test's own."""
+"""The host and fixtures of tests/ops, with separate model folders for each test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wanquant.tests.ops.conftest import pytest_pycollect_makemodule, t2v, tiny_w
 
 @pytest.fixture
 def models(tmp_path, monkeypatch):
-    """An empty models folder and output folder that the host uses for one test."""
+    """An empty models folder, which the host uses for one test together with an empty output folder."""
     import folder_paths
 
     from wanquant.nodes.folders import register_folders
@@ -35,13 +35,13 @@ def models(tmp_path, monkeypatch):
 
 @pytest.fixture
 def read_only(tmp_path):
-    """A folder that takes no files; for root, who may write to any, one of the kernel's."""
+    """A folder without write permission. Root may write everywhere, so root gets a folder of the kernel."""
     folder = tmp_path / "read-only"
     folder.mkdir()
     folder.chmod(0o500)
     if os.access(folder, os.W_OK):
         folder = Path("/sys/kernel")
     if not folder.is_dir():
-        pytest.skip("this user writes everywhere")
+        pytest.skip("this user can write to every folder")
     yield folder
     (tmp_path / "read-only").chmod(0o700)

@@ -1,4 +1,4 @@
-"""Save and Load Conditioning as a user chains them."""
+"""Save Conditioning followed by Load Conditioning."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def test_saved_prompt_is_listed_and_loaded(models):
     assert fields == {"guidance": 5.0}
 
 
-def test_name_that_leads_out_is_refused(models):
-    with pytest.raises(QuantError, match="leads out of"):
+def test_name_outside_the_folder_is_refused(models):
+    with pytest.raises(QuantError, match="is outside"):
         WanQuantSaveConditioning.execute([[torch.zeros(1), {}]], "../ball.safetensors")
 
 
-def test_read_only_folder_is_told(models, read_only, monkeypatch):
+def test_read_only_folder_is_reported(models, read_only, monkeypatch):
     monkeypatch.setattr("wanquant.nodes.save_conditioning.CONDITIONING", str(read_only))
     with pytest.raises(QuantError, match=r"cannot be written: .*denied.*choose another name or folder"):
         WanQuantSaveConditioning.execute([[torch.zeros(1), {}]], "ball.safetensors")

@@ -1,4 +1,4 @@
-"""Convert to GGUF: every kind of source, modules, the form of the patch embedding."""
+"""Convert to GGUF: every kind of source, add-ons, and the shape of the patch embedding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(models, t2v):
 
 
 def write_shards(folder, state):
-    """Two shards and their index."""
+    """Write two shards and their index."""
     names = sorted(state)
     parts = {f"wan-{n}-of-00002.safetensors": names[i::2] for i, n in enumerate(("00001", "00002"))}
     for part, held in parts.items():
@@ -59,7 +59,7 @@ def test_sources_of_every_kind(folder):
     assert all(tensor.data.equal(tensors[1][name].data) for name, tensor in tensors[0].items())
 
 
-def test_module_becomes_part_of_the_file(folder):
+def test_add_on_becomes_part_of_the_file(folder):
     state = load_file(folder / "wan.safetensors")
     block = {name: tensor for name, tensor in state.items() if name.startswith("blocks.0.")}
     save_file({f"vace_{name}": tensor.clone() for name, tensor in block.items()}, folder / "vace.safetensors")
@@ -70,7 +70,7 @@ def test_module_becomes_part_of_the_file(folder):
     assert "vace.safetensors" in refusal
 
 
-def test_several_modules(folder):
+def test_several_add_ons(folder):
     state = load_file(folder / "wan.safetensors")
     for module, source in (("vace", "blocks.0.ffn.0.weight"), ("audio", "blocks.0.cross_attn.k.weight")):
         name = {"vace": "vace_blocks.0.ffn.0.weight", "audio": "blocks.0.audio_cross_attn.k.weight"}[module]
@@ -104,8 +104,10 @@ def test_changes_of_any_file_are_noticed(folder):
     assert WanQuantConvert.fingerprint_inputs(**inputs, more_modules=["wan-Q8_0.gguf"]) != before
 
 
-def test_read_only_folder_is_told(folder, read_only, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))  # the kernel's have no space
+def test_read_only_folder_is_reported(folder, read_only, monkeypatch):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40)
+    )  # the kernel's folders report no free space
     folder_paths.folder_names_and_paths["diffusion_models"][0].append(str(read_only))
     with pytest.raises(QuantError, match=r"wan-Q4_0\.gguf: cannot be written: .*denied"):
         convert("wan.safetensors", folder=str(read_only))

@@ -1,4 +1,4 @@
-"""Where nodes read and write."""
+"""The folders that nodes read from and write to."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ def test_linked_models_folder_keeps_its_label(models, tmp_path):
     assert output_path(str(models / "linked"), "x.gguf", ".gguf") == str(models / "linked" / "x.gguf")
 
 
-def test_link_that_leads_out_is_refused(tmp_path):
+def test_link_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "out").symlink_to(tmp_path)
-    with pytest.raises(QuantError, match="leads out of"):
+    with pytest.raises(QuantError, match="is outside"):
         output_path(str(tmp_path / "models"), "out/x.gguf", ".gguf")
 
 
 @pytest.mark.parametrize("name", ["../x.gguf", "a/../../x.gguf", "/x.gguf", ".", ""])
-def test_names_that_lead_out_are_refused(tmp_path, name):
+def test_names_outside_the_folder_are_refused(tmp_path, name):
     folder = tmp_path / "models"
-    with pytest.raises(QuantError, match="leads out of"):
+    with pytest.raises(QuantError, match="is outside"):
         output_path(str(folder), name, ".gguf")
     assert not folder.exists()
 
@@ -90,7 +90,7 @@ def test_token_follows_the_file(models):
 
 @pytest.fixture
 def library(models):
-    """A models folder with files in a subfolder, of a name with an accent, and links that lead nowhere."""
+    """A models folder with a file in a subfolder, a file with accents in its name, and circular links."""
     folder = models / "diffusion_models"
     (folder / "wan").mkdir()
     for name in ("wan/x-Q4_K_M.gguf", "\u00e9t\u00e9-\u6a21\u578b.gguf"):
@@ -130,7 +130,7 @@ def test_names_saved_on_linux_resolve_where_the_list_has_backslashes(library, mo
         ("elsewhere/X-Q4_K_M.gguf", "the nearest name there is "),
         ("x-Q4_K_S.gguf", "the nearest name there is "),
         ("quite-different.safetensors", "no file there has a similar name"),
-        ("self.gguf", "a link that leads nowhere"),
+        ("self.gguf", "is a broken link"),
         ("n" * 300 + ".gguf", "no file there has a similar name"),
         ("", "no file there has a similar name"),
     ],
@@ -149,7 +149,7 @@ def test_linked_name_is_not_checked_yet(library):
     assert check_names(("unet_gguf", None), ("unet_gguf", "wan/x-Q4_K_M.gguf")) is True
 
 
-def test_path_that_the_system_refuses_is_told(tmp_path):
+def test_path_that_the_system_refuses_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(QuantError, match="cannot be written: File exists; choose another name or folder"):
         output_path(str(tmp_path), "file/x.gguf", ".gguf")
@@ -164,21 +164,21 @@ def test_output_name_typed_on_windows(tmp_path):
 
 
 def register_as_comfyui_gguf_does():
-    """Its way with the folder keys that both packs use: the host's own list, and .gguf alone."""
-    for key, of_host in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
-        folder_paths.folder_names_and_paths[key] = (folder_paths.folder_names_and_paths[of_host][0], {".gguf"})
+    """Register the folder keys that both packs use as ComfyUI-GGUF does: the host's own list, with .gguf alone."""
+    for key, host_key in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
+        folder_paths.folder_names_and_paths[key] = (folder_paths.folder_names_and_paths[host_key][0], {".gguf"})
 
 
 @pytest.mark.parametrize("other_first", [True, False])
-def test_comfyui_gguf_beside_us(models, monkeypatch, other_first):
+def test_comfyui_gguf_beside_this_pack(models, monkeypatch, other_first):
     monkeypatch.delitem(folder_paths.folder_names_and_paths, "unet_gguf")
     steps = [register_as_comfyui_gguf_does, register_folders]
     for step in steps if other_first else reversed(steps):
         step()
     (models / "diffusion_models" / "a.gguf").touch()
-    for key, of_host in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
+    for key, host_key in (("unet_gguf", "diffusion_models"), ("clip_gguf", "text_encoders")):
         paths, extensions = folder_paths.folder_names_and_paths[key]
-        assert paths is folder_paths.folder_names_and_paths[of_host][0], "one list, so that folders added later count"
+        assert paths is folder_paths.folder_names_and_paths[host_key][0], "one list, so that folders added later count"
         assert extensions == {".gguf"}
     assert folder_paths.get_filename_list("unet_gguf") == ["a.gguf"]
     assert ".gguf" not in folder_paths.folder_names_and_paths["diffusion_models"][1], (

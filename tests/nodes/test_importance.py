@@ -1,4 +1,4 @@
-"""Collect, save and convert as a user chains them."""
+"""Collect Importance Matrix, Save Importance Matrix and Convert to GGUF in a chain."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def convert(**inputs):
     return WanQuantConvert.execute(**{**defaults, **inputs}).args[2]
 
 
-def test_model_is_a_clone_that_feeds_the_handle(t2v):
+def test_model_is_a_clone_that_feeds_the_collector(t2v):
     model = load_diffusion_model(t2v[1])
     observed, handle = WanQuantCollectImportance.execute(model, "alike").args
     assert observed.model is model.model and observed is not model
@@ -82,6 +82,6 @@ def test_more_samples_replace_the_file(models, collector):
     assert fingerprint != fingerprint, "the host saves again although no input changed"
 
 
-def test_name_that_leads_out_is_refused(models, collector):
-    with pytest.raises(QuantError, match="leads out of"):
+def test_name_outside_the_folder_is_refused(models, collector):
+    with pytest.raises(QuantError, match="is outside"):
         WanQuantSaveImportance.execute(collector, "../wan.gguf")

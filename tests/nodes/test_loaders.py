@@ -1,4 +1,4 @@
-"""The loader nodes without a server: what they accept, and when the host must run them again."""
+"""The loader nodes without a server: which inputs they accept, and when the host must run them again."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_pair_keeps_its_order_and_dtype(models, t2v):
     assert [str(path).rsplit("/", 1)[-1] for path in inits] == ["high.gguf", "low.gguf"]
 
 
-def test_module_is_found_by_its_kind_and_checked(models):
+def test_add_on_is_found_by_its_suffix_and_checked(models):
     folder = models / "diffusion_models"
     for name in ("base.gguf", "vace.gguf", "vace.safetensors"):
         (folder / name).touch()
-    for module in ("none", "vace.gguf", "vace.safetensors"):
-        assert WanQuantLoader.validate_inputs(model_name="base.gguf", module_name=module) is True
+    for add_on in ("none", "vace.gguf", "vace.safetensors"):
+        assert WanQuantLoader.validate_inputs(model_name="base.gguf", module_name=add_on) is True
     assert "nearest name" in WanQuantLoader.validate_inputs(model_name="base.gguf", module_name="vce.safetensors")
     assert "nearest name" in WanQuantLoader.validate_inputs(path=None, module_name="vce.gguf")
     before = WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors")
@@ -50,7 +50,7 @@ def test_module_is_found_by_its_kind_and_checked(models):
     assert WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors") != before
 
 
-def test_bfloat16_text_encoder_is_told_where_the_host_would_not_use_it(models, monkeypatch, caplog):
+def test_bfloat16_text_encoder_warns_where_the_host_would_not_use_it(models, monkeypatch, caplog):
     calls = []
     monkeypatch.setattr(load_text_encoder, "load_text_encoder", lambda *_, dtype: calls.append(dtype))
     monkeypatch.setattr(load_text_encoder, "model_path", lambda *_: "umt5.gguf")
@@ -59,4 +59,4 @@ def test_bfloat16_text_encoder_is_told_where_the_host_would_not_use_it(models, m
         assert "bfloat16" not in caplog.text
         load_text_encoder.WanQuantTextEncoderLoader.execute("umt5.gguf", "wan", choice)
     assert calls == [None, torch.bfloat16]
-    assert "would not use bfloat16 on cpu: compute_dtype default may be faster" in caplog.text
+    assert "itself would not use bfloat16 on cpu: compute_dtype default may be faster" in caplog.text

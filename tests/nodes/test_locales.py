@@ -1,4 +1,4 @@
-"""locales/: every node, input and output in every language, and the English ones are those of the schemas."""
+"""locales/ covers every node, input and output in every language, and its English texts are those of the schemas."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from wanquant.testing.hosts import ROOT
 HOW = """
 locales/en follows the schemas: `python3 dev.py test tests/nodes/test_locales.py --update` writes it.
 For zh, ja and ko add what is missing to locales/<language>/nodeDefs.json by hand, in the words ComfyUI itself uses."""
-# A language is told by its letters: Chinese characters, Japanese syllables, Korean syllables.
+# A language is recognized by its letters: Chinese characters, Japanese syllables, Korean syllables.
 LETTERS = {"zh": "[\u4e00-\u9fff]", "ja": "[\u3040-\u30ff]", "ko": "[\uac00-\ud7a3]"}
 
 
 @pytest.fixture
 def schemas(models):
-    # In a thread of its own: the loop of the browser tests may still run in this one.
+    # In a separate thread, because the event loop of the browser tests may still run in this one.
     with ThreadPoolExecutor(1) as pool:
         nodes = pool.submit(asyncio.run, WanQuantExtension().get_node_list()).result()
     return [node.GET_SCHEMA() for node in nodes]
@@ -29,7 +29,7 @@ def schemas(models):
 
 @pytest.fixture
 def english(schemas):
-    """The host's nodeDefs.json, made from the schemas."""
+    """The content of locales/en/nodeDefs.json, generated from the schemas."""
     return {
         schema.node_id: {
             "display_name": schema.display_name,
@@ -57,7 +57,7 @@ def read(language):
 
 
 def flat(tree, prefix=""):
-    """("WanQuantLoader.inputs.path.tooltip", "text") for every text."""
+    """Yield ("WanQuantLoader.inputs.path.tooltip", "text") for every text."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
@@ -77,7 +77,7 @@ def test_every_text_is_translated(english, language):
     found, expected = dict(flat(read(language))), dict(flat(english))
     missing = {key: text for key, text in expected.items() if not found.get(key)}
     assert not missing, f"{json.dumps(missing, indent=2)}\nare not in {path(language)}{HOW}"
-    assert not found.keys() - expected.keys(), f"{path(language)} has what no node has{HOW}"
+    assert not found.keys() - expected.keys(), f"{path(language)} has texts for what no node has{HOW}"
     # Names may be symbols that all languages share, such as MODEL and PSNR; sentences are not.
     sentences = [key for key in expected if not key.endswith(".name")]
     foreign = [key for key in sentences if not re.search(LETTERS[language], found[key])]

@@ -1,4 +1,4 @@
-"""Wan Low VRAM without a server: what it predicts, refuses and lets through."""
+"""Wan Low VRAM without a server: its prediction, the inputs it refuses, and the models it passes through."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def test_predicts_the_peak(model):
     assert limited.model is model.model
 
 
-def test_a_preview_that_does_not_fit_is_told_not_refused(model):
+def test_preview_that_does_not_fit_is_reported_not_refused(model):
     limited, text, *_ = WanQuantLowVRAM.execute(model, 0.3, 256, 256, 5).args
     assert "needs at least 0.4" in text
     assert limited.wrappers
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [((0, 256, 256, 5), "budget_gib 0"), ((3.5, 250, 256, 5), "250x256"), ((3.5, 256, 256, 6), "frames 6")],
 )
-def test_refuses_bad_input(model, arguments, told):
-    with pytest.raises(QuantError, match=told):
+def test_refuses_bad_input(model, arguments, message):
+    with pytest.raises(QuantError, match=message):
         WanQuantLowVRAM.execute(model, *arguments)
 
 

@@ -1,4 +1,4 @@
-"""Save Model as GGUF, and the loader after it."""
+"""Save Model as GGUF followed by Load Diffusion Model (GGUF)."""
 
 from __future__ import annotations
 

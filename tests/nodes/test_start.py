@@ -1,4 +1,4 @@
-"""What of the pack starts in a ComfyUI that it does not fit."""
+"""The nodes that start in a ComfyUI that the pack does not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture
 def nodes(monkeypatch):
-    """The nodes as they are imported anew, as far as they are of models."""
+    """The nodes package, which imports its model nodes again."""
     import wanquant.nodes as nodes
 
     for name in ("load_diffusion_model", "load_expert_pair", "low_vram"):
@@ -21,24 +21,24 @@ def nodes(monkeypatch):
 
 
 def node_ids(nodes):
-    # By hand: asyncio.run refuses where a browser of other tests keeps its loop running.
+    # Run by hand, because asyncio.run refuses while the browser tests keep their event loop running.
     with pytest.raises(StopIteration) as done:
         nodes.WanQuantExtension().get_node_list().send(None)
     return {node.__name__ for node in done.value.value}
 
 
-def test_nodes_of_files_stay_where_those_of_models_cannot_be_imported(nodes, monkeypatch, caplog):
+def test_file_nodes_stay_when_model_nodes_cannot_be_imported(nodes, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "wanquant.ops.loading.diffusion_model", None)
     ids = node_ids(nodes)
     assert {"WanQuantConvert", "WanQuantInspect", "WanQuantSaveRecoveryLora"} <= ids
     assert "WanQuantLoader" not in ids
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
-    assert "has changed what loading a GGUF builds on" in record.getMessage()
-    assert "Convert to GGUF and GGUF Info work; update WanQuant" in record.getMessage()
+    assert "the nodes that load models cannot start" in record.getMessage()
+    assert "but Convert to GGUF and GGUF Info work; update WanQuant" in record.getMessage()
 
 
-def test_changed_call_is_told_at_start(nodes, monkeypatch, caplog):
+def test_changed_call_is_reported_at_start(nodes, monkeypatch, caplog):
     monkeypatch.delattr(comfy.model_management, "free_memory")
-    assert "WanQuantLoader" in node_ids(nodes), "with its sentence when it runs"
+    assert "WanQuantLoader" in node_ids(nodes), "it refuses when it runs"
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "there is no comfy.model_management.free_memory" in record.getMessage()
