@@ -34,7 +34,7 @@ def _pair(name: str, schemas: Schemas) -> Json:
         *(Input(widget, [(sampler, widget) for sampler in both]) for widget in ("steps", "cfg")),
         Input("low_noise_from_step", [("high", "end_at_step"), ("sampler", "start_at_step")]),
     ]
-    description = "Samples with the high-noise expert of Wan 2.2 A14B, then with the low-noise one."
+    description = "Samples with the high-noise expert of Wan 2.2 A14B, then with the low-noise expert."
     return blueprint(name, description, columns, inputs, [Output("LATENT", "sampler", 0)], schemas)
 
 
@@ -61,5 +61,5 @@ def _low_vram(name: str, schemas: Schemas) -> Json:
         *(Input(widget, [("sampler", widget)]) for widget in ("seed", "steps", "cfg")),
     ]
     outputs = [Output("IMAGE", "decode", 0), Output("predicted_peak", "budget", 1)]
-    description = "Samples and decodes a Wan 14B text to video within a budget of video memory."
+    description = "Samples and decodes Wan 14B text to video within a budget of video memory."
     return blueprint(name, description, columns, inputs, outputs, schemas)

@@ -22,9 +22,9 @@ COMFYUI_GGUF: Schemas = {
 
 def convert_any() -> Columns:
     text = (
-        "Choose any Wan checkpoint as `source`. The first node makes a file by **recipe** (Q8_0 nearly lossless, "
-        "Q4_K_M the usual choice, Q2_K the smallest); the second makes one of the **size** you ask for, in GiB, with "
-        "the lowest error in that size.\n\nNo GPU is needed. A file that is already there and made the same way is "
+        "Choose any Wan checkpoint as `source`. The first node makes a file by **recipe**: Q8_0 is nearly lossless, "
+        "Q4_K_M the usual choice, Q2_K the smallest. The second node makes a file of the **size** that you ask for in "
+        "GiB, with the least error at that size.\n\nNo GPU is needed. An existing file with the same settings is "
         "reused, so the nodes can stay in front of a loader: connect `path` to **Load Diffusion Model (GGUF)**."
     )
     source = models.T2V_1_3B
@@ -48,8 +48,9 @@ def convert_any() -> Columns:
 
 def quality() -> Columns:
     text = (
-        "The same seed with the full-precision model and with the quantized one. **Compare Latents** shows PSNR, which "
-        "frames differ, and where. Change the recipe or set a `target_size` and run again: only what changed is made."
+        "Samples the same seed with the full-precision model and with the quantized one. **Compare Latents** shows the "
+        "PSNR, which frames differ, and where. Change the recipe or set a `target_size` and run again: only the nodes "
+        "that this changes run."
     )
     source = models.T2V_1_3B
     full = node("UNETLoader", models=[source], unet_name=source.name, weight_dtype="default")
@@ -78,9 +79,9 @@ def quality() -> Columns:
 
 def migrate() -> Columns:
     text = (
-        "A graph made with ComfyUI-GGUF. Without that pack ComfyUI offers to replace its loaders by this pack's: "
-        "accept, and run. Files and links stay as they are. With both packs installed, both kinds of loaders work "
-        "side by side."
+        "This graph was made with ComfyUI-GGUF. If that pack is not installed, ComfyUI offers to replace its loaders "
+        "with those of this pack: accept and run. Files and links stay as they are. If both packs are installed, both "
+        "kinds of loaders work."
     )
     loaders = {
         "model": node("UnetLoaderGGUF", unet_name=models.T2V_14B.name),

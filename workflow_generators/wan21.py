@@ -8,8 +8,8 @@ from .canvas import Box, Columns, node
 
 def t2v_small() -> Columns:
     text = (
-        "The smallest Wan, quantized on the first run: **Convert to GGUF** makes the file, later runs reuse it. Only "
-        "the text encoder has to be fetched by hand. Settings: shift 8, 30 steps, cfg 6."
+        "Quantizes the smallest Wan on the first run: **Convert to GGUF** makes the file, and later runs reuse it. "
+        "Only the text encoder has to be downloaded by hand. Settings: shift 8, 30 steps, cfg 6."
     )
     source = models.T2V_1_3B
     convert = node("WanQuantConvert", models=[source], source=source.name, recipe="Q6_K")
@@ -31,10 +31,10 @@ def t2v_small() -> Columns:
 
 def low_vram() -> Columns:
     text = (
-        "14B on a small GPU: **Wan Low VRAM** samples within `budget_gib`, and shows the predicted peak for the size "
-        "that is set on it. The latent decides: a size that does not fit is refused before the first step. The file's "
-        "9 GiB lie in main memory.\n\nThe VAE decodes in tiles of the size that the budget allows; ComfyUI places the "
-        "text encoder as it sees fit. LoRAs go in front of Wan Low VRAM. Settings: shift 5, 30 steps, cfg 5."
+        "Runs 14B on a small GPU: **Wan Low VRAM** samples within `budget_gib` and shows the predicted peak for the "
+        "size that is set on it. A latent that does not fit is refused before the first step. The 9 GiB of the file "
+        "are in main memory.\n\nThe VAE decodes in the largest tiles that the budget allows. ComfyUI decides where the "
+        "text encoder runs. Put LoRAs before Wan Low VRAM. Settings: shift 5, 30 steps, cfg 5."
     )
     size = {"width": 1280, "height": 720}
     loaders = {
@@ -56,8 +56,8 @@ def low_vram() -> Columns:
 
 def i2v() -> Columns:
     text = (
-        "Animates a picture. 480p model: keep the area near 832 x 480. The picture is also read by CLIP Vision, as the "
-        "model was trained. Settings: shift 3, 20 steps, cfg 6."
+        "Animates a picture. This is the 480p model, so keep the area near 832 x 480. CLIP Vision also reads the "
+        "picture, as in training. Settings: shift 3, 20 steps, cfg 6."
     )
     loaders = {
         "model": parts.loader(models.I2V_14B),

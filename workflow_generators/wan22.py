@@ -50,8 +50,8 @@ def _experts(files: tuple[Model, Model]) -> Node:
 
 def experts_t2v() -> Columns:
     text = (
-        "Two experts of 14B share the work: one for the first half of the steps, one for the rest. Only the one that "
-        "runs is in VRAM. Settings: shift 8, 20 steps, cfg 3.5."
+        "Two experts of 14B share the work: one runs the first half of the steps, the other the rest. Only the one "
+        "that runs is in VRAM. Settings: shift 8, 20 steps, cfg 3.5."
     )
     loaders = {
         "model": _experts(models.T2V_A14B),
@@ -71,8 +71,8 @@ def experts_t2v() -> Columns:
 
 def experts_4_steps() -> Columns:
     text = (
-        "The two experts with lightx2v's LoRAs: 4 steps instead of 20, cfg 1. A LoRA is added to each layer as it "
-        "runs; the quantized file is never changed. Settings: shift 5, 4 steps, cfg 1."
+        "Uses the two experts with lightx2v's LoRAs, for 4 steps instead of 20. A LoRA is added to each layer as it "
+        "runs, and the quantized file never changes. Settings: shift 5, 4 steps, cfg 1."
     )
 
     def lora(file: Model, slot: int) -> Node:
@@ -98,7 +98,7 @@ def experts_4_steps() -> Columns:
 
 
 def experts_i2v() -> Columns:
-    text = "Animates a picture with two experts of 14B; no CLIP Vision is needed. Settings: shift 5, 20 steps, cfg 3.5."
+    text = "Animates a picture with two experts of 14B, without CLIP Vision. Settings: shift 5, 20 steps, cfg 3.5."
     loaders = {
         "model": _experts(models.I2V_A14B),
         "shift_high": parts.shift(5.0),
@@ -121,8 +121,8 @@ def experts_i2v() -> Columns:
 
 def ti2v_5b() -> Columns:
     text = (
-        "One model for text and pictures, 24 frames a second, with a VAE of its own. For image to video connect a "
-        "picture to `start_image`. It is quantized on the first run. Settings: shift 8, 20 steps, cfg 5."
+        "One model for text and pictures, with 24 frames per second and its own VAE. For image to video, connect a "
+        "picture to `start_image`. The model is quantized on the first run. Settings: shift 8, 20 steps, cfg 5."
     )
     source = models.TI2V_5B
     loaders = {
