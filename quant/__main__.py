@@ -102,7 +102,7 @@ def _add_convert(commands: _Commands) -> None:
         help="4d (default) is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper",
     )
     command.add_argument("--allow-non-finite", action="store_true", help="write 0 for NaN and infinity in the source")
-    _add_modules(command)
+    _add_add_on_option(command)
     command.add_argument("--overwrite", action="store_true", help="replace a file that was made in another way")
 
 
@@ -127,7 +127,7 @@ def _add_recover(commands: _Commands) -> None:
     command.add_argument("--size", type=float, required=True, metavar="GiB", help="what the LoRA takes at most")
     command.add_argument("--imatrix", type=Path, metavar="FILE", help="an importance matrix: columns count by it")
     command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu (default), cuda, mps, xpu")
-    _add_modules(command)
+    _add_add_on_option(command)
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
@@ -135,18 +135,18 @@ def _add_verify(commands: _Commands) -> None:
     command = _add(commands, "verify", _verify, "measure the error of a GGUF against its source")
     command.add_argument("file", type=Path, metavar="FILE")
     command.add_argument("source", type=Path, metavar="SRC")
-    _add_modules(command)
+    _add_add_on_option(command)
 
 
-def _add_modules(command: argparse.ArgumentParser) -> None:
+def _add_add_on_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--module",
         action="append",
         default=[],
         type=Path,
-        dest="modules",
+        dest="add_ons",
         metavar="FILE",
-        help="a separate module (VACE, ...) that is merged onto the source; repeat it for more",
+        help="an add-on (VACE, ...) that is merged onto the source; repeat it for more",
     )
 
 
@@ -180,7 +180,7 @@ def _restore(options: argparse.Namespace) -> Report:
 
 
 def _convert(options: argparse.Namespace) -> Report:
-    batch = plan_batch(options.source, options.destination, options.recipe, options.target_size, options.modules)
+    batch = plan_batch(options.source, options.destination, options.recipe, options.target_size, options.add_ons)
     importance: Importance | None = None
     if options.imatrix or options.calibrate:
         importance = read_importance(options.imatrix) if options.imatrix else read_calibration(options.calibrate)
@@ -191,7 +191,7 @@ def _convert(options: argparse.Namespace) -> Report:
         options.overwrite,
         options.patch_embedding == "5d",
         options.allow_non_finite,
-        options.modules,
+        options.add_ons,
     )
     reports: list[ConversionReport] = []
     for source, targets in batch.items():
@@ -221,7 +221,7 @@ def _recover(options: argparse.Namespace) -> Report:
             options.destination,
             options.size,
             importance=importance,
-            modules=options.modules,
+            add_ons=options.add_ons,
             device=options.device,
             overwrite=options.overwrite,
             progress=progress,
@@ -229,7 +229,7 @@ def _recover(options: argparse.Namespace) -> Report:
 
 
 def _verify(options: argparse.Namespace) -> Report:
-    return verify(options.file, options.source, options.modules)
+    return verify(options.file, options.source, options.add_ons)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from ...quant import QTYPES, QuantError
 from ...quant.gguf.header import Header, TensorRecord
+from ...quant.sources.add_ons import check_add_on
 from ...quant.sources.checkpoint import open_checkpoint
-from ...quant.sources.modules import check_module
 from ...quant.sources.names import find_naming
 from ...quant.sources.tensors import PackedTensor, PlainTensor, SourceTensor
 
@@ -29,7 +29,7 @@ def with_add_on(base: Header, path: str | os.PathLike[str]) -> Header:
     records = {rename(n.removeprefix(prefix)): record for n, record in base.tensors.items() if n.startswith(prefix)}
     transformer = replace(base, tensors={name: record for name, record in records.items() if name is not None})
     with open_checkpoint(os.fspath(path)) as add_on:
-        check_module(transformer, add_on)
+        check_add_on(transformer, add_on)
         added = [_record(add_on.path, tensor, prefix) for tensor in add_on.tensors.values()]
     tensors = {**base.tensors, **{record.name: record for record in added}}
     return replace(base, tensors=tensors, parts=base.parts + add_on.identity.parts)

@@ -17,8 +17,8 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.gguf.header import Header, TensorRecord, read_header
 from ...quant.gguf.provenance import source_metadata
+from ...quant.sources.add_ons import is_add_on
 from ...quant.sources.attention import preference_tensors
-from ...quant.sources.modules import is_module
 from .. import host
 from ..host_check import check_host
 from ..packed.int8 import int8_ops
@@ -147,7 +147,7 @@ def _refuse_other_files(header: Header) -> None:
         raise _not_a_model(header, "an importance matrix")
     if header.metadata.get("general.type") == "adapter":
         raise _not_a_model(header, "a LoRA")
-    if is_module(header.tensors, ""):
+    if is_add_on(header.tensors, ""):
         raise _not_a_model(header, "an add-on for a Wan model", "choose it as module_name, with the model it is for")
     for prefixes, what, remedy in _OTHER_FILES:
         if any(name.startswith(prefixes) for name in header.tensors):

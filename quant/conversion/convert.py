@@ -103,7 +103,7 @@ def convert(
             that of `read_calibration`, codes are also rounded for the least error of the outputs.
         device: where encoding runs.
         overwrite: replace a destination that holds anything else.
-        modules: files of add-on modules (VACE and the like) that become part of the model.
+        modules: files of add-ons (VACE and the like) that become part of the model.
         five_d: store the patch embedding in its 5 dimensions, for loaders that do not read it flattened.
         allow_non_finite: write 0 for NaN and infinity, and report the tensors, instead of refusing these.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..errors import QuantError
 
 
-class Entry(NamedTuple):
+class JournalEntry(NamedTuple):
     """A tensor that is in the file whole."""
 
     relative_error: float
@@ -25,26 +25,26 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> list[Entry]:
+    def read(self) -> list[JournalEntry]:
         """The entries up to the first that is cut or damaged; none without a file."""
-        entries: list[Entry] = []
+        entries: list[JournalEntry] = []
         with suppress(OSError, ValueError, TypeError):
             for line in self.path.read_text().splitlines():
-                entries.append(Entry(**json.loads(line)))
+                entries.append(JournalEntry(**json.loads(line)))
         return entries
 
-    def restart(self, entries: Iterable[Entry]) -> None:
+    def restart(self, entries: Iterable[JournalEntry]) -> None:
         """Keeps these entries only."""
         self._write("w", entries)
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: JournalEntry) -> None:
         self._write("a", [entry])
 
     def delete(self) -> None:
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
-    def _write(self, mode: str, entries: Iterable[Entry]) -> None:
+    def _write(self, mode: str, entries: Iterable[JournalEntry]) -> None:
         try:
             with open(self.path, mode) as file:
                 file.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)

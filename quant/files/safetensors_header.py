@@ -18,7 +18,7 @@ _ITEM_BYTES = {
 }
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor as a file's header describes it; `begin` and `end` are bytes from the start of the file."""
 
     name: str
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
     end: int
 
 
-def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[Entry]]:
+def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
     """The `__metadata__` of a file and its tensors in file order.
 
     Raises:
@@ -75,7 +75,7 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     return header
 
 
-def _entry(path: Path, name: str, info: object, data_start: int) -> Entry:
+def _entry(path: Path, name: str, info: object, data_start: int) -> TensorEntry:
     match info:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
             all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end
@@ -89,10 +89,10 @@ def _entry(path: Path, name: str, info: object, data_start: int) -> Entry:
             f"{path}: tensor {name}: {end - begin} bytes for {dtype} {tuple(shape)}, expected {expected};"
             " the file is damaged"
         )
-    return Entry(name, dtype, tuple(shape), data_start + begin, data_start + end)
+    return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
-def _check_coverage(path: Path, entries: list[Entry], data_start: int, file_bytes: int) -> None:
+def _check_coverage(path: Path, entries: list[TensorEntry], data_start: int, file_bytes: int) -> None:
     """The format allows neither overlaps nor holes, so each tensor starts where the one before ended."""
     position = data_start
     for entry in entries:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
-from ..files.journal import Entry, Journal
+from ..files.journal import Journal, JournalEntry
 from .layout import FileLayout, TensorSpec
 
 _log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class GGUFWriter:
     def record(self, relative_error: float) -> None:
         """Makes the tensor just completed survive a kill of this process."""
         self._file.flush()
-        self._journal.append(Entry(relative_error, self.sha256))
+        self._journal.append(JournalEntry(relative_error, self.sha256))
 
     def close(self, metadata: Mapping[str, Any] | None = None) -> Path:
         """Puts the complete file in place.

@@ -66,7 +66,7 @@ class FileReport:
         if any(tensor.name.endswith(WAN_KEY) for tensor in self.tensors):
             return "Wan diffusion model"
         if architecture == "wan":
-            return "module for a Wan diffusion model"
+            return "add-on for a Wan diffusion model"
         if architecture == "t5encoder":
             return "T5 text encoder"
         return f"not a Wan diffusion model: general.architecture is {architecture}"

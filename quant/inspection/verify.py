@@ -77,8 +77,8 @@ class Verification:
         }
 
 
-def verify(gguf: str | Path, source: str | Path, modules: Sequence[str | Path] = ()) -> Verification:
-    """Dequantizes every tensor and compares it to the source (and its modules), slice by slice.
+def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] = ()) -> Verification:
+    """Dequantizes every tensor and compares it to the source (and its add-ons), slice by slice.
 
     Raises:
         QuantError: a file that cannot be read or is not what was written, a shape that differs, or nothing in common.
@@ -86,7 +86,7 @@ def verify(gguf: str | Path, source: str | Path, modules: Sequence[str | Path] =
     file = open_gguf(gguf)
     _check_data(file)
     packed = file.tensors
-    with open_checkpoint(source, modules) as checkpoint:
+    with open_checkpoint(source, add_ons) as checkpoint:
         checkpoint = checkpoint.allowing_non_finite() if file.metadata.get(NON_FINITE) else checkpoint
         names = [name for name in checkpoint.tensors if name in packed]
         if not names:

@@ -27,7 +27,7 @@ _SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 
 
 @dataclass(frozen=True)
-class Format:
+class CodeLayout:
     """How codes lie, and what they stand for."""
 
     bits: int
@@ -216,16 +216,16 @@ def read(block, octet, ROW: tl.constexpr, FORMAT: tl.constexpr):
 
 
 FORMATS = {
-    "Q4_0": Format(4, span=2, bias=8),
-    "Q4_1": Format(4, span=2, has_minimum=True),
-    "Q5_0": Format(5, span=2, bias=16),
-    "Q5_1": Format(5, span=2, has_minimum=True),
-    "Q8_0": Format(8, rows=1, bias=128),
-    "Q2_K": Format(2, rows=4, has_minimum=True),
-    "Q3_K": Format(3, rows=4, bias=4),
-    "Q4_K": Format(4, has_minimum=True),
-    "Q5_K": Format(5, has_minimum=True),
-    "Q6_K": Format(6, rows=4, bias=32),
-    "IQ4_NL": Format(4, span=2, bias=None),
-    "IQ4_XS": Format(4, span=2, bias=None),
+    "Q4_0": CodeLayout(4, span=2, bias=8),
+    "Q4_1": CodeLayout(4, span=2, has_minimum=True),
+    "Q5_0": CodeLayout(5, span=2, bias=16),
+    "Q5_1": CodeLayout(5, span=2, has_minimum=True),
+    "Q8_0": CodeLayout(8, rows=1, bias=128),
+    "Q2_K": CodeLayout(2, rows=4, has_minimum=True),
+    "Q3_K": CodeLayout(3, rows=4, bias=4),
+    "Q4_K": CodeLayout(4, has_minimum=True),
+    "Q5_K": CodeLayout(5, has_minimum=True),
+    "Q6_K": CodeLayout(6, rows=4, bias=32),
+    "IQ4_NL": CodeLayout(4, span=2, bias=None),
+    "IQ4_XS": CodeLayout(4, span=2, bias=None),
 }

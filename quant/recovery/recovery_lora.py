@@ -98,7 +98,7 @@ def recover(
     size: float,
     *,
     importance: Mapping[str, Tensor] | None = None,
-    modules: Sequence[str | Path] = (),
+    add_ons: Sequence[str | Path] = (),
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -111,7 +111,7 @@ def recover(
         destination: path of a .safetensors file.
         size: GiB that the LoRA takes at most.
         importance: (n,) weight of each input column in the squared error, by tensor name: see `read_importance`.
-        modules: files of add-on modules that were merged onto the source.
+        add_ons: files of add-ons that were merged onto the source.
         device: where the arithmetic runs.
 
     Raises:
@@ -123,7 +123,7 @@ def recover(
         raise QuantError(f"{destination}: not a .safetensors name; choose a destination that ends in .safetensors")
     packed = open_gguf(file)
     with (
-        open_checkpoint(source, modules) as checkpoint,
+        open_checkpoint(source, add_ons) as checkpoint,
         AtomicFile(destination, int(size * GIB), overwrite=overwrite) as output,
     ):
         warnings = check_importance(importance, checkpoint.tensors)

@@ -12,11 +12,11 @@ from typing import Any
 
 from ..errors import QuantError
 from ..gguf.provenance import source_metadata
+from .add_ons import check_add_on
 from .animate import host_tensors
 from .attention import take_preferences
 from .files import SourceFiles, SourceIdentity
-from .layers import QUANTIZATION_METADATA, Format, declared_formats, source_tensors
-from .modules import check_module
+from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
 from .names import T5, Naming, find_naming
 from .opening import Opened, open_files
 from .t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
@@ -31,7 +31,7 @@ class Checkpoint:
 
     identity: SourceIdentity
     name: str
-    """Of the file or folder, and of the modules merged onto it."""
+    """Of the file or folder, and of the add-ons merged onto it."""
     metadata: Mapping[str, str]
     """What the host reads to detect the model, and its attention preferences: the `__metadata__` of safetensors."""
     architecture: str
@@ -78,21 +78,21 @@ class Checkpoint:
         self.file.close()
 
 
-def open_checkpoint(path: str | Path, modules: Sequence[str | Path] = ()) -> Checkpoint:
-    """Opens a Wan transformer, a module that is added to one, or a T5 text encoder.
+def open_checkpoint(path: str | Path, add_ons: Sequence[str | Path] = ()) -> Checkpoint:
+    """Opens a Wan transformer, an add-on for one, or a T5 text encoder.
 
     Args:
         path: safetensors (plain, FP8, or in ComfyUI's quantized formats), a folder of shards,
             its index or one of them, or a GGUF.
-        modules: files of add-on modules (VACE and the like) whose tensors are merged onto the checkpoint's.
+        add_ons: files of add-ons (VACE and the like) whose tensors are merged onto the checkpoint's.
 
     Raises:
         QuantError: no such file, a pickle, a damaged or missing part, another model, or an unsupported format.
     """
     base = _open(Path(path))
     try:
-        for module in modules:
-            base = _merged(base, _open(Path(module)))
+        for add_on in add_ons:
+            base = _merged(base, _open(Path(add_on)))
     except BaseException:
         base.file.close()
         raise
@@ -118,19 +118,19 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(identity, path.name, metadata, naming.architecture, gguf_metadata, tensors, files)
 
 
-def _merged(base: Checkpoint, module: Checkpoint) -> Checkpoint:
+def _merged(base: Checkpoint, add_on: Checkpoint) -> Checkpoint:
     try:
-        check_module(base, module)
+        check_add_on(base, add_on)
     except QuantError:
-        module.file.close()
+        add_on.file.close()
         raise
     return replace(
         base,
-        identity=replace(base.identity, parts=base.identity.parts + module.identity.parts),
-        name=f"{base.name} + {module.name}",
-        metadata={**module.metadata, **base.metadata},
-        tensors={**base.tensors, **module.tensors},
-        file=SourceFiles([*base.file.parts, *module.file.parts]),
+        identity=replace(base.identity, parts=base.identity.parts + add_on.identity.parts),
+        name=f"{base.name} + {add_on.name}",
+        metadata={**add_on.metadata, **base.metadata},
+        tensors={**base.tensors, **add_on.tensors},
+        file=SourceFiles([*base.file.parts, *add_on.file.parts]),
     )
 
 
@@ -154,7 +154,7 @@ def _gguf_metadata(path: Path, opened: Opened, tensors: Mapping[str, SourceTenso
     return t5_metadata(path, {name: tensor.shape for name, tensor in tensors.items()}, spiece)
 
 
-def _by_new_name(formats: Mapping[str, Format], stored: Mapping[str, StoredTensor]) -> dict[str, Format]:
+def _by_new_name(formats: Mapping[str, LayerFormat], stored: Mapping[str, StoredTensor]) -> dict[str, LayerFormat]:
     # The host reads these names both before and after it strips the prefix.
     weights = {name.removesuffix(".weight"): tensor.name.removesuffix(".weight") for name, tensor in stored.items()}
     return {weights.get(layer, layer): config for layer, config in formats.items()}

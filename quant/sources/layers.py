@@ -15,7 +15,7 @@ from .tensors import DTYPES, PackedTensor, PlainTensor, SourceTensor, StoredTens
 
 QUANTIZATION_METADATA = "_quantization_metadata"
 
-Format = dict[str, object]
+LayerFormat = dict[str, object]
 """What a file says of a quantized layer: `format` and its options."""
 
 _FORMATS: dict[str, Callable[[Layer], SourceTensor]] = {
@@ -35,7 +35,7 @@ MARKER = "scaled_fp8"
 """A tensor without meaning of its own, in files of the time before `comfy_quant`."""
 
 
-def declared_formats(path: Path, metadata: Mapping[str, str]) -> dict[str, Format]:
+def declared_formats(path: Path, metadata: Mapping[str, str]) -> dict[str, LayerFormat]:
     """Formats by layer, from a file's metadata."""
     if QUANTIZATION_METADATA not in metadata:
         return {}
@@ -46,7 +46,7 @@ def declared_formats(path: Path, metadata: Mapping[str, str]) -> dict[str, Forma
         raise QuantError(f"{path}: metadata {QUANTIZATION_METADATA} is malformed; the file is damaged") from error
 
 
-def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, Format]) -> Iterator[SourceTensor]:
+def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, LayerFormat]) -> Iterator[SourceTensor]:
     """The weights among `stored`, in their order.
 
     Args:
@@ -83,7 +83,7 @@ def _unscaled(tensor: StoredTensor) -> SourceTensor:
     )
 
 
-def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Mapping[str, Format]) -> Layer | None:
+def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Mapping[str, LayerFormat]) -> Layer | None:
     """The layer that the tensor is the scaled weight of, if it is one."""
     name = weight.name.removesuffix(".weight")
     if name == weight.name:
@@ -115,7 +115,7 @@ def _fold(layer: Layer) -> SourceTensor:
     return tensor
 
 
-def _marker(stored: StoredTensor | None) -> Format | None:
+def _marker(stored: StoredTensor | None) -> LayerFormat | None:
     if stored is None:
         return None
     try:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..errors import QuantError
 from . import diffusers, t5
-from .modules import is_module
+from .add_ons import is_add_on
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "model.")
 
@@ -41,7 +41,7 @@ class Naming(NamedTuple):
 
 
 def find_naming(path: Path, names: Collection[str]) -> Naming:
-    """The naming of a Wan transformer, of a module that is added to one, or of a T5 text encoder.
+    """The naming of a Wan transformer, of an add-on for one, or of a T5 text encoder.
 
     Raises:
         QuantError: anything else, with what it looks like.
@@ -54,7 +54,7 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
         if key in names:
             return Naming("", rename, T5)
     for prefix in PREFIXES:
-        if is_module(names, prefix):
+        if is_add_on(names, prefix):
             return Naming(prefix, str)
     looks = next((what for keys, what in _LOOKS_LIKE if any(key in n for n in names for key in keys)), "something else")
     raise QuantError(

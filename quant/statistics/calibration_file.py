@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
-from ..files.safetensors_header import Entry, read_safetensors_header
+from ..files.safetensors_header import TensorEntry, read_safetensors_header
 from ..sources.files import HashedFile
 from .calibration import SPAN, Calibration
 
@@ -80,13 +80,13 @@ def _described(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str, 
 class _Stored(Mapping[str, Tensor]):
     """Products that stay in their file until they are read."""
 
-    def __init__(self, file: HashedFile, entries: Mapping[str, Entry], places: Mapping[str, str]) -> None:
+    def __init__(self, file: HashedFile, entries: Mapping[str, TensorEntry], places: Mapping[str, str]) -> None:
         self._file, self._entries, self._places = file, entries, places
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries.get(self._places[name])
         match entry:
-            case Entry(dtype="F32", shape=(n, rows, span), begin=begin, end=end) if (
+            case TensorEntry(dtype="F32", shape=(n, rows, span), begin=begin, end=end) if (
                 n and rows == span and span % math.gcd(n * span, SPAN) == 0
             ):
                 values = self._file.peek(begin, end - begin)

@@ -75,7 +75,7 @@ def test_base_with_add_on_equals_the_whole_checkpoint(files, tmp_path):
 def test_add_on_alone(files, tmp_path):
     (_, base, add_on), _ = files
     report = convert(add_on, tmp_path / "add-on.gguf", "Q8_0", effort="fast")
-    assert inspect(report.path).kind == "module for a Wan diffusion model"
+    assert inspect(report.path).kind == "add-on for a Wan diffusion model"
     tensors = open_gguf(report.path).tensors
     assert {name: tensor.shape for name, tensor in tensors.items()} == {
         name: tuple(value.shape) for name, value in load_file(add_on).items()
@@ -100,7 +100,7 @@ def test_refused_add_ons(files, tmp_path):
         convert(whole, tmp_path / "a.gguf", modules=[add_on])
     with pytest.raises(QuantError, match=r"tensor \S+: is in base"):
         convert(base, tmp_path / "a.gguf", modules=[add_on, add_on])
-    with pytest.raises(QuantError, match="no add-on module"):
+    with pytest.raises(QuantError, match="not an add-on"):
         convert(base, tmp_path / "a.gguf", modules=[whole])
     assert not (tmp_path / "a.gguf").exists()
 
@@ -161,7 +161,7 @@ def test_quantized_add_on_stays_packed_on_a_prefixed_base(tmp_path, tiny_wan, wr
     assert load_diffusion_model(base, add_on=add_on).model.diffusion_model.state_dict().keys() == state.keys()
     with pytest.raises(QuantError, match=r"an add-on for a Wan model.*choose it as module_name"):
         load_diffusion_model(add_on)
-    with pytest.raises(QuantError, match="no add-on module"):
+    with pytest.raises(QuantError, match="not an add-on"):
         load_diffusion_model(base, add_on=base)
 
 

@@ -13,7 +13,7 @@ import pytest
 from wanquant.quant import open_gguf
 from wanquant.quant.conversion.convert import convert, convert_all
 from wanquant.quant.conversion.settings import Settings, Target
-from wanquant.quant.files.journal import Entry, Journal
+from wanquant.quant.files.journal import Journal, JournalEntry
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
 
@@ -122,10 +122,10 @@ def test_checksum_of_the_data_is_in_the_file(tmp_path, source):
 def test_journal_ends_at_the_first_damaged_line(tmp_path):
     journal = Journal(tmp_path / "journal")
     assert journal.read() == []
-    entries = [Entry(0.1, "a"), Entry(0.2, "b")]
+    entries = [JournalEntry(0.1, "a"), JournalEntry(0.2, "b")]
     journal.restart(entries)
-    journal.append(Entry(0.3, "c"))
-    assert journal.read() == [*entries, Entry(0.3, "c")]
+    journal.append(JournalEntry(0.3, "c"))
+    assert journal.read() == [*entries, JournalEntry(0.3, "c")]
     journal.path.write_text(journal.path.read_text().replace("0.2", "?"))
     assert journal.read() == entries[:1]
     journal.delete()
