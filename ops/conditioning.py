@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..quant import QuantError
+from ..quant.files.atomic_file import AtomicFile
+from ..quant.files.safetensors_content import SafetensorsContent, StreamedTensor
 
 Conditioning = list[list[Any]]
 """The host's type: a list of [prompt embedding, floating point, (batch, tokens, width); dict of further fields]."""
@@ -27,15 +28,12 @@ def save_conditioning(conditioning: Conditioning, path: str) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     layout = _flatten(conditioning, "conditioning", tensors)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(layout)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise QuantError(f"{path}: cannot be written: {error}; choose another name or folder") from None
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    content = SafetensorsContent(
+        (StreamedTensor.whole(name, tensor) for name, tensor in tensors.items()), {_KEY: json.dumps(layout)}
+    )
+    with AtomicFile(Path(path), content.nbytes, overwrite=True) as file:
+        content.write(file)
+        file.commit()
 
 
 def load_conditioning(path: str) -> Conditioning:
@@ -58,8 +56,7 @@ def load_conditioning(path: str) -> Conditioning:
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401
     """Return `value` as JSON, in which names replace tensors; the tensors are added to `tensors`."""
     if isinstance(value, torch.Tensor):
-        # Cloned, because safetensors refuses tensors that share memory, and the host repeats masks with expand().
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[name] = value.detach().cpu()
         return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": {key: _flatten(item, f"{name}.{key}", tensors) for key, item in value.items()}}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,13 +36,15 @@ def models(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def read_only(tmp_path):
+def read_only(tmp_path, monkeypatch):
     """A folder without write permission. Root may write everywhere, so root gets a folder of the kernel."""
     folder = tmp_path / "read-only"
     folder.mkdir()
     folder.chmod(0o500)
     if os.access(folder, os.W_OK):
         folder = Path("/sys/kernel")
+        # Folders of the kernel report no free space.
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 40))
     if not folder.is_dir():
         pytest.skip("this user can write to every folder")
     yield folder
