@@ -210,7 +210,7 @@ _TYPES = (
     _type("Q5_K", 13, kquants, fast=ggml.encode_q5_k, best=search.best_q5_k),
     _type("Q6_K", 14, kquants, fast=ggml.encode_q6_k, best=search.best_q6_k),
     _type("IQ4_NL", 20, iq4, fast=ggml.encode_iq4_nl, best=search.best_iq4_nl),
-    _type("IQ4_XS", 23, iq4, fast=ggml.encode_iq4_xs, best=search.best_iq4_xs),
+    _type("IQ4_XS", 23, iq4, fast=ggml.encode_iq4_xs, best=search.best_iq4_xs, slower_in_c=("quantize",)),
     _type("IQ1_S", 19, iquants),
     _type("IQ1_M", 29, iquants),
     _type("IQ2_XXS", 16, iquants, slower_in_c=("dequantize",)),
