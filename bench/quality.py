@@ -16,17 +16,14 @@ from statistics import fmean
 from wanquant.bench.tinywan.encodings import METHODS, Workshop
 from wanquant.bench.tinywan.pictures import draw_quality
 from wanquant.bench.tinywan.reference import Errors, Gain, Reference, Spread, gains, load_model, prompts
-from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
+from wanquant.bench.tinywan.results import PICTURES, RESULTS, add_options, conclude, origin, table
 
 RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
-SLOW = "tuned"
-"""A minute a file: it is measured, and recorded, apart from the others."""
 PEERS = {
     "plain": "ggml",
     "importance": "ggml + importance",
     "importance + LoRA": "importance",
     "calibrated": "ggml + importance",
-    "tuned": "calibrated",
 }
 """What a method is compared with: ggml's encoders, told as much; what costs more, with the method that it adds to."""
 
@@ -133,7 +130,7 @@ def _cells(row: Quality) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="dev.py bench quality", description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--methods", nargs="+", default=[name for name in METHODS if name != SLOW], choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--roundings", type=int, default=16, help="networks, the first of which is TinyWan as it is")
     parser.add_argument("--seeds", type=int, default=1, help="clips of each network")
     parser.add_argument("--prompts", type=int, default=8, help="captions that the importance matrix is made of")
@@ -142,10 +139,9 @@ def main() -> None:
     given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
     rows = measure(options.recipes, options.methods, **given)
     result = {**origin(), **given, "rows": [asdict(row) for row in rows]}
-    name = SLOW if SLOW in options.methods else "quality"
-    if options.update and name != SLOW:
+    if options.update:
         draw_quality(result["rows"], PICTURES / "quality.png")
-    conclude(options, name, result, text(rows))
+    conclude(options, RESULTS / "quality.json", result, text(rows))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from wanquant.bench.tinywan.allocation import HALVES, Allocator, Network, Split,
 from wanquant.bench.tinywan.data import noise_level
 from wanquant.bench.tinywan.pictures import draw_sensitivity
 from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gains, load_model, load_weights
-from wanquant.bench.tinywan.results import PICTURES, add_options, conclude, origin, table
+from wanquant.bench.tinywan.results import PICTURES, RESULTS, add_options, conclude, origin, table
 from wanquant.quant import QTYPES
 from wanquant.quant.conversion.layer_encoder import Inputs
 
@@ -133,7 +133,7 @@ def main() -> None:
     }
     if options.update:
         draw_sensitivity(result["layers"], LEVELS[:-1], PICTURES / "sensitivity.png")
-    conclude(options, "sensitivity", result, text(allocations))
+    conclude(options, RESULTS / "sensitivity.json", result, text(allocations))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from torch import Tensor
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
-from wanquant.bench.tinywan.tuning import tune
 from wanquant.quant import convert, open_gguf
 from wanquant.quant.inspection.report import GIB
 from wanquant.quant.recovery.recovery_lora import recover
@@ -63,7 +62,6 @@ class Workshop:
     source: Weights
     importance: Importance
     calibration: Calibration
-    captions: Sequence[Caption]
 
     @classmethod
     @contextmanager
@@ -75,7 +73,7 @@ class Workshop:
             folder = Path(name)
             checkpoint = folder / "tinywan.safetensors"
             save_file({name: tensor.bfloat16() for name, tensor in source.items()}, checkpoint)
-            yield cls(folder, checkpoint, source, *inputs, captions)
+            yield cls(folder, checkpoint, source, *inputs)
 
     def plain(self, recipe: str) -> Encoded:
         return self._converted(recipe, None)
@@ -85,13 +83,6 @@ class Workshop:
 
     def calibrated(self, recipe: str) -> Encoded:
         return self._converted(recipe, self.calibration)
-
-    def tuned(self, recipe: str) -> Encoded:
-        """The calibrated file's weights, tuned: not a part of the converter."""
-        file, tensors = self.calibrated(recipe), open_gguf(self.path(recipe, self.calibration)).tensors
-        types = {name: tensors[name].qtype for name in file.quantized}
-        weights = tune(self.source, file.weights, types, self.calibration, self.captions)
-        return Encoded(file.nbytes, weights, file.quantized)
 
     def ggml(self, recipe: str) -> Encoded:
         return self._by_ggml(recipe, {})
@@ -141,6 +132,5 @@ METHODS: dict[str, Callable[[Workshop, str], Encoded]] = {
     "importance": Workshop.weighted,
     "importance + LoRA": Workshop.recovered,
     "calibrated": Workshop.calibrated,
-    "tuned": Workshop.tuned,
 }
 """The ways to make a file, by the name that the tables give them."""

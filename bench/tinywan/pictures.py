@@ -20,7 +20,6 @@ _STYLES = {
     "importance": ("#009e73", "-", "WanQuant, importance matrix"),
     "importance + LoRA": ("#e69f00", ":", "the same and a recovery LoRA"),
     "calibrated": ("#d55e00", "-", "WanQuant, calibrated"),
-    "tuned": ("#cc79a7", ":", "calibrated, then tuned block by block"),
 }
 
 

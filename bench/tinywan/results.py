@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from wanquant.bench.convert import machine
@@ -17,7 +18,7 @@ RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "images"
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--update", action="store_true", help="write its file in bench/results, and its picture, anew")
+    parser.add_argument("--update", action="store_true", help="write its file of results, and its picture, anew")
 
 
 def origin() -> dict[str, str]:
@@ -25,17 +26,17 @@ def origin() -> dict[str, str]:
     return {"machine": machine(), "checkpoint": hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()[:16]}
 
 
-def conclude(options: argparse.Namespace, name: str, result: Mapping[str, Any], shown: str) -> None:
+def conclude(options: argparse.Namespace, path: Path, result: Mapping[str, Any], shown: str) -> None:
     """Writes and prints as `add_options` offers."""
     if options.update:
-        write_results(name, result)
+        write_results(path, result)
     print(json.dumps(result, indent=2) if options.json else shown)
 
 
-def write_results(name: str, result: Mapping[str, Any]) -> None:
+def write_results(path: Path, result: Mapping[str, Any]) -> None:
     """As JSON, to three decimals, with a line for each row."""
     lines = [f" {json.dumps(key)}: {_value(value)}" for key, value in _rounded(result).items()]
-    (RESULTS / f"{name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

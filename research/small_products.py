@@ -1,8 +1,9 @@
-"""What fusing could save in products of few rows (time embedding: 1, text: 512) with a packed 5120 x 5120 weight.
+"""What fusing dequantization and product could save where the input has few rows, for a 5120 x 5120 weight.
 
-On the CPU, in milliseconds of processor time: as the Linear does it, decoded in tiles of 64 MiB; in tiles of 1 MiB,
-which stay in the cache between decoding and product; the product alone, with a dense weight; and, for one row, ggml's
-dot product of blocks, which rounds the activations to 8 bits, so that its result is another.
+The time embedding has 1 row, the text 512. Columns are milliseconds of processor time on the CPU: dequantized in tiles
+of 64 MiB, as the Linear does; in tiles of 1 MiB, which stay in the cache between dequantization and product; the
+product alone, with a dense weight; and, for one row, ggml's dot product of blocks, which also rounds the activations
+to 8 bits.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..bench.dequant import fastest, machine
+from ..bench.step import import_host
 from ..quant import QTYPES, QuantType
 from ..quant.kernels import libggml
-from .dequant import fastest, machine
-from .step import import_host
 
 SIZE = 5120
 _VecDot = ctypes.CFUNCTYPE(
@@ -50,7 +51,7 @@ class _CpuTraits(ctypes.Structure):
 
 
 def vec_dot(qtype: QuantType, packed: Tensor, x: Tensor) -> Callable[[], Tensor]:
-    """One row of float32 against every row of blocks, by ggml."""
+    """Return a call that multiplies `packed` (uint8, (SIZE, bytes per row)) by `x` (float32, (1, SIZE)) in ggml."""
     library = ctypes.CDLL(str(next(Path(libggml._library._name).parent.glob("*ggml-cpu.*"))))
     library.ggml_cpu_init()
     library.ggml_get_type_traits_cpu.restype = ctypes.POINTER(_CpuTraits)
@@ -98,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q6_K", "Q4_K", "Q4_0"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 512])
-    parser.add_argument("--seconds", type=float, default=5, help="to measure each")
+    parser.add_argument("--seconds", type=float, default=5, help="time for each measurement")
     options = parser.parse_args()
     torch.set_num_threads(1)
     import_host()

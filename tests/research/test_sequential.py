@@ -1,4 +1,4 @@
-"""Rounding layer after layer: a layer sees what those before it give, and makes up for their errors."""
+"""Sequential rounding: a layer sees the outputs of the quantized layers before it, and corrects for their errors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from wanquant.testing.hosts import checkout
 if not (checkout() / "comfy").is_dir():
     pytest.skip("no ComfyUI: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)
 
-from wanquant.bench.sequential import _EVERY, corrected, layer_inputs
-from wanquant.bench.tinywan.tuning import Call
+from wanquant.research._shared import Call
+from wanquant.research.sequential import _EVERY, corrected, layer_inputs
 from wanquant.tests.quant.samples import correlated
 
 

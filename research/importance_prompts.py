@@ -1,4 +1,4 @@
-"""How many prompts an importance matrix needs: the error of TinyWan's steps against the number of its captions."""
+"""How many prompts an importance matrix and a calibration need: error of TinyWan's steps by number of captions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from wanquant.quant.plan.recipe import find_recipe, plan
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import CalibrationCollector
 from wanquant.quant.statistics.importance import Collector
+from wanquant.research._shared import RESULTS
 
 COUNTS = (0, 1, 2, 4, 8, 16, len(TRAINING))
 COLLECTORS = {"importance": Collector, "calibrated": CalibrationCollector}
@@ -21,7 +22,7 @@ COLLECTORS = {"importance": Collector, "calibrated": CalibrationCollector}
 
 @dataclass(frozen=True)
 class Point:
-    """The steps' velocity over its error, in dB: mean and deviation over draws of captions."""
+    """SQNR of the velocity in dB, averaged over the steps: mean and deviation over draws of captions."""
 
     method: str
     prompts: int
@@ -29,7 +30,7 @@ class Point:
 
 
 def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[Point]:
-    """All points; 0 captions are no importance matrix, the same for both methods."""
+    """Return all points; 0 captions stand for a conversion without statistics, which is the same for both methods."""
     reference, source = Reference.sample(clips), load_weights()
     with open_checkpoint(CHECKPOINT) as file:
         types = plan(find_recipe(recipe), file.tensors).types
@@ -54,22 +55,23 @@ def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[
 
 
 def text(points: Sequence[Point]) -> str:
-    """The table."""
     rows = [(p.method, str(p.prompts), f"{p.velocity_sqnr.mean:.2f} ± {p.velocity_sqnr.deviation:.2f}") for p in points]
     return table(("method", "captions", "velocity"), rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py bench importance-prompts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python3 -m research importance_prompts", description=__doc__)
     parser.add_argument("--recipe", default="Q3_K_M")
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS)
-    parser.add_argument("--draws", type=int, default=3, help="of captions, for each number of them")
+    parser.add_argument("--draws", type=int, default=3, help="random sets of captions for each count")
     parser.add_argument("--seeds", type=int, default=4)
     add_options(parser)
     options = parser.parse_args()
     points = measure(options.recipe, options.counts, options.draws, options.seeds)
     settings = {**origin(), "recipe": options.recipe, "draws": options.draws}
-    conclude(options, "importance-prompts", {**settings, "points": [asdict(p) for p in points]}, text(points))
+    conclude(
+        options, RESULTS / "importance-prompts.json", {**settings, "points": [asdict(p) for p in points]}, text(points)
+    )
 
 
 if __name__ == "__main__":

@@ -1,35 +1,43 @@
-"""Quantization-aware tuning, one block at a time: weights learn through their rounding what the block gave before."""
+"""Quantization-aware tuning after calibrated rounding, one transformer block at a time.
+
+Each block learns to reproduce its unquantized output from the output of the tuned blocks before it. In every step its
+weights are rounded to their GGUF type, and the gradient passes through the rounding unchanged.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from wanquant.bench.tinywan.data import Caption
-from wanquant.bench.tinywan.model import velocity
-from wanquant.bench.tinywan.reference import STEPS, Weights, load_module
-from wanquant.bench.tinywan.score import generate
+from wanquant.bench.tinywan.encodings import Workshop
+from wanquant.bench.tinywan.reference import Reference, Weights, load_model, load_module, prompts
+from wanquant.quant import open_gguf
 from wanquant.quant.encoders.search import Encoder
 from wanquant.quant.encoders.search.columns import Columns
 from wanquant.quant.qtype import QuantType
+from wanquant.research._shared import RESULTS, Call, Pair, block_inputs, run
 
 import comfy.model_management  # isort: skip (wanquant.bench.tinywan puts the host on the path)
 
-# Neither that of what is measured nor that of the calibration.
-_SEED = 4
-# Optimisation steps for each block, those between two fits of the scales, and clips that a step sees.
-_STEPS, _REFIT, _CLIPS = 64, 16, 2
-# How far a step moves a weight at most, of the error that rounding made in its tensor.
+# Optimization steps per block, and the number of them between two fits of the scales.
+_STEPS, _REFIT = 64, 16
+# The learning rate of a weight, relative to the RMS rounding error of its tensor.
 _RATE = 0.004
 
 
 class Tuned(torch.nn.Module):
-    """A weight (rows, columns) that is learned through the rounding of its type, the gradient of which is taken as 1.
+    """A weight that is trained through its rounding, whose gradient is taken to be 1.
+
+    Args:
+        weight: float32, (rows, columns).
+        importance: float32, (columns,).
 
     Source: straight-through estimation, arXiv 1308.3432.
     """
@@ -42,7 +50,7 @@ class Tuned(torch.nn.Module):
 
     @torch.no_grad()
     def refit(self) -> None:
-        """Fits the scales to the weight as it is now."""
+        """Fit the scales to the current weight."""
         self.found = self.encode.fit(self._columns(), self.latent.numel() // self.block_size)
 
     def forward(self) -> Tensor:
@@ -50,7 +58,7 @@ class Tuned(torch.nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> Tensor:
-        """What a file would hold."""
+        """Return the weight that a file would hold: float32, (rows, columns)."""
         columns = self._columns()
         q, _ = self.found.nearest(columns, self.encode.levels)
         scale, minimum = self.found.lines()
@@ -61,30 +69,8 @@ class Tuned(torch.nn.Module):
         return Columns.of(blocks, self.importance.expand_as(self.latent).reshape_as(blocks), self.encode.size)
 
 
-class Call(NamedTuple):
-    """What a block was given besides its tokens."""
-
-    tokens: Tensor
-    others: dict[str, Any]
-
-
-def block_inputs(model: torch.nn.Module, captions: Sequence[Caption]) -> list[Call]:
-    """Those of the first block while clips are drawn, a few clips at a time."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
-    hook = model.blocks[0].register_forward_pre_hook(
-        lambda _, inputs, others: calls.append((inputs[0], others)), with_kwargs=True
-    )
-    generate(velocity(model), captions, seed=_SEED, steps=STEPS, batch=len(captions))
-    hook.remove()
-    return [
-        Call(tokens[part], {**others, "e": others["e"][part], "context": others["context"][part]})
-        for tokens, others in calls
-        for part in (slice(first, first + _CLIPS) for first in range(0, len(captions), _CLIPS))
-    ]
-
-
 class Block(NamedTuple):
-    """A block in the making: what it is given, and what it gave unquantized."""
+    """A block to tune, its calls, the tokens of each call, and the unquantized output for each call."""
 
     module: torch.nn.Module
     calls: Sequence[Call]
@@ -96,7 +82,7 @@ class Block(NamedTuple):
         return output
 
     def tune(self, tuned: Mapping[str, Tuned], rates: Mapping[str, float], steps: int) -> dict[str, Tensor]:
-        """The rounded weights after `steps` of Adam."""
+        """Run `steps` steps of Adam and return the rounded weights."""
         groups = [{"params": [tensor.latent], "lr": rates[name]} for name, tensor in tuned.items()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -122,9 +108,14 @@ def tune(
     importance: Mapping[str, Tensor],
     captions: Sequence[Caption],
 ) -> Weights:
-    """`start`, the weights of a file of these `types`, with all blocks tuned one after the other.
+    """Tune all blocks, one after the other, and return the new weights.
 
-    Each block learns to give what it gave with the unquantized `weights`, from what the tuned blocks before it give.
+    Args:
+        weights: the unquantized weights, float32.
+        start: the dequantized weights of a calibrated file.
+        types: of the quantized weights.
+        importance: by weight, float32, (columns,).
+        captions: one clip of each is sampled to tune on.
     """
     model = load_module(weights).requires_grad_(False)
     calls, final = block_inputs(model, captions), dict(start)
@@ -147,7 +138,7 @@ def tune(
 
 @contextmanager
 def _training() -> Iterator[None]:
-    """The host's kernel for rotary embeddings has no backward; it has a slower one for training."""
+    """Select ComfyUI's slower kernel for rotary embeddings, which has a backward pass."""
     before, comfy.model_management.in_training = comfy.model_management.in_training, True
     try:
         yield
@@ -157,3 +148,27 @@ def _training() -> Iterator[None]:
 
 def _rms(values: Tensor) -> float:
     return values.square().mean().sqrt().item()
+
+
+def measure(recipes: Sequence[str], roundings: int, clips: int, captions: int) -> dict[str, list[Pair]]:
+    """Return the errors of calibrated and of tuned files, by recipe."""
+    pairs = defaultdict(list)
+    for order in range(roundings):
+        reference = Reference.sample(clips, order)
+        with Workshop.open(prompts(captions), order) as workshop:
+            for recipe in recipes:
+                file = workshop.calibrated(recipe)
+                tensors = open_gguf(workshop.path(recipe, workshop.calibration)).tensors
+                types = {name: tensors[name].qtype for name in file.quantized}
+                tuned = tune(workshop.source, file.weights, types, workshop.calibration, prompts(captions))
+                pairs[recipe].append((reference.errors(load_model(file.weights)), reference.errors(load_model(tuned))))
+    return pairs
+
+
+def main() -> None:
+    defaults = {"recipes": ["Q4_K_M", "Q3_K_M", "Q2_K"], "roundings": 3, "seeds": 8, "prompts": 8}
+    run(__doc__, RESULTS / "tuning.json", measure, **defaults)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Tuning through the rounding: what it optimises is what a file holds, and it lowers the error that it is given."""
+"""Tuning through the rounding: it optimizes the weights that a file holds, and lowers the error of a block."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from wanquant.testing.hosts import checkout
 if not (checkout() / "comfy").is_dir():
     pytest.skip("no ComfyUI: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)
 
-from wanquant.bench.tinywan.tuning import Block, Call, Tuned
 from wanquant.quant import QTYPES
+from wanquant.research._shared import Call
+from wanquant.research.tuning import Block, Tuned
 
 
 @pytest.fixture

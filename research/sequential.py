@@ -1,13 +1,13 @@
-"""What calibrated rounding gains on TinyWan if every layer is rounded for what the quantized layers before it give."""
+"""Calibrated rounding of each layer for the outputs of the quantized layers before it.
+
+Calibrated rounding takes the inputs of a layer from the unquantized model. Here they come from the layers that are
+quantized already, and a ridge regression first corrects the weight for their errors.
+"""
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
-from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -16,26 +16,21 @@ from wanquant.bench.tinywan.data import TRAINING, Caption
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import (
     CHECKPOINT,
-    Errors,
-    Gain,
     Reference,
     Weights,
-    gains,
     load_model,
     load_module,
     load_weights,
     prompts,
 )
-from wanquant.bench.tinywan.results import add_options, conclude, origin, table
-from wanquant.bench.tinywan.tuning import Call, block_inputs
 from wanquant.quant.conversion.layer_encoder import Inputs
 from wanquant.quant.plan.recipe import find_recipe, plan
 from wanquant.quant.qtype import QuantType
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import Calibration, sum_of_products
+from wanquant.research._shared import RESULTS, Call, Pair, block_inputs, run
 
-RECIPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
-# Layers of one stage do not take anything from each other.
+# Layers of one stage do not read each other's outputs.
 _STAGES = (
     ("self_attn.q", "self_attn.k", "self_attn.v"),
     ("self_attn.o",),
@@ -44,34 +39,27 @@ _STAGES = (
     ("ffn.0",),
     ("ffn.2",),
 )
-# Neighbouring tokens say nearly the same.
+# One token in this many is used: neighbors are nearly equal.
 _EVERY = 4
-# Of the mean square of the inputs.
+# The ridge, relative to the mean square of the inputs.
 _RIDGE = 0.05
 
 
-@dataclass(frozen=True)
-class Gained:
-    """Calibrated files of a recipe, in dB, and how much closer sequential ones are."""
-
-    recipe: str
-    calibrated: dict[str, float]
-    """Means, by the names of `Errors.means`."""
-    gains: dict[str, Gain]
-
-
 class _Seen(Exception):  # noqa: N818 - not an error
-    """The last layer that was asked for has its inputs."""
+    """Raised to leave the forward pass when the last wanted layer has been reached."""
 
 
 @torch.no_grad()
 def encode(
     source: Weights, types: Mapping[str, QuantType], captions: Sequence[Caption], *, sequential: bool
 ) -> Weights:
-    """The weights of a calibrated file of these types.
+    """Return the dequantized weights of a calibrated file.
 
     Args:
-        sequential: each layer is to give, from what the quantized layers before it give, what it gave before.
+        source: the unquantized weights, float32.
+        types: by the name of the weight.
+        captions: one clip of each is sampled to calibrate on.
+        sequential: take the inputs of a layer from the quantized layers before it, and correct its weight for them.
     """
     exact, packed = load_module(source), load_module(source)
     calls, weights = block_inputs(exact, captions), dict(source)
@@ -97,7 +85,7 @@ def outputs(block: torch.nn.Module, tokens: Sequence[Tensor], calls: Sequence[Ca
 def layer_inputs(
     block: torch.nn.Module, tokens: Sequence[Tensor], calls: Sequence[Call], layers: Sequence[str]
 ) -> dict[str, Tensor]:
-    """(rows, columns) of some layers that a block runs in this order."""
+    """Return the inputs of some layers, in the order in which the block runs them: float32, (rows, columns)."""
     rows: dict[str, list[Tensor]] = {layer: [] for layer in layers}
 
     def keep(layer: str, inputs: Tensor) -> None:
@@ -120,7 +108,12 @@ def layer_inputs(
 
 
 def corrected(weight: Tensor, unquantized: Tensor, inputs: Tensor) -> Tensor:
-    """The weight (rows, columns) whose outputs for `inputs` are nearest to those of `weight` for unquantized ones.
+    """Return the weight whose outputs for `inputs` are nearest to those of `weight` for `unquantized` inputs.
+
+    Args:
+        weight: float32, (rows, columns).
+        unquantized: float32, (n, columns), the inputs in the unquantized model.
+        inputs: float32, (n, columns), the inputs in the quantized model.
 
     Source: GPTAQ (arXiv 2504.02692), whose asymmetric objective it solves before rounding, in ridge regression.
     """
@@ -131,48 +124,32 @@ def corrected(weight: Tensor, unquantized: Tensor, inputs: Tensor) -> Tensor:
 
 
 def rounded(qtype: QuantType, weight: Tensor, inputs: Tensor) -> Tensor:
-    """As a conversion with a calibration of these inputs does."""
+    """Round a weight (rows, columns) as a conversion does that is calibrated on these inputs (n, columns)."""
     products = sum_of_products(inputs)
     sums = products.diagonal(dim1=1, dim2=2).flatten()
     calibration = Calibration({"": sums}, {"": len(inputs)}, 1, products={"": products})
     return qtype.dequantize(Inputs.of(calibration, "").quantize(qtype, weight))
 
 
-def measure(recipes: Sequence[str], roundings: int, clips: int, captions: int) -> list[Gained]:
-    """So many networks, each with clips of its own."""
-    files: dict[tuple[str, bool], list[Errors]] = defaultdict(list)
+def measure(recipes: Sequence[str], roundings: int, clips: int, captions: int) -> dict[str, list[Pair]]:
+    """Return the errors of files that are rounded in parallel and in sequence, by recipe."""
+    pairs = defaultdict(list)
     with open_checkpoint(CHECKPOINT) as checkpoint:
         types = {recipe: plan(find_recipe(recipe), checkpoint.tensors).types for recipe in recipes}
     for order in range(roundings):
         reference, source = Reference.sample(clips, order), reordered(load_weights(), order)
-        for recipe, sequential in product(recipes, (False, True)):
-            weights = encode(source, types[recipe], prompts(captions), sequential=sequential)
-            files[recipe, sequential].append(reference.errors(load_model(weights)))
-    return [_gained(recipe, files[recipe, False], files[recipe, True]) for recipe in recipes]
-
-
-def _gained(recipe: str, calibrated: Sequence[Errors], sequential: Sequence[Errors]) -> Gained:
-    found = gains(sequential, calibrated)
-    return Gained(recipe, {key: fmean(file.means[key] for file in calibrated) for key in found}, found)
-
-
-def text(rows: Sequence[Gained]) -> str:
-    """The table: calibrated files, and in brackets the gain."""
-    cells = [(row.recipe, *(f"{row.calibrated[key]:.1f} ({gain})" for key, gain in row.gains.items())) for row in rows]
-    return table(("recipe", *rows[0].gains), cells)
+        for recipe in recipes:
+            calibrated, sequential = (
+                reference.errors(load_model(encode(source, types[recipe], prompts(captions), sequential=way)))
+                for way in (False, True)
+            )
+            pairs[recipe].append((calibrated, sequential))
+    return pairs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py bench sequential", description=__doc__)
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--roundings", type=int, default=3, help="networks, equal but for the order of their channels")
-    parser.add_argument("--seeds", type=int, default=16, help="clips for each of them")
-    parser.add_argument("--prompts", type=int, default=len(TRAINING) // 2, help="captions to calibrate on")
-    add_options(parser)
-    options = parser.parse_args()
-    rows = measure(options.recipes, options.roundings, options.seeds, options.prompts)
-    settings = {**origin(), "roundings": options.roundings, "seeds": options.seeds, "prompts": options.prompts}
-    conclude(options, "sequential", {**settings, "rows": [asdict(row) for row in rows]}, text(rows))
+    defaults = {"recipes": ["Q4_K_M", "Q3_K_M", "Q2_K"], "roundings": 3, "seeds": 16, "prompts": len(TRAINING) // 2}
+    run(__doc__, RESULTS / "sequential.json", measure, **defaults)
 
 
 if __name__ == "__main__":
