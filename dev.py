@@ -35,13 +35,15 @@ def _check_types(host: Host) -> int:
 
 def _bench(version: str | None, name: str | None, arguments: list[str]) -> int:
     """Run one benchmark; without a name, list them with the first lines of their docstrings."""
-    paths = {path.stem.replace("_", "-"): path for path in sorted((ROOT / "bench").glob("*.py"))}
-    if name in paths:
-        return setup(version).run_module(f"bench.{paths[name].stem}", *arguments)
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "bench").glob("*.py"))}
+    # The other modules are what benchmarks share.
+    docs = {stem.replace("_", "-"): ast.get_docstring(ast.parse(t)) for stem, t in texts.items() if "def main(" in t}
+    if name in docs:
+        return setup(version).run_module(f"bench.{name.replace('-', '_')}", *arguments)
     if name:
-        raise DevError(f"there is no benchmark {name!r}; there are {', '.join(paths)}")
-    for stem, path in paths.items():
-        print(f"{stem:12} {(ast.get_docstring(ast.parse(path.read_text())) or '').partition(chr(10))[0]}")
+        raise DevError(f"there is no benchmark {name!r}: choose one of {', '.join(docs)}")
+    for stem, doc in docs.items():
+        print(f"{stem:20} {(doc or '').partition(chr(10))[0]}")
     return 0
 
 

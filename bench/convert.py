@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +18,12 @@ from ..quant.plan.wan_shapes import SIZES, transformer_shapes
 from ..quant.qtype import QTYPES, Effort
 from ..testing.libggml import LibGGML, load
 from ..testing.tiny_wan import write_random_checkpoint, write_sparse_checkpoint
+from . import harness
+from .harness import GIB, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # Few enough to be measured in a minute or two, so many that a call's own cost hides as it does in a layer.
 SHAPE = (1024, 5120)
-
-
-def machine() -> str:
-    """Processor, cores, threads, system and torch in one line."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    processor = names[0] if info.exists() and names else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{processor}, {os.cpu_count()} cores, {threads} threads, {platform.system()}, torch {torch.__version__}"
 
 
 def resident(pid: int | str) -> dict[str, int]:
@@ -51,30 +37,18 @@ def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, 
     array = weight.numpy()
     efforts: tuple[Effort, ...] = ("fast", "best")
     fast, best = (lambda effort=effort: QTYPES[name].quantize(weight, effort=effort).numpy() for effort in efforts)
-    results = [*timed(lambda: libggml.quantize(name, array), fast), *timed(best)]
-    errors = [squared_error(libggml.dequantize(name, packed), array) for packed, _ in results]
+    encoders = {"ggml": lambda: libggml.quantize(name, array), "fast": fast, "best": best}
+    times = harness.fastest(1, encoders["ggml"], fast, clock=time.process_time)
+    times += harness.fastest(1, best, clock=time.process_time)
+    errors = [squared_error(libggml.dequantize(name, encode()), array) for encode in encoders.values()]
     row: dict[str, Any] = {"type": name}
-    for encoder, (_, seconds), error in zip(("ggml", *efforts), results, errors, strict=True):
-        row[f"{encoder}_mws"] = round(weight.numel() / seconds / 1e6, 1)
+    for encoder, ms, error in zip(encoders, times, errors, strict=True):
+        row[f"{encoder}_mws"] = round(weight.numel() / ms / 1e3, 1)
         if encoder != "ggml":
             row[f"{encoder}_error"] = round(error / errors[0] - 1, 4)
     in_a_file = Inputs().quantize(QTYPES[name], weight).numpy()
     row["file_error"] = round(squared_error(libggml.dequantize(name, in_a_file), array) / errors[0] - 1, 4)
     return row
-
-
-def timed(*encoders: Callable[[], Any]) -> list[tuple[Any, float]]:
-    """What each returns, and its least processor time, which other programs disturb least: three runs or a second's."""
-    results: list[Any] = [None] * len(encoders)
-    times = [math.inf] * len(encoders)
-    runs, end = 0, time.monotonic() + 1
-    while runs < 3 or time.monotonic() < end:
-        for index, encode in enumerate(encoders):
-            started = time.process_time()
-            results[index] = encode()
-            times[index] = min(times[index], time.process_time() - started)
-        runs += 1
-    return list(zip(results, times, strict=True))
 
 
 def squared_error(decoded: NDArray[np.float32], weight: NDArray[np.float32]) -> float:
@@ -102,8 +76,8 @@ def convert(source: Path, recipes: str, effort: str) -> dict[str, object]:
     return {
         "recipe": recipes,
         "effort": effort,
-        "source_gib": round(source.stat().st_size / 2**30, 3),
-        "gib": round(nbytes / 2**30, 3),
+        "source_gib": round(source.stat().st_size / GIB, 3),
+        "gib": round(nbytes / GIB, 3),
         **usage,
     }
 
@@ -123,8 +97,8 @@ def run(command: list[str]) -> dict[str, float]:
         raise SystemExit(f"conversion failed with exit code {process.returncode}")
     return {
         "seconds": round(seconds, 1),
-        "peak_anonymous_gib": round(peak_anonymous / 2**30, 3),
-        "peak_resident_gib": round(peak_resident / 2**30, 3),
+        "peak_anonymous_gib": round(peak_anonymous / GIB, 3),
+        "peak_resident_gib": round(peak_resident / GIB, 3),
     }
 
 
@@ -146,8 +120,7 @@ def write_source(size: str, blocks: int | None, drawn_blocks: int | None = None)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="1.3B", choices=SIZES)
     parser.add_argument("--blocks", type=int, help="convert a model of fewer blocks")
     parser.add_argument(
@@ -161,25 +134,11 @@ def main() -> None:
     encoders = encoder_rows()
     source = write_source(options.size, options.blocks, options.drawn_blocks) if options.recipes else None
     files = [convert(source, recipes, options.effort) for recipes in options.recipes] if source else []
-    if options.json:
-        print(json.dumps({"machine": machine(), "encoders": encoders, "files": files}, indent=2))
-        return
-    print(f"{machine()}\n\nMillion weights a second of one thread, and squared error against ggml's")
-    errors = f"{'fast error':>11} {'best error':>11} {'in a file':>10}"
-    print(f"{'type':8} {'ggml':>7} {'fast':>7} {'best':>7} {errors} {'time of best':>13}")
-    for row in encoders:
-        print(
-            f"{row['type']:8} {row['ggml_mws']:7} {row['fast_mws']:7} {row['best_mws']:7}"
-            f" {100 * row['fast_error']:+10.1f}% {100 * row['best_error']:+10.1f}% {100 * row['file_error']:+9.1f}%"
-            f" {row['ggml_mws'] / row['best_mws']:12.1f}x"
-        )
-    print(f"\nConversion of {options.size}; peak memory in GiB")
-    print(f"{'recipe':8} {'effort':6} {'GiB in':>7} {'GiB out':>8} {'seconds':>8} {'anonymous':>10} {'resident':>9}")
-    for row in files:
-        print(
-            f"{row['recipe']:8} {row['effort']:6} {row['source_gib']:7} {row['gib']:8} {row['seconds']:8}"
-            f" {row['peak_anonymous_gib']:10} {row['peak_resident_gib']:9}"
-        )
+    result = {"machine": harness.machine(), "encoders": encoders, "files": files}
+    tables = "\n\n".join(
+        harness.table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (encoders, files) if rows
+    )
+    harness.conclude(options, result, f"{result['machine']}\n\n{tables}")
 
 
 if __name__ == "__main__":

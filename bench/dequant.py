@@ -7,12 +7,7 @@ Linear calls it, float16 arithmetic). Then kernels a call and bytes moved for ea
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import runpy
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..quant import QTYPES, QuantType
 from ..quant.kernels import eager
 from ..quant.torch_op import dequantize_into
+from . import harness
 
 PLAIN = ("F32", "F16", "BF16")
 Peer = Callable[[Tensor], Tensor]
@@ -68,20 +64,6 @@ def traffic(decode: Callable[[], Tensor]) -> dict[str, float]:
     return {"kernels": count.kernels, "bytes": round(count.bytes / weight.numel(), 2)}
 
 
-def fastest(
-    seconds: float, *calls: Callable[[], object], clock: Callable[[], float] = time.perf_counter
-) -> list[float]:
-    """Milliseconds of the quickest run of each, in turns, so that all meet the same load of the machine."""
-    times: list[list[float]] = [[] for _ in calls]
-    end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times[0]) < 3:
-        for call, seen in zip(calls, times, strict=True):
-            started = clock()
-            call()
-            seen.append(clock() - started)
-    return [min(seen) * 1e3 for seen in times]
-
-
 def peer_of(path: Path, qtype: QuantType, shape: tuple[int, int]) -> Peer | None:
     """ComfyUI-GGUF's decoding with its default settings; None for a type that it leaves to numpy."""
     module = runpy.run_path(str(path / "dequant.py"))
@@ -109,7 +91,9 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
         lambda: out.copy_(source),
         libggml_of(qtype, packed),
     ]
-    best, operations, copy, libggml, *others = fastest(seconds, *calls, *([lambda: peer(packed)] if peer else []))
+    best, operations, copy, libggml, *others = harness.fastest(
+        seconds, *calls, *([lambda: peer(packed)] if peer else [])
+    )
     row: dict[str, object] = {
         "type": qtype.name,
         "ms": round(best, 1),
@@ -125,34 +109,19 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
     return row
 
 
-def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__, threads=1)
     parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
     parser.add_argument("--types", nargs="+", default=[name for name in QTYPES if name not in PLAIN], choices=QTYPES)
     parser.add_argument("--size", type=int, default=5120)
     parser.add_argument("--seconds", type=float, default=2, help="to measure each type")
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [measure(QTYPES[name], options.size, options.seconds, options.peer) for name in options.types]
-    if options.json:
-        print(json.dumps({"machine": machine(), "size": options.size, "rows": rows}, indent=1))
-        return
-    print(f"{machine()}; {options.size} x {options.size} to bfloat16")
-    columns = ("ms", "torch_ms", "gb_s", "of_memcpy", "of_libggml", "of_peer", "torch_of_peer")
-    print("| type | " + " | ".join(columns) + " | kernels, bytes | peer's |")
-    print("|---" * (len(columns) + 3) + "|")
-    for row in rows:
-        counts = [", ".join(str(v) for v in dict(row.get(key) or {}).values()) for key in ("ours", "peer")]  # type: ignore[call-overload]
-        print(f"| {row['type']} | " + " | ".join(str(row.get(c, "")) for c in columns) + f" | {' | '.join(counts)} |")
+    result = {"machine": harness.machine(), "size": options.size, "rows": rows}
+    columns = ("type", "ms", "torch_ms", "gb_s", "of_memcpy", "of_libggml", "of_peer", "torch_of_peer", "ours", "peer")
+    text = harness.table(columns, harness.cells(rows, columns))
+    harness.conclude(options, result, f"{result['machine']}; {options.size} x {options.size} to bfloat16\n{text}")
 
 
 if __name__ == "__main__":

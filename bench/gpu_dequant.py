@@ -13,9 +13,6 @@ two results differ. It stops when the minutes are over.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import sys
 import time
 import types
@@ -35,6 +32,7 @@ for name, folder in (("wanquant", ROOT), ("wanquant.quant", ROOT / "quant")):
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].__path__ = [str(folder)]
 
+from wanquant.bench.harness import Row, gpu_machine, write_row  # noqa: E402
 from wanquant.quant.kernels import triton_kernel  # noqa: E402
 from wanquant.quant.qtype import QTYPES  # noqa: E402
 
@@ -47,7 +45,6 @@ TOKENS = (512, 8190, 32760, 75600)
 LAYER = (13824, 5120)
 TILE_BYTES = 64 << 20
 """As in ops/packed/matmul.py, whose `packed_linear` needs ComfyUI."""
-Row = dict[str, object]
 
 
 def random_blocks(qtype: QuantType, shape: tuple[int, ...], device: str, seed: int = 0) -> Tensor:
@@ -159,20 +156,11 @@ def measurements() -> Iterator[Row]:
                 yield {"case": "linear", "type": name, "tokens": tokens, "out_of_memory": True}
 
 
-def machine() -> Row:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    return {"case": "machine", "gpu": gpu, "time": time.strftime("%Y-%m-%d %H:%M")} | versions
-
-
 def write(rows: Iterator[Row], file: TextIO, deadline: float) -> bool:
-    """Row by row to the disk; whether all were right."""
+    """Write row by row until the deadline, and return whether all bits were right."""
     right = True
     for row in rows:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        if file.fileno() > 2:
-            os.fsync(file.fileno())
+        write_row(file, row)
         right &= bool(row.get("same_bits", True))
         if time.monotonic() > deadline:
             break
@@ -191,7 +179,7 @@ def main() -> int:
         return 0
     deadline = time.monotonic() + 60 * options.minutes
     with options.results.open("a") if options.results else open(sys.stdout.fileno(), "w", closefd=False) as file:
-        write(iter([machine()]), file, deadline)
+        write_row(file, gpu_machine() | {"triton": triton.__version__})
         right = write(correctness("cuda" if gpu else "cpu"), file, deadline)
         if not options.selftest:
             right &= write(measurements(), file, deadline)

@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -40,7 +38,8 @@ for name, place in (("wanquant", ROOT), ("wanquant.bench", ROOT / "bench")):
         sys.modules[name].__path__ = [str(place)]
 
 from wanquant.bench import gpu_host  # noqa: E402
-from wanquant.bench.gpu_meter import GIB, Meter, Row, gib, of_predicted  # noqa: E402
+from wanquant.bench.gpu_meter import Meter, gib, of_predicted  # noqa: E402
+from wanquant.bench.harness import GIB, Row, cells, gpu_machine, table, write_row  # noqa: E402
 from wanquant.testing.hosts import checkout  # noqa: E402
 
 RECIPE, STEPS, PROMPT = "Q4_K_M", 2, (1, 512, 4096)
@@ -193,20 +192,13 @@ def measure(options: argparse.Namespace, deadline: float) -> None:
     from wanquant.quant.plan.wan_shapes import SIZES, WanSize
 
     with options.results.open("a") as file, torch.inference_mode():  # as the host's executor
-
-        def write(row: Row) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        write({"case": "machine", "gpu": gpu, "python": platform.python_version(), "torch": torch.__version__})
+        write_row(file, gpu_machine())
         if not options.model.exists():
             write_model(options.model, WanSize(256, 512, 1) if options.selftest else SIZES["14B"])
         bench = Bench(options.model)
         for case in cases(options)[options.skip :]:
             if time.time() < deadline:
-                write(bench.row(case))
+                write_row(file, bench.row(case))
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -230,8 +222,7 @@ def measure_all(options: argparse.Namespace, patcher: str, minutes: float) -> in
         skip += len(measured(options.results)) - before
         with options.results.open("a") as file:
             for case in cases(options)[skip : skip + 1]:
-                row = {"case": "failed", "patcher": patcher, "exit": code, **case._asdict()}
-                file.write(json.dumps(row) + "\n")
+                write_row(file, {"case": "failed", "patcher": patcher, "exit": code, **case._asdict()})
         skip, failures = skip + 1, failures + 1
     return failures
 
@@ -243,9 +234,7 @@ def measured(results: Path) -> list[Row]:
 
 def show(rows: list[Row]) -> None:
     columns = ("is_dynamic", "plan", "width", "height", "frames", "gib", "loras", "of_predicted", "seconds_a_step")
-    print("\t".join(columns))
-    for row in rows:
-        print("\t".join(str(row.get(column, "")) for column in columns))
+    print(table(columns, cells(rows, columns)))
 
 
 def main() -> int:

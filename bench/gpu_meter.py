@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
-GIB = 1 << 30
-Row = dict[str, object]
+from wanquant.bench.harness import GIB, Row, sampled
 
 
 class Meter:
@@ -37,7 +33,7 @@ class Meter:
         ballast = torch.empty(taken, dtype=torch.uint8, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         row: Row = {"context_gib": gib(self.context)}
-        with self._sampled() as device:
+        with sampled(self._used, 0.01) as device:
             try:
                 row |= work()
             except torch.cuda.OutOfMemoryError as error:
@@ -54,23 +50,6 @@ class Meter:
         free, total = torch.cuda.mem_get_info()
         return int(total - free)
 
-    @contextmanager
-    def _sampled(self) -> Iterator[list[int]]:
-        """What is used, every 10 ms while open."""
-        used, done = [self._used()], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.01):
-                used.append(self._used())
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield used
-        finally:
-            done.set()
-            thread.join()
-
 
 def gib(nbytes: float) -> float:
     return round(nbytes / GIB, 3)
@@ -80,7 +59,7 @@ def of_predicted(row: Row, *, dynamic: bool) -> float | None:
     """The measured peak over the predicted one and the weights that stayed; None where there is no GPU."""
     if "torch_gib" not in row or "resident_gib" not in row:
         return None
-    parts: Any = row["predicted_gib"]
+    parts = row["predicted_gib"]
     tensors = parts["weights"] + parts["scratch"] + parts["activations"] + row["resident_gib"]
-    measured: Any = row["device_gib"] if dynamic else row["torch_gib"]
+    measured = row["device_gib"] if dynamic else row["torch_gib"]
     return round(measured / (tensors + (parts["context"] if dynamic else 0)), 3)

@@ -7,12 +7,13 @@ text encoder on the CPU it takes nothing. The VAE's weights are on the GPU, or s
 
 from __future__ import annotations
 
-import argparse
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .memory import CASES, MODELS, Video, start_host
+from . import harness
+from .memory import CASES, MODELS, Video
 
 if TYPE_CHECKING:
     from ..ops.budget.simulator import Peak
@@ -79,18 +80,15 @@ def row(part: str, video: Video | None, budget: float | None, peak: Peak) -> Row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    start_host()
+    options = harness.arguments(__doc__).parse_args()
+    harness.import_comfyui()
+    logging.getLogger().setLevel(logging.ERROR)
     found = rows()
-    if options.json:
-        print(json.dumps(found, indent=1))
-        return
-    print("| part | video | tiles | peak | budget |\n|---|---|---|---|---|")
-    for each in found:
-        cells = [each["part"], each["video"], each.get("tile_size", ""), f"{each['peak_gib']:.2f}"]
-        print(f"| {' | '.join(map(str, cells))} | {each['budget_gib'] or ''} |")
+    cells = [
+        [row["part"], row["video"], row.get("tile_size", ""), f"{row['peak_gib']:.2f}", row["budget_gib"] or ""]
+        for row in found
+    ]
+    harness.conclude(options, found, harness.table(("part", "video", "tiles", "peak", "budget"), cells))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ of the busiest unit over that of the memory, from the data sheets' clock and ban
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
@@ -21,7 +19,7 @@ from triton.compiler import ASTSource
 
 from ..quant.kernels import triton_kernel
 from ..quant.qtype import QTYPES
-from .convert import machine
+from . import harness
 
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 WEIGHTS = triton_kernel.TILE // (32 * triton_kernel.OPTIONS["num_warps"])
@@ -103,17 +101,10 @@ def rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py bench instructions", description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = harness.arguments(__doc__).parse_args()
     found = [{key: value if key == "type" else round(value, 2) for key, value in row.items()} for row in rows()]
-    if options.json:
-        print(json.dumps({"machine": machine(), "triton": triton.__version__, "rows": found}, indent=2))
-        return
-    print("| " + " | ".join(found[0]) + " |")
-    print("|---" * len(found[0]) + "|")
-    for row in found:
-        print("| " + " | ".join(map(str, row.values())) + " |")
+    result = {"machine": harness.machine(), "triton": triton.__version__, "rows": found}
+    harness.conclude(options, result, harness.table(list(found[0]), [list(row.values()) for row in found]))
 
 
 if __name__ == "__main__":

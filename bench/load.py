@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,9 +17,8 @@ from ..quant.gguf.layout import TensorSpec
 from ..quant.gguf.writer import GGUFWriter
 from ..quant.plan.wan_shapes import SIZES, Shape, transformer_shapes
 from ..quant.qtype import QTYPES
-from ..testing.host_shims import install
 from ..testing.hosts import ROOT, checkout
-from .convert import machine
+from . import harness
 
 START_UP_MS = 150.0
 """What the pack may add."""
@@ -124,32 +122,26 @@ def _read(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="14B", choices=SIZES)
     parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the file; 22 are 8 GiB at 14B")
     options = parser.parse_args()
     folder = ROOT / "out" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     starts = [start_up()["ms"] for _ in range(3)]
-    install()
-    sys.path.insert(0, str(checkout()))
-    from comfy.cli_args import args
-
-    args.cpu = not torch.accelerator.is_available()
+    harness.import_comfyui(cpu=not torch.accelerator.is_available())
     path = write_model(folder / f"load-{options.size}-{options.blocks}.gguf", options.size, options.blocks)
     gib = path.stat().st_size / 2**30
     seconds = from_disk(path)
     path.unlink()
     # What the second pass takes too is arithmetic; the rest is loading.
     loading = seconds["load"] + seconds["first_forward"] - seconds["second_forward"]
-    if options.json:
-        result = {"machine": machine(), "start_up_ms": starts, "gib": gib, "loading": loading, **seconds}
-        print(json.dumps(result, indent=2))
-        return
-    print(f"{machine()}\nComfyUI's start: {min(starts)} ms more of processor time (at most {START_UP_MS:.0f})")
-    print(f"{gib:.2f} GiB in Q8_0, seconds: " + ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in seconds.items()))
-    print(f"loading to the first forward, arithmetic not counted: {loading / seconds['read']:.2f} x reading the file")
+    result = {"machine": harness.machine(), "start_up_ms": starts, "gib": gib, "loading": loading, **seconds}
+    text = f"""{result["machine"]}
+ComfyUI's start: {min(starts)} ms more of processor time (at most {START_UP_MS:.0f})
+{gib:.2f} GiB in Q8_0, seconds: {", ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in seconds.items())}
+loading to the first forward, arithmetic not counted: {loading / seconds["read"]:.2f} x reading the file"""
+    harness.conclude(options, result, text)
 
 
 if __name__ == "__main__":

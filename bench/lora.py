@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..quant.conversion.convert import convert
-from .dequant import fastest
+from . import harness
 from .step import Step, packed_model, peer_model, run, step_of
 
 RANK, COUNT = 64, 2
@@ -77,7 +77,9 @@ def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer:
     if peer:
         models += [peer_model(peer, file), give_to_weights(with_loras(peer_model(peer, file)))]
     steps = [step_of(model, latent) for model in models]
-    alone, without, with_them, *others = fastest(seconds, loras_alone(models[1]), *steps, clock=time.process_time)
+    alone, without, with_them, *others = harness.fastest(
+        seconds, loras_alone(models[1]), *steps, clock=time.process_time
+    )
     row: dict[str, object] = {"recipe": recipe, "tokens": latent[2:].numel() // 4}
     row |= {"seconds": round(without / 1e3, 2), "with_loras": round(with_them / without, 3)}
     row |= {"loras": round(alone / without, 4)}

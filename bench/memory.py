@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +11,7 @@ import torch
 
 from ..quant.plan.recipe import find_recipe, plan
 from ..quant.plan.wan_shapes import SIZES, VACE_14B, WanSize, transformer_shapes
-from ..testing.host_shims import install
-from ..testing.hosts import checkout
+from . import harness
 from .sizes import Source
 
 if TYPE_CHECKING:
@@ -23,7 +19,6 @@ if TYPE_CHECKING:
     from ..ops.budget.sampling_job import SamplingJob
     from ..ops.budget.simulator import Simulator
 
-ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
     "1.3B-T2V": SIZES["1.3B"],
     "5B-TI2V": SIZES["5B"],
@@ -51,16 +46,6 @@ CASES = {
     "14B-I2V": ((SMALL, 1.95), (LARGE, 3.26)),
     "14B-VACE": ((SMALL, 3.25), (LARGE, 6.5)),
 }
-
-
-def start_host() -> None:
-    """Makes the host's modules importable, on the CPU."""
-    install()
-    sys.path.insert(0, str(checkout()))
-    from comfy.cli_args import args
-
-    args.cpu = True
-    logging.getLogger().setLevel(logging.ERROR)
 
 
 def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
@@ -123,16 +108,15 @@ def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown."""
+def text(rows: list[dict[str, Any]]) -> str:
+    """Return the table."""
     columns = ("model", "video", "plan", "budget", "peak", "weights", "scratch", "activations", "context", "arithmetic")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    cells = []
     for row in rows:
-        video = f"{row['width']}x{row['height']}x{row['frames']}"
         sizes = [row["budget_gib"], row["peak_gib"], *row["parts"].values()]
-        cells = [row["model"], video, row["plan"], *(f"{size:.2f}" for size in sizes), f"{row['slowdown']:.3f}x"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        video = f"{row['width']}x{row['height']}x{row['frames']}"
+        cells.append([row["model"], video, row["plan"], *(f"{x:.2f}" for x in sizes), f"{row['slowdown']:.3f}x"])
+    return harness.table(columns, cells)
 
 
 def draw(path: Path, recipe: str) -> None:
@@ -171,18 +155,18 @@ def draw(path: Path, recipe: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--recipe", default="Q4_K_M")
     parser.add_argument("--loras", type=int, default=0, help=f"this many, of rank {RANK}, on every quantized layer")
     parser.add_argument("--picture", type=Path, help="only draw 14B's memory over the course of one block (PNG)")
     options = parser.parse_args()
-    start_host()
+    harness.import_comfyui()
+    logging.getLogger().setLevel(logging.ERROR)
     if options.picture:
         draw(options.picture, options.recipe)
         return
     found = list(rows(options.recipe, options.loras))
-    print(json.dumps(found, indent=2) if options.json else table(found))
+    harness.conclude(options, found, text(found))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ each by all methods and with seeds of its own, and methods are compared file by 
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from statistics import fmean
 
+from wanquant.bench import harness
 from wanquant.bench.tinywan.encodings import METHODS, Workshop
 from wanquant.bench.tinywan.pictures import draw_quality
-from wanquant.bench.tinywan.reference import Errors, Gain, Reference, Spread, gains, load_model, prompts
-from wanquant.bench.tinywan.results import PICTURES, RESULTS, add_options, conclude, origin, table
+from wanquant.bench.tinywan.reference import Errors, Gain, Reference, Spread, gains, load_model, origin, prompts
 
 RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 PEERS = {
@@ -110,8 +109,8 @@ def text(rows: Sequence[Quality]) -> str:
         for row in rows
         if row.gains
     ]
-    gained = table(("recipe", "gain of", "over", *measures), compared)
-    return f"{table(head, [_cells(row) for row in rows])}\n\n{gained}"
+    gained = harness.table(("recipe", "gain of", "over", *measures), compared)
+    return f"{harness.table(head, [_cells(row) for row in rows])}\n\n{gained}"
 
 
 def _cells(row: Quality) -> list[str]:
@@ -128,20 +127,19 @@ def _cells(row: Quality) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py bench quality", description=__doc__)
+    parser = harness.arguments(__doc__, update=harness.RESULTS / "quality.json")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--roundings", type=int, default=16, help="networks, the first of which is TinyWan as it is")
     parser.add_argument("--seeds", type=int, default=1, help="clips of each network")
     parser.add_argument("--prompts", type=int, default=8, help="captions that the importance matrix is made of")
-    add_options(parser)
     options = parser.parse_args()
     given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
     rows = measure(options.recipes, options.methods, **given)
     result = {**origin(), **given, "rows": [asdict(row) for row in rows]}
     if options.update:
-        draw_quality(result["rows"], PICTURES / "quality.png")
-    conclude(options, RESULTS / "quality.json", result, text(rows))
+        draw_quality(result["rows"], harness.PICTURES / "quality.png")
+    harness.conclude(options, result, text(rows))
 
 
 if __name__ == "__main__":

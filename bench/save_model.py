@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import threading
 import time
 from pathlib import Path
 
@@ -12,9 +9,11 @@ import torch
 
 from ..quant.conversion.convert import convert
 from ..quant.plan.wan_shapes import SIZES
-from .convert import machine, resident, write_source
+from . import harness
+from .convert import resident, write_source
+from .harness import GIB
 from .lora import with_loras
-from .step import dense_model, import_host, packed_model
+from .step import dense_model, packed_model
 
 
 def anonymous() -> int:
@@ -32,28 +31,17 @@ def measure(source: Path, loaded: str, recipe: str, effort: str) -> dict[str, ob
         file = source.with_name(f"{source.stem}-{loaded}.gguf")
         model = with_loras(packed_model(convert(source, file, loaded, effort="fast").path))
     checkpoint = merged_checkpoint(model, torch.device("cpu"))
-    before = peak = anonymous()
-    started, done = time.monotonic(), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous())
-
-    watching = threading.Thread(target=watch)
-    watching.start()
-    report = convert(checkpoint, source.with_name("saved.gguf"), recipe, effort=effort, overwrite=True)
-    done.set()
-    watching.join()
+    started = time.monotonic()
+    with harness.sampled(anonymous, 0.005) as used:
+        report = convert(checkpoint, source.with_name("saved.gguf"), recipe, effort=effort, overwrite=True)
     report.path.unlink()
     row: dict[str, object] = {"loaded": loaded, "recipe": recipe, "effort": effort}
-    row |= {"seconds": round(time.monotonic() - started, 1), "held_gib": round(checkpoint.held_bytes / 2**30, 3)}
-    return row | {"before_gib": round(before / 2**30, 3), "added_gib": round((peak - before) / 2**30, 3)}
+    row |= {"seconds": round(time.monotonic() - started, 1), "held_gib": round(checkpoint.held_bytes / GIB, 3)}
+    return row | {"before_gib": round(used[0] / GIB, 3), "added_gib": round((max(used) - used[0]) / GIB, 3)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="14B", choices=SIZES)
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--loaded", nargs="+", default=["Q8_0"], help="recipes to load, or BF16 for the checkpoint")
@@ -61,17 +49,12 @@ def main() -> None:
     parser.add_argument("--effort", default="fast", choices=["fast", "best"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    import_host()
+    harness.import_comfyui()
     source = write_source(options.size, options.blocks)
     rows = [measure(source, loaded, options.recipe, options.effort) for loaded in options.loaded]
-    if options.json:
-        print(
-            json.dumps({"machine": machine(), "model": options.size, "blocks": options.blocks, "rows": rows}, indent=1)
-        )
-        return
-    print(f"{machine()}; {options.blocks} blocks of {options.size}")
-    for row in rows:
-        print(", ".join(f"{key} {value}" for key, value in row.items()))
+    result = {"machine": harness.machine(), "model": options.size, "blocks": options.blocks, "rows": rows}
+    text = harness.table(list(rows[0]), [list(row.values()) for row in rows])
+    harness.conclude(options, result, f"{result['machine']}; {options.blocks} blocks of {options.size}\n{text}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,11 +10,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from wanquant.bench import harness
 from wanquant.bench.tinywan.allocation import HALVES, Allocator, Network, Split, half_of
 from wanquant.bench.tinywan.data import noise_level
 from wanquant.bench.tinywan.pictures import draw_sensitivity
-from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gains, load_model, load_weights
-from wanquant.bench.tinywan.results import PICTURES, RESULTS, add_options, conclude, origin, table
+from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gains, load_model, load_weights, origin
 from wanquant.quant import QTYPES
 from wanquant.quant.conversion.layer_encoder import Inputs
 
@@ -106,17 +105,18 @@ def text(rows: Sequence[Allocation]) -> str:
         ]
         for row in rows
     ]
-    return table(("bytes of", "types chosen by", "latent", "motion", *(f"{key} gained" for key in compared)), cells)
+    return harness.table(
+        ("bytes of", "types chosen by", "latent", "motion", *(f"{key} gained" for key in compared)), cells
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="dev.py bench sensitivity", description=__doc__)
+    parser = harness.arguments(__doc__, update=harness.RESULTS / "sensitivity.json")
     # In four blocks a target size raises every type by one: it cannot be Q2_K's.
     parser.add_argument("--recipes", nargs="+", default=["Q4_K_M", "Q3_K_M"])
     parser.add_argument("--roundings", type=int, default=8, help="networks, the first of which is TinyWan as it is")
     parser.add_argument("--seeds", type=int, default=2, help="clips of each network")
     parser.add_argument("--prompts", type=int, default=8, help="captions that importance matrices are made of")
-    add_options(parser)
     options = parser.parse_args()
     allocator = Allocator.of(Network.of(options.prompts))
     # On clips that no file is judged by.
@@ -132,8 +132,8 @@ def main() -> None:
         "allocations": [asdict(row) for row in allocations],
     }
     if options.update:
-        draw_sensitivity(result["layers"], LEVELS[:-1], PICTURES / "sensitivity.png")
-    conclude(options, RESULTS / "sensitivity.json", result, text(allocations))
+        draw_sensitivity(result["layers"], LEVELS[:-1], harness.PICTURES / "sensitivity.png")
+    harness.conclude(options, result, text(allocations))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from math import prod
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ import torch
 from ..quant.gguf.layout import TensorSpec
 from ..quant.plan.recipe import RECIPES, Recipe, plan
 from ..quant.plan.wan_shapes import SIZES, wan_shapes
+from . import harness
 
 
 class Source(NamedTuple):
@@ -42,15 +41,10 @@ def bits(size: str, recipe: Recipe) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
-    if parser.parse_args().json:
-        print(json.dumps(rows(), indent=2))
-        return
-    print("| recipe | bits per weight | " + " | ".join(f"{size} GiB" for size in SIZES) + " |")
-    print("|---" * (len(SIZES) + 2) + "|")
-    for row in rows():
-        print(f"| {row['recipe']} | {row['bits_per_weight']} | " + " | ".join(str(row[size]) for size in SIZES) + " |")
+    options = harness.arguments(__doc__).parse_args()
+    head = ("recipe", "bits per weight", *(f"{size} GiB" for size in SIZES))
+    found = rows()
+    harness.conclude(options, found, harness.table(head, [list(row.values()) for row in found]))
 
 
 if __name__ == "__main__":

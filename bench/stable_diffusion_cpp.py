@@ -6,9 +6,7 @@ VAE's: the pictures show nothing, but they are the same where the weights are.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from ..quant.conversion.convert import convert
-from .convert import machine, write_source
-from .step import import_host
+from . import harness
+from .convert import write_source
 
 SIZE = "1.3B"
 # In a process of its own, which the library may abort; the array has 8 bits a colour.
@@ -67,21 +65,17 @@ def measure(source: Path, vae: Path, recipes: list[str]) -> list[dict[str, objec
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--recipes", nargs="+", default=["BF16", "Q8_0", "Q4_0"])
     options = parser.parse_args()
     if importlib.util.find_spec("stable_diffusion_cpp") is None:
         parser.error("pip install stable-diffusion-cpp-python first")
-    import_host()
+    harness.import_comfyui()
     source = write_source(SIZE, None)
     rows = measure(source, write_vae(source.with_name("vae.safetensors")), options.recipes)
-    if options.json:
-        print(json.dumps({"machine": machine(), "model": SIZE, "rows": rows}, indent=1))
-        return
-    print(f"{machine()}; {SIZE}, PSNR of the picture in dB")
-    for row in rows:
-        print(f"{row['recipe']:8} {row['psnr_db']}")
+    result = {"machine": harness.machine(), "model": SIZE, "rows": rows}
+    text = harness.table(list(rows[0]), [list(row.values()) for row in rows])
+    harness.conclude(options, result, f"{result['machine']}; {SIZE}, PSNR of the picture\n{text}")
 
 
 if __name__ == "__main__":

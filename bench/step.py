@@ -7,9 +7,7 @@ importance matrix is collected, over its step without.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
 import sys
 import time
 import types
@@ -22,24 +20,13 @@ import torch
 
 from ..quant.conversion.convert import convert
 from ..quant.statistics.importance import Collector
-from ..testing.host_shims import install
-from ..testing.hosts import checkout
-from .convert import machine, write_source
-from .dequant import fastest
+from . import harness
+from .convert import write_source
 
 Step = Callable[[], object]
 Measure = Callable[[Path, str, torch.Size, float, Path | None], dict[str, object]]
 """A row of a table: source, recipe, shape of the latent, seconds to spend, and the peer's checkout."""
 SIZE, CHANNELS, TEXT = "1.3B", 16, (512, 4096)
-
-
-def import_host() -> None:
-    """ComfyUI on the CPU, wherever the pack was cloned."""
-    install()
-    sys.path.insert(0, str(checkout()))
-    from comfy.cli_args import args
-
-    args.cpu = True
 
 
 def step_of(patcher: Any, latent: torch.Size) -> Step:
@@ -95,7 +82,7 @@ def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer:
     models = [packed, dense_model(source), *([peer_model(peer, file)] if peer else [])]
     steps = [step_of(model, latent) for model in models]
     collects = collecting_step(packed, steps[0])
-    ours, collecting, dense, *others = fastest(seconds, steps[0], collects, *steps[1:], clock=time.process_time)
+    ours, collecting, dense, *others = harness.fastest(seconds, steps[0], collects, *steps[1:], clock=time.process_time)
     row: dict[str, object] = {"recipe": recipe, "tokens": latent[2:].numel() // 4}
     row |= {"seconds": round(ours / 1e3, 2), "of_bf16": round(ours / dense, 3)}
     row["collecting"] = round(collecting / ours, 3)
@@ -106,32 +93,25 @@ def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer:
 
 def run(description: str, measure: Measure, columns: Sequence[str], **defaults: Any) -> None:
     """Measure every recipe at every length, as the command line asks; print a table, or JSON."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(description, threads=1)
     parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--frames", nargs="+", type=int, help="latent frames of 832 x 480 pixels")
     parser.add_argument("--blocks", type=int)
     parser.add_argument("--seconds", type=float, help="to measure each row")
-    parser.add_argument("--threads", type=int, default=1)
     parser.set_defaults(**defaults)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    import_host()
+    harness.import_comfyui()
     source = write_source(SIZE, options.blocks)
     rows = [
         measure(source, recipe, torch.Size((1, CHANNELS, frames, 60, 104)), options.seconds, options.peer)
         for frames in options.frames
         for recipe in options.recipes
     ]
-    if options.json:
-        print(json.dumps({"machine": machine(), "blocks": options.blocks, "rows": rows}, indent=1))
-        return
-    print(f"{machine()}; {options.blocks} blocks of {SIZE}")
-    print(f"| {' | '.join(columns)} |")
-    print("|---" * len(columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(row.get(column, "")) for column in columns) + " |")
+    result = {"machine": harness.machine(), "blocks": options.blocks, "rows": rows}
+    text = harness.table(columns, harness.cells(rows, columns))
+    harness.conclude(options, result, f"{result['machine']}; {options.blocks} blocks of {SIZE}\n{text}")
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from .harness import RESULTS, ROOT
+
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 
 
@@ -20,13 +20,13 @@ def convert_row(row: dict[str, Any]) -> str:
 
 
 def convert_rows() -> str:
-    result = json.loads((ROOT / "bench" / "results" / "convert-14B.json").read_text())
+    result = json.loads((RESULTS / "convert-14B.json").read_text())
     return "".join(map(convert_row, result["encoders"]))
 
 
 def quality_rows() -> str:
     """Gains of the steps and of the clips over the peers', in dB, a line for each recipe."""
-    rows = json.loads((ROOT / "bench" / "results" / "quality.json").read_text())["rows"]
+    rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
     gains: dict[str, list[str]] = {}
     for row in rows:
         if row["method"] in ("plain", "importance", "calibrated"):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -14,9 +12,9 @@ from ..quant.conversion.convert import convert
 from ..quant.inspection.verify import verify
 from ..quant.plan.wan_shapes import WanSize, transformer_shapes
 from ..testing.tiny_wan import write_random_checkpoint
-from .convert import machine
+from . import harness
+from .harness import GIB
 
-GIB = 1 << 30
 # Every layer of a 1.3B model, narrower: the measurement takes minutes, not hours.
 SIZE = WanSize(512, 2048, 30)
 
@@ -54,8 +52,7 @@ def compare(source: Path, recipe: str, effort: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--recipes", nargs="+", default=["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"])
     parser.add_argument("--effort", default="best", choices=["fast", "best"])
     options = parser.parse_args()
@@ -63,16 +60,9 @@ def main() -> None:
         source = Path(folder) / "wan.safetensors"
         write_random_checkpoint(source, transformer_shapes(SIZE), draw=realistic)
         rows = [compare(source, recipe, options.effort) for recipe in options.recipes]
-    if options.json:
-        print(json.dumps({"machine": machine(), "effort": options.effort, "rows": rows}, indent=2))
-        return
-    print(f"{machine()}; effort {options.effort}; SQNR over all tensors")
-    print(f"{'recipe':8} {'MiB':>8} {'chosen':>8} {'SQNR dB':>8} {'chosen':>8} {'error':>8}")
-    for row in rows:
-        print(
-            f"{row['recipe']:8} {row['mib']:8} {row['sized_mib']:8} {row['sqnr_db']:8} {row['sized_sqnr_db']:8}"
-            f" {100 * (row['error_ratio'] - 1):+7.1f}%"
-        )
+    result = {"machine": harness.machine(), "effort": options.effort, "rows": rows}
+    text = harness.table(list(rows[0]), [list(row.values()) for row in rows])
+    harness.conclude(options, result, f"{result['machine']}; effort {options.effort}\n{text}")
 
 
 if __name__ == "__main__":

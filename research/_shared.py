@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from wanquant.bench import harness
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.model import velocity
-from wanquant.bench.tinywan.reference import STEPS, Errors, Gain, gains
-from wanquant.bench.tinywan.results import add_options, conclude, origin, table
+from wanquant.bench.tinywan.reference import STEPS, Errors, Gain, gains, origin
 from wanquant.bench.tinywan.score import generate
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -88,17 +87,16 @@ def run(
         measure: takes recipes, roundings, clips per rounding and captions; returns the pairs of each recipe.
         defaults: of the options.
     """
-    parser = argparse.ArgumentParser(prog=f"python3 -m research {path.stem}", description=description)
+    parser = harness.arguments(description, update=path)
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--roundings", type=int, help="networks that differ in the order of their channels")
     parser.add_argument("--seeds", type=int, help="clips per network")
     parser.add_argument("--prompts", type=int, help="captions to calibrate on")
     parser.set_defaults(**defaults)
-    add_options(parser)
     options = parser.parse_args()
     pairs = measure(options.recipes, options.roundings, options.seeds, options.prompts)
     rows = [Comparison.of(recipe, found) for recipe, found in pairs.items()]
     cells = [(row.recipe, *(f"{row.calibrated[key]:.1f} ({gain})" for key, gain in row.gains.items())) for row in rows]
     settings = {**origin(), "roundings": options.roundings, "seeds": options.seeds, "prompts": options.prompts}
     result = {**settings, "rows": [asdict(row) for row in rows]}
-    conclude(options, path, result, table(("recipe", *rows[0].gains), cells))
+    harness.conclude(options, result, harness.table(("recipe", *rows[0].gains), cells))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from wanquant.bench import harness
 from wanquant.bench.tinywan.data import TRAINING
-from wanquant.bench.tinywan.reference import CHECKPOINT, Reference, Spread, collect, load_model, load_weights, prompts
-from wanquant.bench.tinywan.results import add_options, conclude, origin, table
+from wanquant.bench.tinywan.reference import (
+    CHECKPOINT,
+    Reference,
+    Spread,
+    collect,
+    load_model,
+    load_weights,
+    origin,
+    prompts,
+)
 from wanquant.quant.conversion.layer_encoder import Inputs
 from wanquant.quant.plan.recipe import find_recipe, plan
 from wanquant.quant.sources.checkpoint import open_checkpoint
@@ -56,22 +64,20 @@ def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[
 
 def text(points: Sequence[Point]) -> str:
     rows = [(p.method, str(p.prompts), f"{p.velocity_sqnr.mean:.2f} ± {p.velocity_sqnr.deviation:.2f}") for p in points]
-    return table(("method", "captions", "velocity"), rows)
+    return harness.table(("method", "captions", "velocity"), rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python3 -m research importance_prompts", description=__doc__)
+    parser = harness.arguments(__doc__, update=RESULTS / "importance-prompts.json")
     parser.add_argument("--recipe", default="Q3_K_M")
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS)
     parser.add_argument("--draws", type=int, default=3, help="random sets of captions for each count")
     parser.add_argument("--seeds", type=int, default=4)
-    add_options(parser)
     options = parser.parse_args()
     points = measure(options.recipe, options.counts, options.draws, options.seeds)
     settings = {**origin(), "recipe": options.recipe, "draws": options.draws}
-    conclude(
-        options, RESULTS / "importance-prompts.json", {**settings, "points": [asdict(p) for p in points]}, text(points)
-    )
+    result = {**settings, "points": [asdict(point) for point in points]}
+    harness.conclude(options, result, text(points))
 
 
 if __name__ == "__main__":

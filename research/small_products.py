@@ -8,9 +8,7 @@ to 8 bits.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..bench.dequant import fastest, machine
-from ..bench.step import import_host
+from ..bench import harness
 from ..quant import QTYPES, QuantType
 from ..quant.kernels import libggml
 
@@ -89,28 +86,24 @@ def measure(name: str, tokens: int, seconds: float) -> dict[str, Any]:
     calls += [vec_dot(qtype, packed, x.float())] if tokens == 1 else []
     usual = matmul.TILE_BYTES
     names = ("tile_64_mib", "tile_1_mib", "dense", "vec_dot")
-    times = fastest(seconds, *calls, clock=time.process_time)
+    times = harness.fastest(seconds, *calls, clock=time.process_time)
     matmul.TILE_BYTES = usual
     return {"type": name, "tokens": tokens} | {key: round(ms, 1) for key, ms in zip(names, times, strict=False)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
+    parser = harness.arguments(__doc__)
     parser.add_argument("--types", nargs="+", default=["Q8_0", "Q6_K", "Q4_K", "Q4_0"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 512])
     parser.add_argument("--seconds", type=float, default=5, help="time for each measurement")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    import_host()
+    harness.import_comfyui()
     with torch.inference_mode():
         rows = [measure(name, tokens, options.seconds) for name in options.types for tokens in options.tokens]
-    if options.json:
-        print(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-        return
-    print(f"{machine()}\n| type | tokens | 64 MiB | 1 MiB | dense | vec-dot |\n|---|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {' | '.join(str(value) for value in row.values())} |")
+    result = {"machine": harness.machine(), "rows": rows}
+    columns = ("type", "tokens", "tile_64_mib", "tile_1_mib", "dense", "vec_dot")
+    harness.conclude(options, result, f"{result['machine']}\n{harness.table(columns, harness.cells(rows, columns))}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
-from wanquant.testing import host_shims
-from wanquant.testing.hosts import checkout
+from wanquant.bench.harness import import_comfyui
 
-host_shims.install()
-sys.path.append(str(checkout()))
+import_comfyui(cpu=not torch.cuda.is_available())
 
 from comfy.cli_args import args  # noqa: E402
 
-args.cpu = not torch.cuda.is_available()
 args.use_pytorch_cross_attention = True  # the host's own attention for a CPU has no backward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wanquant.bench.harness import machine
 from wanquant.bench.tinywan.data import HELD_OUT, TRAINING, Caption
 from wanquant.bench.tinywan.model import Model, build, velocity
 from wanquant.bench.tinywan.score import generate, right
@@ -142,6 +144,11 @@ class Reference:
     @torch.no_grad()
     def velocity_sqnr(self, model: Model) -> list[float]:
         return [sqnr(expected, model(*inputs)) for inputs, expected in self.calls]
+
+
+def origin() -> dict[str, str]:
+    """Return the machine, and the beginning of the checkpoint's SHA-256."""
+    return {"machine": machine(), "checkpoint": hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()[:16]}
 
 
 def load_weights() -> dict[str, Tensor]:
