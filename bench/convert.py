@@ -1,4 +1,4 @@
-"""Speed and error of every encoder beside ggml's, then whole conversions: seconds and peak memory."""
+"""Speed and error of every encoder against ggml's, then whole conversions: seconds and peak memory."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from . import harness
 from .harness import GIB, ROOT
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-# Few enough to be measured in a minute or two, so many that a call's own cost hides as it does in a layer.
+# Small enough to measure all types in two minutes, large enough that the overhead of a call is negligible.
 SHAPE = (1024, 5120)
 
 
 def resident(pid: int | str) -> dict[str, int]:
-    """Bytes of anonymous memory and of all resident pages of a process (Linux)."""
+    """Return the bytes of anonymous memory, and the peak of all resident pages, of a process (Linux)."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "VmHWM") if key in fields}
 
 
 def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, Any]:
-    """Million weights a second, and the squared error relative to ggml's, on one thread."""
+    """Return millions of weights per second on one thread, and the squared error relative to ggml's."""
     array = weight.numpy()
     efforts: tuple[Effort, ...] = ("fast", "best")
     fast, best = (lambda effort=effort: QTYPES[name].quantize(weight, effort=effort).numpy() for effort in efforts)
@@ -56,7 +56,7 @@ def squared_error(decoded: NDArray[np.float32], weight: NDArray[np.float32]) -> 
 
 
 def encoder_rows() -> list[dict[str, Any]]:
-    """On Gaussian weights, as trained layers nearly are."""
+    """Measure every type on Gaussian weights, which trained layers resemble."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     weight = 0.02 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -67,7 +67,7 @@ def encoder_rows() -> list[dict[str, Any]]:
 
 
 def convert(source: Path, recipes: str, effort: str) -> dict[str, object]:
-    """One pass over the source, to a file for each of the comma-separated recipes."""
+    """Convert the source to all of the comma-separated recipes in one pass."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         command = [sys.executable, "-m", "quant", "convert", str(source), folder]
         command += ["--recipe", recipes, "--effort", effort, "--json"]
@@ -83,7 +83,7 @@ def convert(source: Path, recipes: str, effort: str) -> dict[str, object]:
 
 
 def run(command: list[str]) -> dict[str, float]:
-    """Seconds and peak memory of a process."""
+    """Run a process and return its seconds and peak memory."""
     peak_anonymous = peak_resident = 0
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -94,7 +94,7 @@ def run(command: list[str]) -> dict[str, float]:
         time.sleep(0.02)
     seconds = time.monotonic() - started
     if process.returncode:
-        raise SystemExit(f"conversion failed with exit code {process.returncode}")
+        raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}: see its message above")
     return {
         "seconds": round(seconds, 1),
         "peak_anonymous_gib": round(peak_anonymous / GIB, 3),
@@ -103,7 +103,13 @@ def run(command: list[str]) -> dict[str, float]:
 
 
 def write_source(size: str, blocks: int | None, drawn_blocks: int | None = None) -> Path:
-    """A checkpoint of true shapes: random values, in one of 14B's size in two blocks only, else zeros in a hole."""
+    """Write a checkpoint of true shapes, unless it exists, and return its path.
+
+    Args:
+        blocks: the number of transformer blocks; None writes all.
+        drawn_blocks: the number of blocks with random values; all other tensors are zeros that need no disk space.
+            None draws all tensors, but at 14B only two blocks.
+    """
     drawn_blocks = 2 if drawn_blocks is None and "14B" in size else drawn_blocks
     shapes = transformer_shapes(SIZES[size]._replace(layers=blocks) if blocks else SIZES[size])
     marks = [f"{blocks}-blocks"] if blocks else []
@@ -122,12 +128,18 @@ def write_source(size: str, blocks: int | None, drawn_blocks: int | None = None)
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="1.3B", choices=SIZES)
-    parser.add_argument("--blocks", type=int, help="convert a model of fewer blocks")
+    parser.add_argument("--blocks", type=int, help="number of transformer blocks (default: all)")
     parser.add_argument(
-        "--drawn-blocks", type=int, metavar="N", help="zeros, which take no disk, in all but N blocks (14B: 2)"
+        "--drawn-blocks",
+        type=int,
+        metavar="N",
+        help="fill all but N blocks with zeros that need no disk space (14B: 2)",
     )
     parser.add_argument(
-        "--recipes", nargs="*", default=["Q8_0", "Q4_K_M"], help="none: the encoders only; A,B: both in one pass"
+        "--recipes",
+        nargs="*",
+        default=["Q8_0", "Q4_K_M"],
+        help="A,B converts to both in one pass; without a recipe only the encoders are measured",
     )
     parser.add_argument("--effort", default="fast", choices=["fast", "best"])
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The demo: one seed of TinyWan in full precision and in five recipes, in a real ComfyUI server; see out/demo."""
+"""One seed of TinyWan in full precision and in five recipes, sampled in a real ComfyUI server; writes out/demo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wanquant.testing.server import HostServer
 RECIPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q2_K")
 OUT = ROOT / "out" / "demo"
 LABEL = 28
-"""Pixels of height of the text above a picture."""
+"""Height in pixels of the text above a picture."""
 WORDS = {"convert": "converting", "sampler": "sampling"}
 
 
@@ -39,12 +39,12 @@ def main() -> None:
 
 def _sample(server: HostServer, name: str) -> Run:
     run = sample(server, TRAINED, name, _show)
-    print(f"{name}: sampled, {run.seconds_per_step:.2f} s a step".ljust(60), flush=True)
+    print(f"{name}: sampled, {run.seconds_per_step:.2f} s per step".ljust(60), flush=True)
     return run
 
 
 def _show(run: str, node: str, value: int, goal: int) -> None:
-    """Progress on one line of a terminal; in a log file, a line a node."""
+    """Show progress: on one line of a terminal, or with one line per node in a log file."""
     if node in WORDS and (sys.stdout.isatty() or value >= goal):
         end = "\r" if sys.stdout.isatty() else "\n"
         print(f"{run}: {WORDS[node]} {100 * value // goal:3} %".ljust(60), end=end, flush=True)
@@ -84,7 +84,7 @@ def _keep(runs: list[Run], version: str) -> None:
 
 
 def _side_by_side(runs: list[Run], frame: int) -> Image.Image:
-    """One frame of every run in the order of the table, and above it what it is."""
+    """Draw one frame of every run side by side, in the order of the table, below the name of the run."""
     frames = [Image.open(run.outputs["frames"][frame]).convert("RGB") for run in runs]
     width, height = frames[0].size
     strip = Image.new("RGB", (width * len(frames), height + LABEL), "white")
@@ -97,7 +97,7 @@ def _side_by_side(runs: list[Run], frame: int) -> Image.Image:
 
 
 def _stack(pictures: list[Image.Image]) -> Image.Image:
-    """All below each other."""
+    """Stack pictures vertically."""
     stack = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
     top = 0
     for picture in pictures:

@@ -1,8 +1,9 @@
-"""Decode a 5120 x 5120 weight to bfloat16 on the CPU: every type, against memcpy, libggml and, given one, a peer.
+"""Dequantization of a 5120 x 5120 weight to bfloat16 on the CPU, against memcpy, libggml and a peer.
 
-Columns: milliseconds of the best path and of the torch operations alone, into an output that exists; GB/s of output;
-the best path's speed over that of a copy of as many bytes, of libggml (which writes float32), and of the peer (as its
-Linear calls it, float16 arithmetic). Then kernels a call and bytes moved for each weight, counted by a dispatch mode.
+The peer is a checkout of ComfyUI-GGUF, called as its Linear does, in float16 arithmetic. `ms` is the best path and
+`torch_ms` the torch operations alone, both into an existing output. `gb_s` is GB of output per second. The `of_`
+columns are the speed of the best path over that of a copy of as many bytes, of libggml (which writes float32), and of
+the peer. The last columns count kernels per call and bytes moved per weight.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Peer = Callable[[Tensor], Tensor]
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the operations that compute, and the bytes of the tensors that they read and write."""
+    """A count of the operations that compute, and of the bytes of the tensors that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +51,7 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def our_traffic(qtype: QuantType, packed: Tensor) -> dict[str, float]:
-    """Of the operator where a fused kernel stands behind it, else of the torch operations."""
+    """Count the operator where a fused kernel implements it, else the torch operations."""
     from ..quant.kernels.triton_formats import FORMATS
 
     if qtype.name in FORMATS:
@@ -58,14 +59,15 @@ def our_traffic(qtype: QuantType, packed: Tensor) -> dict[str, float]:
     return traffic(lambda: qtype.dequantize_blocks(packed.view(-1, qtype.type_size)).to(torch.bfloat16))
 
 
-def traffic(decode: Callable[[], Tensor]) -> dict[str, float]:
+def traffic(dequantize: Callable[[], Tensor]) -> dict[str, float]:
+    """Return the kernels of one call, and the bytes moved per weight of its result."""
     with Traffic() as count:
-        weight = decode()
+        weight = dequantize()
     return {"kernels": count.kernels, "bytes": round(count.bytes / weight.numel(), 2)}
 
 
 def peer_of(path: Path, qtype: QuantType, shape: tuple[int, int]) -> Peer | None:
-    """ComfyUI-GGUF's decoding with its default settings; None for a type that it leaves to numpy."""
+    """Return ComfyUI-GGUF's dequantization with its default settings, or None for a type that it leaves to numpy."""
     module = runpy.run_path(str(path / "dequant.py"))
     number = GGMLQuantizationType(qtype.ggml_type)
     if number not in module["dequantize_functions"]:
@@ -114,13 +116,17 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
     parser.add_argument("--types", nargs="+", default=[name for name in QTYPES if name not in PLAIN], choices=QTYPES)
     parser.add_argument("--size", type=int, default=5120)
-    parser.add_argument("--seconds", type=float, default=2, help="to measure each type")
+    parser.add_argument("--seconds", type=float, default=2, help="time for each type")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [measure(QTYPES[name], options.size, options.seconds, options.peer) for name in options.types]
     result = {"machine": harness.machine(), "size": options.size, "rows": rows}
     columns = ("type", "ms", "torch_ms", "gb_s", "of_memcpy", "of_libggml", "of_peer", "torch_of_peer", "ours", "peer")
-    text = harness.table(columns, harness.cells(rows, columns))
+    shown = [
+        {key: ", ".join(map(str, value.values())) if isinstance(value, dict) else value for key, value in row.items()}
+        for row in rows
+    ]
+    text = harness.table(columns, harness.cells(shown, columns))
     harness.conclude(options, result, f"{result['machine']}; {options.size} x {options.size} to bfloat16\n{text}")
 
 

@@ -1,13 +1,17 @@
-"""The Triton kernels on a GPU: right, and at which part of the memory's bandwidth. A script of its own.
+"""Correctness and speed of the Triton kernels on a GPU; a stand-alone script.
 
     python bench/gpu_dequant.py results.jsonl [--minutes 5]
-    TRITON_INTERPRET=1 python bench/gpu_dequant.py --selftest        (no GPU: the same correctness check, interpreted)
+    TRITON_INTERPRET=1 python bench/gpu_dequant.py --selftest        (without a GPU: the correctness check, interpreted)
 
-Needs torch, triton and numpy, no ComfyUI and no gguf. Writes a JSON line for each case as soon as it is measured: the
-machine; for each type and dtype whether the bits are those of the torch operations, whatever the output held; ceilings
-(copy, bfloat16 product); microseconds and share of the copy's bandwidth; a Linear of 5120 x 13824 at four numbers of
-tokens, decoded in tiles as the nodes do and whole, against a resident bfloat16 weight, with peak memory and how far the
-two results differ. It stops when the minutes are over.
+It needs torch, triton and numpy, but neither ComfyUI nor gguf. It writes a JSON line for each case as soon as it is
+measured, and stops when the minutes are over. The cases:
+
+    machine      the GPU and the versions
+    correct      for each type and dtype, whether the bits equal those of the torch operations
+    ceilings     bandwidth of a copy, and speed of a bfloat16 product
+    dequantize   microseconds, and bandwidth relative to that of the copy
+    linear       a Linear of 5120 x 13824 at four numbers of tokens: dequantized in tiles as the nodes do, and whole,
+                 against a resident bfloat16 weight; peak memory, and the difference between the two results
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 ROOT = Path(__file__).resolve().parent.parent
-# Packages without their __init__, so that only the formats are imported.
+# These packages get no __init__, so that only the formats are imported.
 for name, folder in (("wanquant", ROOT), ("wanquant.quant", ROOT / "quant")):
     if name not in sys.modules:
         sys.modules[name] = types.ModuleType(name)
@@ -44,17 +48,17 @@ SHAPES = ((5120, 5120), (13824, 5120), (5120, 13824))
 TOKENS = (512, 8190, 32760, 75600)
 LAYER = (13824, 5120)
 TILE_BYTES = 64 << 20
-"""As in ops/packed/matmul.py, whose `packed_linear` needs ComfyUI."""
+"""The value of ops/packed/matmul.py, which needs ComfyUI."""
 
 
 def random_blocks(qtype: QuantType, shape: tuple[int, ...], device: str, seed: int = 0) -> Tensor:
-    """uint8, every byte at random: scales are NaN or infinite in about one block of 30."""
+    """Return random bytes: uint8, (rows, bytes per row). About one block in 30 has a scale that is NaN or infinite."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, qtype.packed_shape(shape), dtype=torch.uint8, generator=generator).to(device)
 
 
 def same_bits(qtype: QuantType, n_blocks: int, dtype: torch.dtype, device: str) -> bool:
-    """Except that any NaN is any other."""
+    """Return whether kernel and torch operations give equal bits; any two NaNs are equal."""
     packed = random_blocks(qtype, (n_blocks, qtype.block_size), device)
     out = torch.full((n_blocks, qtype.block_size), 7, dtype=dtype, device=device)
     triton_kernel.launch(qtype, packed, out)
@@ -81,7 +85,7 @@ def median_us(call: Callable[[], object]) -> float:
 
 
 def rotating(call: Callable[[Tensor], object], arguments: list[Tensor]) -> Callable[[], object]:
-    """Each call with the next of the arguments, which together exceed the cache."""
+    """Return a function that passes the next argument at each call; together the arguments exceed the cache."""
     turn = iter(range(1 << 62))
     return lambda: call(arguments[next(turn) % len(arguments)])
 
@@ -107,7 +111,7 @@ def speed(qtype: QuantType, shape: tuple[int, int], copy_gb_s: float) -> Row:
 
 
 def layer(qtype: QuantType, tokens: int) -> Row:
-    """A Linear by `packed_linear`, tile by tile, and with the weight decoded whole, against a bfloat16 weight."""
+    """Measure a Linear with the weight dequantized in tiles, dequantized whole, and resident in bfloat16."""
     rows, columns = LAYER
     packed = random_blocks(qtype, LAYER, "cuda") & 191  # finite scales: a product of NaN takes less power
     x, weight = (torch.randn(n, columns, dtype=torch.bfloat16, device="cuda") for n in (tokens, rows))
@@ -143,7 +147,7 @@ def layer(qtype: QuantType, tokens: int) -> Row:
 
 
 def measurements() -> Iterator[Row]:
-    """Most telling first."""
+    """Yield the most important measurements first."""
     yield (limits := ceilings())
     copy_gb_s = float(str(limits["copy_gb_s"]))
     for shape in SHAPES:
@@ -169,9 +173,11 @@ def write(rows: Iterator[Row], file: TextIO, deadline: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="?", type=Path, help="JSON lines; standard output if not given")
+    parser.add_argument("results", nargs="?", type=Path, help="file for the JSON lines (default: standard output)")
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--selftest", action="store_true", help="only the bits, also in the interpreter")
+    parser.add_argument(
+        "--selftest", action="store_true", help="only check the bits; also runs in Triton's interpreter"
+    )
     options = parser.parse_args()
     gpu = torch.cuda.is_available()
     if not gpu and not options.selftest:

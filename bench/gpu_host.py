@@ -1,8 +1,9 @@
-"""Assemble what `gpu_memory.py` needs beside torch, triton and numpy: ComfyUI's source and packages, in 64 MiB.
+"""The folder that `gpu_memory.py` needs besides torch, triton and numpy: ComfyUI's source and packages, under 64 MiB.
 
-    python3 dev.py bench gpu-host [FOLDER]        (out/gpu-host if none is given)
+    python3 dev.py bench gpu-host [FOLDER]        (default: out/gpu-host)
 
-The packages are copied from the running environment: pure Python, or compiled for any Python 3 of Linux on x86-64.
+The packages are copied from the running environment. They are pure Python, or compiled for any Python 3 on Linux
+(x86-64).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ HOST = ("comfy", "comfy_execution", "comfyui_version.py", "cuda_malloc.py", "nod
 PACKAGES = ("comfy_aimdo", "comfy_kitchen", "safetensors", "packaging", "psutil", "einops", "tqdm")
 STUBS = ("PIL", "av", "scipy", "tokenizers", "torchaudio", "torchsde", "torchvision", "transformers", "yaml")
 LARGEST_MIB = 8
-"""Of a compiled module: comfy_kitchen's CUDA and HIP libraries are left out, it goes on without."""
+"""The largest compiled module that is copied; comfy_kitchen works without its larger CUDA and HIP libraries."""
 
 
 def assemble(folder: Path, checkout: Path) -> int:
-    """Write the folder anew; how many bytes lie in it."""
+    """Replace the folder and return its bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in HOST:
@@ -39,7 +40,7 @@ def assemble(folder: Path, checkout: Path) -> int:
 
 
 def _copy(source: Path, folder: Path) -> None:
-    """A module or a package, without its data files and large libraries."""
+    """Copy a module or package, without its data files and large libraries."""
     for path in [source] if source.is_file() else source.rglob("*"):
         if path.suffix == ".py" or (path.suffix == ".so" and path.stat().st_size < LARGEST_MIB << 20):
             target = folder / path.relative_to(source.parent)
@@ -48,7 +49,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 
 class Stub(types.ModuleType):
-    """Has a class of any name; the host only imports these, and derives classes of its own from theirs."""
+    """A module that has a class of any name, which is enough for ComfyUI to import it and to derive classes."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -57,7 +58,7 @@ class Stub(types.ModuleType):
 
 
 class Stubs(MetaPathFinder, Loader):
-    """Finds the stubs, and every module in them."""
+    """A finder and loader of the stubs and all modules below them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -72,10 +73,10 @@ class Stubs(MetaPathFinder, Loader):
 
 
 def start(folder: Path, *, dynamic: bool) -> None:
-    """Make the host importable from `folder`, as its main.py does, before anything imports torch.
+    """Make ComfyUI importable from `folder`, as its main.py does; call it before torch is imported.
 
     Args:
-        dynamic: with dynamic VRAM, where a GPU has it.
+        dynamic: enable dynamic VRAM where the GPU supports it.
 
     Source: main.py, ComfyUI 0.30.0.
     """

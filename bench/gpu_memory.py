@@ -1,22 +1,26 @@
-"""Wan 14B within a budget on a GPU: peaks and seconds a step, beside what was predicted. A script of its own.
+"""Memory and time of Wan 14B within a budget on a GPU, against the prediction; a stand-alone script.
 
     python bench/gpu_memory.py results.jsonl [--minutes 20]          (on the machine with the GPU)
     python bench/gpu_memory.py results.jsonl --selftest              (tiny shapes, no GPU)
 
-Needs torch, triton, numpy and a folder that `python3 dev.py bench gpu-host` assembles where ComfyUI is (out/gpu-host;
-where it is missing and ComfyUI is here, it is made); no server, no network. A random GGUF of true shapes is sampled for
-two steps, in ComfyUI's own forward and by Wan Low VRAM in its budget, with and without two LoRAs, first with dynamic
-VRAM, then without, each in a process of its own; after a case that crashes or hangs, another process goes on with the
-next. All memory beyond the budget is allocated, so that nothing can exceed it. A JSON line is written for each case as
-soon as it is measured, and a table at the end:
+It needs torch, triton, numpy and out/gpu-host, but neither a server nor a network. `python3 dev.py bench gpu-host`
+assembles that folder on a machine with ComfyUI; on such a machine this script makes it if it is missing.
 
-    predicted_gib   the simulated parts          torch_gib      most that torch's tensors held at once
-    context_gib     before the first tensor      reserved_gib   most that torch's allocator held
-    resident_gib    weights that stayed          device_gib     most that the process held, by the driver, sampled
-    fragmentation_gib   reserved beyond torch's tensors
-    of_predicted    what was measured over what was predicted, with the weights that stayed: without dynamic VRAM
-                    torch's tensors, with it, where buffers lie outside torch's allocator, all that the process held
-    difference      of the latent from that of ComfyUI's own forward, relative
+A random GGUF of true shapes is sampled for two steps, by ComfyUI's own forward and by Wan Low VRAM in its budget, with
+and without two LoRAs. This is done with dynamic VRAM and then without, in one process each. After a case that crashes
+or hangs, a new process continues with the next case. All memory beyond the budget is allocated, so that nothing can
+exceed it. A JSON line is written for each case as soon as it is measured, and a table at the end:
+
+    predicted_gib       the simulated parts
+    context_gib         used before the first tensor
+    resident_gib        weights that stayed on the GPU
+    torch_gib           peak of torch's tensors
+    reserved_gib        peak of torch's allocator
+    device_gib          peak of the process according to the driver, sampled
+    fragmentation_gib   reserved_gib without torch_gib
+    of_predicted        the measured peak over the prediction and the weights that stayed. The peak is torch_gib, with
+                        dynamic VRAM device_gib, because buffers then lie outside torch's allocator.
+    difference          relative difference of the latent from that of ComfyUI's own forward
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# Packages without their __init__, so that only what is used is imported.
+# These packages get no __init__, so that only what is used is imported.
 for name, place in (("wanquant", ROOT), ("wanquant.bench", ROOT / "bench")):
     if name not in sys.modules:
         sys.modules[name] = types.ModuleType(name)
@@ -47,7 +51,7 @@ LORAS, RANK = 2, 64
 STOCK_GIB, LEANEST = 24.0, 0.0
 PATCHERS = ("dynamic", "legacy")
 HANGS_SECONDS = 300
-"""After its time a process has so many for the case at hand."""
+"""Seconds that a process has for its current case after its time is over."""
 
 
 class Case(NamedTuple):
@@ -62,7 +66,7 @@ class Case(NamedTuple):
         return self[:3]
 
 
-# Most telling first. The budgets are those of the README.
+# The most important cases first. The budgets are those of the README.
 SMALL, LARGE = (832, 480, 81), (1280, 720, 81)
 CASES = [
     Case(*video, gib, loras)
@@ -73,7 +77,7 @@ TINY = [Case(256, 256, 9, gib, loras) for loras in (0, 1) for gib in (STOCK_GIB,
 
 
 def write_model(path: Path, size: Any) -> None:
-    """A GGUF of true shapes whose blocks are drawn from a few that encode Gaussian weights."""
+    """Write a GGUF of true shapes whose blocks are drawn from a few that encode Gaussian weights."""
     import torch
 
     from wanquant.bench.sizes import Source
@@ -98,7 +102,7 @@ def write_model(path: Path, size: Any) -> None:
 
 
 def with_loras(patcher: Any, count: int) -> Any:
-    """LoRAs of every packed layer, the same every time, in main memory as the host's loader has them."""
+    """Add LoRAs on every packed layer, always with the same values, in main memory as ComfyUI's loader does."""
     import torch
     from comfy.weight_adapter import LoRAAdapter
 
@@ -115,7 +119,7 @@ def with_loras(patcher: Any, count: int) -> Any:
 
 
 def sample(patcher: Any, latent: tuple[int, ...], meter: Meter) -> tuple[Any, float]:
-    """The latent after two steps, and the seconds of the second."""
+    """Return the latent after two steps, and the seconds of the second step."""
     import comfy.sample
     import torch
 
@@ -132,7 +136,7 @@ def sample(patcher: Any, latent: tuple[int, ...], meter: Meter) -> tuple[Any, fl
 
 
 class Bench:
-    """The cases of one patcher, one after the other, each beside its prediction."""
+    """A model that is measured case by case, each against its prediction."""
 
     def __init__(self, path: Path) -> None:
         import torch
@@ -172,7 +176,7 @@ class Bench:
         return row
 
     def _difference(self, case: Case, latent: Any, *, is_stock: bool) -> Row:
-        """From the latent of ComfyUI's own forward, which a file keeps for the other processes."""
+        """Compare with the latent of ComfyUI's own forward, which a file keeps for the other processes."""
         import torch
 
         path = self._path.with_name(f"{self._path.stem}-{'x'.join(map(str, case.video))}-{case.loras}.latent")
@@ -185,7 +189,7 @@ class Bench:
 
 
 def measure(options: argparse.Namespace, deadline: float) -> None:
-    """The cases of one patcher, in this process."""
+    """Measure the cases of one patcher in this process."""
     gpu_host.start(options.carried, dynamic=options.patcher == "dynamic")
     import torch
 
@@ -206,7 +210,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def measure_all(options: argparse.Namespace, patcher: str, minutes: float) -> int:
-    """The cases of one patcher, in as many processes as it takes; how many of them failed."""
+    """Measure the cases of one patcher in as many processes as needed, and return how many cases failed."""
     skip, failures, deadline = 0, 0, time.time() + 60 * minutes
     while skip < len(cases(options)) and time.time() < deadline:
         seconds = deadline - time.time()
@@ -239,13 +243,13 @@ def show(rows: list[Row]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="JSON lines")
+    parser.add_argument("results", type=Path, help="file for the JSON lines")
     parser.add_argument("--carried", type=Path, default=ROOT / "out" / "gpu-host", help="the assembled folder")
-    parser.add_argument("--model", type=Path, help="written if it does not exist (9 GiB)")
+    parser.add_argument("--model", type=Path, help="GGUF to sample; written if it does not exist (9 GiB)")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--selftest", action="store_true", help="tiny shapes, also on the CPU")
-    parser.add_argument("--patcher", choices=PATCHERS, help="only this one, in this process")
-    parser.add_argument("--skip", type=int, default=0, help="so many of its cases")
+    parser.add_argument("--patcher", choices=PATCHERS, help="measure only this one, in this process")
+    parser.add_argument("--skip", type=int, default=0, help="number of its cases to skip")
     options = parser.parse_args()
     name = "tiny" if options.selftest else "14B"
     options.model = options.model or ROOT / "out" / "bench" / f"random-{name}-{RECIPE}.gguf"

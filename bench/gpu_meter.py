@@ -1,4 +1,4 @@
-"""What one process takes of a GPU, while all but a budget of its memory is taken."""
+"""Measurement of the GPU memory of one process while only a budget of the memory is free."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from wanquant.bench.harness import GIB, Row, sampled
 
 
 class Meter:
-    """What one process takes of the GPU; without a GPU, nothing is measured."""
+    """A meter of the GPU memory that this process uses; without a GPU it measures nothing."""
 
     def __init__(self) -> None:
         import torch
@@ -23,7 +23,7 @@ class Meter:
             torch.cuda.synchronize()
 
     def run(self, work: Callable[[], Row], budget: int) -> Row:
-        """What `work` returns, and the most it took while all but `budget` bytes of the device were taken."""
+        """Run `work` while all but `budget` bytes of the GPU are occupied, and return its row with the peaks."""
         import torch
 
         if not self._gpu:
@@ -44,7 +44,7 @@ class Meter:
         return row | {"fragmentation_gib": gib(peaks["reserved"] - peaks["torch"])}
 
     def _used(self) -> int:
-        """Bytes of the whole device: no other program must use it."""
+        """Return the used bytes of the whole GPU, which no other program may use."""
         import torch
 
         free, total = torch.cuda.mem_get_info()
@@ -56,7 +56,7 @@ def gib(nbytes: float) -> float:
 
 
 def of_predicted(row: Row, *, dynamic: bool) -> float | None:
-    """The measured peak over the predicted one and the weights that stayed; None where there is no GPU."""
+    """Return the measured peak over the sum of prediction and resident weights, or None without a GPU."""
     if "torch_gib" not in row or "resident_gib" not in row:
         return None
     parts = row["predicted_gib"]

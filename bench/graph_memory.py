@@ -1,8 +1,9 @@
-"""Peak video memory of what comes before and after sampling: umT5-XXL encoding a prompt, the VAE decoding in tiles.
+"""Peak video memory before and after sampling: umT5-XXL encoding a prompt, and the VAE decoding in tiles.
 
-Simulated on meta tensors as in `bench memory`, for the budgets of Wan 14B: needs no GPU. The text encoder's weights are
-Q8_0 and streamed, its arithmetic is float32, the host's; its embedding stays in main memory. Where the host keeps the
-text encoder on the CPU it takes nothing. The VAE's weights are on the GPU, or streamed where no tile fits beside them.
+It is simulated on meta tensors as in `bench memory`, for the same budgets, and needs no GPU. The weights of the text
+encoder are Q8_0 and streamed; its embedding stays in main memory, and ComfyUI computes in float32. Where ComfyUI runs
+the text encoder on the CPU, it needs no video memory. The VAE's weights are on the GPU, or streamed where no tile fits
+beside them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Row = dict[str, object]
 
 
 def encoding_peak() -> Peak:
-    """Of a prompt, which the host pads to 512 tokens."""
+    """Return the peak of encoding one prompt, which ComfyUI pads to 512 tokens."""
     import comfy.text_encoders.t5
     import comfy.text_encoders.wan
     import torch

@@ -1,4 +1,4 @@
-"""What all benchmarks share: machine, ComfyUI, timing, tables, options. Without torch and ComfyUI at import."""
+"""Machine description, ComfyUI, timing, tables and options of all benchmarks; imports neither torch nor ComfyUI."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gpu_machine() -> Row:
 
 
 def import_comfyui(*, cpu: bool = True) -> None:
-    """Make ComfyUI importable and choose its device."""
+    """Make ComfyUI importable, on the CPU or on its own choice of device."""
     from wanquant.testing.host_shims import install
 
     install()
@@ -137,7 +137,7 @@ def conclude(options: argparse.Namespace, result: Mapping[str, Any] | Sequence[A
 
 
 def write_row(file: TextIO, row: Row) -> None:
-    """Append a line of JSON that outlives a crash right after it."""
+    """Append a line of JSON that survives a crash right after it."""
     file.write(json.dumps(row) + "\n")
     file.flush()
     if file.fileno() > 2:

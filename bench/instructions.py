@@ -1,7 +1,8 @@
-"""What the compiled GPU kernels ask of a GPU: machine instructions a weight, by the unit that runs them. Needs no GPU.
+"""Machine instructions per weight of the compiled GPU kernels, by the unit that runs them; needs no GPU.
 
-A kernel can only be as fast as the memory if no unit takes longer than the memory does. The last columns are the time
-of the busiest unit over that of the memory, from the data sheets' clock and bandwidth: above 1, the unit is the limit.
+A kernel can only reach the memory's bandwidth if no unit needs more time than the memory does. The last columns are
+the time of the busiest unit over that of the memory, from the clock and bandwidth in the data sheets. Above 1, the
+unit is the limit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import harness
 
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 WEIGHTS = triton_kernel.TILE // (32 * triton_kernel.OPTIONS["num_warps"])
-"""That a thread decodes."""
+"""Weights that one thread dequantizes."""
 
 
 class GPU(NamedTuple):
@@ -40,7 +41,7 @@ GPUS = (
     GPU("RTX 4090", 89, 128, 2.52, 1008),
     GPU("RTX 3060", 86, 28, 1.78, 360),
 )
-# Threads a clock and multiprocessor, for all instructions and by unit: "Throughput of Native Arithmetic Instructions"
+# Threads per clock and multiprocessor, for all instructions and by unit: "Throughput of Native Arithmetic Instructions"
 # in the CUDA C++ Programming Guide 12.8, compute capability 8.6 to 12.0.
 RATES = {"all": 128, "integer": 64, "multiply": 64, "float": 128, "special": 16, "memory": 32}
 UNITS = {
@@ -53,7 +54,7 @@ UNITS = {
 
 
 def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
-    """Every stage of the compiler, as a launch with aligned pointers runs it."""
+    """Return the output of every stage of the compiler, for a launch with aligned pointers."""
     constants = triton_kernel.constants(QTYPES[name]) | {"TILE": triton_kernel.TILE}
     arguments = {"packed": "*u8", "out": f"*{dtype}", "n_weights": "i64", "integers": "i32"}
     aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2)}
@@ -64,7 +65,7 @@ def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
 
 
 def machine_code(cubin: bytes) -> list[str]:
-    """Names of the instructions up to the last that runs; padding follows."""
+    """Return the names of the instructions up to the last that runs, without the padding after it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -74,19 +75,19 @@ def machine_code(cubin: bytes) -> list[str]:
 
 
 def per_weight(name: str, capability: int, dtype: str = "bf16") -> dict[str, float]:
-    """Instructions by unit."""
+    """Return the instructions per weight, by unit."""
     names = machine_code(compiled(name, dtype, GPUTarget("cuda", capability, 32))["cubin"])
     counts = Counter(_unit(name) for name in names)
     return {"all": len(names) / WEIGHTS} | {unit: counts[unit] / WEIGHTS for unit in UNITS}
 
 
 def _unit(name: str) -> str:
-    # The uniform unit (names in U) works beside the others.
+    # Instructions of the uniform unit (U...) run in parallel to the others and count nowhere.
     return next((unit for unit, pattern in UNITS.items() if re.match(pattern, name)), "other")
 
 
 def busiest(name: str, gpu: GPU) -> float:
-    """Time of the busiest unit over that of the memory, at the data sheet's figures."""
+    """Return the time of the busiest unit over that of the memory, by the data sheet."""
     qtype = QTYPES[name]
     clocks = max(count / RATES[unit] for unit, count in per_weight(name, gpu.capability).items())
     memory_ns = (qtype.type_size / qtype.block_size + 2) / gpu.memory_gb_s

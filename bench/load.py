@@ -1,4 +1,4 @@
-"""What the pack adds to ComfyUI's start, and what a GGUF takes from the disk to the first forward pass."""
+"""Time that the pack adds to ComfyUI's start, and time from a GGUF on disk to the first forward pass."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..testing.hosts import ROOT, checkout
 from . import harness
 
 START_UP_MS = 150.0
-"""What the pack may add."""
-# Large, or slow to start: not needed until a node runs.
+"""Limit of the milliseconds that the pack adds."""
+# Packages that are large or slow to import, and not needed until a node runs.
 LATE = {"gguf", "matplotlib", "triton", "sentencepiece", "_dynamo", "_inductor"}
-# What ComfyUI has loaded before its custom nodes, then the pack as ComfyUI loads it: the entry point and all schemas.
-# Compiled as after a first start, with the results in a folder of their own.
+# Imports what ComfyUI imports before its custom nodes, then loads the pack as ComfyUI does: entry point and schemas.
+# The pack is compiled first, as it is after its first start, into a temporary folder.
 START = """
 import asyncio, compileall, importlib.util, json, runpy, sys, tempfile, time
 comfyui, root = sys.argv[1:]
@@ -57,7 +57,7 @@ print(json.dumps({"ms": round(1000 * seconds, 1), "modules": sorted(set(sys.modu
 
 
 def start_up() -> dict[str, Any]:
-    """Processor time in ms that the pack adds to the host's start, and the modules it loads."""
+    """Return the processor time in ms that the pack adds to ComfyUI's start, and the modules that it imports."""
     command = [sys.executable, "-c", START, str(checkout()), str(ROOT)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -65,12 +65,12 @@ def start_up() -> dict[str, Any]:
 
 
 def late_modules(modules: list[str]) -> set[str]:
-    """Those that should have waited."""
+    """Return the modules that should not be imported at the start."""
     return {name for name in modules if LATE & set(name.split(".")) and not name.startswith("pack")}
 
 
 def write_model(path: Path, size: str, layers: int) -> Path:
-    """A Q8_0 file of true shapes; its rows repeat one row of noise, so that writing it is quick."""
+    """Write a Q8_0 file of true shapes whose rows repeat one row of noise, which is fast to write."""
     shapes = transformer_shapes(SIZES[size]._replace(layers=layers))
     specs = [
         TensorSpec(name, QTYPES["Q8_0" if _is_matrix(name, shape) else "F32"], shape) for name, shape in shapes.items()
@@ -87,7 +87,10 @@ def _is_matrix(name: str, shape: Shape) -> bool:
 
 
 def from_disk(path: Path) -> dict[str, float]:
-    """Seconds to read the file, to load it, and of the first two forward passes; not cached before all but the last."""
+    """Return the seconds to read the file, to load it, and of two forward passes.
+
+    The file is dropped from the page cache before each but the last.
+    """
     from ..ops.loading.diffusion_model import load_diffusion_model
 
     read = timed(path, lambda: _read(path))
@@ -104,7 +107,7 @@ def from_disk(path: Path) -> dict[str, float]:
 
 
 def timed(cold: Path | None, work: Callable[[], object]) -> float:
-    """Seconds of `work`, after the file `cold` was dropped from the page cache."""
+    """Return the seconds of `work`, after dropping the file `cold` from the page cache."""
     if cold:
         with cold.open("rb") as file:
             os.fsync(file.fileno())
@@ -124,7 +127,7 @@ def _read(path: Path) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="14B", choices=SIZES)
-    parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the file; 22 are 8 GiB at 14B")
+    parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the file; 22 need 8 GiB at 14B")
     options = parser.parse_args()
     folder = ROOT / "out" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ def main() -> None:
     gib = path.stat().st_size / 2**30
     seconds = from_disk(path)
     path.unlink()
-    # What the second pass takes too is arithmetic; the rest is loading.
+    # The second pass is arithmetic alone; the rest of the first one is loading.
     loading = seconds["load"] + seconds["first_forward"] - seconds["second_forward"]
     result = {"machine": harness.machine(), "start_up_ms": starts, "gib": gib, "loading": loading, **seconds}
     text = f"""{result["machine"]}

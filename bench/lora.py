@@ -1,8 +1,9 @@
-"""A sampling step with two LoRAs of rank 64 over one without, at true 1.3B layer shapes on the CPU: ours, and a peer's.
+"""Time of a sampling step with two LoRAs of rank 64 over one without, at 1.3B's layer shapes on the CPU.
 
-The LoRAs are on every Linear of the blocks. The steps of all models are taken in turns, in one process, and the least
-processor time of each counts. What LoRAs cost does not depend on the tokens; the rest does: with more the ratio falls,
-until it is less than what steps of the same model differ by. `loras` is therefore their part of a step, timed alone.
+The LoRAs are on every Linear of the blocks. The steps of all models take turns in one process, and the least processor
+time of each counts. `peer` columns are ComfyUI-GGUF's. The cost of LoRAs does not depend on the number of tokens, but
+that of the step does. With many tokens the ratio is below the variation between steps, so `loras` is the LoRAs' share
+of a step, timed alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RANK, COUNT = 64, 2
 
 
 def loras(model: torch.nn.Module) -> list[dict[str, Tensor]]:
-    """As published for Wan: bfloat16, both factors of every Linear in the blocks."""
+    """Return LoRA files as published for Wan: bfloat16, both factors of every Linear in the blocks."""
     generator = torch.Generator().manual_seed(0)
     files: list[dict[str, Tensor]] = [{} for _ in range(COUNT)]
     for name, module in model.named_modules():
@@ -43,7 +44,7 @@ def with_loras(patcher: Any) -> Any:
 
 
 def give_to_weights(patcher: Any) -> Any:
-    """What ComfyUI-GGUF's patcher does with patches: each weight carries its own."""
+    """Attach its patches to each weight, as ComfyUI-GGUF's patcher does."""
     import comfy.utils
 
     for key, patches in patcher.patches.items():
@@ -54,7 +55,7 @@ def give_to_weights(patcher: Any) -> Any:
 
 
 def loras_alone(patcher: Any) -> Step:
-    """The LoRAs of one step, on scratch weights."""
+    """Return a call that applies the LoRAs of one step to scratch weights."""
     from ..ops.packed.linear import packed_modules
 
     layers = [

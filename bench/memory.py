@@ -1,4 +1,4 @@
-"""Peak video memory of published Wan models, stock and lean, simulated on meta tensors: needs no GPU."""
+"""Peak video memory of published Wan models, with and without Wan Low VRAM; simulated, needs no GPU."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Video(NamedTuple):
 SMALL, LARGE = Video(832, 480, 81), Video(1280, 720, 81)
 UNLIMITED_GIB = 24
 RANK = 64
-"""Of the LoRAs, as most that are published."""
-# Videos, and a budget in GiB for each.
+"""Rank of the LoRAs, that of most published ones."""
+# The videos of each model, with a budget in GiB.
 CASES = {
     "1.3B-T2V": ((SMALL, 1.2), (LARGE, 1.75)),
     "5B-TI2V": ((SMALL, 1.0), (Video(1280, 704, 121), 1.5)),
@@ -49,7 +49,7 @@ CASES = {
 
 
 def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
-    """Of a model of this size in this recipe, with so many LoRAs of every quantized layer."""
+    """Return the simulator of a model in a recipe, with `loras` LoRAs on every quantized layer."""
     from comfy.model_patcher import ModelPatcher
     from comfy.weight_adapter import LoRAAdapter
 
@@ -72,7 +72,7 @@ def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
 
 
 def job(size: WanSize, video: Video) -> SamplingJob:
-    """With one image for image-to-video, and two control videos for VACE."""
+    """Return the sampling of a video: with one image for image-to-video, and with two control videos for VACE."""
     from ..ops.budget.sampling_job import SamplingJob, clip_vision_entries
 
     plain = SamplingJob.for_video(*video, channels=size.out_dim)
@@ -82,7 +82,7 @@ def job(size: WanSize, video: Video) -> SamplingJob:
 
 
 def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
-    """For each model and video the host's own forward, and what Wan Low VRAM chooses for the budget."""
+    """Yield ComfyUI's own forward and the plan of Wan Low VRAM for each model and video."""
     from ..ops.budget.choose_plan import choose_plan
 
     for model, size in MODELS.items():
@@ -109,7 +109,6 @@ def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    """Return the table."""
     columns = ("model", "video", "plan", "budget", "peak", "weights", "scratch", "activations", "context", "arithmetic")
     cells = []
     for row in rows:
@@ -120,7 +119,7 @@ def text(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: Path, recipe: str) -> None:
-    """The course of all memory over a block of 14B (with the embeddings and the head), stock and lean, as PNG."""
+    """Draw the memory over the course of one block of 14B, with embeddings and head, as PNG."""
     from matplotlib.figure import Figure
 
     from ..ops.budget.choose_plan import choose_plan
@@ -157,8 +156,10 @@ def draw(path: Path, recipe: str) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--recipe", default="Q4_K_M")
-    parser.add_argument("--loras", type=int, default=0, help=f"this many, of rank {RANK}, on every quantized layer")
-    parser.add_argument("--picture", type=Path, help="only draw 14B's memory over the course of one block (PNG)")
+    parser.add_argument("--loras", type=int, default=0, help=f"number of LoRAs of rank {RANK} on every quantized layer")
+    parser.add_argument(
+        "--picture", type=Path, help="only draw the memory over the course of one block of 14B, to this PNG"
+    )
     options = parser.parse_args()
     harness.import_comfyui()
     logging.getLogger().setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""What each recipe costs TinyWan: the same seeds unquantized and quantized, by ggml's encoders and in our ways.
+"""Error of each recipe on TinyWan: the same seeds unquantized and quantized, by ggml's encoders and by ours.
 
-One rounding of one network has its luck. So several equal networks are quantized, whose channels have other orders,
-each by all methods and with seeds of its own, and methods are compared file by file.
+One rounding of one network is subject to chance. So several equal networks that differ in the order of their channels
+are quantized, each by all methods and with its own seeds, and the methods are compared file by file.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ PEERS = {
     "importance + LoRA": "importance",
     "calibrated": "ggml + importance",
 }
-"""What a method is compared with: ggml's encoders, told as much; what costs more, with the method that it adds to."""
+"""The method that each method is compared with: ggml's encoders with the same statistics, or the method it extends."""
 
 
 @dataclass(frozen=True)
 class Sample(Errors):
-    """One file."""
+    """The errors of one file."""
 
     nbytes: int
     weight_sqnr: float
-    """Of all quantized weights, in dB."""
+    """SQNR of all quantized weights, in dB."""
     output_sqnr: float
-    """Of the mean quantized layer's outputs, in dB, for the inputs that it has unquantized."""
+    """SQNR in dB of the outputs of the quantized layers, averaged, for the inputs in the unquantized model."""
 
     @property
     def means(self) -> dict[str, float]:
@@ -44,7 +44,7 @@ class Sample(Errors):
 
 @dataclass(frozen=True)
 class Quality:
-    """All files of a recipe by a method: means over the networks, and of clips also the deviation over all seeds."""
+    """The files of a recipe by one method: means over the networks, and for clips also the deviation over all seeds."""
 
     recipe: str
     method: str
@@ -57,7 +57,7 @@ class Quality:
     colour: float
     motion: float
     gains: dict[str, Gain]
-    """Over the peer, if that was measured."""
+    """Gains over the peer; empty if it was not measured."""
 
     @classmethod
     def of(cls, recipe: str, method: str, files: Sequence[Sample], peers: Sequence[Sample] | None) -> Quality:
@@ -79,7 +79,13 @@ class Quality:
 def measure(
     recipes: Sequence[str], methods: Sequence[str], *, roundings: int, clips: int, captions: int
 ) -> list[Quality]:
-    """Every recipe by every method, so many clips a rounding, the importance matrix being of so many captions."""
+    """Measure every recipe by every method.
+
+    Args:
+        roundings: the number of networks.
+        clips: per network.
+        captions: that the statistics are collected from.
+    """
     files = defaultdict(list)
     for order in range(roundings):
         reference = Reference.sample(clips, order)
@@ -101,7 +107,6 @@ def measure(
 
 
 def text(rows: Sequence[Quality]) -> str:
-    """The tables."""
     measures = ("layers", "velocity", "latent", "motion")
     head = ("recipe", "method", "MB", "weights", *measures, "colour right", "motion right")
     compared = [
@@ -130,9 +135,9 @@ def main() -> None:
     parser = harness.arguments(__doc__, update=harness.RESULTS / "quality.json")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--roundings", type=int, default=16, help="networks, the first of which is TinyWan as it is")
-    parser.add_argument("--seeds", type=int, default=1, help="clips of each network")
-    parser.add_argument("--prompts", type=int, default=8, help="captions that the importance matrix is made of")
+    parser.add_argument("--roundings", type=int, default=16, help="networks; the first is the unchanged TinyWan")
+    parser.add_argument("--seeds", type=int, default=1, help="clips per network")
+    parser.add_argument("--prompts", type=int, default=8, help="captions that the statistics are collected from")
     options = parser.parse_args()
     given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
     rows = measure(options.recipes, options.methods, **given)

@@ -1,4 +1,4 @@
-"""Memory that Save Model as GGUF takes at true layer shapes, with two LoRAs of rank 64 on every layer of the blocks."""
+"""Memory that Save Model as GGUF needs at true layer shapes, with two LoRAs of rank 64 on every layer of the blocks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .step import dense_model, packed_model
 
 
 def anonymous() -> int:
-    """Bytes of memory of this process that are no pages of files (Linux)."""
+    """Return the bytes of this process's memory that are not pages of files (Linux)."""
     return resident("self")["RssAnon"]
 
 
 def measure(source: Path, loaded: str, recipe: str, effort: str) -> dict[str, object]:
-    """Saves the source as a recipe, loaded dense or as another one, its LoRAs merged."""
+    """Load the source dense (`loaded` BF16) or quantized, and save it with merged LoRAs as another recipe."""
     from ..ops.merged_source import merged_checkpoint
 
     if loaded == "BF16":

@@ -1,4 +1,4 @@
-"""Where bits matter in TinyWan, by block, role and noise level, and what a choice of types gains from knowing it."""
+"""Sensitivity of TinyWan's layers to quantization, by noise level, and what a choice of types gains from it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gai
 from wanquant.quant import QTYPES
 from wanquant.quant.conversion.layer_encoder import Inputs
 
-# Coarse enough to stand out of all rounding, fine enough that errors still add up.
+# Coarse enough to exceed all other rounding, fine enough that the errors of layers add up.
 PROBE = "Q3_K"
 _CLIPS = 4
 LEVELS = noise_level(torch.linspace(1, 0, STEPS + 1)).tolist()
@@ -26,32 +26,32 @@ LEVELS = noise_level(torch.linspace(1, 0, STEPS + 1)).tolist()
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Of one layer, when it alone is quantized to `PROBE`."""
+    """The sensitivity of one layer: the error when it alone is quantized to `PROBE`."""
 
     name: str
     velocity_sqnr: tuple[float, ...]
-    """dB, of every step."""
+    """SQNR of each step in dB."""
 
     def of_half(self, half: str) -> float:
-        """How far the steps of a half lead away: each counts by the square of the noise that it takes away."""
+        """Return the error of the steps of a half, each weighted by the square of the noise that it removes."""
         steps = zip(self.velocity_sqnr, pairwise(LEVELS), strict=True)
         return sum(10 ** (-db / 10) * (above - below) ** 2 for db, (above, below) in steps if half_of(above) == half)
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """What one way to choose types comes to, at the bytes of a recipe."""
+    """The result of one way to choose types, at the bytes of a recipe."""
 
     recipe: str
     way: str
     latent_psnr: Spread
     motion_psnr: Spread
     gains: dict[str, Gain]
-    """Over the way before."""
+    """Gains over the previous way."""
 
 
 def probe(names: Iterable[str], reference: Reference) -> tuple[list[Sensitivity], dict[str, Tensor]]:
-    """Every layer's sensitivity, and the error that its weight had."""
+    """Return the sensitivity of every layer, and the error of its weight."""
     weights, qtype, rows, errors = load_weights(), QTYPES[PROBE], [], {}
     for name in names:
         decoded = qtype.dequantize(Inputs().quantize(qtype, weights[name]))
@@ -61,7 +61,7 @@ def probe(names: Iterable[str], reference: Reference) -> tuple[list[Sensitivity]
 
 
 def ways(allocator: Allocator, recipe: str, measured: Mapping[str, Mapping[str, float]]) -> dict[str, Split]:
-    """Each with more freedom than the one before."""
+    """Return the ways to choose types, each with more freedom than the one before."""
     return {
         "recipe": allocator.of_recipe(recipe),
         "target size": allocator.of_size(recipe),
@@ -72,7 +72,7 @@ def ways(allocator: Allocator, recipe: str, measured: Mapping[str, Mapping[str, 
 
 
 def compare(splits: Mapping[str, Mapping[str, Split]], roundings: int, clips: int, captions: int) -> list[Allocation]:
-    """All ways of all recipes on the same networks, each with its own clips."""
+    """Compare all ways of all recipes on the same networks, each with its own clips."""
     found = defaultdict(list)
     for order in range(roundings):
         reference, network = Reference.sample(clips, order), Network.of(captions, order)
@@ -93,7 +93,6 @@ def compare(splits: Mapping[str, Mapping[str, Split]], roundings: int, clips: in
 
 
 def text(rows: Sequence[Allocation]) -> str:
-    """The table."""
     compared = ("velocity", "latent", "motion")
     cells = [
         [
@@ -112,17 +111,19 @@ def text(rows: Sequence[Allocation]) -> str:
 
 def main() -> None:
     parser = harness.arguments(__doc__, update=harness.RESULTS / "sensitivity.json")
-    # In four blocks a target size raises every type by one: it cannot be Q2_K's.
+    # With only four blocks a target size raises every type by one, so that Q2_K's size cannot be reached.
     parser.add_argument("--recipes", nargs="+", default=["Q4_K_M", "Q3_K_M"])
-    parser.add_argument("--roundings", type=int, default=8, help="networks, the first of which is TinyWan as it is")
-    parser.add_argument("--seeds", type=int, default=2, help="clips of each network")
-    parser.add_argument("--prompts", type=int, default=8, help="captions that importance matrices are made of")
+    parser.add_argument("--roundings", type=int, default=8, help="networks; the first is the unchanged TinyWan")
+    parser.add_argument("--seeds", type=int, default=2, help="clips per network")
+    parser.add_argument(
+        "--prompts", type=int, default=8, help="captions that the importance matrices are collected from"
+    )
     options = parser.parse_args()
     allocator = Allocator.of(Network.of(options.prompts))
-    # On clips that no file is judged by.
+    # These clips are not used for the comparison below.
     rows, errors = probe(allocator.fronts["all"], Reference.sample(_CLIPS, options.roundings))
     measured = {row.name: {half: row.of_half(half) for half in HALVES} for row in rows}
-    splits = {recipe: ways(allocator.told(errors), recipe, measured) for recipe in options.recipes}
+    splits = {recipe: ways(allocator.with_errors(errors), recipe, measured) for recipe in options.recipes}
     given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
     allocations = compare(splits, **given)
     result = {

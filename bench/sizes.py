@@ -19,7 +19,7 @@ class Source(NamedTuple):
 
 
 def rows() -> list[dict[str, object]]:
-    """GiB by model and bits per weight of the 14B for every recipe."""
+    """Return the GiB of every model, and the bits per weight of 14B, for every recipe."""
     return [
         {"recipe": recipe.name, "bits_per_weight": bits("14B", recipe)} | gib_by_model(recipe)
         for recipe in RECIPES.values()

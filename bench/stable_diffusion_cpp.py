@@ -1,7 +1,7 @@
-"""stable-diffusion.cpp samples from converted files: a picture of each, against that of the unconverted checkpoint.
+"""Pictures by stable-diffusion.cpp from converted files, against that from the unconverted checkpoint.
 
-Needs `pip install stable-diffusion-cpp-python`. The weights are random, in the shapes of Wan 2.1 1.3B, and so are the
-VAE's: the pictures show nothing, but they are the same where the weights are.
+It needs `pip install stable-diffusion-cpp-python`. The weights of the model, in the shapes of Wan 2.1 1.3B, and of the
+VAE are random. The pictures show nothing, but are equal where the weights are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import harness
 from .convert import write_source
 
 SIZE = "1.3B"
-# In a process of its own, which the library may abort; the array has 8 bits a colour.
+# Runs in a subprocess, because the library may abort. The array has 8 bits per color.
 SAMPLE = """
 import sys
 import numpy as np
@@ -33,7 +33,7 @@ np.save(destination, np.asarray(frame))
 
 
 def write_vae(path: Path) -> Path:
-    """Wan 2.1's, with random weights of the usual scale."""
+    """Write a Wan 2.1 VAE with random weights of the usual scale."""
     from comfy.ldm.wan.vae import WanVAE
 
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def write_vae(path: Path) -> Path:
 
 
 def sample(model: Path, vae: Path) -> np.ndarray:
-    """Float64 (height, width, channels)."""
+    """Sample one picture: float64, (height, width, channels)."""
     frame = model.with_suffix(".npy")
     subprocess.run([sys.executable, "-c", SAMPLE, str(model), str(vae), str(frame)], check=True, capture_output=True)
     return np.load(frame).astype(np.float64)
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["BF16", "Q8_0", "Q4_0"])
     options = parser.parse_args()
     if importlib.util.find_spec("stable_diffusion_cpp") is None:
-        parser.error("pip install stable-diffusion-cpp-python first")
+        parser.error("stable-diffusion.cpp is missing: run pip install stable-diffusion-cpp-python")
     harness.import_comfyui()
     source = write_source(SIZE, None)
     rows = measure(source, write_vae(source.with_name("vae.safetensors")), options.recipes)

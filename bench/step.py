@@ -1,8 +1,8 @@
-"""Seconds of a sampling step at true 1.3B layer shapes on the CPU: packed, dense bfloat16, and a peer's packed.
+"""Time of a sampling step at 1.3B's layer shapes on the CPU: packed, dense bfloat16, and packed by ComfyUI-GGUF.
 
-Each recipe's model and the dense one take the same step in turns, in one process, and the least processor time of each
-counts. Few blocks stand for all thirty: every block costs the same. `collecting` is the packed model's step while an
-importance matrix is collected, over its step without.
+The packed and the dense model take turns in one process, and the least processor time of each counts. A few blocks
+stand for all thirty, which cost the same. `collecting` is the time of the packed model's step while an importance
+matrix is collected, over the time without.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .convert import write_source
 
 Step = Callable[[], object]
 Measure = Callable[[Path, str, torch.Size, float, Path | None], dict[str, object]]
-"""A row of a table: source, recipe, shape of the latent, seconds to spend, and the peer's checkout."""
+"""A function that measures one row: (source, recipe, shape of the latent, seconds to spend, peer's checkout)."""
 SIZE, CHANNELS, TEXT = "1.3B", 16, (512, 4096)
 
 
 def step_of(patcher: Any, latent: torch.Size) -> Step:
-    """One forward of the diffusion model, its weights loaded."""
+    """Load the weights, and return a call of one forward of the diffusion model."""
     model = patcher.patch_model(torch.device("cpu"), lowvram_model_memory=0).diffusion_model
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(s, generator=generator).bfloat16() for s in (latent, (1, *TEXT)))
@@ -51,7 +51,7 @@ def packed_model(file: Path) -> Any:
 
 
 def collecting_step(patcher: Any, step: Step) -> Step:
-    """A step of which an importance matrix is collected."""
+    """Return a call of one step while an importance matrix is collected."""
     from ..ops.collect_importance import collecting
 
     collector = Collector()
@@ -64,7 +64,7 @@ def collecting_step(patcher: Any, step: Step) -> Step:
 
 
 def peer_model(checkout: Path, file: Path) -> Any:
-    """As ComfyUI-GGUF's Unet Loader loads it, with its default settings."""
+    """Load a file as ComfyUI-GGUF's Unet Loader does, with its default settings."""
     import comfy.sd
 
     if "peer" not in sys.modules:
@@ -92,13 +92,13 @@ def measure(source: Path, recipe: str, latent: torch.Size, seconds: float, peer:
 
 
 def run(description: str, measure: Measure, columns: Sequence[str], **defaults: Any) -> None:
-    """Measure every recipe at every length, as the command line asks; print a table, or JSON."""
+    """Measure every recipe at every number of frames, as the command line says, and print the result."""
     parser = harness.arguments(description, threads=1)
     parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
     parser.add_argument("--recipes", nargs="+")
     parser.add_argument("--frames", nargs="+", type=int, help="latent frames of 832 x 480 pixels")
     parser.add_argument("--blocks", type=int)
-    parser.add_argument("--seconds", type=float, help="to measure each row")
+    parser.add_argument("--seconds", type=float, help="time for each row")
     parser.set_defaults(**defaults)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""Writes the rows of the README's marked tables, in both languages, from bench/results."""
+"""The rows of the README's marked tables, written from bench/results into both languages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ READMES = (ROOT / "README.md", ROOT / "README.zh.md")
 
 
 def convert_row(row: dict[str, Any]) -> str:
-    """Errors against ggml's, and speeds as a multiple of ggml's."""
+    """Return errors relative to ggml's, and speeds as multiples of ggml's."""
     errors = (f"{100 * error:+.1f} %" if (error := row[f"{what}_error"]) else "0" for what in ("fast", "best", "file"))
     speeds = (f"{row[f'{effort}_mws'] / row['ggml_mws']:.2f}x" for effort in ("fast", "best"))
     return f"| {' | '.join((row['type'], *errors, *speeds))} |\n"
@@ -25,7 +25,7 @@ def convert_rows() -> str:
 
 
 def quality_rows() -> str:
-    """Gains of the steps and of the clips over the peers', in dB, a line for each recipe."""
+    """Return the gains of steps and clips over the peers in dB, one line per recipe."""
     rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
     gains: dict[str, list[str]] = {}
     for row in rows:
@@ -36,16 +36,18 @@ def quality_rows() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"convert": convert_rows, "quality": quality_rows}
-"""What writes the rows below the heading of the table behind `<!-- table: NAME -->`."""
+"""Functions that return the rows of the table after `<!-- table: NAME -->`, by NAME."""
 
 
 def updated(text: str) -> str:
-    """A README with the rows of today; headings, which are translated, stay."""
+    """Return a README with current rows; the headings, which are translated, stay."""
     for name, rows in TABLES.items():
         pattern = rf"(<!-- table: {name} -->\n\|.*\n\|[-|]+\n)(?:\|.*\n)*"
         text, found = re.subn(pattern, lambda match, rows=rows: match[1] + rows(), text)
         if found != 1:
-            raise SystemExit(f"{found} tables are marked {name}, expected one")
+            raise SystemExit(
+                f"README: found {found} tables marked `<!-- table: {name} -->`, expected one: restore the mark"
+            )
     return text
 
 

@@ -1,4 +1,4 @@
-"""Total error at the size of each recipe: the recipe against types chosen for that size."""
+"""Error of each recipe against that of types chosen for the same size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..testing.tiny_wan import write_random_checkpoint
 from . import harness
 from .harness import GIB
 
-# Every layer of a 1.3B model, narrower: the measurement takes minutes, not hours.
+# All layers of a 1.3B model, but narrower, so that the measurement needs minutes instead of hours.
 SIZE = WanSize(512, 2048, 30)
 
 
 def realistic(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Heavy-tailed weights whose columns and tensors differ in size, as those of trained transformers do."""
+    """Draw heavy-tailed weights whose columns and tensors differ in scale, as in trained transformers."""
     weight = torch.randn(shape, generator=generator)
     if len(shape) != 2:
         return weight.mul_(0.02)
@@ -32,7 +32,7 @@ def realistic(name: str, shape: tuple[int, ...], generator: torch.Generator) -> 
 
 
 def compare(source: Path, recipe: str, effort: str) -> dict[str, object]:
-    """File sizes in MiB, and the error of both files: |dequantized - source|^2 over |source|^2, in all tensors."""
+    """Return the MiB and the error of both files: |dequantized - source|^2 over |source|^2, over all tensors."""
     destination = source.with_suffix(".gguf")
     rows = {}
     for name, size in ((recipe, None), ("target size", 0.0)):

@@ -1,4 +1,4 @@
-"""Trains TinyWan, a Wan 2.1 T2V of 5 million parameters, on procedural clips; run again, it goes on where it was."""
+"""Training of TinyWan, a Wan 2.1 T2V of 5 million parameters, on drawn clips; continues an interrupted run."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from wanquant.testing.hosts import ROOT
 
 @dataclass(frozen=True)
 class Settings:
-    """What the result depends on; a run resumes only with the same."""
+    """The settings that determine the result; a run resumes only with the same ones."""
 
     steps: int
     batch: int
     rate: float
     seed: int
     small: float = 0.41
-    """Share of the steps at the start that see four clips of half the size in place of one: more of them an hour."""
+    """Share of the steps, at the start, that see four clips of half the size instead of one, to see more per hour."""
     uncaptioned: float = 0.05
     warmup: int = 50
     decay: float = 0.995
@@ -54,7 +54,7 @@ class Stateful(Protocol):
 
 
 def loss_of_step(call: Model, settings: Settings, step: int) -> Tensor:
-    """Mean squared error of the velocity, noise minus clip, on clips that depend on seed and step alone."""
+    """Return the mean squared error of the velocity (noise minus clip), on clips that depend only on seed and step."""
     generator = torch.Generator().manual_seed(settings.seed << 32 | step)
     size, count = (SIZE // 2, 4 * settings.batch) if step < settings.small * settings.steps else (SIZE, settings.batch)
     chosen = torch.randint(len(TRAINING), (count,), generator=generator).tolist()
@@ -68,15 +68,19 @@ def loss_of_step(call: Model, settings: Settings, step: int) -> Tensor:
 
 
 def _levels(count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels (count,), most of them from where one sees in no single frame, but in all, where the shape is."""
-    # One draw from each of `count` equal parts: the loss is less noisy than with free draws.
+    """Draw noise levels (count,), mostly where all frames together, but not a single one, show where the shape is."""
+    # One draw from each of `count` equal parts makes the loss less noisy than free draws.
     share = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     decisive = torch.rand(count, generator=generator) < 0.7
     return torch.where(decisive, 0.7 + 0.27 * share, noise_level(share, shift=5))
 
 
 def train(settings: Settings, folder: Path, device: str, every: int) -> torch.nn.Module:
-    """Run the steps that `folder`'s state has not yet done, saving and logging each `every`; returns the average."""
+    """Run the remaining steps of the state in `folder`, and return the averaged model.
+
+    Args:
+        every: steps between two saved states and log lines.
+    """
     model = build(settings.seed, training=True).to(device)
     average = build(settings.seed).to(device).requires_grad_(False)
     optimizer = torch.optim.AdamW(_groups(model, settings.rate), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -87,13 +91,13 @@ def train(settings: Settings, folder: Path, device: str, every: int) -> torch.nn
     for step in range(first, settings.steps):
         for group, share in zip(optimizer.param_groups, shares, strict=True):
             group["lr"] = share * settings.rate * _share_of_rate(settings, step)
-        with sdpa_kernel(SDPBackend.MATH):  # for so few tokens twice as fast as the fused kernel
+        with sdpa_kernel(SDPBackend.MATH):  # twice as fast as the fused kernel for so few tokens
             loss = loss_of_step(velocity(model, torch.bfloat16), settings, step)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        # Early on the average must not remember the random start.
+        # The average must soon forget the random start.
         decay = min(settings.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         losses.append(loss.item())
@@ -106,14 +110,15 @@ def train(settings: Settings, folder: Path, device: str, every: int) -> torch.nn
 
 
 def _share_of_rate(settings: Settings, step: int) -> float:
-    """Linear warm-up, constant, and over the last three tenths linear to nothing."""
+    """Return the share of the rate: linear warm-up, constant, and a linear decay to 0 over the last 30 % of steps."""
     return min(1.0, (step + 1) / settings.warmup, (1 - step / settings.steps) / 0.3)
 
 
 def _groups(model: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
-    """Parameters by their rate: at the full rate, words that do not matter yet would be silenced for good.
+    """Group the parameters by their rate.
 
-    A step of Adam moves every weight alike, so the 4096 that one word meets together move its activations by tens.
+    A step of Adam moves every weight by the same amount, so the 4096 weights of one word together move its activations
+    by tens. At the full rate this would permanently silence words that do not matter yet.
     """
     words = model.text_embedding[0].weight
     others = [parameter for parameter in model.parameters() if parameter is not words]
@@ -121,7 +126,7 @@ def _groups(model: torch.nn.Module, rate: float) -> list[dict[str, Any]]:
 
 
 def score(model: torch.nn.Module, prompts: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """The shares of clips of held-out captions with the right colour, motion, and both."""
+    """Return the shares of clips of held-out captions with the right color, motion, and both."""
     captions = [HELD_OUT[index % len(HELD_OUT)] for index in range(prompts)]
     found = right(generate(velocity(model, dtype), captions, seed=1), captions)
     colour, motion = found.float().mean(0).tolist()
@@ -129,13 +134,14 @@ def score(model: torch.nn.Module, prompts: int, dtype: torch.dtype = torch.bfloa
 
 
 def _resume(path: Path, settings: Settings, parts: dict[str, Stateful]) -> int:
-    """Load what a former run saved; the number of steps it has done."""
+    """Load the state of an earlier run, if there is one, and return its number of steps."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
     if state["settings"] != asdict(settings):
         raise SystemExit(
-            f"{path}: begun with {state['settings']}, got {asdict(settings)}; use the same options or another --folder"
+            f"{path}: the run was begun with {state['settings']}, got {asdict(settings)}: "
+            "use the same options or another --folder"
         )
     for name, part in parts.items():
         part.load_state_dict(state[name])
@@ -165,7 +171,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=200, help="steps between two saved states")
-    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "tinywan", help="state, log and result")
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "tinywan", help="folder of state, log and result")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +187,7 @@ def main() -> None:
     captions = HELD_OUT[:16]
     clips = generate(velocity(model, torch.bfloat16), captions, seed=1)
     draw_clips(to_pictures(clips), captions, options.folder / "clips.png")
-    print(f"{path}: right in 64 clips of held-out captions: {score(model, 64)}")
+    print(f"{path}: share of right clips among 64 of held-out captions: {score(model, 64)}")
 
 
 if __name__ == "__main__":

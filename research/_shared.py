@@ -1,4 +1,4 @@
-"""What the studies on TinyWan share: the inputs of its blocks, and the comparison of a method with calibrated files."""
+"""Inputs of TinyWan's blocks, and comparison of a method with calibrated files; the studies share these."""
 
 from __future__ import annotations
 

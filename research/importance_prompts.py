@@ -1,4 +1,4 @@
-"""How many prompts an importance matrix and a calibration need: error of TinyWan's steps by number of captions."""
+"""Number of prompts that an importance matrix and a calibration need: error of TinyWan's steps by captions."""
 
 from __future__ import annotations
 

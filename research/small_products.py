@@ -1,4 +1,4 @@
-"""What fusing dequantization and product could save where the input has few rows, for a 5120 x 5120 weight.
+"""Time that fusing dequantization and product could save where the input has few rows, for a 5120 x 5120 weight.
 
 The time embedding has 1 row, the text 512. Columns are milliseconds of processor time on the CPU: dequantized in tiles
 of 64 MiB, as the Linear does; in tiles of 1 MiB, which stay in the cache between dequantization and product; the
@@ -37,7 +37,10 @@ _VecDot = ctypes.CFUNCTYPE(
 
 
 class _CpuTraits(ctypes.Structure):
-    """Source: ggml-cpu.h struct ggml_type_traits_cpu @ ggml 0.20.2."""
+    """The CPU functions of one type.
+
+    Source: ggml-cpu.h struct ggml_type_traits_cpu @ ggml 0.20.2.
+    """
 
     _fields_ = (
         ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),

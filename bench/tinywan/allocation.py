@@ -1,4 +1,4 @@
-"""Types for TinyWan's layers at the bytes of a recipe, chosen in several ways, one file for each half of the steps."""
+"""Types of TinyWan's layers at the bytes of a recipe, chosen in several ways, also by half of the steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.importance import Collector, Importance
 
 HALVES = ("high", "low")
-"""Of the schedule, by noise, as the two experts of Wan 2.2 share it; of 8 steps they get 5 and 3."""
+"""Halves of the schedule by noise level, as the two experts of Wan 2.2 share it: 5 and 3 of 8 steps."""
 _BORDER = 0.875
 
 Fronts = Mapping[str, Front]
@@ -29,14 +29,14 @@ Fronts = Mapping[str, Front]
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The types of a file, and the part of the steps whose importance it is encoded with: a half, or "all"."""
+    """The types of a file, and the part of the steps whose importance it is encoded with (a half, or "all")."""
 
     part: str
     types: Mapping[str, QuantType]
 
 
 Split = Mapping[str, Choice]
-"""By half."""
+"""The file of each half."""
 
 
 def half_of(level: float) -> str:
@@ -44,7 +44,7 @@ def half_of(level: float) -> str:
 
 
 def by_half(models: Mapping[str, Model]) -> Model:
-    """Each step by the model of its half."""
+    """Return a model that runs each step by the model of its half."""
 
     def call(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         return models[half_of(timestep[0].item() / 1000)](x, timestep, text)
@@ -54,7 +54,7 @@ def by_half(models: Mapping[str, Model]) -> Model:
 
 @dataclass(frozen=True)
 class Network:
-    """TinyWan with its channels in some order, and the importance of its columns by half and of "all" steps."""
+    """TinyWan with its channels in some order, and their importance as inputs, by half and over "all" steps."""
 
     source: Weights
     importance: Mapping[str, Importance]
@@ -71,7 +71,7 @@ class Network:
         )
 
     def quantized(self, split: Split) -> Model:
-        """With each half's file; what has no type there stays as it is."""
+        """Return the model that runs each half with its file; weights without a type stay unquantized."""
         models = {choice: load_model(self._encoded(choice)) for choice in set(split.values())}
         return by_half({half: models[choice] for half, choice in split.items()})
 
@@ -85,13 +85,17 @@ class Network:
 
 @dataclass(frozen=True)
 class Allocator:
-    """Chooses; what is not quantized by recipes gets no type."""
+    """A choice of types for the weights that recipes quantize.
+
+    Attributes:
+        fronts: by half, and over "all" steps.
+        types: by recipe.
+        probed: by name, the error of the weight at which its sensitivity was measured.
+    """
 
     network: Network
     fronts: Mapping[str, Fronts]
-    """By half, and of "all" steps."""
     types: Mapping[str, Mapping[str, QuantType]]
-    """Of every recipe."""
     probed: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -105,15 +109,15 @@ class Allocator:
             types = {name: plan(recipe, tensors).types for name, recipe in RECIPES.items()}
         return cls(network, fronts, types)
 
-    def told(self, errors: Mapping[str, Tensor]) -> Allocator:
-        """The same, knowing the errors of the weights at which sensitivities were measured."""
+    def with_errors(self, errors: Mapping[str, Tensor]) -> Allocator:
+        """Return a copy with the errors of the weights at which sensitivities were measured."""
         return replace(self, probed=errors)
 
     def of_recipe(self, recipe: str) -> Split:
         return _shared(self.types[recipe])
 
     def of_size(self, recipe: str) -> Split:
-        """As the converter does."""
+        """Choose as the converter does for a target size."""
         return _shared(self._chosen(self.fronts["all"], self._bytes(recipe)))
 
     def by_sensitivity(self, recipe: str, measured: Mapping[str, Mapping[str, float]]) -> Split:
@@ -121,7 +125,7 @@ class Allocator:
         return _shared(self._chosen(self._scaled("all", totals), self._bytes(recipe)))
 
     def by_half(self, recipe: str, measured: Mapping[str, Mapping[str, float]], *, shared: bool = False) -> Split:
-        """A file for each half, of equal bytes or, `shared`, of equal sum."""
+        """Choose a file for each half: both of the recipe's bytes, or twice these bytes in sum if `shared`."""
         parts = {half: self._scaled(half, {name: halves[half] for name, halves in measured.items()}) for half in HALVES}
         nbytes = self._bytes(recipe)
         if shared:
@@ -133,7 +137,7 @@ class Allocator:
         return {half: Choice(half, types[half]) for half in HALVES}
 
     def _scaled(self, part: str, measured: Mapping[str, float]) -> Fronts:
-        """Fronts in units of what was measured, without the rules that stand in for a measurement."""
+        """Scale the fronts to the measured sensitivities; the rules that replace a measurement do not apply."""
         scales = {name: value / self._probed_error(part, name) for name, value in measured.items()}
         return {
             name: Front.of([choice._replace(error=choice.error * scales[name]) for choice in front.choices])
@@ -141,7 +145,7 @@ class Allocator:
         }
 
     def _probed_error(self, part: str, name: str) -> float:
-        """As the choices have it: of the outputs, relative to them."""
+        """Return the squared error of the layer's outputs relative to the outputs, as in the fronts."""
         importance = self.network.importance[part][name]
         error, output = (x.square().mul(importance).sum() for x in (self.probed[name], self.network.source[name]))
         return (error / output).item()
@@ -157,5 +161,5 @@ class Allocator:
 
 
 def _shared(types: Mapping[str, QuantType]) -> Split:
-    """One file for both halves."""
+    """Return a split with one file for both halves."""
     return dict.fromkeys(HALVES, Choice("all", types))

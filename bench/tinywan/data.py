@@ -1,8 +1,8 @@
-"""The clips that TinyWan learns: a coloured shape moves over grey ground, drawn as a Wan latent.
+"""The clips that TinyWan learns: a colored shape moves over gray ground, drawn as a Wan latent.
 
-Captions are three words. A shape leaves a fading trail, as in a long exposure. Wan knows only how far apart two places
-are, not where they are, and that a shape moves on is seen only by comparing frames with the word for its direction; the
-trail makes that word matter inside each frame as well, and so it is learned.
+A caption is three words. The shape leaves a fading trail, as in a long exposure. Wan knows only the distance of two
+places, not their positions, so motion shows only in the comparison of frames. The trail makes the word for the
+direction matter inside each frame as well, so that it is learned.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ COLOURS = {
 }
 SHAPES = ("ball", "square", "triangle")
 MOTIONS = {"right": (1, 0), "left": (-1, 0), "up": (0, -1), "down": (0, 1)}
-"""Directions of (x, y), y downwards."""
+"""Directions (x, y), where y points down."""
 WORDS = (*COLOURS, *SHAPES, *MOTIONS)
 FRAMES, SIZE, CHANNELS, TEXT_DIM = 5, 16, 16, 4096
-"""A clip's latent: (CHANNELS, FRAMES, SIZE, SIZE); lengths below are in latent cells."""
+"""The latent of a clip is (CHANNELS, FRAMES, SIZE, SIZE); lengths below are in latent cells."""
 
 SPEED = 1.5
-"""Cells a frame."""
+"""Cells per frame."""
 
 _OVERSAMPLING = 2
 _HIDDEN_SCALE = 2.5
@@ -54,7 +54,7 @@ class Caption:
 
 
 def _held_out(caption: Caption) -> bool:
-    """One combination in four: each word, and each pair of words, is still learned from the others."""
+    """Return whether a caption is in the held-out quarter; every word and every pair occurs outside it."""
     indices = (list(COLOURS).index(caption.colour), SHAPES.index(caption.shape), list(MOTIONS).index(caption.motion))
     return sum(indices) % 4 == 0
 
@@ -65,19 +65,19 @@ TRAINING = tuple(caption for caption in CAPTIONS if not _held_out(caption))
 
 
 def word_embeddings() -> dict[str, Tensor]:
-    """One fixed vector (TEXT_DIM,) a word, standard normal, rounded to bfloat16."""
+    """Return one fixed vector per word: float32, (TEXT_DIM,), standard normal, rounded to bfloat16."""
     table = torch.randn(len(WORDS), TEXT_DIM, generator=torch.Generator().manual_seed(0))
     return dict(zip(WORDS, table.bfloat16().float(), strict=True))
 
 
 def embed(captions: Sequence[Caption]) -> Tensor:
-    """(captions, 3 tokens, TEXT_DIM)."""
+    """Return the embedded captions: float32, (captions, 3 tokens, TEXT_DIM)."""
     table = word_embeddings()
     return torch.stack([torch.stack([table[word] for word in caption.words]) for caption in captions])
 
 
 def draw(captions: Sequence[Caption], generator: torch.Generator, size: int = SIZE) -> Tensor:
-    """Pictures (captions, 3, FRAMES, size, size) in 0..1, with random sizes, places and grounds."""
+    """Draw float32 (captions, 3, FRAMES, size, size) in 0..1, with random sizes, places and grounds of the shapes."""
     chance = torch.rand(len(captions), 7, generator=generator)
     position = (torch.arange(size * _OVERSAMPLING) + 0.5) / _OVERSAMPLING
     seen = _shapes(captions, chance[:, :3], position, size)
@@ -88,10 +88,10 @@ def draw(captions: Sequence[Caption], generator: torch.Generator, size: int = SI
 
 
 def _shapes(captions: Sequence[Caption], chance: Tensor, position: Tensor, size: int) -> Tensor:
-    """How much of the shape, or of its trail, is at each place: (captions, frames, places, places) in 0..1."""
+    """Return the coverage by the shape or its trail: (captions, frames, places, places) in 0..1."""
     way = torch.tensor([MOTIONS[caption.motion] for caption in captions], dtype=torch.float32)
     half = SPEED * (FRAMES - 1) / 2
-    # Half-way it may be anywhere from where the whole way lies inside the picture.
+    # The middle of the way may be anywhere as long as the whole way lies inside the picture.
     margin = torch.where(way != 0, half + 0.5, 1.0)
     middle = margin + (size - 2 * margin) * chance[:, :2]
     times = SPEED * torch.arange(FRAMES) - half
@@ -107,7 +107,7 @@ def _shapes(captions: Sequence[Caption], chance: Tensor, position: Tensor, size:
 
 
 def _inside(kinds: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
-    """Whether a place is in the shape around it; `kinds` are indices of SHAPES."""
+    """Return whether offsets from a shape's center lie inside it; `kinds` are indices of SHAPES."""
     ball = dx.square() + dy.square() <= radius**2
     square = torch.maximum(dx.abs(), dy.abs()) <= 0.85 * radius
     triangle = (dy <= 0.8 * radius) & (dx.abs() <= 0.6 * (dy + 1.1 * radius))
@@ -115,17 +115,17 @@ def _inside(kinds: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
 
 
 def _grounds(chance: Tensor, position: Tensor) -> Tensor:
-    """Grey (captions, 1, 1, places, places), one in four chequered; `chance` are uniform draws (captions, 4)."""
+    """Return gray grounds (captions, 1, 1, places, places), a quarter checkered; `chance` is uniform, (captions, 4)."""
     brightness, shift_x, shift_y, kind = chance.view(-1, 4, 1, 1, 1, 1).unbind(1)
     checks = ((position + 8 * shift_x) // 4 + (position.view(-1, 1) + 8 * shift_y) // 4) % 2
     return 0.35 + 0.15 * brightness + 0.08 * checks * (kind < 0.25)
 
 
 def _colour_maps() -> tuple[Tensor, Tensor, Tensor]:
-    """Factors (channels, 3) and bias (3,) from a latent to colours, and a right inverse (3, channels) of the factors.
+    """Return factors (channels, 3) and bias (3,) from a latent to colors, and a right inverse (3, channels).
 
-    The inverse puts the picture also into three directions that the colours do not show, so that all channels carry
-    something and have about the size that Wan's have.
+    The inverse also writes the picture into three directions that the colors do not show, so that all channels are
+    used and have about the scale of Wan's.
     """
     latent_format = comfy.latent_formats.Wan21()
     factors = torch.tensor(latent_format.latent_rgb_factors)
@@ -135,23 +135,40 @@ def _colour_maps() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def to_latent(pictures: Tensor) -> Tensor:
-    """Colours (batch, 3, frames, height, width) in 0..1 to a latent in model space, without a VAE."""
+    """Convert pictures to latents in model space without a VAE.
+
+    Args:
+        pictures: float32, (batch, 3, frames, height, width) in 0..1.
+
+    Returns:
+        float32, (batch, CHANNELS, frames, height, width).
+    """
     _, bias, inverse = _colour_maps()
     return torch.einsum("brthw,rc->bcthw", 2 * pictures - 1 - bias.view(3, 1, 1, 1), inverse)
 
 
 def to_pictures(latents: Tensor) -> Tensor:
-    """The colours that the latent preview shows of latents in model space, one pixel a cell, in 0..1."""
+    """Return the colors of ComfyUI's latent preview, one pixel per cell.
+
+    Args:
+        latents: float32, (batch, CHANNELS, frames, height, width), in model space.
+
+    Returns:
+        float32, (batch, 3, frames, height, width) in 0..1.
+    """
     factors, bias, _ = _colour_maps()
     return (torch.einsum("bcthw,cr->brthw", latents, factors) + bias.view(3, 1, 1, 1)).add(1).div(2).clamp(0, 1)
 
 
 def noise_level(share: Tensor, shift: float = 8.0) -> Tensor:
-    """Wan's schedule: how far of the way (0 none, 1 all) to the noise level. Source: arXiv 2403.03206, equation 23."""
+    """Return the noise level after a share of Wan's schedule, both in 0..1 and of any shape.
+
+    Source: arXiv 2403.03206, equation 23.
+    """
     return shift * share / (1 + (shift - 1) * share)
 
 
 def hue(colour: Sequence[float]) -> float:
-    """Angle of an RGB colour in the plane of equal brightness, in radians."""
+    """Return the angle of an RGB color in the plane of equal brightness, in radians."""
     red, green, blue = colour
     return math.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)

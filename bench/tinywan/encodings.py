@@ -1,4 +1,4 @@
-"""TinyWan's weights as they come out of a file of each recipe, made in each way."""
+"""TinyWan's weights after quantization to a recipe, by each method."""
 
 from __future__ import annotations
 
@@ -24,26 +24,34 @@ from wanquant.quant.statistics.importance import Collector, Importance
 from wanquant.testing.libggml import load as load_libggml
 
 LORA_SHARE = 0.05
-"""Of the bytes of the file that the LoRA is made for."""
+"""Bytes of the recovery LoRA, relative to those of its file."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A file in numbers."""
+    """The weights and the size of one file.
+
+    Attributes:
+        nbytes: of all that has to be loaded.
+        weights: dequantized, float32.
+        quantized: the names of the weights that were quantized.
+    """
 
     nbytes: int
-    """Of all that has to be loaded."""
     weights: Weights
     quantized: frozenset[str]
-    """Names of the weights that were."""
 
     def weight_sqnr(self, source: Weights) -> float:
-        """Of all quantized weights, in dB."""
+        """Return the SQNR of all quantized weights in dB."""
         noise = sum(float((self.weights[name] - source[name]).square().sum()) for name in self.quantized)
         return 10 * math.log10(sum(float(source[name].square().sum()) for name in self.quantized) / noise)
 
     def output_sqnr(self, source: Weights, products: Mapping[str, Tensor]) -> float:
-        """Of the mean layer's outputs, in dB, for inputs x of which `products` are the means of x x^T."""
+        """Return the SQNR of the outputs in dB, with the relative errors averaged over the layers.
+
+        Args:
+            products: by the name of the weight, the means of x x^T over the inputs x: float32, (columns, columns).
+        """
 
         def square(weight: Tensor, product: Tensor) -> float:
             return float((weight @ product * weight).sum())
@@ -55,7 +63,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where the files are made."""
+    """A temporary folder in which files of one network are made."""
 
     folder: Path
     checkpoint: Path
@@ -66,7 +74,7 @@ class Workshop:
     @classmethod
     @contextmanager
     def open(cls, captions: Sequence[Caption], order: int = 0) -> Iterator[Workshop]:
-        """For TinyWan in this order; importance and calibration are measured on these captions."""
+        """Open a workshop for TinyWan with its channels in an order, with statistics of these captions."""
         source = reordered(load_weights(), order)
         inputs = [collect(source, captions, collector) for collector in (Collector(), CalibrationCollector())]
         with tempfile.TemporaryDirectory() as name:
@@ -91,7 +99,7 @@ class Workshop:
         return self._by_ggml(recipe, self.importance)
 
     def recovered(self, recipe: str) -> Encoded:
-        """With importance, and a recovery LoRA added."""
+        """Convert with importance, and add a recovery LoRA."""
         file, lora = self.weighted(recipe), self.folder / f"{recipe}.safetensors"
         path, size = self.path(recipe, self.importance), LORA_SHARE * file.nbytes / GIB
         report = recover(path, self.checkpoint, lora, size, importance=self.importance, overwrite=True)
@@ -111,7 +119,7 @@ class Workshop:
         return Encoded(report.nbytes, {name: tensor.dequantize() for name, tensor in tensors.items()}, quantized)
 
     def _by_ggml(self, recipe: str, importance: Mapping[str, Tensor]) -> Encoded:
-        """By ggml's C library, in the very types of our file."""
+        """Quantize with ggml's C library, to the types of our file."""
         ours, library = self.plain(recipe), load_libggml()
         tensors, weights = open_gguf(self.path(recipe, None)).tensors, dict(ours.weights)
         for name in ours.quantized:
@@ -133,4 +141,4 @@ METHODS: dict[str, Callable[[Workshop, str], Encoded]] = {
     "importance + LoRA": Workshop.recovered,
     "calibrated": Workshop.calibrated,
 }
-"""The ways to make a file, by the name that the tables give them."""
+"""The methods to make a file, by their names in the tables."""

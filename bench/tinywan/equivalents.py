@@ -1,8 +1,8 @@
-"""Networks that are TinyWan with its channels in another order, for other roundings of the same function.
+"""TinyWan with its channels in another order: the same function, but rounded differently.
 
-What a file costs is one draw: with other columns in a block all errors fall out anew. Only many draws tell an encoder
-from its luck. Orders that change nothing else are those of the stream between the blocks, of the embedded text, of the
-units of an FFN, and of the values within a head.
+The error of a file is one random draw, because another order puts other weights into a quantization block. Only many
+draws show which encoder is better. Four orders leave the function unchanged: those of the residual stream, of the
+embedded text, of the hidden units of an FFN, and of the values within a head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _WIDTHS = {
     "values": SHAPE["dim"] // SHAPE["num_heads"],
 }
 
-# What writes a stream has it in its rows, what reads one in its last dimension.
+# A weight that writes a stream has it in its rows, one that reads it in its last dimension.
 _ROWS = {
     "stream": r"(patch_embedding|time_embedding\.2|time_projection\.1|.*\.o|.*\.ffn\.2|.*\.norm3)\.(weight|bias)",
     "text": r"text_embedding\.2\.(weight|bias)",
@@ -38,7 +38,7 @@ _COLUMNS = {
 
 
 def reordered(weights: Weights, seed: int) -> Weights:
-    """Weights of the same function, but for float rounding, in an order for each seed; 0 leaves them as they are."""
+    """Return weights of the same function, up to float rounding, in the order of a seed; seed 0 changes nothing."""
     if not seed:
         return weights
     generator = torch.Generator().manual_seed(seed)
@@ -55,6 +55,6 @@ def _reordered(name: str, tensor: Tensor, orders: dict[str, Tensor]) -> Tensor:
 
 
 def _along(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
-    """In this order along a dimension, again and again where it is longer: one for every head or modulation."""
+    """Reorder a dimension, repeating the order for every head or modulation where the dimension is longer."""
     starts = torch.arange(0, tensor.shape[dim], len(order))
     return tensor.index_select(dim, (starts[:, None] + order).flatten())

@@ -1,4 +1,4 @@
-"""TinyWan is the host's own Wan class, built so that it can train."""
+"""TinyWan as a model: ComfyUI's own Wan class, built so that it can be trained."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _RMSNorm(torch.nn.RMSNorm):
-    """The weight in the input's dtype: autocast leaves it, and the mixture is slow."""
+    """RMS norm that casts its weight to the input's dtype, as autocast does not and mixed dtypes are slow."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 def build(seed: int = 0, *, training: bool = False) -> torch.nn.Module:
-    """New float32 weights in the host's class."""
-    # The host's kernel for rotary embeddings has no backward; it has a slower one for training.
+    """Return a newly initialized float32 model of ComfyUI's class."""
+    # ComfyUI's kernel for rotary embeddings has no backward pass; it has a slower one for training.
     comfy.model_management.in_training |= training
     torch.manual_seed(seed)
     operations = SimpleNamespace(
@@ -39,7 +39,7 @@ def build(seed: int = 0, *, training: bool = False) -> torch.nn.Module:
 
 
 def _initialise(model: torch.nn.Module) -> None:
-    """Xavier's initialisation, as in Wan's own code, except that words keep their size through their embedding.
+    """Initialize as Wan's own code does, by Xavier, except that the embedding keeps the scale of words.
 
     Source: `init_weights`, https://github.com/Wan-Video/Wan2.1/blob/main/wan/modules/model.py
     """
@@ -55,11 +55,11 @@ def _initialise(model: torch.nn.Module) -> None:
 
 
 def _look_to_neighbouring_frames(attention: torch.nn.Module) -> None:
-    """Start the first head out at the same place a frame before, the second a frame after.
+    """Make the first head attend to the same place one frame before, and the second to one frame after.
 
-    Which place of which frame matters for a direction cannot be told from one that looks both ways, or nowhere: the
-    gradient is zero there. Rotary embeddings turn pairs of channels of q and k by place times frequency, so that a
-    constant q that is ahead by the angle of one frame scores best with the k of the next.
+    A head that attends to both frames equally, or to nothing, has a zero gradient toward either. Rotary embeddings
+    rotate pairs of channels of q and k by position times frequency. So a constant q that is ahead by the angle of one
+    frame scores best with the k of the next frame.
     """
     widths = [attention.head_dim - 4 * (attention.head_dim // 6)] + 2 * [2 * (attention.head_dim // 6)]
     frequencies = torch.cat([10000 ** -(torch.arange(0, width, 2) / width) for width in widths])
@@ -72,7 +72,7 @@ def _look_to_neighbouring_frames(attention: torch.nn.Module) -> None:
 
 
 def velocity(model: torch.nn.Module, arithmetic: torch.dtype = torch.float32) -> Model:
-    """The model on its device as a function; `arithmetic` is float32 or bfloat16, which is faster."""
+    """Return the model as a function; `arithmetic` is float32, or bfloat16, which is faster."""
     device = next(model.parameters()).device
 
     def call(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:

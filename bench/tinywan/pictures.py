@@ -1,4 +1,4 @@
-"""Draws what was measured on TinyWan. Needs matplotlib."""
+"""Pictures of the measurements on TinyWan; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 
-# Okabe and Ito's palette, told apart with any colour vision; ggml's lines are dashed.
+# Okabe and Ito's palette, which any color vision can distinguish; ggml's lines are dashed.
 _STYLES = {
     "ggml": ("#999999", "--", "ggml's encoders"),
     "ggml + importance": ("#56b4e9", "--", "ggml's encoders, importance matrix"),
@@ -24,7 +24,7 @@ _STYLES = {
 
 
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
-    """Error by size, a line a method."""
+    """Draw the error by size, one line per method."""
     figure = _figure(9, 5)
     axis = figure.add_subplot()
     for method, (colour, dash, label) in _STYLES.items():
@@ -50,18 +50,18 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    # Figure, not pyplot, which keeps every figure and picks a window system; imported late, for it takes a while.
+    # pyplot would keep every figure and choose a window system. The import is slow.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
 
 
 def draw_sensitivity(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
-    """A row a layer, a column a step: what quantizing that layer alone costs that step."""
+    """Draw the error of each step (column) when one layer alone (row) is quantized."""
     figure = _figure(7, 0.19 * len(rows) + 1.2)
     axis = figure.add_subplot()
     roles = sorted(rows, key=lambda row: row["name"].split(".", 2)[2])
-    # Reversed, so that what costs most is brightest.
+    # Reversed, so that the largest error is the brightest.
     image = axis.imshow([row["velocity_sqnr"] for row in roles], cmap="viridis_r", aspect="auto")
     names = [row["name"].removesuffix(".weight").removeprefix("blocks.") for row in roles]
     axis.set_yticks(range(len(names)), names, fontsize=8)
@@ -75,7 +75,11 @@ def draw_sensitivity(rows: Sequence[Row], levels: Sequence[float], path: Path) -
 
 
 def draw_clips(clips: Tensor, captions: Sequence[object], path: Path) -> None:
-    """Clips (n, 3, frames, height, width) in 0..1, two a row, frames side by side under the caption."""
+    """Draw clips, two per row, with their frames side by side below the caption.
+
+    Args:
+        clips: float32, (n, 3, frames, height, width) in 0..1.
+    """
     figure = _figure(10, 0.65 * len(clips))
     axes = figure.subplots(len(clips) // 2, 2).flat
     for axis, clip, caption in zip(axes, clips, captions, strict=True):

@@ -1,4 +1,4 @@
-"""What TinyWan draws unquantized, and how far other weights lead from it on the same seeds."""
+"""The clips of unquantized TinyWan, and the errors of other weights on the same seeds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from wanquant.testing.hosts import ROOT
 CHECKPOINT = ROOT / "bench" / "tinywan" / "tinywan.safetensors"
 STEPS = 8
 SEED, CALIBRATION_SEED = 2, 3
-# How far apart the seeds of two draws are, so that none is one that calibrates or tunes.
+# Distance between the seeds of two draws, so that none equals the seed of a calibration.
 _SEEDS = 100
-# Between captions. They are ordered by their words; with a multiple of 3 between them, few motions would be seen.
+# Distance between chosen captions. They are sorted by word, so that a multiple of 3 would miss some motions.
 _STRIDE = 7
-# Clips whose steps are compared one by one; they have 300 thousand values a step.
+# Clips whose steps are compared one by one; they have 300 thousand values per step.
 _STEP_CLIPS = 4
 
 Weights = Mapping[str, Tensor]
@@ -36,7 +36,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean, mostly over clips, and their standard deviation, in dB; it is NaN of a single value."""
+    """A mean and a standard deviation in dB; the deviation of a single value is NaN."""
 
     mean: float
     deviation: float
@@ -51,7 +51,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Gain:
-    """By how many dB files are closer than their peers: a mean, and its standard error."""
+    """The dB by which files are closer than their peers: a mean, and its standard error."""
 
     mean: float
     error: float
@@ -67,27 +67,31 @@ class Gain:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of clips against the unquantized model's, on the same seeds."""
+    """Errors against the unquantized model on the same seeds.
+
+    Attributes:
+        velocity_sqnr: in dB, by step, each from the unquantized model's latent.
+        latent_psnr: in dB, by clip.
+        motion_psnr: in dB, by clip, of the differences between neighboring frames, which show flicker.
+        colour: the share of clips with the color of the caption.
+        motion: the share of clips with the motion of the caption.
+    """
 
     velocity_sqnr: tuple[float, ...]
-    """dB, of every step, on the unquantized model's way."""
     latent_psnr: tuple[float, ...]
-    """dB, of every clip."""
     motion_psnr: tuple[float, ...]
-    """Of the differences between neighbouring frames: what flickers counts here."""
     colour: float
     motion: float
-    """Shares of the clips with the colour, and with the motion, of the caption."""
 
     @property
     def means(self) -> dict[str, float]:
-        """What files are compared by, in dB."""
+        """Return the values in dB that files are compared by."""
         clips = {"latent": fmean(self.latent_psnr), "motion": fmean(self.motion_psnr)}
         return {"velocity": fmean(self.velocity_sqnr), **clips}
 
 
 def gains(files: Sequence[Errors], peers: Sequence[Errors]) -> dict[str, Gain]:
-    """Of each of the `means`, files being compared one by one."""
+    """Return the gain in each of the `means`, comparing file by file."""
     pairs = [(file.means, peer.means) for file, peer in zip(files, peers, strict=True)]
     return {key: Gain.of([ours[key] - theirs[key] for ours, theirs in pairs]) for key in pairs[0][0]}
 
@@ -101,7 +105,7 @@ class _Products(Collector):
 
 @dataclass(frozen=True)
 class Reference:
-    """The unquantized model's clips, and on the way to them what it was given and what it gave, step by step."""
+    """The clips of the unquantized model, and its inputs and outputs in every step."""
 
     captions: tuple[Caption, ...]
     seed: int
@@ -110,7 +114,7 @@ class Reference:
 
     @classmethod
     def sample(cls, clips: int, draw: int = 0) -> Reference:
-        """So many clips, of another seed and of the next captions in each draw."""
+        """Sample clips; each draw has its own seed and the next captions."""
         captions = tuple(HELD_OUT[(draw * clips + index) % len(HELD_OUT)] for index in range(clips))
         seed = SEED + _SEEDS * draw
         model, calls = load_model(load_weights()), []
@@ -138,7 +142,7 @@ class Reference:
         return generate(model, self.captions, seed=self.seed, steps=STEPS, batch=len(self.captions))
 
     def products(self, weights: Weights) -> Importance:
-        """Means of x x^T, of all inputs x of every Linear on the way to these clips, with these weights."""
+        """Return the means of x x^T over the inputs x of every Linear in sampling these clips: (columns, columns)."""
         return collect(weights, self.captions, _Products(), seed=self.seed)
 
     @torch.no_grad()
@@ -152,7 +156,7 @@ def origin() -> dict[str, str]:
 
 
 def load_weights() -> dict[str, Tensor]:
-    """TinyWan's, float32."""
+    """Return TinyWan's weights in float32."""
     return {name: tensor.float() for name, tensor in load_file(CHECKPOINT).items()}
 
 
@@ -161,12 +165,17 @@ def load_model(weights: Weights) -> Model:
 
 
 def sqnr(reference: Tensor, values: Tensor) -> float:
-    """In dB."""
+    """Return the SQNR in dB of float tensors of equal shape."""
     return 10 * math.log10((reference.square().sum() / (values - reference).square().sum()).item())
 
 
 def psnr(reference: Tensor, clips: Tensor) -> Tensor:
-    """(clips,) in dB; the peak is the range of the reference."""
+    """Return the PSNR of every clip in dB: (clips,); the signal is the range of the reference.
+
+    Args:
+        reference: float32, (clips, channels, frames, height, width).
+        clips: of the same shape.
+    """
     peak = reference.max() - reference.min()
     return 10 * torch.log10(peak**2 / (clips - reference).square().mean((1, 2, 3, 4)))
 
@@ -179,7 +188,7 @@ def collect(
     seed: int = CALIBRATION_SEED,
     wanted: Callable[[float], bool] = lambda level: True,
 ) -> Importance:
-    """What the collector makes of sampling; `wanted` chooses the steps by their noise level."""
+    """Sample one clip per caption, and return what the collector collected; `wanted` selects steps by noise level."""
     model, counted = load_module(weights), True
 
     def add(name: str, _: torch.nn.Module, inputs: tuple[Tensor]) -> None:
@@ -202,7 +211,7 @@ def collect(
 
 
 def prompts(count: int, start: int = 0) -> list[Caption]:
-    """Captions that TinyWan learned, none of which is measured."""
+    """Return captions of the training set; measurements use none of these."""
     return [TRAINING[(start + index * _STRIDE) % len(TRAINING)] for index in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""Whether a clip shows what its caption says: colour and motion, by plain statistics of its pictures."""
+"""Scores of clips: whether color and motion are those of the caption, by simple statistics of the pictures."""
 
 from __future__ import annotations
 
@@ -28,14 +28,22 @@ _TRAVEL = 4.0
 
 
 def right(latents: Tensor, captions: Sequence[Caption]) -> Tensor:
-    """Bools (clips, 2): whether the colour and the motion are those of the caption; `latents` in model space."""
+    """Return whether color and motion are those of the caption: bool, (clips, 2).
+
+    Args:
+        latents: float32, (clips, CHANNELS, FRAMES, SIZE, SIZE), in model space.
+    """
     seen = [detect(clip) or ("none", "none") for clip in to_pictures(latents)]
     pairs = zip(seen, captions, strict=True)
     return torch.tensor([(colour == caption.colour, motion == caption.motion) for (colour, motion), caption in pairs])
 
 
 def detect(clip: Tensor) -> tuple[str, str] | None:
-    """Colour and motion of the one coloured thing in a clip (3, frames, height, width); None if a frame has none."""
+    """Return color and motion of the one colored thing in a clip, or None if a frame has none.
+
+    Args:
+        clip: float32, (3, FRAMES, SIZE, SIZE) in 0..1.
+    """
     chroma = (clip.amax(0) - clip.amin(0) - _CHROMA).clamp(min=0)
     mass = chroma.sum((1, 2))
     if mass.min() < 1:
@@ -52,7 +60,7 @@ def _angle(difference: float) -> float:
 
 
 def _motion(x: list[float], y: list[float]) -> str:
-    """The direction of the way from the first frame to the last; "none" if that is short."""
+    """Return the direction of the way from the first frame to the last, or "none" if it is short."""
     dx, dy = x[-1] - x[0], y[-1] - y[0]
     ways = {name: right * dx + down * dy for name, (right, down) in MOTIONS.items()}
     motion = max(ways, key=lambda name: ways[name])
@@ -61,7 +69,11 @@ def _motion(x: list[float], y: list[float]) -> str:
 
 @torch.no_grad()
 def generate(model: Model, captions: Sequence[Caption], *, seed: int, steps: int = 8, batch: int = 16) -> Tensor:
-    """Clips in model space by Euler's method on Wan's schedule; the noise of a clip depends on the seed alone."""
+    """Sample clips by Euler's method on Wan's schedule; the noise depends only on the seed.
+
+    Returns:
+        float32, (captions, CHANNELS, FRAMES, SIZE, SIZE), in model space.
+    """
     levels = noise_level(torch.linspace(1, 0, steps + 1)).tolist()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), CHANNELS, FRAMES, SIZE, SIZE, generator=generator)
