@@ -1,4 +1,4 @@
-"""Graphs as one node: the canvas's subgraph blueprints, found in the node library.
+"""Graphs as one node: subgraph blueprints, which the canvas lists in its node library.
 
 Source: the blueprints of ComfyUI 0.30.0 (blueprints/*.json); SerialisableGraph in the ComfyUI frontend's litegraph.
 """
@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 from .canvas import Columns, Json, Schemas, workflow
 
-INPUT, OUTPUT = -10, -20  # what the ends of a subgraph are called
+INPUT, OUTPUT = -10, -20  # the node ids of the two ends of a subgraph
 
 
 class Input(NamedTuple):
-    """A socket or widget of the whole: its name outside, and the (node id, input) pairs that it sets."""
+    """A socket or widget of the blueprint: its outer name, and the (node id, input) pairs that it sets."""
 
     name: str
     targets: Sequence[tuple[str, str]]
 
 
 class Output(NamedTuple):
-    """A result of the whole: its name outside, and the node and slot that it comes from."""
+    """An output of the blueprint: its outer name, and the node and slot that it comes from."""
 
     name: str
     node: str
@@ -35,13 +35,13 @@ _LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 def blueprint(
     name: str, description: str, columns: Columns, inputs: Sequence[Input], outputs: Sequence[Output], schemas: Schemas
 ) -> Json:
-    """The file of one blueprint; the same graph always gives the same file."""
+    """Return the file of one blueprint; the same graph always gives the same file."""
     inner = workflow(name, columns, schemas)
     keys = [key for column in columns for box in column for key in box.nodes]
     nodes = dict(zip(keys, inner["nodes"], strict=True))
     links = [dict(zip(_LINK, link, strict=True)) for link in inner["links"]]
     sockets = [[_Socket.of(nodes[key], socket, schemas) for key, socket in port.targets] for port in inputs]
-    # Links are numbered as they are made: the inputs' first.
+    # Links are numbered in the order of their creation: those of the inputs come first.
     ports = [
         _port(name, "input", port.name, [socket.link(slot, links) for socket in entries])
         for slot, (port, entries) in enumerate(zip(inputs, sockets, strict=True))
@@ -74,14 +74,14 @@ def blueprint(
 
 
 class _Socket(NamedTuple):
-    """An input of an inner node that an input of the whole sets."""
+    """An input of an inner node that an input of the blueprint sets."""
 
     node: Json
     entry: Json
 
     @classmethod
     def of(cls, node: Json, name: str, schemas: Schemas) -> _Socket:
-        """Its entry is made if it is a widget without one so far."""
+        """Return a socket, and make its entry if it is a widget without one."""
         for entry in node["inputs"]:
             if entry["name"] == name:
                 return cls(node, entry)
@@ -92,7 +92,7 @@ class _Socket(NamedTuple):
         return cls(node, node["inputs"][-1])
 
     def link(self, slot: int, links: list[Json]) -> Json:
-        """From the whole's input `slot`."""
+        """Add the link from the blueprint's input `slot`."""
         position = self.node["inputs"].index(self.entry)
         made = _link(links, INPUT, slot, self.node["id"], position, self.entry["type"])
         self.entry["link"] = made["id"]
@@ -100,7 +100,7 @@ class _Socket(NamedTuple):
 
 
 def _result(node: Json, origin_slot: int, slot: int, links: list[Json]) -> Json:
-    """The link from an inner node to the whole's output `slot`."""
+    """Add the link from an inner node to the blueprint's output `slot`."""
     source = node["outputs"][origin_slot]
     made = _link(links, node["id"], origin_slot, OUTPUT, slot, source["type"])
     source["links"].append(made["id"])
@@ -108,7 +108,7 @@ def _result(node: Json, origin_slot: int, slot: int, links: list[Json]) -> Json:
 
 
 def _link(links: list[Json], *ends: int | str) -> Json:
-    """One more link, numbered from 1: `ends` are all fields but its id."""
+    """Add a link, numbered from 1; `ends` are all fields but its id."""
     links.append(dict(zip(_LINK, (len(links) + 1, *ends), strict=True)))
     return links[-1]
 
@@ -119,7 +119,7 @@ def _port(whole: str, end: str, name: str, links: Sequence[Json]) -> Json:
 
 
 def _ends(nodes: Sequence[Json], inputs: int, outputs: int) -> Json:
-    """The columns of sockets left and right of the nodes."""
+    """Return the columns of sockets left and right of the nodes."""
     right = max(node["pos"][0] + node["size"][0] for node in nodes)
     return {
         "inputNode": {"id": INPUT, "bounding": [-220, 0, 160, 40 + 20 * inputs]},
@@ -128,9 +128,9 @@ def _ends(nodes: Sequence[Json], inputs: int, outputs: int) -> Json:
 
 
 def _whole(subgraph: Json, sockets: Sequence[_Socket]) -> Json:
-    """The one node that stands for the subgraph, whose inputs set these inner ones, if not more.
+    """Return the node that represents the subgraph; `sockets` are the first inner input of each of its inputs.
 
-    Inputs that lead to a widget show it: no property lists them, as the canvas wanted it until 2026.
+    An input that sets a widget shows it. Canvases until 2026 wanted these listed in a property.
     """
     ports = list(zip(subgraph["inputs"], sockets, strict=True))
     return {

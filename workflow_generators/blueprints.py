@@ -10,7 +10,7 @@ from .wan22 import expert_samplers
 
 
 def blueprints(schemas: Schemas) -> dict[str, Json]:
-    """File name in subgraphs/ -> its content."""
+    """Return the content of every file in subgraphs/, by its name."""
     made = {"Wan 2.2 expert pair (GGUF)": _pair, "Wan 14B in 3.5 GB": _low_vram}
     return {name: make(name, schemas) for name, make in made.items()}
 

@@ -1,4 +1,4 @@
-"""Graphs written as nodes in titled boxes -> the canvas's own file format, laid out in columns.
+"""The canvas's own file format, made from graphs that are written as nodes in titled boxes, in columns.
 
 Source: the workflow JSON schema 0.4 of the ComfyUI frontend, https://docs.comfy.org/specs/workflow_json_0.4.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Schemas = dict[str, Any]
-"""What the server says under /object_info: class -> inputs, outputs."""
+"""The server's answer to /object_info: class -> inputs, outputs."""
 Json = dict[str, Any]
 
 _SOCKET, _WIDGET, _TITLE = 20, 24, 30  # heights of one row, in the canvas's units
@@ -19,7 +19,7 @@ _GAP, _MARGIN, _BOX_TITLE = 20, 15, 45
 _WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 # Nodes that show text or pictures need more room than their rows.
 _SIZES = {
-    "CLIPLoaderGGUF": (330, 120),  # as high as what replaces it
+    "CLIPLoaderGGUF": (330, 120),  # as high as the node that replaces it
     "CLIPTextEncode": (420, 170),
     "LoadImage": (310, 330),
     "SaveImage": (480, 500),
@@ -36,7 +36,7 @@ _BOX_COLOR, _NOTE_COLORS = "#3f789e", {"color": "#432", "bgcolor": "#000"}
 
 
 class Model(NamedTuple):
-    """A file that the host can download by itself; `directory` is a folder below models."""
+    """A file that ComfyUI can download; `directory` is a folder below models."""
 
     name: str
     url: str
@@ -44,7 +44,7 @@ class Model(NamedTuple):
 
 
 class Widget(NamedTuple):
-    """A value that is set on the node itself."""
+    """An input whose value is set on the node itself."""
 
     name: str
     default: Any
@@ -53,9 +53,9 @@ class Widget(NamedTuple):
 
 @dataclass(frozen=True)
 class Node:
-    """One node as the API takes it: an input that is a list [id, slot] is a link, any other a widget's value.
+    """A node in API format: an input that is a list [id, slot] is a link, any other the value of a widget.
 
-    A widget that is not named has the host's default.
+    Widgets that are not named get ComfyUI's default.
     """
 
     class_type: str
@@ -66,28 +66,28 @@ class Node:
 
 
 class Box(NamedTuple):
-    """A titled group of nodes below each other: id -> node. Without a title no frame is drawn."""
+    """A group of nodes from top to bottom, by id; without a title no frame is drawn."""
 
     title: str
     nodes: dict[str, Node]
 
 
 Columns = Sequence[Sequence[Box]]
-"""Boxes below each other, in columns from left to right."""
+"""Columns from left to right, each of boxes from top to bottom."""
 
 
 def node(class_type: str, /, *, title: str = "", models: Sequence[Model] = (), **inputs: Any) -> Node:
-    """One node; see `Node`."""
+    """Return a node; see `Node`."""
     return Node(class_type, inputs, title, tuple(models))
 
 
 def note(text: str) -> Box:
-    """A sheet of Markdown."""
+    """Return a note in Markdown."""
     return Box("", {"note": Node("MarkdownNote", {"": text}, "Read me", color=_NOTE_COLORS)})
 
 
 def workflow(name: str, columns: Columns, schemas: Schemas) -> Json:
-    """The file that the canvas opens; the same graph always gives the same file."""
+    """Return the file that the canvas opens; the same graph always gives the same file."""
     places, groups = _layout(columns, schemas)
     ids = {item: index for index, item in enumerate(places, start=1)}
     nodes, links = [], []
@@ -122,7 +122,7 @@ def _nodes(columns: Columns) -> Iterator[tuple[str, Node]]:
 
 
 def _inputs(class_type: str, schemas: Schemas) -> Iterator[tuple[str, str, Json, bool]]:
-    """(name, type, options, optional) of every input in the host's order."""
+    """Yield (name, type, options, optional) of every input in ComfyUI's order."""
     declared = schemas.get(class_type, {"input": {}})["input"]
     for section in ("required", "optional"):
         for name, (kind, *options) in declared.get(section, {}).items():
@@ -130,9 +130,9 @@ def _inputs(class_type: str, schemas: Schemas) -> Iterator[tuple[str, str, Json,
 
 
 def _sockets(item: Node, schemas: Schemas) -> list[Json]:
-    """The inputs that are links: the required ones, and what else the graph links.
+    """Return the sockets: the required ones, and the optional ones that the graph links.
 
-    Others are left to the host, so that a node may get more of them without a change of the file.
+    The others are left to ComfyUI, so that a node may get more of them without a change of the file.
     """
     found = []
     for name, kind, options, optional in _inputs(item.class_type, schemas):
@@ -148,12 +148,12 @@ def _is_widget(kind: str, options: Json) -> bool:
 
 
 def widgets(class_type: str, schemas: Schemas) -> list[Widget]:
-    """Those of a node, in the order in which a file keeps their values."""
+    """Return the widgets of a node, in the order in which a file keeps their values."""
     found: list[Widget] = []
     for name, kind, options, optional in _inputs(class_type, schemas):
         if _is_widget(kind, options):
             found.append(Widget(name, options.get("default"), optional))
-            # The canvas adds two of its own, which are not inputs.
+            # The canvas adds two widgets of its own, which are not inputs.
             if options.get("control_after_generate"):
                 found.append(Widget("control_after_generate", "randomize", optional))
             if options.get("image_upload"):
@@ -162,7 +162,7 @@ def widgets(class_type: str, schemas: Schemas) -> list[Widget]:
 
 
 def _widget_values(item: Node, schemas: Schemas) -> list[Any]:
-    """Values by position; optional ones at the end that the graph does not set are left to the host."""
+    """Return the values by position, without optional ones at the end that the graph does not set."""
     if item.class_type not in schemas:
         return list(item.inputs.values())
     named = widgets(item.class_type, schemas)
@@ -199,7 +199,7 @@ def _node(number: int, order: int, item: Node, place: list[int], sockets: list[J
 
 
 def _size(item: Node, schemas: Schemas) -> tuple[int, int]:
-    """Width and height without the title bar, as the canvas would compute them, or more."""
+    """Return width and height without the title bar, at least as the canvas would compute them."""
     if item.class_type == "MarkdownNote":
         lines = item.inputs[""].splitlines()
         return 480, 60 + 18 * sum(1 + len(line) // 80 for line in lines)
@@ -212,7 +212,7 @@ def _size(item: Node, schemas: Schemas) -> tuple[int, int]:
 
 
 def _layout(columns: Columns, schemas: Schemas) -> tuple[dict[str, list[int]], list[Json]]:
-    """Place every node ([x, y, width, height]) and draw the frames."""
+    """Return the place [x, y, width, height] of every node, and the frames."""
     places: dict[str, list[int]] = {}
     groups: list[Json] = []
     x = 0

@@ -7,7 +7,7 @@ from .canvas import Columns
 
 
 def templates() -> dict[str, Columns]:
-    """File name in workflows/ -> its graph."""
+    """Return the graph of every file in workflows/, by its name."""
     return {
         "convert_any_wan": tools.convert_any(),
         "wan2.1_t2v_1.3B": wan21.t2v_small(),

@@ -1,7 +1,7 @@
-"""Where the model files come from.
+"""The model files of the templates, with their addresses.
 
-The .safetensors files are those of the host's own templates (comfyui-workflow-templates 0.11.27), so the host offers to
-download them. It does not do so for .gguf files: notes say where they are published.
+The .safetensors files are those of ComfyUI's own templates (comfyui-workflow-templates 0.11.27), so ComfyUI offers to
+download them. It does not do so for .gguf files, so notes give their addresses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the graphs share: prompts, loaders, samplers and the way to a video file."""
+"""Parts that the graphs share: prompts, loaders, samplers and the nodes that write a video file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTED = {"positive": ["positive", 0], "negative": ["negative", 0]}
 
 
 def read_me(title: str, text: str, *files: Model) -> Box:
-    """A note that lists every file with its folder and address."""
+    """Return a note that lists every file with its folder and address."""
     rows = "\n".join(f"- [{file.name}]({file.url}) → `models/{file.directory}`" for file in files)
     gguf = any(file.name.endswith(".gguf") for file in files)
     advice = "\n\nComfyUI offers to download `.safetensors` files; download `.gguf` files by hand, then press **R**."
@@ -61,7 +61,10 @@ def sampler(steps: int, cfg: float, seed: int, **inputs: Any) -> Node:
 
 
 def tiled_decode(**inputs: Any) -> Node:
-    """In tiles that node `budget` chose. The VAE decodes frame by frame, so that tiles in time would save nothing."""
+    """Return a decoder with the tiles that node `budget` chose.
+
+    The VAE decodes frame by frame, so tiles in time would save nothing.
+    """
     tiles = {"tile_size": ["budget", 2], "overlap": ["budget", 3]}
     return node("VAEDecodeTiled", samples=["sampler", 0], **tiles, temporal_size=4096, **inputs)
 

@@ -1,11 +1,11 @@
-"""Graphs about the files themselves: conversion, its cost, and the way from ComfyUI-GGUF."""
+"""Graphs about the files themselves: conversion, its quality, and migration from ComfyUI-GGUF."""
 
 from __future__ import annotations
 
 from . import models, parts
 from .canvas import Box, Columns, Schemas, node
 
-# What the migration starts from, as city96/ComfyUI-GGUF nodes.py @ 795e451 declares it.
+# The nodes that the migration replaces, as declared in city96/ComfyUI-GGUF nodes.py @ 795e451.
 COMFYUI_GGUF: Schemas = {
     "UnetLoaderGGUF": {
         "input": {"required": {"unet_name": ["COMBO"]}},

@@ -1,4 +1,4 @@
-"""Wan 2.1: settings are the authors' own, from the README of Wan2.1."""
+"""Graphs of Wan 2.1, with the authors' settings from the README of Wan2.1."""
 
 from __future__ import annotations
 

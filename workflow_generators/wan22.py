@@ -1,4 +1,4 @@
-"""Wan 2.2: settings are the authors' own, from the README of Wan2.2."""
+"""Graphs of Wan 2.2, with the authors' settings from the README of Wan2.2."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from .canvas import Box, Columns, Model, Node, node
 
 
 def expert_samplers(steps: int, switch: int, cfg: float, **inputs: Any) -> Box:
-    """The high-noise expert does the first steps, the low-noise expert goes on from its latent.
+    """Return a sampler for the high-noise expert, and one for the low-noise expert that continues from its latent.
 
     Args:
-        inputs: links that the first sampler takes beside its model; the second takes all but the latent.
+        inputs: links of the first sampler besides its model; the second gets all of them but the latent.
     """
     shared = {"steps": steps, "cfg": cfg, "sampler_name": "euler", "scheduler": "simple"}
     high = node(
