@@ -1,4 +1,4 @@
-"""Development commands: setup | demo | test | bench | serve, explained by `dev.py -h`. Standard library only."""
+"""Development commands: setup | demo | test | bench | serve; `dev.py -h` explains them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from testing.installation import setup
 
 
 def _test(host: Host, pytest_arguments: list[str]) -> int:
-    """Lint, types and all tests; with arguments for pytest, or on another host, pytest alone."""
+    """Run lint, types and all tests; with arguments for pytest, or on another host, only pytest."""
     modules = ["pytest", "ruff", "mypy", "websocket", "playwright"]
     host.require(modules, f"pip install {' '.join(tools())}")
     if not pytest_arguments and host.version == DEFAULT_HOST:
@@ -21,7 +21,7 @@ def _test(host: Host, pytest_arguments: list[str]) -> int:
         if any(host.run("-m", "ruff", *step) for step in lint) or _check_types(host):
             return 1
     elif not pytest_arguments:
-        pytest_arguments = ["tests/ops", "tests/nodes", "tests/host"]  # formats do not depend on the host
+        pytest_arguments = ["tests/ops", "tests/nodes", "tests/host"]  # the formats do not depend on ComfyUI
     return host.run("-m", "pytest", *pytest_arguments)
 
 
@@ -57,7 +57,7 @@ COMMANDS = {
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    """The options, and what is left for pytest or the benchmark."""
+    """Return the options, and the arguments that are left for pytest or the benchmark."""
     parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for name, text in COMMANDS.items():
@@ -89,10 +89,10 @@ def main() -> int:
 
 if __name__ == "__main__":
     try:
-        if sys.version_info < (3, 10):  # noqa: UP036 (told to whoever starts it with an older one)
-            raise DevError(f"needs Python 3.10 or newer, this is {sys.version.split()[0]}: try python3.11 dev.py ...")
+        if sys.version_info < (3, 10):  # noqa: UP036 - users may start it with an older one
+            raise DevError(f"needs Python 3.10 or newer, got {sys.version.split()[0]}: try python3.11 dev.py ...")
         sys.exit(main())
     except DevError as error:
         sys.exit(f"dev.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("dev.py: interrupted; run the same command again to go on")
+        sys.exit("dev.py: interrupted; run the same command again to continue")

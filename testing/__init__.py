@@ -1,1 +1,1 @@
-"""What the development commands, the tests and the benchmarks share."""
+"""Hosts, servers and tiny models that dev.py, the tests and the benchmarks share."""

@@ -1,4 +1,4 @@
-"""Runs the same seed with and without quantization in one server, and measures what quantization costs."""
+"""Comparison of the same seed with and without quantization, in one server."""
 
 from __future__ import annotations
 
@@ -23,12 +23,17 @@ from wanquant.testing.tiny_wan import write_tiny_wan
 DENSE = "dense"
 TINYWAN = ROOT / "bench" / "tinywan"
 Progress = Callable[[str, str, int, int], None]
-"""Called with the run's name, the node's id, its progress and its goal."""
+"""A function that takes the name of a run, the id of a node, its progress and its goal."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One sampling; `outputs` are the files of each output node, as /history lists them."""
+    """The result of one sampling.
+
+    Attributes:
+        latent: float32, (1, channels, frames, height, width).
+        outputs: the files of each output node, as /history lists them.
+    """
 
     name: str
     latent: Tensor
@@ -37,21 +42,21 @@ class Run:
     outputs: dict[str, list[Path]]
 
     def sqnr_db(self, reference: Run) -> float:
-        """Power of the reference latent over the power of the difference, in dB."""
+        """Return the power of the reference latent over the power of the difference, in dB."""
         noise = (self.latent - reference.latent).square().sum().item()
         return 10 * math.log10(reference.latent.square().sum().item() / noise) if noise else math.inf
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is sampled: pictures of `pixels` square by the checkpoint and the prompt that `prepare` puts in place."""
+    """A scene to sample, `pixels` high and wide; `prepare` puts its checkpoint and prompt in place."""
 
     prepare: Callable[[HostServer], None]
     pixels: int
 
 
 def _prepare_random(server: HostServer) -> None:
-    """A checkpoint (dim 256, 4 layers, fixed seed) and a conditioning of the true width."""
+    """Write a random checkpoint (dim 256, 4 layers, fixed seed) and a conditioning of the true width."""
     write_tiny_wan(server.models / "diffusion_models" / SOURCE, dim=256, ffn_dim=1024, layers=4, seed=0)
     generator = torch.Generator().manual_seed(0)
     # At unit scale the random cross-attention, which has no gate, would outweigh the latent.
@@ -60,7 +65,7 @@ def _prepare_random(server: HostServer) -> None:
 
 
 def _prepare_trained(server: HostServer) -> None:
-    """TinyWan, and the three words of a caption, each a file of its own."""
+    """Copy TinyWan, and join the three words of a caption, each of which is a file."""
     shutil.copy(TINYWAN / "tinywan.safetensors", server.models / "diffusion_models" / SOURCE)
     words = [
         load_conditioning(str(TINYWAN / "words" / f"{word}.safetensors"))[0][0] for word in ("red", "ball", "right")
@@ -88,7 +93,7 @@ def sample(server: HostServer, scene: Scene, recipe: str, progress: Progress | N
 
 @dataclass
 class _StepClock:
-    """Listens to the websocket: when each sampling step ended."""
+    """A listener to the websocket that notes when each sampling step ended."""
 
     run: str
     progress: Progress | None
@@ -109,6 +114,6 @@ class _StepClock:
 
 
 def _files(server: HostServer, output: dict[str, Any]) -> list[Path]:
-    """Output files of one node, whatever kind the host files them under."""
+    """Return the output files of one node, of whatever kind."""
     entries = [entry for kind in output.values() for entry in kind if isinstance(entry, dict) and "filename" in entry]
     return [server.output / entry["subfolder"] / entry["filename"] for entry in entries if entry["type"] == "output"]

@@ -1,4 +1,4 @@
-"""Prompt graphs in the host's API format: convert, load, sample, decode, save."""
+"""Prompt graphs in ComfyUI's API format: convert, load, sample, decode, save."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ STEPS = 8
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    """One node; an input that is a list [id, slot] is a link."""
+    """Return a node; an input that is a list [id, slot] is a link."""
     return {"class_type": class_type, "inputs": inputs}
 
 
 def dense_model() -> Graph:
-    """The unquantized checkpoint in the host's own loader; node `model` gives MODEL."""
+    """Return ComfyUI's own loader of the unquantized checkpoint; node `model` outputs MODEL."""
     return {"model": node("UNETLoader", unet_name=SOURCE, weight_dtype="default")}
 
 
 def conversion(recipe: str, **inputs: Any) -> Graph:
-    """Node `convert` alone."""
+    """Return the node `convert` alone."""
     defaults = {
         "source": SOURCE,
         "folder": "diffusion_models",
@@ -37,14 +37,14 @@ def conversion(recipe: str, **inputs: Any) -> Graph:
 
 
 def quantized_model(recipe: str) -> Graph:
-    """Conversion and a loader linked to its path; node `model` gives MODEL, node `report` shows the conversion."""
+    """Return a conversion and a loader of its result; node `model` outputs MODEL, node `report` saves the report."""
     loader = node("WanQuantLoader", model_name="", compute_dtype="default", path=["convert", 0])
     report = node("SaveImage", images=["convert", 1], filename_prefix=f"{recipe}-report")
     return {**conversion(recipe), "model": loader, "report": report}
 
 
 def video(model: Graph, name: str, size: int = 256) -> Graph:
-    """17 frames of `size` pixels square, fixed seed, cfg 1; `frames`, `video` and `latent` are saved as `name`."""
+    """Sample 17 square frames of `size` pixels with a fixed seed and cfg 1, and save all results as `name`."""
     sampler = node(
         "KSampler",
         model=["model", 0],

@@ -1,4 +1,4 @@
-"""Lets ComfyUI import where torchvision's wheel does not fit a CPU build of torch, or where torchaudio is missing."""
+"""Shims to import ComfyUI where torchvision does not match a CPU build of torch, or where torchaudio is missing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def install() -> None:
-    """Do what this machine needs; nothing where the real packages import."""
-    # Only a +cpu build can misfit. Elsewhere ComfyUI must be the first to import torch: it chooses the allocator.
+    """Install the shims that this machine needs; none where the real packages can be imported."""
+    # Only a +cpu build can mismatch. Elsewhere ComfyUI must import torch first, because it chooses the allocator.
     if version("torch").endswith("+cpu"):
-        _fit_torchvision()
+        _match_torchvision()
     if importlib.util.find_spec("torchaudio") is None:
         for name in ("torchaudio", "torchaudio.functional"):
             stub = types.ModuleType(name)
@@ -27,7 +27,7 @@ def install() -> None:
             sys.modules[name] = stub
 
 
-def _fit_torchvision() -> None:
+def _match_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except RuntimeError as error:

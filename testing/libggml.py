@@ -1,4 +1,4 @@
-"""libggml, llama.cpp's own C library (PyPI: libggml-python), as the oracle of the quantization tests."""
+"""libggml, llama.cpp's own C library (PyPI: libggml-python), as the reference of the quantization tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class _TypeTraits(ctypes.Structure):
-    """struct ggml_type_traits of ggml.h."""
+    """The struct ggml_type_traits of ggml.h."""
 
     _fields_ = [
         ("type_name", ctypes.c_char_p),
@@ -29,7 +29,7 @@ _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 
 
 class LibGGML:
-    """Quantization by ggml's C code. Types are named as in `gguf.GGMLQuantizationType`."""
+    """A binding to ggml's quantization; types are named as in `gguf.GGMLQuantizationType`."""
 
     def __init__(self, path: Path) -> None:
         self._lib = ctypes.CDLL(str(path))
@@ -44,12 +44,16 @@ class LibGGML:
         ]
 
     def sizes(self, name: str) -> tuple[int, int]:
-        """(block_size, type_size) as compiled into the library."""
+        """Return the block size in elements and in bytes, as compiled into the library."""
         traits = self._lib.ggml_get_type_traits(int(GGMLQuantizationType[name])).contents
         return traits.blck_size, traits.type_size
 
     def dequantize(self, name: str, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (..., n_bytes) -> float32 (..., n_weights)."""
+        """Dequantize `packed`: uint8, (..., bytes per row).
+
+        Returns:
+            float32, (..., elements per row).
+        """
         block_size, type_size = self.sizes(name)
         packed = np.ascontiguousarray(packed)
         out = np.full((*packed.shape[:-1], packed.shape[-1] // type_size * block_size), np.nan, np.float32)
@@ -63,18 +67,28 @@ class LibGGML:
     def quantize(
         self, name: str, weight: NDArray[np.float32], importance: NDArray[np.float32] | None = None
     ) -> NDArray[np.uint8]:
-        """float32 (..., n) -> uint8 (..., n_bytes); importance is float32 (n,), ggml's imatrix."""
+        """Quantize a weight.
+
+        Args:
+            weight: float32, (..., columns).
+            importance: ggml's imatrix, float32, (columns,).
+
+        Returns:
+            uint8, (..., bytes per row).
+        """
         block_size, type_size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
         weight = np.ascontiguousarray(weight, np.float32)
         columns = weight.shape[-1]
         if columns % block_size:
-            raise ValueError(f"{columns} columns are no multiple of {block_size}: libggml would abort the process")
+            raise ValueError(
+                f"{name}: {columns} columns, expected a multiple of {block_size}: libggml would abort the process"
+            )
         out = np.zeros((*weight.shape[:-1], columns // block_size * type_size), np.uint8)
         if importance is not None:
             importance = np.ascontiguousarray(importance, np.float32)
             if importance.shape != (columns,):
                 raise ValueError(
-                    f"importance {importance.shape}, expected {(columns,)}: libggml would read past its end"
+                    f"{name}: importance of shape {importance.shape}, expected {(columns,)}: libggml would read past it"
                 )
         written = self._lib.ggml_quantize_chunk(
             int(GGMLQuantizationType[name]),
@@ -91,7 +105,7 @@ class LibGGML:
 
 
 def load() -> LibGGML:
-    """The installed library. If it is absent the tests fail: without their oracle they would prove nothing."""
+    """Return the installed library; without it the tests fail, because it is their reference."""
     spec = importlib.util.find_spec("libggml")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("libggml-python is not installed: run `python3 dev.py setup`")

@@ -1,4 +1,4 @@
-"""A real ComfyUI server with the pack, driven over HTTP and websocket as a client would; for tests, demo and serve."""
+"""A real ComfyUI server with the pack, driven over HTTP and websocket, for tests, `demo` and `serve`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Graph = dict[str, dict[str, Any]]
 Event = dict[str, Any]
 """A websocket message: {"type", "data"}."""
 
-# By purpose, the newest flag first: a server gets the first that its ComfyUI knows, or none.
+# The flags of each purpose, newest first: a server gets the first that its ComfyUI knows, or none.
 FLAGS = (
     (["--listen", "127.0.0.1"],),
     (["--disable-auto-launch"],),
@@ -48,7 +48,7 @@ _TEXT_EVENT = (3).to_bytes(4, "big")  # the one binary message that is not a pre
 
 
 class GraphError(Exception):
-    """The server refused or failed a graph; `details` is its answer (node_errors, or the execution_error's data)."""
+    """A graph was refused or failed; `details` is the answer (node_errors, or the data of execution_error)."""
 
     def __init__(self, message: str, details: dict[str, Any]) -> None:
         super().__init__(f"{message}: {json.dumps(details, indent=1)[:4000]}")
@@ -56,7 +56,7 @@ class GraphError(Exception):
 
 
 def flags_of(comfyui: Path) -> list[str]:
-    """Those of `FLAGS` that this ComfyUI's parser takes."""
+    """Return the flags of `FLAGS` that a ComfyUI knows."""
     command = [sys.executable, "-I", "-c", _KNOWN_FLAGS, str(comfyui)]
     known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     usable = (next((flag for flag in alternatives if flag[0] in known), []) for alternatives in FLAGS)
@@ -64,14 +64,14 @@ def flags_of(comfyui: Path) -> list[str]:
 
 
 class HostServer:
-    """A server for the length of a `with` block, in its own base directory on a port of 127.0.0.1.
+    """A server that runs during a `with` block, in its own base directory and on a port of 127.0.0.1.
 
     Args:
-        base: holds models, input, output and custom_nodes; made if need be and kept.
-        folder: what the pack's folder below custom_nodes is called.
-        pack: the checkout that it leads to.
-        port: 0 takes a free one.
-        log: where the server's output goes; None leaves it on the terminal.
+        base: the folder of models, input, output and custom_nodes; made if it does not exist, and kept.
+        folder: the name of the pack's folder below custom_nodes.
+        pack: the checkout that this folder links to.
+        port: 0 chooses a free port.
+        log: the file for the server's output; None leaves it on the terminal.
         flags: further command line flags.
     """
 
@@ -104,7 +104,7 @@ class HostServer:
 
     def __enter__(self) -> HostServer:
         with self.log.open("w") if self.log else nullcontext() as output:
-            # Its own process group, so that __exit__ ends the server's children too.
+            # In its own process group, so that __exit__ also ends its children.
             self.process = subprocess.Popen(self._command, stdout=output, stderr=output, start_new_session=True)
         try:
             self._wait_until_ready()
@@ -132,19 +132,19 @@ class HostServer:
         raise RuntimeError(f"ComfyUI did not start:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 60) -> str:
-        """The end of the server's log, for messages about a failure."""
+        """Return the end of the server's log, for error messages."""
         return "\n".join(self.log.read_text().splitlines()[-lines:]) if self.log else "see the terminal"
 
     def get(self, path: str) -> Any:
-        """Parsed JSON of GET `path`."""
+        """Return the parsed JSON of GET `path`."""
         return json.loads(self.fetch(path))
 
     def post(self, path: str, content: dict[str, Any]) -> Any:
-        """Parsed JSON of POST `path`; None if the answer is empty."""
+        """Return the parsed JSON of POST `path`, or None if the answer is empty."""
         return json.loads(self.fetch(path, json.dumps(content).encode()) or b"null")
 
     def fetch(self, path: str, body: bytes | None = None, **query: str) -> bytes:
-        """Content of GET `path`, or of POST if there is a body."""
+        """Return the content of GET `path`, or of POST if there is a body."""
         request = urllib.request.Request(f"{self.url}{path}?{urlencode(query)}", body)
         request.add_header("Content-Type", "application/json")
         # A proxy configured for the internet must not see requests to this machine.
@@ -163,7 +163,7 @@ class HostServer:
         """Queue a graph and return its prompt id.
 
         Raises:
-            GraphError: refused by validation; `details` holds node_errors.
+            GraphError: the graph failed validation; `details` holds node_errors.
         """
         try:
             return str(self.post("/prompt", {"prompt": graph, "client_id": client})["prompt_id"])
@@ -173,17 +173,17 @@ class HostServer:
     def run(
         self, graph: Graph, on_event: Callable[[Event], None] | None = None, timeout: float = 600
     ) -> dict[str, dict[str, Any]]:
-        """Run a graph to its end, passing on every websocket message.
+        """Run a graph to its end, and pass every websocket message to `on_event`.
 
         Returns:
-            What /history says of each output node: node id -> {"images": [...], "text": [...], ...}.
+            The outputs of each node in /history: node id -> {"images": [...], "text": [...], ...}.
 
         Raises:
-            GraphError: refused, failed or interrupted.
+            GraphError: the graph was refused, failed or interrupted.
         """
         client = uuid.uuid4().hex
         url = f"ws://127.0.0.1:{self.port}/ws?clientId={client}"
-        # A socket of our own, as the library would ask a configured proxy for one.
+        # An own socket, because the library would use a configured proxy.
         direct = socket.create_connection(("127.0.0.1", self.port), timeout=10)
         with closing(websocket.create_connection(url, timeout=10, socket=direct)) as connection:
             prompt = self.submit(graph, client)
@@ -194,7 +194,7 @@ class HostServer:
                     on_event(event)
                 if kind in ("execution_error", "execution_interrupted") and data["prompt_id"] == prompt:
                     failure = GraphError(kind, data)
-                # Sent last, when the history is complete.
+                # This message comes last, when the history is complete.
                 if kind == "executing" and data["node"] is None and data.get("prompt_id") == prompt:
                     break
         if failure:
@@ -218,7 +218,7 @@ class HostServer:
                 length = int.from_bytes(message[4:8], "big")
                 node, text = message[8 : 8 + length].decode(), message[8 + length :].decode()
                 yield {"type": "progress_text", "data": {"node": node, "text": text}}
-        raise RuntimeError(f"ComfyUI ended, or said nothing final for {timeout:.0f} s:\n{self.log_tail()}")
+        raise RuntimeError(f"ComfyUI ended, or did not finish the graph within {timeout:.0f} s:\n{self.log_tail()}")
 
 
 def _free_port() -> int:

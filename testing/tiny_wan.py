@@ -28,9 +28,10 @@ def write_tiny_wan(
     prefix: str = "",
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes a Wan 2.1 checkpoint (`dim` a multiple of 128, the head size) and returns its path.
+    """Write a Wan 2.1 checkpoint and return its path.
 
     Args:
+        dim: a multiple of 128, the head size.
         variant: "t2v" or "i2v".
         metadata: the safetensors `__metadata__`.
     """
@@ -48,10 +49,10 @@ def write_random_checkpoint(
     metadata: Mapping[str, str] | None = None,
     draw: Callable[[str, tuple[int, ...], torch.Generator], Tensor] | None = None,
 ) -> Path:
-    """Writes tensors of these shapes one at a time, so that memory does not grow with the file.
+    """Write tensors one at a time, so that memory does not grow with the file, and return the path.
 
     Args:
-        draw: what makes the values, `random_tensor` if none is given.
+        draw: the function that draws the values (default: `random_tensor`).
     """
     header, _ = _header(shapes, dtype, metadata)
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +71,7 @@ def write_sparse_checkpoint(
     drawn: Container[str] = (),
     dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Writes random values for the tensors that are `drawn`, and zeros as holes, which take no disk, for the others."""
+    """Write random values for the tensors in `drawn`, and zeros that need no disk space for the others."""
     header, _ = _header(shapes, dtype, None)
     generator = torch.Generator().manual_seed(0)
     with open(path, "wb") as file:
@@ -88,7 +89,7 @@ def write_sparse_checkpoint(
 def _header(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str] | None
 ) -> tuple[bytes, int]:
-    """The beginning of a safetensors file, and how many bytes follow it."""
+    """Return the beginning of a safetensors file, and the number of bytes that follow it."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, shape in shapes.items():
@@ -100,7 +101,7 @@ def _header(
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Float32 values at the usual scale: 1/sqrt(fan-in) for weights, 1/sqrt(dim) for modulation, ones for norms."""
+    """Draw float32 values at the usual scale: 1/sqrt(fan-in) for weights, 1/sqrt(dim) for modulation, 1 for norms."""
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith(".weight") else 0.02 * torch.randn(shape, generator=generator)
     fan_in = math.prod(shape[1:]) if name.endswith(".weight") else shape[-1]

@@ -1,4 +1,7 @@
-"""Makes the pack importable as `wanquant` with the root off sys.path, where our `nodes` would shadow the host's."""
+"""Set-up of all tests: the pack is importable as `wanquant`.
+
+The root stays off sys.path, where our `nodes` would shadow ComfyUI's.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in one line what could not be tested here, and why."""
+    """Print what was skipped and why, in one line."""
     skipped = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")]
     if skipped:
         reasons = (f"{count} ({reason})" for reason, count in Counter(skipped).most_common())

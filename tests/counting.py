@@ -1,4 +1,4 @@
-"""Counting the work of a function, which takes as many calls on a busy machine as on an idle one."""
+"""Count of the calls of a function, a measure of its work that does not depend on the load of the machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Calls:
 
 @contextmanager
 def counted_calls() -> Iterator[Calls]:
-    """Counts the calls of functions in this thread, Python's and those of C."""
+    """Count the calls of Python and C functions in this thread."""
     calls = Calls()
 
     def count(_: object, event: str, __: object) -> None:

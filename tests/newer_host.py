@@ -1,7 +1,7 @@
-"""Gives ComfyUI 0.30 the calling conventions of newer releases, so that the pack meets them where no such tree is.
+"""Calling conventions of newer ComfyUI releases, added to ComfyUI 0.30 to test the pack with them.
 
-Written from described behaviour. Linears take what surrounds their product in one of three forms; in all of them
-attention takes containers and a preference of the checkpoint (from 0.38 on).
+They are written from descriptions of the behavior. Linears take the operations around their product in one of three
+forms. In all of them attention takes containers and a preference of the checkpoint (from 0.38 on).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 WAN = ("model", "model_animate", "model_wandancer")
-"""The host's modules below comfy.ldm.wan whose forwards call attention."""
+"""ComfyUI's modules below comfy.ldm.wan whose forwards call attention."""
 
 
 class Container:
-    """Holds a tensor until it is taken, once; it has no shape."""
+    """A container of a tensor that can be taken once; it has no shape."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor: Tensor | None = tensor
@@ -38,7 +38,7 @@ class Container:
 
 
 class ComfyAttention(torch.nn.Module):
-    """What an attention module prefers, as its checkpoint says: `function` is called in place of the host's."""
+    """The preference of an attention module in its checkpoint: `function` replaces ComfyUI's attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class ComfyAttention(torch.nn.Module):
 
 
 def install(form: str) -> None:
-    """Change the host's modules for good, before the pack is imported; `form` is a key of `FORMS`."""
+    """Change ComfyUI's modules permanently, before the pack is imported; `form` is a key of `FORMS`."""
     ops = importlib.import_module("comfy.ops")
     FORMS[form](ops)
     _prefer_and_contain()
@@ -79,7 +79,7 @@ def _joined(out: Tensor, residual: Tensor | None, residual_scale: Tensor | None)
 
 
 def _fold_by_function(ops: ModuleType) -> None:
-    """A function of the module, which calls a Linear only where it cannot fold: 0.31 to 0.40."""
+    """Add a function that calls a Linear only where it cannot fold, as in 0.31 to 0.40."""
     folded = getattr(ops, "linear_input_act", None)
 
     def linear_input_act(
@@ -100,7 +100,7 @@ def _fold_by_function(ops: ModuleType) -> None:
 
 
 def _fold_by_keywords(ops: ModuleType) -> None:
-    """`Linear.forward` hands all of it to `forward_comfy_cast_weights`, at every call: the main branch in October."""
+    """Make `Linear.forward` pass all keywords to `forward_comfy_cast_weights`, as the main branch did in October."""
     linear = ops.disable_weight_init.Linear
     cast, plain = linear.forward_comfy_cast_weights, torch.nn.Linear.forward
 
@@ -136,7 +136,7 @@ def _fold_by_keywords(ops: ModuleType) -> None:
 
 
 def _fold_in_forward(ops: ModuleType) -> None:
-    """`Linear.forward` takes the keywords and applies them itself: a branch of October."""
+    """Make `Linear.forward` take the keywords and apply them itself, as a branch did in October."""
     linear = ops.disable_weight_init.Linear
     plain = linear.forward
 
@@ -171,7 +171,7 @@ def _called_with_keywords(linear: type) -> Callable[..., Tensor]:
 
 
 def _fold_ffn(linear_input_act: Callable[..., Tensor]) -> None:
-    """Wan's FFN keeps its GELU, so that states have the same names, and folds it with the second product."""
+    """Fold the GELU of Wan's FFN into the second product, but keep its module, so that states have the same names."""
     block = importlib.import_module("comfy.ldm.wan.model").WanAttentionBlock
 
     class WanFeedForward(torch.nn.Sequential):
@@ -221,13 +221,13 @@ def _unwrapping(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _classes(module: ModuleType) -> Iterator[type]:
-    """Those whose own forward calls attention."""
+    """Yield the classes whose own forward calls attention."""
     own = (c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__)
     return (c for c in own if "forward" in vars(c) and "optimized_attention" in c.forward.__code__.co_names)
 
 
 class _Containing(ast.NodeTransformer):
-    """Puts q, k and v into containers where attention is called."""
+    """A transformer that puts q, k and v into containers where attention is called."""
 
     def __init__(self, prefers: bool) -> None:
         self._prefers = prefers
@@ -244,7 +244,7 @@ class _Containing(ast.NodeTransformer):
 
 
 def _containing(cls: type, module: ModuleType, *, prefers: bool) -> Callable[..., Any]:
-    """A class's own forward, as newer hosts write it."""
+    """Return the forward of a class, as newer releases write it."""
     tree = _Containing(prefers).visit(ast.parse(textwrap.dedent(inspect.getsource(cls.forward))))
     names: dict[str, Any] = {}
     exec(compile(ast.fix_missing_locations(tree), inspect.getfile(cls), "exec"), vars(module), names)  # noqa: S102

@@ -1,4 +1,4 @@
-"""The benchmark of decoding: what it counts, and that it runs."""
+"""The benchmark of dequantization counts correctly and runs."""
 
 from __future__ import annotations
 

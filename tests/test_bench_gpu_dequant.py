@@ -1,4 +1,4 @@
-"""The GPU benchmark's own correctness check, in Triton's interpreter, and what it says without a GPU."""
+"""The GPU benchmark's correctness check passes in Triton's interpreter, and the script reports a missing GPU."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ with StubCUDA():
 
 
 def test_measurements_on_a_stub_of_cuda() -> None:
-    """That they run, and that a Linear in tiles is the Linear; the times are the stub's."""
+    """The measurements run, and a Linear in tiles equals the whole one; the times are the stub's."""
     command = [sys.executable, "-I", "-c", STUB, str(ROOT / "bench" / "gpu_dequant.py")]
     result = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False

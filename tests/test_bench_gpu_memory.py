@@ -1,4 +1,4 @@
-"""The GPU benchmark of memory with tiny shapes on the CPU, where nothing can be imported but what its machine has."""
+"""The GPU benchmark of memory runs on the CPU, with only those packages that its machine has."""
 
 from __future__ import annotations
 

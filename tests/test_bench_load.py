@@ -1,4 +1,4 @@
-"""The pack must not slow down ComfyUI's start. How long it takes there is measured by `dev.py bench load`."""
+"""The pack must not slow down ComfyUI's start; `dev.py bench load` measures its time there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from wanquant.bench.load import late_modules, start_up
 from wanquant.testing.hosts import checkout
 
 FEW = 8
-"""Modules besides the pack's own that ComfyUI has not loaded itself."""
+"""Limit of the modules besides the pack's own that ComfyUI has not imported itself."""
 
 
 def test_start_loads_nothing_large_and_little_else() -> None:

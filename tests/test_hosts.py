@@ -1,4 +1,4 @@
-"""The set-up: what it installs, unpacks and refuses. The commands themselves run in continuous integration."""
+"""The set-up installs, unpacks and refuses the right things; the commands themselves run in continuous integration."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_newer_packages_take_the_place_of_the_hosts_own(tmp_path):
 
 
 def test_tools_are_pinned_but_for_triton():
-    """PyTorch for GPUs requires a Triton of its own: another pin could not be installed beside it."""
+    """PyTorch for GPUs requires an exact Triton, so that another pin could not be installed with it."""
     assert {line.partition(">=")[0] for line in hosts.tools() if "==" not in line.partition(";")[0]} == {"triton"}
 
 
@@ -98,7 +98,7 @@ def test_demo_imports_without_a_host_on_the_path():
 
 @pytest.fixture
 def index(tmp_path):
-    """pip's options for a folder with wanquant-a 1, which requires wanquant-b 1, and wanquant-b 2."""
+    """Make an index of wanquant-a 1, which requires wanquant-b 1, and wanquant-b 2, and return pip's options for it."""
     for name, version, requires in (("a", 1, "wanquant-b==1"), ("b", 1, ""), ("b", 2, "")):
         stem = f"wanquant_{name}-{version}"
         metadata = f"Metadata-Version: 2.1\nName: wanquant-{name}\nVersion: {version}\n"
@@ -116,7 +116,7 @@ def index(tmp_path):
         (["wanquant-a==1", "wanquant-b==2"], "exclude each other"),
         (["wanquant-a==9"], "no such release for Python 3"),
         (["-r", "{folder}/pinned.txt"], "the download is not what was published"),
-        (["--no-option"], "run this to see all it says: "),
+        (["--no-option"], "run this to see its whole output: "),
     ],
     ids=["conflict", "no release", "changed", "anything else"],
 )
@@ -130,7 +130,7 @@ def test_failed_step_ends_with_what_to_do(arguments, remedy, index, tmp_path):
     assert remedy in last
 
 
-def test_missing_network_is_told():
+def test_reports_a_missing_network():
     with pytest.raises(DevError, match=r"What to do: check the network[^\n]*$"):
         run_step("downloading", [*PIP, "download", "--index-url", "http://127.0.0.1:9/", "--retries", "1", "a"])
 
@@ -146,14 +146,14 @@ def test_missing_network_is_told():
     ],
 )
 def test_failures_that_a_test_cannot_bring_about(said, remedy):
-    """By the words of pip 26 and Python's venv."""
+    """The messages are those of pip 26 and Python's venv."""
     with pytest.raises(DevError) as error:
         run_step("step", [sys.executable, "-c", f"print({said!r}); raise SystemExit(1)"])
     assert remedy in str(error.value).splitlines()[-1]
 
 
 def test_second_set_up_waits_for_the_first(tmp_path, monkeypatch):
-    """Both would write the same environment."""
+    """Both set-ups would write the same environment."""
     code = """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The README's generated table is what its command prints, and the Chinese README says the same as the English one."""
+"""The README's tables equal the output of their commands, and the Chinese README has the same content."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_chinese_readme_has_the_same_parts_and_figures():
 
 
 def parts(text):
-    """What no translation changes: levels of headings, commands, pictures, and tables with their figures."""
+    """Return the parts that a translation keeps: levels of headings, commands, pictures, and figures in tables."""
     code = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     tables = [

@@ -1,4 +1,4 @@
-"""What the ComfyUI registry and ComfyUI-Manager read, and the archive that is published.
+"""The metadata that the ComfyUI registry and ComfyUI-Manager read, and the archive that is published.
 
 Source: docs.comfy.org/registry/specifications; ComfyUI 0.30.0, comfy_config/config_parser.py.
 """
@@ -21,7 +21,7 @@ MAX_BYTES = 3_000_000
 
 
 def setting(table: str, key: str) -> str:
-    """A text value, found by pattern: Python 3.10 has no tomllib."""
+    """Return a text value, found by a pattern because Python 3.10 has no tomllib."""
     body = PYPROJECT.partition(f"\n[{table}]\n" if table != "project" else "[project]\n")[2].partition("\n[")[0]
     return re.search(rf'^{key} = "(.+)"$', body, re.MULTILINE)[1]
 
@@ -43,7 +43,7 @@ def git(*arguments: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def published() -> set[str]:
-    """As the registry's command line packs: what git knows, less what .comfyignore names."""
+    """Return the files that the registry's command line packs: those of git without those in .comfyignore."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: the archive is packed from one")
     tracked = git("--cached", "--others", "--exclude-standard")

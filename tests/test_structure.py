@@ -18,7 +18,7 @@ LOWER_LAYERS = {"quant": set(), "ops": {"quant"}, "nodes": {"quant", "ops"}}
 
 
 def imports(path: Path, *, typing: bool = True) -> list[tuple[int, str]]:
-    """(level, module) of every import in the file, `from . import x` giving (1, "x")."""
+    """Return (level, module) of every import in the file; `from . import x` gives (1, "x")."""
     found, tree = [], ast.parse(path.read_text())
     only_typing = {id(inner) for node in ast.walk(tree) if _is_typing(node) for inner in ast.walk(node)}
     for node in ast.walk(tree):
@@ -101,7 +101,7 @@ OF_THE_HOST = {
 
 
 def words(path: Path) -> set[str]:
-    """Names, attributes, imported names, and the strings that are one word."""
+    """Return names, attributes, imported names, and strings of the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Name | ast.Attribute):

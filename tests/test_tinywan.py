@@ -1,4 +1,4 @@
-"""TinyWan: its clips, the detector that scores it, the committed checkpoint, and what quantization costs it."""
+"""TinyWan: its clips, the detector that scores them, the committed checkpoint, and its errors when quantized."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_draws_the_same_clips_in_any_order_of_its_channels():
 
 
 def test_quality_at_equal_bytes():
-    """Better with all that is known."""
+    """A method with more statistics has a smaller error at equal bytes."""
     methods = ("ggml", "ggml + importance", "plain", "importance", "calibrated", "importance + LoRA")
     rows = {row.method: row for row in quality.measure(("Q2_K",), methods, roundings=1, clips=2, captions=2)}
     steps = {method: sum(row.velocity_sqnr) / len(row.velocity_sqnr) for method, row in rows.items()}
@@ -137,7 +137,7 @@ def test_quality_at_equal_bytes():
 
 
 def test_no_recipe_is_below_ggml():
-    """The layers of each; steps and clips, which have their luck in one rounding, by their mean over the recipes."""
+    """Layers are compared by recipe; steps and clips, which depend on chance, by their mean over the recipes."""
     rows = quality.measure(quality.RECIPES, ("ggml", "plain"), roundings=1, clips=1, captions=1)
     gains = {row.recipe: row.gains for row in rows if row.method == "plain"}
     assert all(gain["layers"].mean > 0.1 for gain in gains.values())
