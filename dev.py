@@ -61,7 +61,8 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        # The help of a benchmark is its own, and that of `bench` is the list.
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=name != "bench")
         command.add_argument("--host", choices=HOSTS, metavar="VERSION", help=f"one of {', '.join(HOSTS)}")
         if name == "bench":
             command.add_argument("name", nargs="?")
