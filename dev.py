@@ -36,7 +36,7 @@ def _check_types(host: Host) -> int:
 def _bench(version: str | None, name: str | None, arguments: list[str]) -> int:
     """Run one benchmark; without a name, list them with the first lines of their docstrings."""
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "bench").glob("*.py"))}
-    # The other modules are what benchmarks share.
+    # Modules without a main function are shared by the benchmarks.
     docs = {stem.replace("_", "-"): ast.get_docstring(ast.parse(t)) for stem, t in texts.items() if "def main(" in t}
     if name in docs:
         return setup(version).run_module(f"bench.{name.replace('-', '_')}", *arguments)
@@ -61,7 +61,7 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for name, text in COMMANDS.items():
-        # The help of a benchmark is its own, and that of `bench` is the list.
+        # `bench` passes --help on to the benchmark; without a name it prints the list.
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=name != "bench")
         command.add_argument("--host", choices=HOSTS, metavar="VERSION", help=f"one of {', '.join(HOSTS)}")
         if name == "bench":

@@ -51,8 +51,8 @@ def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, 
     return row
 
 
-def squared_error(decoded: NDArray[np.float32], weight: NDArray[np.float32]) -> float:
-    return float(np.square(decoded.astype(np.float64) - weight).sum())
+def squared_error(dequantized: NDArray[np.float32], weight: NDArray[np.float32]) -> float:
+    return float(np.square(dequantized.astype(np.float64) - weight).sum())
 
 
 def encoder_rows() -> list[dict[str, Any]]:

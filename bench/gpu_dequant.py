@@ -113,7 +113,7 @@ def speed(qtype: QuantType, shape: tuple[int, int], copy_gb_s: float) -> Row:
 def layer(qtype: QuantType, tokens: int) -> Row:
     """Measure a Linear with the weight dequantized in tiles, dequantized whole, and resident in bfloat16."""
     rows, columns = LAYER
-    packed = random_blocks(qtype, LAYER, "cuda") & 191  # finite scales: a product of NaN takes less power
+    packed = random_blocks(qtype, LAYER, "cuda") & 191  # finite scales: a product of NaN needs less power
     x, weight = (torch.randn(n, columns, dtype=torch.bfloat16, device="cuda") for n in (tokens, rows))
     bias = torch.randn(rows, dtype=torch.bfloat16, device="cuda")
 

@@ -54,9 +54,9 @@ def probe(names: Iterable[str], reference: Reference) -> tuple[list[Sensitivity]
     """Return the sensitivity of every layer, and the error of its weight."""
     weights, qtype, rows, errors = load_weights(), QTYPES[PROBE], [], {}
     for name in names:
-        decoded = qtype.dequantize(Inputs().quantize(qtype, weights[name]))
-        rows.append(Sensitivity(name, tuple(reference.velocity_sqnr(load_model({**weights, name: decoded})))))
-        errors[name] = decoded - weights[name]
+        rounded = qtype.dequantize(Inputs().quantize(qtype, weights[name]))
+        rows.append(Sensitivity(name, tuple(reference.velocity_sqnr(load_model({**weights, name: rounded})))))
+        errors[name] = rounded - weights[name]
     return rows, errors
 
 

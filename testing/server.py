@@ -183,7 +183,7 @@ class HostServer:
         """
         client = uuid.uuid4().hex
         url = f"ws://127.0.0.1:{self.port}/ws?clientId={client}"
-        # An own socket, because the library would use a configured proxy.
+        # The socket is made here, because the library would use a configured proxy.
         direct = socket.create_connection(("127.0.0.1", self.port), timeout=10)
         with closing(websocket.create_connection(url, timeout=10, socket=direct)) as connection:
             prompt = self.submit(graph, client)

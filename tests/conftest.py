@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update", action="store_true", help="write workflows/, subgraphs/ and the pictures anew")
+    parser.addoption("--update", action="store_true", help="rewrite workflows/, subgraphs/ and the pictures")
     forms = ("function", "keywords", "forward")
     parser.addoption("--call-form", choices=forms, help="call the pack as a newer ComfyUI does: tests/newer_host.py")
 

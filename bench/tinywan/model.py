@@ -32,13 +32,13 @@ def build(seed: int = 0, *, training: bool = False) -> torch.nn.Module:
         Linear=torch.nn.Linear, Conv3d=torch.nn.Conv3d, LayerNorm=torch.nn.LayerNorm, RMSNorm=_RMSNorm
     )
     model = comfy.ldm.wan.model.WanModel(**SHAPE, operations=operations, dtype=torch.float32)
-    _initialise(model)
+    _initialize(model)
     for block in model.blocks[1:]:
-        _look_to_neighbouring_frames(block.self_attn)
+        _attend_to_neighboring_frames(block.self_attn)
     return model
 
 
-def _initialise(model: torch.nn.Module) -> None:
+def _initialize(model: torch.nn.Module) -> None:
     """Initialize as Wan's own code does, by Xavier, except that the embedding keeps the scale of words.
 
     Source: `init_weights`, https://github.com/Wan-Video/Wan2.1/blob/main/wan/modules/model.py
@@ -54,7 +54,7 @@ def _initialise(model: torch.nn.Module) -> None:
             torch.nn.init.xavier_normal_(parameter)
 
 
-def _look_to_neighbouring_frames(attention: torch.nn.Module) -> None:
+def _attend_to_neighboring_frames(attention: torch.nn.Module) -> None:
     """Make the first head attend to the same place one frame before, and the second to one frame after.
 
     A head that attends to both frames equally, or to nothing, has a zero gradient toward either. Rotary embeddings
@@ -63,7 +63,7 @@ def _look_to_neighbouring_frames(attention: torch.nn.Module) -> None:
     """
     widths = [attention.head_dim - 4 * (attention.head_dim // 6)] + 2 * [2 * (attention.head_dim // 6)]
     frequencies = torch.cat([10000 ** -(torch.arange(0, width, 2) / width) for width in widths])
-    size = 2.0 * (frequencies > 0.05)  # slower ones hardly differ between neighbours
+    size = 2.0 * (frequencies > 0.05)  # lower ones hardly differ between neighboring frames
     in_time = torch.arange(len(frequencies)) < widths[0] // 2
     angles = torch.tensor([[-1.0], [1.0]]) * frequencies * in_time
     with torch.no_grad():
