@@ -62,7 +62,7 @@ def rows() -> list[Row]:
     for model, vae in (("14B-T2V", "Wan 2.1 VAE"), ("5B-TI2V", "Wan 2.2 VAE")):
         for video, budget in CASES[model]:
             job = SamplingJob.for_video(*video, channels=MODELS[model].out_dim)
-            tiles = tiles_within(job, round(budget * 2**30), torch.bfloat16)
+            tiles = tiles_within(job, round(budget * harness.GIB), torch.bfloat16)
             plan = {"tile_size": tiles.size, "overlap": tiles.overlap, "streamed": tiles.streamed}
             found.append(row(vae, video, budget, tiles.peak) | plan)
     return found
@@ -70,12 +70,12 @@ def rows() -> list[Row]:
 
 def row(part: str, video: Video | None, budget: float | None, peak: Peak) -> Row:
     size = f"{video.width}x{video.height}x{video.frames}" if video else ""
-    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in peak.bytes_by_part.items()}
+    parts = {name: round(nbytes / harness.GIB, 4) for name, nbytes in peak.bytes_by_part.items()}
     return {
         "part": part,
         "video": size,
         "budget_gib": budget,
-        "peak_gib": round(peak.total_bytes / 2**30, 4),
+        "peak_gib": round(peak.total_bytes / harness.GIB, 4),
         "parts": parts,
     }
 

@@ -134,7 +134,7 @@ def main() -> None:
     starts = [start_up()["ms"] for _ in range(3)]
     harness.import_comfyui(cpu=not torch.accelerator.is_available())
     path = write_model(folder / f"load-{options.size}-{options.blocks}.gguf", options.size, options.blocks)
-    gib = path.stat().st_size / 2**30
+    gib = path.stat().st_size / harness.GIB
     seconds = from_disk(path)
     path.unlink()
     # The second pass is arithmetic alone; the rest of the first one is loading.

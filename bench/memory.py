@@ -90,19 +90,19 @@ def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
         for video, budget in CASES[model]:
             wanted = job(size, video)
             for gib in (UNLIMITED_GIB, budget):
-                choice = choose_plan(simulated, wanted, round(gib * 2**30))
+                choice = choose_plan(simulated, wanted, round(gib * harness.GIB))
                 yield row(model, video, recipe, choice, gib)
 
 
 def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float) -> dict[str, object]:
-    parts = {name: round(nbytes / 2**30, 4) for name, nbytes in choice.peak.bytes_by_part.items()}
+    parts = {name: round(nbytes / harness.GIB, 4) for name, nbytes in choice.peak.bytes_by_part.items()}
     return {
         "model": model,
         **video._asdict(),
         "recipe": recipe,
         "plan": choice.name,
         "budget_gib": budget,
-        "peak_gib": round(choice.peak.total_bytes / 2**30, 4),
+        "peak_gib": round(choice.peak.total_bytes / harness.GIB, 4),
         "parts": parts,
         "slowdown": round(choice.slowdown, 4),
     }
@@ -134,15 +134,18 @@ def draw(path: Path, recipe: str) -> None:
         (f"Wan Low VRAM, {budget:.2f} GiB", budget, "#0072b2"),
     )
     for label, gib, colour in plans:
-        choice = choose_plan(simulated, wanted, round(gib * 2**30))
+        choice = choose_plan(simulated, wanted, round(gib * harness.GIB))
         history = simulated.run(wanted, choice.plan, record=True).history
         done = [100 * moment.flops / choice.peak.flops for moment in history]
         beside = choice.peak.weight_bytes + choice.peak.context_bytes
-        total = [(beside + moment.nbytes) / 2**30 for moment in history]
+        total = [(beside + moment.nbytes) / harness.GIB for moment in history]
         axis.plot(done, total, color=colour, drawstyle="steps-post", label=f"{label}: peak {max(total):.2f} GiB")
         axis.fill_between(done, total, step="post", color=colour, alpha=0.2, linewidth=0)
     axis.axhspan(
-        0, beside / 2**30, color="#999999", label=f"CUDA's context and streamed weights: {beside / 2**30:.2f} GiB"
+        0,
+        beside / harness.GIB,
+        color="#999999",
+        label=f"CUDA's context and streamed weights: {beside / harness.GIB:.2f} GiB",
     )
     axis.set(xlim=(0, 100), ylim=(0, 4.2), xlabel="arithmetic done, %", ylabel="GiB of video memory (simulated)")
     axis.set_title(

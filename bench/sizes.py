@@ -33,7 +33,7 @@ def tensor_bytes(size: str, recipe: Recipe) -> int:
 
 
 def gib_by_model(recipe: Recipe) -> dict[str, object]:
-    return {size: round(tensor_bytes(size, recipe) / 2**30, 2) for size in SIZES}
+    return {size: round(tensor_bytes(size, recipe) / harness.GIB, 2) for size in SIZES}
 
 
 def bits(size: str, recipe: Recipe) -> float:

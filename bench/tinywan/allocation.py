@@ -140,7 +140,7 @@ class Allocator:
         """Scale the fronts to the measured sensitivities; the rules that replace a measurement do not apply."""
         scales = {name: value / self._probed_error(part, name) for name, value in measured.items()}
         return {
-            name: Front.of([choice._replace(error=choice.error * scales[name]) for choice in front.choices])
+            name: Front.of([choice._replace(error=choice.error * scales[name]) for choice in front.options])
             for name, front in self.fronts[part].items()
         }
 

@@ -17,10 +17,10 @@ from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
 from wanquant.quant import convert, open_gguf
-from wanquant.quant.inspection.report import GIB
 from wanquant.quant.recovery.recovery_lora import recover
 from wanquant.quant.statistics.calibration import Calibration, CalibrationCollector
 from wanquant.quant.statistics.importance import Collector, Importance
+from wanquant.quant.units import GIB
 from wanquant.testing.libggml import load as load_libggml
 
 LORA_SHARE = 0.05
