@@ -56,7 +56,7 @@ def layout_name(tensor: QuantizedTensor) -> str:
 
 
 def move_parameters(module: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
-    """Do what `torch.nn.Module._apply` does, also for quantized tensors, whose data cannot be swapped in place."""
+    """Do what `torch.nn.Module._apply` does, for tensors of any shape and dtype, quantized ones included."""
     comfy.ops._quantized_apply(module, fn, recurse)
 
 
@@ -69,13 +69,13 @@ def begin_use() -> None:
 
 
 def cast(module: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
-    """Return weight and bias on the device and in the dtype of `like`, and the handle for `uncast`."""
+    """Return weight and bias in their shapes, on the device and in the dtype of `like`, and the handle for `uncast`."""
     weight, bias, handle = comfy.ops.cast_bias_weight(module, like, offloadable=True, compute_dtype=like.dtype)
     return weight, bias, handle
 
 
 def uncast(module: torch.nn.Module, weight: Tensor, bias: Tensor | None, handle: object) -> None:
-    """Give what `cast` returned back to the host, after its last use."""
+    """Give weight and bias back to the host after their last use, in the shape and dtype that `cast` returned."""
     comfy.ops.uncast_bias_weight(module, weight, bias, handle)
 
 
@@ -123,7 +123,7 @@ def apply_activation(x: Tensor, activation: str | None, weight: object = None, e
 def linear_input(
     input: Tensor, input_act: str | None = None, act_weight: object = None, act_eps: float = 0.0, **_: object
 ) -> Tensor:
-    """Return what a Linear that is called with these arguments multiplies with its weight, (..., in_features)."""
+    """Return what a Linear multiplies with its weight if called so: (..., in_features), in the dtype of `input`."""
     return apply_activation(input, input_act, act_weight, act_eps)
 
 
@@ -193,7 +193,7 @@ def annotate_slice(data: Tensor, handle: object, lock: threading.Lock, offset: i
     """Annotate a mapped tensor with its place in the file, so that dynamic VRAM reads it from disk to the device.
 
     Args:
-        data: uint8, a whole storage, because the host ignores slices of any other size.
+        data: uint8 of any shape, a whole storage, because the host ignores slices of any other size.
         handle: what `map_file(...).get_file_handle()` returns.
         lock: held by the host while it reads the file.
         offset: bytes from the start of the file.
@@ -205,7 +205,7 @@ def annotate_slice(data: Tensor, handle: object, lock: threading.Lock, offset: i
 
 
 def annotate_source(tensor: Tensor, path: Path) -> Tensor:
-    """Annotate a tensor with the file that it comes from, and return it.
+    """Annotate a tensor of any shape and dtype with the file that it comes from, and return it.
 
     From 0.39 on, the host does not pin weights in main memory if all their files are on fast disks. One tensor without
     a file makes the whole model count as on a slow disk.
@@ -308,7 +308,7 @@ def remember_loader(patcher: ModelPatcher, load: Callable[..., ModelPatcher]) ->
 
 
 def unpatched_weight(patcher: ModelPatcher, key: str, weight: Tensor) -> Tensor:
-    """Return a weight as it was loaded; the host keeps a backup of one that it patched in place."""
+    """Return a weight in the shape and dtype in which it was loaded: if the host patched it in place, its backup."""
     backup = patcher.backup.get(key)
     return weight if backup is None else backup.weight
 
@@ -356,7 +356,7 @@ def is_preference(name: str) -> bool:
 
 
 def uncontained(*tensors: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    """Return the tensors, each taken out of its container if the host passes one to attention functions (0.38 on)."""
+    """Return the tensors, of any shape and dtype, each taken out of its container if it is in one (0.38 on)."""
     return tuple(tensor.take() if hasattr(tensor, "take") and hasattr(tensor, "peek") else tensor for tensor in tensors)
 
 

@@ -132,7 +132,7 @@ REPLACING = {
 
 
 def replaces(node: ast.AST) -> bool:
-    """Whether a statement gives an object another class or forward."""
+    """Return whether a statement gives an object another class or forward."""
     if isinstance(node, ast.Assign | ast.AnnAssign):
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         return any(isinstance(target, ast.Attribute) and target.attr in {"__class__", "forward"} for target in targets)

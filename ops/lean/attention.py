@@ -54,7 +54,7 @@ class LeanAttention:
         self.chunks = list(chunks(self.tokens, self.plan.token_chunk))
 
     def output(self) -> Tensor:
-        """Return the output of the attention, (batch, tokens, dim), contiguous."""
+        """Return the output of the attention, (batch, tokens, dim), contiguous, in the dtype of the input."""
         output = self._queries()
         kept_keys, inverse_rms = self._first_pass()
         values = RowProjection(self.attn.v, self.like)

@@ -39,7 +39,7 @@ class Modulation:
         return cls((own + e).unbind(2), x.shape[1])
 
     def vector(self, index: int, chunk: slice) -> Tensor:
-        """Return the vectors at `index` for a chunk of tokens, (batch, 1 or tokens in the chunk, dim)."""
+        """Return the vectors at `index` for a chunk of tokens, (batch, 1 or tokens of the chunk, dim), dtype kept."""
         vectors = self.vectors[index]
         frames = vectors.shape[1]
         if frames == 1:

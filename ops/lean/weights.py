@@ -38,7 +38,7 @@ def projection(module: comfy.ops.CastWeightBiasOp, like: Tensor) -> Projection:
     The weight is cast once. If `module` is not a known Linear, the function is `module` itself.
 
     Args:
-        like: any tensor of the chunks' device and dtype.
+        like: a tensor of any shape, of the chunks' device and dtype.
     """
     if not is_known_linear(module):
         return module  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
 """Loads GGUF files as models of the host.
 
-This folder imports `packed`, `host` and `quant`.
+It imports `packed`, `host` and `quant`.
 """

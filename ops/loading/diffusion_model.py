@@ -100,7 +100,7 @@ def load_diffusion_model(
 
 
 def annotated_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `host_tensor`, annotated with its file for the host."""
+    """Return `host_tensor`, in its shape and dtype, annotated with its file for the host."""
     return host.annotate_source(host_tensor(record, data, dtype), record.path)
 
 

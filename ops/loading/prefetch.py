@@ -24,7 +24,7 @@ def prefetch_blocks(execute: Any, x: torch.Tensor, *args: Any, **kwargs: Any) ->
 
     Args:
         execute: the host's executor of the wrapped call.
-        x: the latent, (batch, channels, frames, height, width).
+        x: the latent, floating point, (batch, channels, frames, height, width).
 
     Returns:
         The prediction of the model, of the shape of x.

@@ -118,8 +118,8 @@ def needs_whole_weight(x: Tensor, bias: Tensor | None, functions: Sequence[Weigh
     A compiled graph plans its own memory. A backward pass needs the weight that was multiplied with.
 
     Args:
-        x: the input, (..., columns).
-        bias: (rows,).
+        x: the input, floating point, (..., in_features).
+        bias: (out_features,).
         functions: those of other nodes may add parameters that are being trained.
     """
     trained = x.requires_grad or (bias is not None and bias.requires_grad)

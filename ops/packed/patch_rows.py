@@ -31,7 +31,7 @@ def slice_patch(patch: Patch, rows: int, start: int, stop: int) -> Patch:
 
 
 def slice_weight(weight: Any, start: int, stop: int) -> Tensor:  # noqa: ANN401
-    """Return rows of a weight, (rows, ...); those of a packed one stay packed, unlike in `weight[start:stop]`."""
+    """Return rows of a weight, (rows, ...), in its dtype; those of a packed one stay packed, unlike `weight[...]`."""
     if not is_packed(weight):
         part: Tensor = weight[start:stop]
     else:

@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 
 @pytest.fixture(scope="session")
 def schemas(server: HostServer) -> Schemas:
-    """Of every node that the templates use."""
+    """The schemas of all nodes that the templates use."""
     return server.get("/object_info") | COMFYUI_GGUF
 
 

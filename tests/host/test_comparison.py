@@ -31,7 +31,7 @@ def test_latent_stays_close_to_the_unquantized_run(server: HostServer, dense: Ru
 
 
 def test_trained_model_comes_closer_with_every_bit(tmp_path: Path):
-    """On a server of its own: the checkpoints have one name."""
+    """Uses a server of its own, since the checkpoints have the same name."""
     with HostServer(tmp_path, log=tmp_path / "comfyui.log") as server:
         TRAINED.prepare(server)
         dense = sample(server, TRAINED, DENSE)

@@ -206,7 +206,7 @@ def test_dynamic_vram_state_is_rewritten(model, state):
 
 
 def test_tiny_layer_that_dynamic_vram_makes_resident(model, state):
-    """With force_cast the host sets a dense, patched weight, and later restores the packed one from its backup."""
+    """The host sets a dense, patched weight for `force_cast`, and later restores the packed one from its backup."""
     patched = load(with_lora(model, lora(state)))
     expected = forward(patched)
     patched.patch_weight_to_device(KEY, device_to=CPU, force_cast=True)
