@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import time
 import unicodedata
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 import folder_paths
 
 from ..quant import QuantError
+from ..quant.files.shards import Shard
 
 MODELS = "diffusion_models"
 ENCODERS = "text_encoders"
@@ -25,8 +25,6 @@ LORAS = "loras"
 OUTPUT = "output"
 NONE = "none"
 """The list entry that chooses no file."""
-
-_SHARD = re.compile(r"-(\d{5})-of-\d{5}(?=\.(safetensors|gguf)$)")
 
 
 def register_folders() -> None:
@@ -46,8 +44,8 @@ def register_folders() -> None:
 def source_names() -> list[str]:
     """List the checkpoints that can be converted. The first file of a sharded one stands for all its files."""
     dense = [name for name in folder_paths.get_filename_list(MODELS) if name.endswith(".safetensors")]
-    shards = [(name, _SHARD.search(name)) for name in (*dense, *folder_paths.get_filename_list(GGUF))]
-    return [name for name, shard in shards if shard is None or int(shard[1]) == 1]
+    shards = [(name, Shard.parse(name)) for name in (*dense, *folder_paths.get_filename_list(GGUF))]
+    return [name for name, shard in shards if shard is None or shard.number == 1]
 
 
 def source_folder(name: str | None) -> str:
@@ -57,7 +55,9 @@ def source_folder(name: str | None) -> str:
 
 def source_stem(name: str) -> str:
     """Return a checkpoint's name with its subfolder, but without its suffix and shard number."""
-    return _SHARD.sub("", portable(name)).removesuffix(".safetensors").removesuffix(".gguf")
+    name = portable(name)
+    shard = Shard.parse(name)
+    return shard.stem if shard else name.removesuffix(".safetensors").removesuffix(".gguf")
 
 
 def model_path(folder: str, name: str) -> str:
