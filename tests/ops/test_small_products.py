@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from wanquant.bench import small_products
 from wanquant.quant import QTYPES
+from wanquant.research import small_products
 
 
 def test_measures_every_way(monkeypatch):
