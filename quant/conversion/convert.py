@@ -138,7 +138,7 @@ def convert_all(
         for warning in warnings:
             _log.warning(warning)
         stream = Stream(checkpoint, settings, device, progress)
-        with checkpoint.file.glancing():
+        with checkpoint.files.without_hashing():
             plans = plan_outputs(stream, outputs)
         planned = zip(outputs, plans, strict=True)
         writers = [output.writer(plan, checkpoint, settings) for output, plan in planned if not output.reused]
@@ -160,7 +160,7 @@ def convert_all(
 
 
 def _lossy(checkpoint: Checkpoint) -> list[str]:
-    stored = ", ".join(checkpoint.lossy)
+    stored = ", ".join(checkpoint.quantized_formats)
     return [f"{checkpoint.name} is quantized already ({stored}): the errors of both add up"] if stored else []
 
 

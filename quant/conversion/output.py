@@ -119,7 +119,7 @@ def _is_up_to_date(destination: Path, metadata: Mapping[str, Any], checkpoint: C
     # A copied or touched source has another time but the same content; one in memory has no time.
     return (
         existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0
-        or existing.get(SOURCE_SHA256) == checkpoint.file.sha256()
+        or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
     )
 
 

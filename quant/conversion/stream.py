@@ -104,7 +104,7 @@ class Stream:
             pool = stack.enter_context(ThreadPoolExecutor(1))
             self._encode(files, pool)
             self.checkpoint.identity.check_unchanged()
-            sha256 = self.checkpoint.file.sha256()
+            sha256 = self.checkpoint.files.sha256()
             return [file.writer.close(_final_metadata(file, sha256)) for file in files]
 
     def fits_f16(self, tensor: SourceTensor) -> bool:

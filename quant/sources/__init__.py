@@ -1,4 +1,4 @@
-"""Checkpoints of any layout and naming, as weights under ComfyUI's names that are read piece by piece.
+"""Checkpoints of any layout and naming, as tensors under ComfyUI's names that are read slice by slice.
 
 It imports `gguf`, `files` and `qtype`.
 """

@@ -1,4 +1,4 @@
-"""Add-ons: parts of a transformer that people publish as separate files (VACE, control, audio, identity).
+"""Add-ons: parts of a Wan transformer that are published as separate files (VACE, control, audio, identity).
 
 Source: kijai/ComfyUI-WanVideoWrapper nodes_model_loading.py loadmodel @ 3317577;
 comfy/ldm/wan/model.py, ComfyUI 0.30.0.
@@ -35,27 +35,30 @@ class _Source(Protocol):
 
 
 def is_add_on(names: Collection[str], prefix: str) -> bool:
-    """Return whether these are the tensors of an add-on and nothing else."""
+    """Return whether all tensor names, which start with `prefix`, belong to an add-on."""
     return len(names) > 0 and all(_is_of_add_on(name, prefix) for name in names)
 
 
 def check_add_on(base: _Source, add_on: _Source) -> None:
-    """Refuse an add-on that cannot be added to this transformer.
+    """Refuse an add-on that cannot be merged onto this transformer.
 
     Raises:
-        QuantError: not an add-on, a tensor that both have, or a block of another size than the transformer's.
+        QuantError: not an add-on, a tensor that both files have, or a block of another size than the transformer's.
     """
     if not is_add_on(add_on.tensors.keys(), ""):
         other = next(name for name in add_on.tensors if not _is_of_add_on(name, ""))
-        raise QuantError(f"{add_on.path}: not an add-on (it has tensor {other}); choose the file of one")
+        raise QuantError(f"{add_on.path}: not an add-on (it has tensor {other}); choose the file of an add-on")
     for name, tensor in add_on.tensors.items():
         if name in base.tensors:
-            raise QuantError(f"{add_on.path}: tensor {name}: is in {base.path.name} too; it has this add-on already")
+            raise QuantError(
+                f"{add_on.path}: tensor {name}: is in {base.path.name} too, which has this add-on already;"
+                " leave out the add-on"
+            )
         twin = base.tensors.get(re.sub(r"^vace_blocks\.\d+\.", "blocks.0.", name))
         if twin is not None and twin.shape != tensor.shape:
             raise QuantError(
-                f"{add_on.path}: tensor {name}: shape {tensor.shape}, but {twin.shape} in the blocks of"
-                f" {base.path.name}; take the add-on of this model's size"
+                f"{add_on.path}: tensor {name}: shape {tensor.shape}, expected {twin.shape} as in the blocks of"
+                f" {base.path.name}; choose the add-on for this size of model"
             )
 
 

@@ -1,4 +1,4 @@
-"""Wan Animate under the names of Diffusers, which splits a matrix and flattens biases besides.
+"""Wan Animate's tensors under the names of Diffusers, which also splits a matrix and flattens biases.
 
 Source: huggingface/diffusers scripts/convert_wan_to_diffusers.py @ 58eb52c, the other way round.
 """
@@ -50,7 +50,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class JoinedTensor(SourceTensor):
-    """Two tensors of one dtype, the rows of the second after those of the first."""
+    """The concatenation of two tensors of the same dtype along their rows."""
 
     first: SourceTensor
     second: SourceTensor
@@ -67,7 +67,10 @@ class JoinedTensor(SourceTensor):
 
 
 def host_tensors(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
-    """Joins keys and values, and gives biases of convolutions the four dimensions that the host has."""
+    """Yield the tensors as ComfyUI has them.
+
+    Keys and values are one matrix, and biases of convolutions have four dimensions.
+    """
     keys: dict[str, SourceTensor] = {}
     for tensor in tensors:
         name = tensor.name
@@ -85,7 +88,10 @@ def host_tensors(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
         else:
             yield tensor
     for tensor in keys.values():
-        raise QuantError(f"tensor {tensor.name}: its other half ({' or '.join(_HALVES)}) is missing; download it again")
+        raise QuantError(
+            f"tensor {tensor.name}: its counterpart is missing, expected one with"
+            f" {_HALVES[0]} and one with {_HALVES[1]}; download the checkpoint again"
+        )
 
 
 def _joined(name: str, key: SourceTensor, value: SourceTensor) -> JoinedTensor:

@@ -1,4 +1,4 @@
-"""Source checkpoints: whatever file or folder, as weights under ComfyUI's names, read piece by piece."""
+"""Checkpoints: files or folders of any supported layout, as tensors under ComfyUI's names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .attention import take_preferences
 from .files import SourceFiles, SourceIdentity
 from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
 from .names import T5, Naming, find_naming
-from .opening import Opened, open_files
+from .opening import OpenedFiles, open_files
 from .t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
 from .tensors import FiniteTensor, SourceTensor, StoredTensor
 
@@ -27,22 +27,24 @@ __all__ = ["Checkpoint", "SourceTensor", "open_checkpoint"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open source. `tensors` are in file order, under ComfyUI's names without prefix."""
+    """An open checkpoint, whose values stay in its files until they are read."""
 
     identity: SourceIdentity
     name: str
-    """Of the file or folder, and of the add-ons merged onto it."""
+    """The name of the file or folder, and of the add-ons merged onto it."""
     metadata: Mapping[str, str]
-    """What the host reads to detect the model, and its attention preferences: the `__metadata__` of safetensors."""
+    """The `__metadata__` of safetensors, from which ComfyUI detects the model, and the attention preferences."""
     architecture: str
+    """The value of `general.architecture` in a GGUF of this model."""
     gguf_metadata: Mapping[str, Any]
-    """Keys that a GGUF of this architecture has."""
+    """Further metadata that a GGUF of this architecture needs."""
     tensors: Mapping[str, SourceTensor]
-    file: SourceFiles = field(repr=False, compare=False)
+    """The tensors in file order, by ComfyUI's names without prefix."""
+    files: SourceFiles = field(repr=False, compare=False)
     held_bytes: int = 0
-    """Of main memory, that reading takes at most besides what is read."""
+    """The most bytes of main memory that reading needs in addition to the values that are read."""
     zeroed: set[str] | None = field(default=None, compare=False)
-    """Tensors in which NaN and infinity were read as 0 so far; None where these are refused."""
+    """The names of the tensors in which NaN or infinity was read as 0 so far; None if these values are refused."""
 
     @property
     def path(self) -> Path:
@@ -50,24 +52,24 @@ class Checkpoint:
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all tensors, as they are read."""
+        """The bytes of all tensors in the dtypes in which they are read."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
     def stored(self) -> str:
-        """How most weights are stored."""
-        weights: Counter[str] = Counter()
+        """The storage format of most elements: see `SourceTensor.stored`."""
+        elements: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            weights[tensor.stored] += math.prod(tensor.shape)
-        return weights.most_common(1)[0][0]
+            elements[tensor.stored] += math.prod(tensor.shape)
+        return elements.most_common(1)[0][0]
 
     @property
-    def lossy(self) -> tuple[str, ...]:
-        """How weights are stored that were quantized already; quantizing them again adds a second error."""
+    def quantized_formats(self) -> tuple[str, ...]:
+        """The storage formats of tensors that are quantized already; quantizing them again adds a second error."""
         return tuple(sorted({tensor.stored for tensor in self.tensors.values()} - {"F32", "F16", "BF16"}))
 
     def allowing_non_finite(self) -> Checkpoint:
-        """The same, with 0 for NaN and infinity."""
+        """Return this checkpoint with 0 in place of NaN and infinity."""
         zeroed: set[str] = set()
         return replace(self, tensors={n: FiniteTensor.of(t, zeroed) for n, t in self.tensors.items()}, zeroed=zeroed)
 
@@ -75,26 +77,26 @@ class Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        self.files.close()
 
 
 def open_checkpoint(path: str | Path, add_ons: Sequence[str | Path] = ()) -> Checkpoint:
-    """Opens a Wan transformer, an add-on for one, or a T5 text encoder.
+    """Open a Wan transformer, an add-on for one, or a T5 text encoder.
 
     Args:
-        path: safetensors (plain, FP8, or in ComfyUI's quantized formats), a folder of shards,
-            its index or one of them, or a GGUF.
-        add_ons: files of add-ons (VACE and the like) whose tensors are merged onto the checkpoint's.
+        path: a safetensors file (plain, FP8, or in ComfyUI's quantized formats), a folder of shards, their index, one
+            of the shards, or a GGUF.
+        add_ons: add-on files (VACE and the like) whose tensors are merged onto the checkpoint's.
 
     Raises:
-        QuantError: no such file, a pickle, a damaged or missing part, another model, or an unsupported format.
+        QuantError: no such file, a pickle, a damaged or missing file, another model, or an unsupported format.
     """
     base = _open(Path(path))
     try:
         for add_on in add_ons:
             base = _merged(base, _open(Path(add_on)))
     except BaseException:
-        base.file.close()
+        base.files.close()
         raise
     return base
 
@@ -122,7 +124,7 @@ def _merged(base: Checkpoint, add_on: Checkpoint) -> Checkpoint:
     try:
         check_add_on(base, add_on)
     except QuantError:
-        add_on.file.close()
+        add_on.files.close()
         raise
     return replace(
         base,
@@ -130,24 +132,24 @@ def _merged(base: Checkpoint, add_on: Checkpoint) -> Checkpoint:
         name=f"{base.name} + {add_on.name}",
         metadata={**add_on.metadata, **base.metadata},
         tensors={**base.tensors, **add_on.tensors},
-        file=SourceFiles([*base.file.parts, *add_on.file.parts]),
+        files=SourceFiles([*base.files.parts, *add_on.files.parts]),
     )
 
 
-def _named(naming: Naming, opened: Opened) -> dict[str, StoredTensor]:
-    """The tensors of the model by their names in the file, with their new ones; what lies outside is left out."""
+def _named(naming: Naming, opened: OpenedFiles) -> dict[str, StoredTensor]:
+    """Return the renamed tensors of the model by their names in the file, without tensors outside the prefix."""
     named: dict[str, StoredTensor] = {}
     taken = set()
     for tensor in opened.tensors:
         name = naming.rename(tensor.name[len(naming.prefix) :]) if tensor.name.startswith(naming.prefix) else None
-        # Transformers writes a tied embedding under each of its names.
+        # Transformers writes a tied embedding several times, under each of its names.
         if name is not None and name not in taken:
             taken.add(name)
             named[tensor.name] = replace(tensor, name=name)
     return named
 
 
-def _gguf_metadata(path: Path, opened: Opened, tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
+def _gguf_metadata(path: Path, opened: OpenedFiles, tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
     if opened.is_gguf:
         return kept_metadata(opened.metadata)
     spiece = next((tensor.peek().numpy().tobytes() for tensor in opened.tensors if tensor.name == SPIECE_TENSOR), None)
@@ -155,6 +157,6 @@ def _gguf_metadata(path: Path, opened: Opened, tensors: Mapping[str, SourceTenso
 
 
 def _by_new_name(formats: Mapping[str, LayerFormat], stored: Mapping[str, StoredTensor]) -> dict[str, LayerFormat]:
-    # The host reads these names both before and after it strips the prefix.
+    # ComfyUI reads the names in the metadata both with and without the prefix.
     weights = {name.removesuffix(".weight"): tensor.name.removesuffix(".weight") for name, tensor in stored.items()}
     return {weights.get(layer, layer): config for layer, config in formats.items()}

@@ -14,7 +14,7 @@ from .layers import MARKER
 from .renaming import rename, rules
 
 KEY = "condition_embedder.time_proj.weight"
-"""Is in every transformer."""
+"""The name of a tensor that every transformer has."""
 
 _BLOCK = r"((?:vace_)?blocks\.\d+\.)"
 _RULES = (
@@ -35,7 +35,7 @@ _RULES = (
         (_BLOCK + r"proj_out\.", r"\1after_proj."),
         (_BLOCK + r"ffn\.net\.0\.proj\.", r"\1ffn.0."),
         (_BLOCK + r"ffn\.net\.2\.", r"\1ffn.2."),
-        # Diffusers counts the norms in the order of their use, Wan does not.
+        # Diffusers numbers the norms in the order of their use; Wan does not.
         (_BLOCK + r"norm2\.", r"\1norm3."),
         (_BLOCK + r"attn1\.to_([qkv])\.", r"\1self_attn.\2."),
         (_BLOCK + r"attn1\.to_out\.0\.", r"\1self_attn.o."),
@@ -51,15 +51,15 @@ _RULES = (
 
 
 def renaming(path: Path) -> Callable[[str], str | None]:
-    """ComfyUI's name of a tensor of `path`."""
+    """Return a function from a tensor name in the file `path` to ComfyUI's name, or to None for a marker."""
 
-    def known(name: str) -> str | None:
+    def rename_known(name: str) -> str | None:
         renamed = rename(name, _RULES)
         if renamed is None and name != MARKER:
             raise QuantError(
                 f"{path}: tensor {name}: has no known counterpart in ComfyUI's Wan;"
-                " use the checkpoint in Wan's own names"
+                " use a checkpoint with Wan's own tensor names"
             )
         return renamed
 
-    return known
+    return rename_known

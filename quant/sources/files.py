@@ -1,4 +1,4 @@
-"""Files that are read piece by piece with plain reads, never mapped, and hashed on the way."""
+"""Files that are read slice by slice, without mapping them into memory, and hashed at the same time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HASH_CHUNK_BYTES = 16 << 20
 
 
 class HashedFile:
-    """A file read at any offset; the bytes that are reached in order also feed one SHA-256 of the whole file."""
+    """A file that is read at any offset, and its SHA-256, which is computed as the reads advance through the file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,12 +29,12 @@ class HashedFile:
             raise QuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
         self._hash = hashlib.sha256()
         self._hashed = 0
-        self.hashes = True
-        """Off: reading ahead does not hash, and so read, all that lies before."""
+        self.is_hashing = True
+        """True if a read also hashes, and therefore reads, everything in front of it."""
 
     def read(self, offset: int, nbytes: int) -> Tensor:
-        """uint8 (nbytes,), a fresh tensor."""
-        if not self.hashes:
+        """Return uint8, (nbytes,), a new tensor."""
+        if not self.is_hashing:
             return self.peek(offset, nbytes)
         if offset > self._hashed:
             self._hash_until(offset)
@@ -45,15 +45,18 @@ class HashedFile:
         return data
 
     def peek(self, offset: int, nbytes: int) -> Tensor:
-        """`read` for small things out of order: does not hash what lies before."""
+        """Return uint8, (nbytes,), without hashing: for small reads out of order."""
         data = torch.empty(nbytes, dtype=torch.uint8)
         self._file.seek(offset)
         if self._file.readinto(data.numpy().data) != nbytes:
-            raise QuantError(f"{self.path}: ends before byte {offset + nbytes}; the file changed while it was read")
+            raise QuantError(
+                f"{self.path}: ends before byte {offset + nbytes}, because it was changed while it was open;"
+                " try again when nothing writes to it"
+            )
         return data
 
     def sha256(self) -> str:
-        """Hex digest of the whole file; reads what was not read yet."""
+        """Return the hex digest of the whole file; what was not hashed yet is read."""
         self._hash_until(self._file.seek(0, 2))
         return self._hash.hexdigest()
 
@@ -69,25 +72,25 @@ class HashedFile:
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """All files of one source."""
+    """The files of one source."""
 
     parts: Sequence[HashedFile]
 
     def sha256(self) -> str:
-        """Hex digest of the file; of the files' digests, in order, where there are several."""
+        """Return the hex digest of the file; for several files, the digest of their concatenated hex digests."""
         digests = [part.sha256() for part in self.parts]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
     @contextmanager
-    def glancing(self) -> Iterator[None]:
-        """For reading here and there before the files are read in order."""
+    def without_hashing(self) -> Iterator[None]:
+        """Return a context in which reads do not hash, so that a read out of order reads nothing else."""
         for part in self.parts:
-            part.hashes = False
+            part.is_hashing = False
         try:
             yield
         finally:
             for part in self.parts:
-                part.hashes = True
+                part.is_hashing = True
 
     def close(self) -> None:
         for part in self.parts:
@@ -96,21 +99,22 @@ class SourceFiles:
 
 @dataclass(frozen=True)
 class SourceIdentity:
-    """What tells that a source is still the one that was opened."""
+    """The path, sizes and modification times of a source, to detect that it was changed."""
 
     path: Path
     parts: tuple[FileIdentity, ...]
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The bytes of all files."""
         return sum(part.size for part in self.parts)
 
     @property
     def mtime_ns(self) -> int:
-        """That of the file changed last."""
+        """The latest modification time of the files, in nanoseconds."""
         return max(part.mtime_ns for part in self.parts)
 
     def check_unchanged(self) -> None:
+        """Raise QuantError if a file was changed since it was opened."""
         for part in self.parts:
             part.check_unchanged()

@@ -1,4 +1,4 @@
-"""Formats that comfy-kitchen, which comes with ComfyUI, decodes: NVFP4, MXFP8 and the 4-bit ConvRot."""
+"""Formats that are dequantized by comfy-kitchen, a package of ComfyUI: NVFP4, MXFP8 and 4-bit ConvRot."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from .scaled import FoldedTensor, Layer, expect, numbers, rotation_group
 from .tensors import SourceTensor
 
-# Block scales lie in tiles of 128 rows and 4 blocks, as cuBLAS wants them.
+# Block scales are stored in tiles of 128 rows and 4 blocks, the layout of cuBLAS.
 _TILE_ROWS, _TILE_BLOCKS = 128, 4
-_CODES_OF_BLOCK = {"nvfp4": 16, "mxfp8": 32}
+_BLOCK_ELEMENTS = {"nvfp4": 16, "mxfp8": 32}
 
 
 @dataclass(frozen=True)
 class BlockScaledTensor(FoldedTensor):
-    """NVFP4 or MXFP8."""
+    """A weight in NVFP4 or MXFP8."""
 
     def _rows(self, first: int, last: int) -> Tensor:
         start = first // _TILE_ROWS * _TILE_ROWS
@@ -41,47 +41,63 @@ class BlockScaledTensor(FoldedTensor):
 
 @dataclass(frozen=True)
 class RotatedInt4Tensor(FoldedTensor):
-    """Signed 4-bit rows, rotated by ConvRot."""
+    """A weight of signed 4-bit integers that was rotated by ConvRot."""
 
     group: int
 
     def _rows(self, first: int, last: int) -> Tensor:
         scales = self.layer.scale.peek(first * 4, last * 4).view(torch.float32)
         codes = self.layer.weight_rows(first, last).view(torch.int8)
-        decode = _kitchen(self.layer).tensor.convrot_w4a4.dequantize_convrot_w4a4_weight
-        rows: Tensor = decode(codes, scales, convrot_groupsize=self.group, output_dtype=torch.float32)
+        dequantize = _kitchen(self.layer).tensor.convrot_w4a4.dequantize_convrot_w4a4_weight
+        rows: Tensor = dequantize(codes, scales, convrot_groupsize=self.group, output_dtype=torch.float32)
         return rows
 
 
 def fold_blocks(layer: Layer) -> SourceTensor:
-    """NVFP4 (two codes a byte, FP8 scale for 16, one scale for all) and MXFP8 (power-of-two scale for 32)."""
+    """Return the weight of a layer in NVFP4 or MXFP8.
+
+    NVFP4 has two codes per byte, an FP8 scale per 16 elements and one scale for the tensor. MXFP8 has a power of two as
+    the scale of 32 elements.
+    """
     name = str(layer.config["format"])
     expect(layer, *(("U8",) if name == "nvfp4" else ("F8_E4M3",)))
-    columns = layer.row_bytes * (2 if name == "nvfp4" else 1)
+    in_features = layer.row_bytes * (2 if name == "nvfp4" else 1)
     if (layer.tensor_scale is None) != (name == "mxfp8"):
-        raise layer.error(f"in format {name} but weight_scale_2 is {'missing' if name == 'nvfp4' else 'given'}")
-    if columns % _CODES_OF_BLOCK[name]:
-        raise layer.error(f"{columns} columns in format {name}, expected a multiple of {_CODES_OF_BLOCK[name]}")
-    expected = -(-layer.rows // _TILE_ROWS) * _TILE_ROWS * _padded_blocks(layer, columns)
-    if layer.scale.nbytes != expected:
-        raise layer.error(f"{layer.scale.nbytes} bytes of block scales, expected {expected}; the file is damaged")
+        got, expected = ("no", "one") if name == "nvfp4" else ("a", "none")
+        raise layer.error(
+            f"has {got} weight_scale_2, expected {expected} in format {name}; the file is damaged, download it again"
+        )
+    if in_features % _BLOCK_ELEMENTS[name]:
+        raise layer.error(
+            f"{in_features} input channels in format {name}, expected a multiple of {_BLOCK_ELEMENTS[name]};"
+            " the file is damaged, download it again"
+        )
+    n_bytes = -(-layer.rows // _TILE_ROWS) * _TILE_ROWS * _padded_blocks(layer, in_features)
+    if layer.scale.nbytes != n_bytes:
+        raise layer.error(
+            f"{layer.scale.nbytes} bytes of block scales, expected {n_bytes}; the file is damaged, download it again"
+        )
     _kitchen(layer)
-    return BlockScaledTensor(layer.weight.name, torch.float32, (layer.rows, columns), name.upper(), layer)
+    return BlockScaledTensor(layer.weight.name, torch.float32, (layer.rows, in_features), name.upper(), layer)
 
 
 def fold_int4(layer: Layer) -> SourceTensor:
-    """`convrot_w4a4`: one float32 scale for each row."""
+    """Return the weight of a layer in the format `convrot_w4a4`, which has one float32 scale per row."""
     expect(layer, "I8", "U8")
-    columns = 2 * layer.row_bytes
+    in_features = 2 * layer.row_bytes
     if layer.scale.dtype != "F32" or layer.scale.nbytes != 4 * layer.rows:
-        raise layer.error(f"scale of shape {layer.scale.shape}, expected {layer.rows} numbers; the file is damaged")
+        raise layer.error(
+            f"its scale is {layer.scale.dtype} of shape {layer.scale.shape}, expected {layer.rows} F32 numbers;"
+            " the file is damaged, download it again"
+        )
     _kitchen(layer)
-    group = rotation_group(layer, columns)
-    return RotatedInt4Tensor(layer.weight.name, torch.float32, (layer.rows, columns), "I4 rotated", layer, group)
+    group = rotation_group(layer, in_features)
+    return RotatedInt4Tensor(layer.weight.name, torch.float32, (layer.rows, in_features), "I4 rotated", layer, group)
 
 
-def _padded_blocks(layer: Layer, columns: int) -> int:
-    blocks = columns // _CODES_OF_BLOCK[str(layer.config["format"])]
+def _padded_blocks(layer: Layer, in_features: int) -> int:
+    """Return the number of block scales per row, including padding to whole tiles."""
+    blocks = in_features // _BLOCK_ELEMENTS[str(layer.config["format"])]
     return -(-blocks // _TILE_BLOCKS) * _TILE_BLOCKS
 
 
@@ -90,6 +106,6 @@ def _kitchen(layer: Layer) -> ModuleType:
         return importlib.import_module("comfy_kitchen")
     except ImportError as error:
         raise layer.error(
-            f"{layer.config['format']} is decoded by the package comfy-kitchen, which is not installed here;"
+            f"{layer.config['format']} is dequantized by the package comfy-kitchen, which is not installed here;"
             " run the conversion with ComfyUI's Python"
         ) from error

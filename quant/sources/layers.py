@@ -1,4 +1,8 @@
-"""Finds which stored tensors are weights and which are scales and markers of another one."""
+"""The distinction between stored tensors that are weights, and scales and markers that belong to a weight.
+
+Checkpoints that are quantized for ComfyUI store a layer as several tensors: `<layer>.weight`, its scales, and a JSON
+text in `<layer>.comfy_quant` that names the format. `source_tensors` combines them to one tensor per weight.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from .tensors import DTYPES, PackedTensor, PlainTensor, SourceTensor, StoredTens
 QUANTIZATION_METADATA = "_quantization_metadata"
 
 LayerFormat = dict[str, object]
-"""What a file says of a quantized layer: `format` and its options."""
+"""The JSON description of a quantized layer: `format` and its options."""
 
 _FORMATS: dict[str, Callable[[Layer], SourceTensor]] = {
     "float8_e4m3fn": fold_floats,
@@ -26,34 +30,42 @@ _FORMATS: dict[str, Callable[[Layer], SourceTensor]] = {
     "nvfp4": fold_blocks,
     "mxfp8": fold_blocks,
 }
-# The scales of activations are of no use to a weight.
+# The suffixes of tensors that belong to a weight. Scales of activations (input_scale) are ignored.
 _COMPANIONS = re.compile(
     r"(?P<layer>.+)\."
     r"(comfy_quant|weight_scale|weight_scale_2|scale_weight|pre_quant_scale|input_scale|scale_input|weight_scale_inv)"
 )
 MARKER = "scaled_fp8"
-"""A tensor without meaning of its own, in files of the time before `comfy_quant`."""
+"""The name of a tensor that marks a file as FP8; files from before `comfy_quant` have it. Its values are unused."""
 
 
 def declared_formats(path: Path, metadata: Mapping[str, str]) -> dict[str, LayerFormat]:
-    """Formats by layer, from a file's metadata."""
+    """Return the format of each layer that the metadata of a file declares.
+
+    Raises:
+        QuantError: malformed metadata.
+    """
     if QUANTIZATION_METADATA not in metadata:
         return {}
     try:
         layers = json.loads(metadata[QUANTIZATION_METADATA])["layers"]
         return {str(name): dict(config) for name, config in layers.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise QuantError(f"{path}: metadata {QUANTIZATION_METADATA} is malformed; the file is damaged") from error
+        raise QuantError(
+            f"{path}: metadata {QUANTIZATION_METADATA} is malformed, expected JSON with a format for each layer;"
+            " the file is damaged, download it again"
+        ) from error
 
 
 def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, LayerFormat]) -> Iterator[SourceTensor]:
-    """The weights among `stored`, in their order.
+    """Yield the weights among the stored tensors, in the same order.
 
     Args:
-        formats: by layer, where they are not given by markers.
+        stored: all tensors of the model.
+        formats: the formats that the metadata declares, by layer name; other layers have a `comfy_quant` tensor.
 
     Raises:
-        QuantError: a type or format that cannot be read, or scales that are missing or unknown.
+        QuantError: an unsupported dtype or format, or scales that are missing or malformed.
     """
     parts = {tensor.name: tensor for tensor in stored}
     for tensor in stored:
@@ -64,40 +76,52 @@ def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, LayerFo
 
 
 def _is_marker(tensor: StoredTensor) -> bool:
-    """Whether the name is all that the tensor tells: some makers note the kind of model with one that is empty."""
+    """Return whether the tensor holds no values to convert; some files mark the kind of model by an empty tensor."""
     empty = tensor.nbytes == 0 and not tensor.name.endswith((".weight", ".bias"))
     return empty or tensor.name == MARKER
 
 
 def _unscaled(tensor: StoredTensor) -> SourceTensor:
     if tensor.nbytes == 0:
-        raise _error(tensor, f"shape {tensor.shape} has a dimension of size 0; the file is damaged")
+        raise _error(
+            tensor,
+            f"shape {tensor.shape} has a dimension of size 0, expected a size of at least 1;"
+            " the file is damaged, download it again",
+        )
     if tensor.dtype in DTYPES:
         return PlainTensor.of(tensor)
     if tensor.dtype in QTYPES:
         return PackedTensor.of(tensor, QTYPES[tensor.dtype])
     raise _error(
         tensor,
-        f"dtype {tensor.dtype} without ComfyUI's scales cannot be converted, only {', '.join(DTYPES)};"
+        f"dtype {tensor.dtype} without ComfyUI's scales cannot be converted, expected {', '.join(DTYPES)};"
         " use the full-precision checkpoint",
     )
 
 
 def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Mapping[str, LayerFormat]) -> Layer | None:
-    """The layer that the tensor is the scaled weight of, if it is one."""
+    """Return the quantized layer of a weight, or None if the tensor is not a quantized weight."""
     name = weight.name.removesuffix(".weight")
     if name == weight.name:
         return None
     scale = parts.get(f"{name}.weight_scale", parts.get(f"{name}.scale_weight"))
     config = formats.get(name, _marker(parts.get(f"{name}.comfy_quant")))
     if config is None and f"{name}.weight_scale_inv" in parts:
-        raise _error(weight, "scaled in blocks by weight_scale_inv, not as ComfyUI does; use another checkpoint")
+        raise _error(
+            weight,
+            "its scale is weight_scale_inv (one per block), expected weight_scale as in ComfyUI's formats;"
+            " use the full-precision checkpoint",
+        )
     if config is None and scale is None:
         return None
-    # What has scales but no marker is of the time before markers, when there was FP8 only.
+    # Scales without a marker are from before markers existed, when FP8 was the only format.
     config = {"format": "float8_e4m3fn"} if config is None else config
     if scale is None:
-        raise _error(weight, f"marked as {config.get('format')!r:.40} but has no scale; the file is damaged")
+        raise _error(
+            weight,
+            f"marked as {config.get('format')!r:.40} but has no scale, expected {name}.weight_scale;"
+            " the file is damaged, download it again",
+        )
     return Layer(weight, config, scale, parts.get(f"{name}.weight_scale_2"), parts.get(f"{name}.pre_quant_scale"))
 
 
@@ -105,13 +129,22 @@ def _fold(layer: Layer) -> SourceTensor:
     fold = _FORMATS.get(str(layer.config.get("format")))
     if fold is None:
         known = ", ".join(_FORMATS)
-        raise layer.error(f"format {layer.config.get('format')!r:.40} is unknown, only {known}; use another checkpoint")
+        raise layer.error(
+            f"format {layer.config.get('format')!r:.40} is unknown, expected one of {known};"
+            " use the full-precision checkpoint"
+        )
     factor = layer.input_factor
     if factor is not None and (factor.dtype not in DTYPES or len(layer.weight.shape) != 2):
-        raise layer.error(f"pre_quant_scale is {factor.dtype} of shape {factor.shape}; the file is damaged")
+        raise layer.error(
+            f"pre_quant_scale is {factor.dtype} of shape {factor.shape} for a weight of shape {layer.weight.shape},"
+            f" expected {', '.join(DTYPES)} for a matrix; the file is damaged, download it again"
+        )
     tensor = fold(layer)
     if factor is not None and factor.shape != tensor.shape[1:]:
-        raise layer.error(f"pre_quant_scale has shape {factor.shape}, expected {tensor.shape[1:]}")
+        raise layer.error(
+            f"pre_quant_scale has shape {factor.shape}, expected {tensor.shape[1:]};"
+            " the file is damaged, download it again"
+        )
     return tensor
 
 
@@ -121,7 +154,9 @@ def _marker(stored: StoredTensor | None) -> LayerFormat | None:
     try:
         return dict(json.loads(stored.peek().numpy().tobytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise _error(stored, "not the JSON table that ComfyUI writes; the file is damaged") from error
+        raise _error(
+            stored, "not the JSON object that ComfyUI writes; the file is damaged, download it again"
+        ) from error
 
 
 def _error(tensor: StoredTensor, problem: str) -> QuantError:

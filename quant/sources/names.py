@@ -1,6 +1,6 @@
-"""What a file holds, told by its tensor names, and the names that its tensors get.
+"""Detection of the model in a file by its tensor names, and the renaming of its tensors.
 
-Source: comfy/ldm/wan/model.py, ComfyUI 0.30.0, whose names are those of github.com/Wan-Video.
+Source: comfy/ldm/wan/model.py, ComfyUI 0.30.0, which uses the names of github.com/Wan-Video.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .add_ons import is_add_on
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "model.")
 
 WAN_KEY = "head.modulation"
-"""The name of a tensor that every Wan transformer has and an add-on has not, without prefix."""
+"""The name, without prefix, of a tensor that every Wan transformer has and that add-ons do not have."""
 WAN, T5 = "wan", "t5encoder"
-"""Values of `general.architecture`."""
+"""Values of the GGUF key `general.architecture`."""
 
 _LOOKS_LIKE = (
     (("lora_A.", "lora_B.", "lora_down.", "lora_up."), "a LoRA"),
@@ -32,19 +32,23 @@ _LOOKS_LIKE = (
 
 
 class Naming(NamedTuple):
-    """How the tensors of a file are named."""
+    """The naming of the tensors in a file."""
 
     prefix: str
     rename: Callable[[str], str | None]
-    """From the name without prefix to that in the GGUF; None for what stays behind."""
+    """The function from a name without prefix to the name in the GGUF, or to None if the tensor is left out."""
     architecture: str = WAN
 
 
 def find_naming(path: Path, names: Collection[str]) -> Naming:
-    """The naming of a Wan transformer, of an add-on for one, or of a T5 text encoder.
+    """Return the naming of a Wan transformer, of an add-on for one, or of a T5 text encoder.
+
+    Args:
+        path: the path of the file, for messages.
+        names: the names of its tensors.
 
     Raises:
-        QuantError: anything else, with what it looks like.
+        QuantError: another model; the message says what it looks like.
     """
     for key, rename in ((WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
         for prefix in PREFIXES:
@@ -58,6 +62,6 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
             return Naming(prefix, str)
     looks = next((what for keys, what in _LOOKS_LIKE if any(key in n for n in names for key in keys)), "something else")
     raise QuantError(
-        f"{path}: not a Wan model (no tensor {WAN_KEY}): it looks like {looks};"
-        " only Wan and its text encoder are supported"
+        f"{path}: not a Wan model (no tensor {WAN_KEY}), it looks like {looks};"
+        " choose a Wan transformer, an add-on for one, or the T5 text encoder"
     )

@@ -1,4 +1,4 @@
-"""Opens files and folders of any supported layout as lists of stored tensors."""
+"""Opening of files and folders of any supported layout, as lists of stored tensors."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 
 
-class Opened(NamedTuple):
-    """The files of a source and their tensors, in the order they are best read."""
+class OpenedFiles(NamedTuple):
+    """The files of a source and their tensors, in the order of their data."""
 
     files: list[HashedFile]
     metadata: Mapping[str, Any]
-    """Of a GGUF all its keys, else the `__metadata__` of safetensors."""
+    """All metadata of a GGUF, or the `__metadata__` of safetensors."""
     tensors: list[StoredTensor]
     is_gguf: bool
 
 
 def shard_of(path: Path) -> tuple[str, int]:
-    """The name of a checkpoint without suffix and number of a shard, and that number: 1 for what is none."""
+    """Return the name of a checkpoint without suffix and shard number, and the shard number (1 if not a shard)."""
     stem = path.name if path.is_dir() else Path(path.name.removesuffix(".index.json")).stem
     shard = Shard.parse(stem)
     return (shard.stem, shard.number) if shard else (stem, 1)
 
 
-def open_files(path: Path) -> Opened:
-    """Opens a safetensors file, a GGUF (with all its parts), or a sharded folder, its index or one of its shards.
+def open_files(path: Path) -> OpenedFiles:
+    """Open a safetensors file, a GGUF with all its parts, a folder of shards, their index, or one of the shards.
 
-    Without an index, the names of shards tell how many there are.
+    Without an index, the number of shards is read from their file names.
 
     Raises:
-        QuantError: no such file, a pickle, a damaged header, a missing shard or a tensor that is in two.
+        QuantError: no such file, a pickle, a damaged header, a missing shard, or a tensor in two shards.
     """
     shard = _shard(path)
     index = path.with_name(shard.stem + INDEX_SUFFIX) if shard else path
@@ -53,18 +53,20 @@ def open_files(path: Path) -> Opened:
     if path.name.endswith(INDEX_SUFFIX):
         return _open_shards(path)
     if not path.is_file():
-        raise QuantError(f"{path}: no such file; give the path of a .safetensors checkpoint")
+        raise QuantError(
+            f"{path}: no such file; give the path of a .safetensors or .gguf file, or of a folder of shards"
+        )
     try:
         magic = _magic(path)
         return _open_gguf(path) if magic[:4] == b"GGUF" else _open_safetensors(_series(path))
     except OSError as error:
-        raise QuantError(f"{path}: cannot be read ({error.strerror})") from error
+        raise QuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _magic(path: Path) -> bytes:
     with open(path, "rb") as file:
         magic = file.read(8)
-    # A small safetensors header length can look like a pickle's first bytes.
+    # The length of a small safetensors header can look like the first bytes of a pickle.
     is_pickle = magic.startswith(_PICKLE_MAGICS) and int.from_bytes(magic, "little") > MAX_HEADER_BYTES
     if is_pickle or path.suffix.lower() in _PICKLE_SUFFIXES:
         raise QuantError(
@@ -74,7 +76,7 @@ def _magic(path: Path) -> bytes:
     return magic
 
 
-def _open_gguf(path: Path) -> Opened:
+def _open_gguf(path: Path) -> OpenedFiles:
     header = read_header(path)
     files = {part.path: HashedFile(part.path) for part in header.parts}
     tensors = [
@@ -82,10 +84,10 @@ def _open_gguf(path: Path) -> Opened:
     ]
     order = {part: number for number, part in enumerate(files)}
     tensors.sort(key=lambda tensor: (order[tensor.file.path], tensor.offset))
-    return Opened(list(files.values()), header.metadata, tensors, is_gguf=True)
+    return OpenedFiles(list(files.values()), header.metadata, tensors, is_gguf=True)
 
 
-def _open_safetensors(paths: list[Path]) -> Opened:
+def _open_safetensors(paths: list[Path]) -> OpenedFiles:
     files: list[HashedFile] = []
     metadata: dict[str, str] = {}
     tensors: dict[str, StoredTensor] = {}
@@ -96,14 +98,15 @@ def _open_safetensors(paths: list[Path]) -> Opened:
         for e in entries:
             if e.name in tensors:
                 raise QuantError(
-                    f"{path}: tensor {e.name}: is in {tensors[e.name].file.path.name} too; download the shards again"
+                    f"{path}: tensor {e.name}: is in {tensors[e.name].file.path.name} too, expected every tensor in one"
+                    " shard only; download the shards again"
                 )
             tensors[e.name] = StoredTensor(e.name, e.dtype, e.shape, e.begin, e.end - e.begin, files[-1])
-    return Opened(files, metadata, list(tensors.values()), is_gguf=False)
+    return OpenedFiles(files, metadata, list(tensors.values()), is_gguf=False)
 
 
-def _open_folder(folder: Path) -> Opened:
-    """What its index lists or, without one, shards that are all there and nothing else."""
+def _open_folder(folder: Path) -> OpenedFiles:
+    """Open the shards that the index lists; without an index, the folder must hold one series of shards only."""
     indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if len(indexes) == 1:
         return _open_shards(indexes[0])
@@ -117,7 +120,7 @@ def _open_folder(folder: Path) -> Opened:
 
 
 def _series(path: Path) -> list[Path]:
-    """All shards of a series, by the number in their names; the file itself if it is none."""
+    """Return all shards of the series that the file belongs to, or the file itself if it is not a shard."""
     shard = _shard(path)
     return _present(shard.series(path.parent)) if shard else [path]
 
@@ -130,11 +133,11 @@ def _shard(path: Path) -> Shard | None:
 def _present(shards: list[Path]) -> list[Path]:
     missing = next((shard for shard in shards if not shard.is_file()), None)
     if missing is not None:
-        raise QuantError(f"{missing}: missing, one of the {len(shards)} shards; download it too")
+        raise QuantError(f"{missing}: missing, expected all {len(shards)} shards in the folder; download it too")
     return shards
 
 
-def _open_shards(index: Path) -> Opened:
+def _open_shards(index: Path) -> OpenedFiles:
     listed = _read_index(index)
     opened = _open_safetensors(_present([index.parent / name for name in sorted(set(listed.values()))]))
     found = {tensor.name: tensor.file.path.name for tensor in opened.tensors}
@@ -148,7 +151,7 @@ def _open_shards(index: Path) -> Opened:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Names of shards by tensor name."""
+    """Return the name of the shard of each tensor."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
@@ -161,7 +164,7 @@ def _read_index(index: Path) -> dict[str, str]:
         listed = json.loads(index.read_bytes(), object_pairs_hook=unique)["weight_map"]
         shards = {str(name): str(shard) for name, shard in listed.items()}
     except OSError as error:
-        raise QuantError(f"{index}: cannot be read ({error.strerror})") from error
+        raise QuantError(f"{index}: cannot be read ({error.strerror}); check its permissions") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise QuantError(f"{index}: not an index of shards ({error}); download it again") from error
     outside = next((shard for shard in shards.values() if Path(shard).name != shard), None)

@@ -1,4 +1,4 @@
-"""Renaming by a table: the first pattern that a name starts with is replaced."""
+"""Renaming of tensors by a table of rules; the first rule whose pattern matches the start of a name is applied."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Rule = tuple[re.Pattern[str], str]
 
 
 def rules(*pairs: tuple[str, str]) -> Sequence[Rule]:
-    """Compiles (pattern, replacement)."""
+    """Compile pairs of a pattern and its replacement."""
     return [(re.compile(pattern), replacement) for pattern, replacement in pairs]
 
 
 def rename(name: str, table: Sequence[Rule]) -> str | None:
-    """The new name, or None where no pattern matches. What follows the match (`weight`, a scale) is kept."""
+    """Return the new name, or None if no pattern matches; what follows the match (`weight`, a scale) is kept."""
     for pattern, replacement in table:
         match = pattern.match(name)
         if match:

@@ -1,6 +1,8 @@
-"""Weights that a file stores with scales beside them, as ComfyUI does: the scales are folded in, rows at a time.
+"""Weights in ComfyUI's quantized formats, which store scales in other tensors.
 
-Source: comfy/utils.py convert_old_quants, comfy/ops.py _load_quantized_module, ComfyUI 0.30.0; values:
+A "folded" tensor is such a weight with its scales multiplied in; it is dequantized a few rows at a time.
+
+Source: comfy/utils.py convert_old_quants, comfy/ops.py _load_quantized_module, ComfyUI 0.30.0; for the values,
 comfy_kitchen 0.2.26 backends/eager/quantization.py.
 """
 
@@ -21,16 +23,16 @@ _NUMBERS = DTYPES | {"I8": torch.int8}
 
 @dataclass(frozen=True)
 class Layer:
-    """The stored parts of one weight."""
+    """A quantized layer: its stored tensors and the description of its format."""
 
     weight: StoredTensor
     config: dict[str, object]
-    """The JSON of `<layer>.comfy_quant`; has `format`."""
+    """The JSON object of `<layer>.comfy_quant`, with the key `format`."""
     scale: StoredTensor
     tensor_scale: StoredTensor | None = None
-    """NVFP4 only: the scale of the block scales."""
+    """The scale of the block scales, in NVFP4 only."""
     input_factor: StoredTensor | None = None
-    """(columns,): inputs are multiplied by it first (`pre_quant_scale`)."""
+    """`pre_quant_scale`, (in_features,): the factors that the inputs are multiplied by first."""
 
     @property
     def rows(self) -> int:
@@ -41,47 +43,55 @@ class Layer:
         return self.weight.nbytes // self.rows
 
     def weight_rows(self, first: int, last: int) -> Tensor:
-        """uint8 (rows, row_bytes)."""
+        """Return the rows `first` to `last`: uint8, (last - first, row_bytes)."""
         return self.weight.read(first * self.row_bytes, last * self.row_bytes).view(-1, self.row_bytes)
 
     def number(self, key: str, default: int) -> int:
-        """An integer of the configuration, at its top or under `params`."""
+        """Return a positive integer of the configuration.
+
+        Raises:
+            QuantError: another value.
+        """
         value = self.option(key, default)
         if type(value) is not int or value < 1:
-            raise self.error(f"{key} is {str(value)[:40]!r}, expected a positive integer; the file is damaged")
+            raise self.error(
+                f"{key} is {str(value)[:40]!r}, expected a positive integer; the file is damaged, download it again"
+            )
         return value
 
     def option(self, key: str, default: object) -> object:
+        """Return a value of the configuration, from its top level or from `params`."""
         params = self.config.get("params")
         return self.config.get(key, params.get(key, default) if isinstance(params, dict) else default)
 
     def error(self, problem: str) -> QuantError:
+        """Return an error that names the file and the weight."""
         return QuantError(f"{self.weight.file.path}: tensor {self.weight.name}: {problem}")
 
 
 @dataclass(frozen=True)
 class FoldedTensor(SourceTensor):
-    """A weight in float32 with its scales multiplied in; any slice costs the memory of its rows."""
+    """A weight in float32 with its scales multiplied in; reading a slice needs the memory of its rows."""
 
     layer: Layer
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         stop = self._stop(stop)
-        columns = math.prod(self.shape[1:])
-        first, last = start // columns, -(-stop // columns)
+        row_elements = math.prod(self.shape[1:])
+        first, last = start // row_elements, -(-stop // row_elements)
         rows = self._rows(first, last)
         if self.layer.input_factor is not None:
             rows = rows * numbers(self.layer.input_factor).view(1, -1)
-        return rows.flatten()[start - first * columns : stop - first * columns]
+        return rows.flatten()[start - first * row_elements : stop - first * row_elements]
 
     @abstractmethod
     def _rows(self, first: int, last: int) -> Tensor:
-        """Float32 (last - first, columns); a row is what has one index in the first dimension."""
+        """Return the rows `first` to `last` along the first dimension: float32, (last - first, elements per row)."""
 
 
 @dataclass(frozen=True)
 class ScaledTensor(FoldedTensor):
-    """FP8 or INT8 numbers times one scale for the tensor or one for each row."""
+    """A weight of FP8, INT8 or wider numbers with one scale for the tensor or one per row."""
 
     def _rows(self, first: int, last: int) -> Tensor:
         codes = self.layer.weight_rows(first, last).view(_NUMBERS[self.layer.weight.dtype])
@@ -97,7 +107,10 @@ class ScaledTensor(FoldedTensor):
 
 @dataclass(frozen=True)
 class RotatedTensor(ScaledTensor):
-    """INT8 whose groups of columns were rotated by an orthogonal matrix (ConvRot), which is undone."""
+    """An INT8 weight in which ConvRot rotated each group of input channels by an orthogonal matrix.
+
+    Reading it undoes the rotation.
+    """
 
     group: int
 
@@ -107,7 +120,11 @@ class RotatedTensor(ScaledTensor):
 
 
 def hadamard(size: int) -> Tensor:
-    """Float32 (size, size): the symmetric, orthogonal matrix of ConvRot, its own inverse; `size` is a power of 4."""
+    """Return the matrix of ConvRot: float32, (size, size), symmetric and orthogonal, so that it is its own inverse.
+
+    Args:
+        size: a power of 4.
+    """
     seed = 1 - 2 * torch.eye(4).flip(0)
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
@@ -116,19 +133,22 @@ def hadamard(size: int) -> Tensor:
 
 
 def numbers(stored: StoredTensor) -> Tensor:
-    """All values of a small tensor in float32, flat."""
+    """Return all values of a small tensor: float32, flat."""
     return stored.peek().view(DTYPES[stored.dtype]).float()
 
 
 def fold_floats(layer: Layer) -> SourceTensor:
-    """FP8, or wider numbers that have a scale all the same."""
+    """Return the weight of a layer in FP8, or in wider numbers that have a scale all the same."""
     if layer.weight.dtype not in DTYPES:
-        raise layer.error(f"{layer.weight.dtype} in format {layer.config['format']}, expected {', '.join(DTYPES)}")
+        raise layer.error(
+            f"{layer.weight.dtype} in format {layer.config['format']}, expected {', '.join(DTYPES)};"
+            " the file is damaged, download it again"
+        )
     return _scaled(layer)
 
 
 def fold_int8(layer: Layer) -> SourceTensor:
-    """INT8 with one scale or one for each row, rotated or not."""
+    """Return the weight of a layer in INT8 with one scale or one per row, rotated by ConvRot or not."""
     expect(layer, "I8")
     if not layer.option("convrot", False):
         return _scaled(layer)
@@ -137,11 +157,18 @@ def fold_int8(layer: Layer) -> SourceTensor:
     return RotatedTensor(layer.weight.name, torch.float32, layer.weight.shape, "I8 rotated", layer, group)
 
 
-def rotation_group(layer: Layer, columns: int) -> int:
-    """The number of columns that ConvRot mixed."""
+def rotation_group(layer: Layer, in_features: int) -> int:
+    """Return the number of input channels per rotation of ConvRot.
+
+    Raises:
+        QuantError: not a power of 4 that divides `in_features`.
+    """
     group = layer.number("convrot_groupsize", 256)
-    if group < 4 or columns % group or group & (group - 1) or group.bit_length() % 2 == 0:
-        raise layer.error(f"convrot_groupsize is {group}, expected a power of 4 that divides {columns} columns")
+    if group < 4 or in_features % group or group & (group - 1) or group.bit_length() % 2 == 0:
+        raise layer.error(
+            f"convrot_groupsize is {group}, expected a power of 4 that divides the {in_features} input channels;"
+            " the file is damaged, download it again"
+        )
     return group
 
 
@@ -152,10 +179,13 @@ def _scaled(layer: Layer) -> ScaledTensor:
 
 
 def expect(layer: Layer, *dtypes: str) -> None:
-    """Refuses a weight that its format cannot have."""
+    """Refuse a weight that is not a matrix of one of these dtypes."""
     if layer.weight.dtype not in dtypes or len(layer.weight.shape) != 2:
         got = f"{layer.weight.dtype} of shape {layer.weight.shape}"
-        raise layer.error(f"{got} in format {layer.config['format']}, expected {' or '.join(dtypes)} and 2 dimensions")
+        raise layer.error(
+            f"{got} in format {layer.config['format']}, expected {' or '.join(dtypes)} and 2 dimensions;"
+            " the file is damaged, download it again"
+        )
 
 
 def _check_scale(layer: Layer) -> None:

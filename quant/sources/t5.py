@@ -1,7 +1,7 @@
-"""The T5 text encoders (umT5 for Wan): llama.cpp's names and metadata.
+"""T5 text encoders (Wan uses umT5): their tensor names and metadata in llama.cpp.
 
-Source: the PyPI package gguf 0.19, constants.py MODEL_ARCH.T5ENCODER and Keys; names of github.com/Wan-Video/Wan2.1
-wan/modules/t5.py @ fc124fd.
+Source: the PyPI package gguf 0.19, constants.py MODEL_ARCH.T5ENCODER and Keys; for Wan's names,
+github.com/Wan-Video/Wan2.1 wan/modules/t5.py @ fc124fd.
 """
 
 from __future__ import annotations
@@ -63,42 +63,48 @@ NAMINGS: Mapping[str, Callable[[str], str | None]] = {
     "blocks.0.attn.q.weight": partial(rename, table=_WAN),
     "enc.blk.0.attn_q.weight": partial(rename, table=_LLAMA),
 }
-"""Renaming to llama.cpp's names, by a tensor that tells the naming. A decoder stays behind."""
+"""The functions that rename to llama.cpp's names, by the name of a tensor that only this naming has.
+
+They return None for the tensors of a decoder, which are left out.
+"""
 
 
 def t5_metadata(path: Path, shapes: Mapping[str, tuple[int, ...]], spiece: bytes | None) -> dict[str, Any]:
-    """GGUF metadata of a text encoder.
+    """Return the GGUF metadata of a text encoder.
 
     Args:
-        shapes: of its tensors, under llama.cpp's names.
-        spiece: the sentencepiece model; a file spiece.model beside `path` serves when it is None.
+        path: the path of the checkpoint.
+        shapes: the shapes of its tensors by llama.cpp's names.
+        spiece: the sentencepiece model; if None, it is read from the file spiece.model in the same folder.
 
     Raises:
-        QuantError: no tokenizer, or tensors that are missing.
+        QuantError: no tokenizer, or a missing tensor.
     """
     beside = path.with_name("spiece.model")
     if spiece is None and beside.is_file():
         spiece = beside.read_bytes()
     if spiece is None:
         raise QuantError(
-            f"{path}: holds no tokenizer (tensor {SPIECE_TENSOR}), without which the text encoder cannot be used;"
-            " take ComfyUI's file of the encoder, or put spiece.model beside this one"
+            f"{path}: has no tokenizer (tensor {SPIECE_TENSOR}), which the text encoder needs;"
+            " use ComfyUI's file of the encoder, or put spiece.model into the same folder"
         )
     try:
         return _dimensions(shapes) | parse_vocabulary(spiece, shapes["token_embd.weight"][0]) | {SPIECE_KEY: spiece}
     except KeyError as error:
-        raise QuantError(f"{path}: tensor {error.args[0]}: missing; the text encoder is not complete") from None
+        raise QuantError(
+            f"{path}: tensor {error.args[0]}: missing, expected a complete text encoder; download it again"
+        ) from None
     except QuantError as error:
         raise QuantError(f"{path}: {error}") from None
 
 
 def transformers_name(name: str) -> str:
-    """The name that ComfyUI reads of a text encoder's tensor; any other name as it is."""
+    """Return the name that ComfyUI reads for a tensor of a text encoder; other names stay as they are."""
     return rename(name, _TO_TRANSFORMERS) or name
 
 
 def kept_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a GGUF made from another GGUF takes over."""
+    """Return the metadata that a GGUF made from another GGUF keeps."""
     return {key: value for key, value in metadata.items() if key.startswith(_KEPT_KEYS)}
 
 

@@ -1,4 +1,8 @@
-"""Tensors whose values stay in their file until they are read, as they are stored and as weights."""
+"""Tensors whose values stay in their file until they are read.
+
+A `StoredTensor` is the data in the file. A `SourceTensor` is one tensor of the model, which may combine several stored
+ones.
+"""
 
 from __future__ import annotations
 
@@ -19,52 +23,53 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""Stored types that are plain numbers, by safetensors' names."""
+"""The dtypes of plain numbers, by their names in safetensors."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a file."""
+    """A tensor as it is stored in a file."""
 
     name: str
     dtype: str
-    """Safetensors' or ggml's name."""
+    """The name of the dtype in safetensors, or of the type in ggml."""
     shape: tuple[int, ...]
     offset: int
     nbytes: int
     file: HashedFile = field(repr=False, compare=False)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """uint8: bytes `start` to `stop` of the data."""
+        """Return the bytes `start` to `stop` of the data: uint8, (stop - start,)."""
         return self.file.read(self.offset + start, stop - start)
 
     def peek(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """`read`, for the small tensors that belong to another one."""
+        """Return the same as `read`, without hashing: for small tensors that belong to another one."""
         stop = self.nbytes if stop is None else stop
         return self.file.peek(self.offset + start, stop - start)
 
 
 @dataclass(frozen=True)
 class SourceTensor(ABC):
-    """One weight of a checkpoint; `dtype` is that of the values `read` gives."""
+    """One tensor of a model."""
 
     name: str
     dtype: torch.dtype
+    """The dtype of the values that `read` returns."""
     shape: tuple[int, ...]
     stored: str
-    """How the file stores it: a dtype, a ggml type or the name of a scaled format."""
+    """The storage format in the file: a dtype, a ggml type, or the name of one of ComfyUI's formats."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values in `dtype`."""
+        """The bytes of all values in `dtype`."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @abstractmethod
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Values `start` to `stop` in row-major order: a flat tensor of `dtype`."""
+        """Return the values `start` to `stop` in row-major order: `dtype`, (stop - start,)."""
 
     def read_packed(self, start: int, stop: int) -> Tensor | None:
-        """These values as blocks of the ggml type `stored`, uint8, or None where they are not stored so."""
+        """Return the values as uint8 blocks of the ggml type `stored`, or None if it is not a ggml type with blocks."""
         return None
 
     def _stop(self, stop: int | None) -> int:
@@ -73,7 +78,7 @@ class SourceTensor(ABC):
 
 @dataclass(frozen=True)
 class PlainTensor(SourceTensor):
-    """Numbers; FP8 is read as BF16, which holds every FP8 value."""
+    """A tensor of plain numbers; FP8 is read as BF16, which represents every FP8 value."""
 
     data: StoredTensor
 
@@ -89,11 +94,11 @@ class PlainTensor(SourceTensor):
 
 @dataclass(frozen=True)
 class FiniteTensor(SourceTensor):
-    """Another tensor, with 0 for NaN and infinity."""
+    """Another tensor with 0 in place of NaN and infinity."""
 
     tensor: SourceTensor
     zeroed: set[str] = field(repr=False, compare=False)
-    """Gets the names of the tensors that hold any."""
+    """The names of tensors that hold such values are added to this set when they are read."""
 
     @classmethod
     def of(cls, tensor: SourceTensor, zeroed: set[str]) -> FiniteTensor:
@@ -110,7 +115,7 @@ class FiniteTensor(SourceTensor):
 
 @dataclass(frozen=True)
 class PackedTensor(SourceTensor):
-    """Blocks of a GGUF."""
+    """A tensor of blocks of a ggml type, from a GGUF."""
 
     data: StoredTensor
     qtype: QuantType

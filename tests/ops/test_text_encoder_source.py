@@ -81,7 +81,7 @@ def test_names_and_values(source, state, tmp_path):
 
 def test_original_names_with_the_tokenizer_beside(state, tmp_path):
     save_file({f"{wan}.weight": state[f"{theirs}.weight"] for theirs, wan, _ in NAMES}, tmp_path / "a.safetensors")
-    with pytest.raises(QuantError, match=r"holds no tokenizer \(tensor spiece_model\).*put spiece\.model beside"):
+    with pytest.raises(QuantError, match=r"has no tokenizer \(tensor spiece_model\).*put spiece\.model into"):
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "BF16")
     (tmp_path / "spiece.model").write_bytes(SPIECE.read_bytes())
     check_values(convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "BF16").path, state)

@@ -108,7 +108,7 @@ def test_refused_add_ons(files, tmp_path):
 def test_add_on_of_another_size(tmp_path, tiny_wan):
     base = tiny_wan["write_tiny_wan"](tmp_path / "base.safetensors", layers=1)
     save_file({"vace_blocks.3.ffn.0.weight": torch.zeros(3, 256)}, tmp_path / "add-on.safetensors")
-    with pytest.raises(QuantError, match=r"vace_blocks\.3\.ffn\.0\.weight: shape \(3, 256\), but \(1024, 256\)"):
+    with pytest.raises(QuantError, match=r"vace_blocks\.3\.ffn\.0\.weight: shape \(3, 256\), expected \(1024, 256\)"):
         convert(base, tmp_path / "a.gguf", modules=[tmp_path / "add-on.safetensors"])
 
 

@@ -1,4 +1,4 @@
-"""Add-on modules as sources."""
+"""Add-ons as sources."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wanquant.quant.sources.checkpoint import open_checkpoint
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
-def test_modules_are_known_by_their_tensors(tmp_path, name, prefix):
+def test_add_ons_are_detected_by_their_tensor_names(tmp_path, name, prefix):
     save_file(
         {prefix + name: torch.zeros(2, 2), prefix + "vace_blocks.1.after_proj.bias": torch.zeros(2)}, tmp_path / "a"
     )

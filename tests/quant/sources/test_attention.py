@@ -1,4 +1,4 @@
-"""Attention preferences of a checkpoint: text beside the weights, metadata of a GGUF, text again."""
+"""Attention preferences: tensors of a checkpoint become metadata of a GGUF, and tensors again."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def state(tmp_path):
 
 @pytest.mark.parametrize("preference", [INT8, [INT8, {"attention": "comfy_kitchen_sol", "tau": 0.9}]])
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_preferences_travel_with_a_gguf_and_back(prefix, preference, state, tmp_path):
+def test_preferences_survive_conversion_and_restoration(prefix, preference, state, tmp_path):
     stored = {prefix + name: tensor for name, tensor in (state | {NAME: text(preference)}).items()}
     save_file(stored, tmp_path / "a.safetensors", metadata={"config": "{}"})
     gguf = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "Q8_0", effort="fast").path
-    assert open_gguf(gguf).tensors.keys() == state.keys(), "no tensor that other loaders do not know"
+    assert open_gguf(gguf).tensors.keys() == state.keys(), "other loaders refuse unknown tensors"
     metadata = source_metadata(open_gguf(gguf).metadata)
     (tensor,) = preference_tensors(metadata).values()
     assert list(preference_tensors(metadata)) == [NAME]
@@ -49,16 +49,16 @@ def test_preferences_travel_with_a_gguf_and_back(prefix, preference, state, tmp_
 @pytest.mark.parametrize(
     ("tensor", "message"),
     [
-        (torch.zeros(3, dtype=torch.uint8), "not the JSON text"),
+        (torch.zeros(3, dtype=torch.uint8), "not JSON text"),
         (text("int8"), "expected a JSON object"),
-        (torch.ones(4), "16 bytes of F32, expected up to 65536 of U8"),
+        (torch.ones(4), "16 bytes of F32, expected 1 to 65536 bytes of U8"),
         (text("x" * 70000), "70002 bytes of U8"),
-        (torch.full((9,), 255, dtype=torch.uint8), "not the JSON text"),
-        (torch.tensor(list(b"[" * 9000), dtype=torch.uint8), "not the JSON text"),
+        (torch.full((9,), 255, dtype=torch.uint8), "not JSON text"),
+        (torch.tensor(list(b"[" * 9000), dtype=torch.uint8), "not JSON text"),
     ],
     ids=["zeros", "string", "floats", "long", "not UTF-8", "deep"],
 )
-def test_anything_else_is_refused(tensor, message, state, tmp_path):
+def test_malformed_preferences_are_refused(tensor, message, state, tmp_path):
     save_file(state | {NAME: tensor}, tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=rf"tensor {NAME}: .*{message}.*; the file is damaged, download it again$"):
         open_checkpoint(tmp_path / "a.safetensors")

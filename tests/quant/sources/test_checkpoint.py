@@ -1,4 +1,4 @@
-"""Source readers against safetensors' own, and what they refuse."""
+"""Checkpoints: their tensors against those that safetensors reads, and the files that are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wanquant.testing.tiny_wan import write_tiny_wan
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
-def test_values_and_names(tmp_path, dtype, prefix):
+def test_names_and_values_are_those_of_safetensors(tmp_path, dtype, prefix):
     path = write_tiny_wan(tmp_path / "a.safetensors", layers=1, dtype=dtype, prefix=prefix, metadata={"config": "{}"})
     expected = load_file(path)
     with open_checkpoint(path) as checkpoint:
@@ -30,7 +30,7 @@ def test_values_and_names(tmp_path, dtype, prefix):
         assert torch.equal(ffn.read(5, 99), expected[prefix + "blocks.0.ffn.0.weight"].flatten()[5:99])
 
 
-def test_what_lies_outside_the_prefix_is_left_out(tmp_path):
+def test_tensors_outside_the_prefix_are_left_out(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"model.diffusion_model.head.modulation": torch.zeros(1, 2, 4), "vae.bias": torch.zeros(3)}, path)
     with open_checkpoint(path) as checkpoint:
@@ -52,17 +52,17 @@ def test_float_gguf_is_a_source(tmp_path):
         assert checkpoint.metadata == {"config": "{}"}
 
 
-def test_quantized_gguf_is_a_source_that_is_lossy(tmp_path):
+def test_quantized_gguf_is_a_source_and_reports_its_format(tmp_path):
     weight = write_gguf(tmp_path / "a.gguf", QTYPES["Q8_0"])
     with open_checkpoint(tmp_path / "a.gguf") as checkpoint:
         tensor = checkpoint.tensors["head.modulation"]
         expected = QTYPES["Q8_0"].dequantize(QTYPES["Q8_0"].quantize(weight, effort="fast")).flatten()
         assert torch.equal(tensor.read(), expected)
         assert torch.equal(tensor.read(5, 41), expected[5:41])
-        assert checkpoint.lossy == ("Q8_0",)
+        assert checkpoint.quantized_formats == ("Q8_0",)
 
 
-def test_unsupported_dtype_is_refused_by_tensor_and_dtype(tmp_path):
+def test_unsupported_dtype_is_refused_with_its_tensor_and_dtype(tmp_path):
     tensors = {"head.modulation": torch.zeros(4), "blocks.0.ffn.0.weight": torch.zeros(4).to(torch.int64)}
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(
@@ -81,15 +81,15 @@ def test_unsupported_dtype_is_refused_by_tensor_and_dtype(tmp_path):
         ("x", "something else"),
     ],
 )
-def test_other_models_are_refused_by_what_they_look_like(tmp_path, name, looks_like):
+def test_other_models_are_refused_with_what_they_look_like(tmp_path, name, looks_like):
     save_file({name: torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(QuantError, match=f"not a Wan model.*looks like {looks_like}; only Wan and its"):
+    with pytest.raises(QuantError, match=f"not a Wan model.*looks like {looks_like}; choose a Wan"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.safetensors"])
-def test_pickles_are_refused_by_name_of_the_format(tmp_path, name, legacy):
+def test_torch_pickles_are_refused(tmp_path, name, legacy):
     torch.save({"w": torch.zeros(9)}, tmp_path / name, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(QuantError, match="a PyTorch pickle"):
         open_checkpoint(tmp_path / name)
@@ -101,6 +101,6 @@ def test_plain_pickle_is_refused(tmp_path):
         open_checkpoint(tmp_path / "a")
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     with pytest.raises(QuantError, match="no such file"):
         open_checkpoint(tmp_path / "a.safetensors")

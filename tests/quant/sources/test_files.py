@@ -1,4 +1,4 @@
-"""Files read piece by piece: their checksum, and how much is read."""
+"""Files that are read slice by slice: their checksum, and how much is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wanquant.testing.tiny_wan import write_tiny_wan
 
 
 @pytest.mark.parametrize("order", ["in file order", "backwards", "every second", "none"])
-def test_sha256_is_that_of_the_file_however_it_is_read(tmp_path, order):
+def test_sha256_is_that_of_the_file_in_any_order_of_reading(tmp_path, order):
     path = write_tiny_wan(tmp_path / "a.safetensors", layers=1)
     with open_checkpoint(path) as checkpoint:
         tensors = list(checkpoint.tensors.values())
@@ -21,10 +21,10 @@ def test_sha256_is_that_of_the_file_however_it_is_read(tmp_path, order):
             half = tensor.shape[0] // 2
             tensor.read(0, half)
             tensor.read(half)
-        assert checkpoint.file.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert checkpoint.files.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_glancing_reads_no_more_than_asked_for(tmp_path, monkeypatch):
+def test_without_hashing_only_the_requested_bytes_are_read(tmp_path, monkeypatch):
     path = write_tiny_wan(tmp_path / "a.safetensors", layers=1)
     expected = hashlib.sha256(path.read_bytes()).hexdigest()
     with open_checkpoint(path) as checkpoint:
@@ -38,10 +38,10 @@ def test_glancing_reads_no_more_than_asked_for(tmp_path, monkeypatch):
 
         monkeypatch.setattr(HashedFile, "peek", counting)
         last = list(checkpoint.tensors.values())[-1]
-        with checkpoint.file.glancing():
+        with checkpoint.files.without_hashing():
             last.read()
         assert n_read == last.nbytes
         for tensor in checkpoint.tensors.values():
             tensor.read()
-        assert checkpoint.file.sha256() == expected
+        assert checkpoint.files.sha256() == expected
         assert n_read <= last.nbytes + path.stat().st_size

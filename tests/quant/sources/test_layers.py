@@ -1,4 +1,4 @@
-"""Scales and markers beside the weights: folded in, left out, or refused."""
+"""Quantized layers: scales are multiplied in, markers are left out, and malformed ones are refused."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def marker(**config):
         ({"weight": INT8, "comfy_quant": marker(format="int8_tensorwise")}, "'int8_tensorwise' but has no scale"),
         ({"weight": FP8, "comfy_quant": marker(format="fp3"), "weight_scale": torch.ones(())}, "'fp3' is unknown"),
         ({"weight": FP8, "comfy_quant": marker(), "weight_scale": torch.ones(())}, "format None is unknown"),
-        ({"weight": FP8, "comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "not the JSON table"),
+        ({"weight": FP8, "comfy_quant": torch.zeros(3, dtype=torch.uint8)}, "not the JSON object"),
         (
             {"weight": FP8, "weight_scale": torch.ones(3)},
             r"F32 of shape \(3,\), expected one number or \(4, 1\)",
         ),
         ({"weight": FP8, "weight_scale": torch.ones(1, dtype=torch.uint8)}, "scale is U8"),
-        ({"weight": FP8, "weight_scale_inv": torch.ones(1, 1)}, "scaled in blocks by weight_scale_inv"),
+        ({"weight": FP8, "weight_scale_inv": torch.ones(1, 1)}, "its scale is weight_scale_inv"),
         ({"weight": INT8, "weight_scale": torch.ones(())}, "I8 in format float8_e4m3fn, expected F32"),
         (
             {"weight": FP8, "comfy_quant": marker(format="nvfp4"), "weight_scale": torch.ones(())},
@@ -49,7 +49,7 @@ def marker(**config):
                 "comfy_quant": marker(format="int8_tensorwise", convrot=True, convrot_groupsize=8),
                 "weight_scale": torch.ones(()),
             },
-            "convrot_groupsize is 8, expected a power of 4 that divides 8 columns",
+            "convrot_groupsize is 8, expected a power of 4 that divides the 8 input channels",
         ),
         (
             {"weight": FP8, "weight_scale": torch.ones(()), "pre_quant_scale": torch.ones(3)},
@@ -58,7 +58,7 @@ def marker(**config):
         ({"weight": torch.zeros(0, 4)}, "dimension of size 0"),
     ],
 )
-def test_damaged_quantized_layers(tmp_path, parts, message):
+def test_damaged_quantized_layers_are_refused(tmp_path, parts, message):
     tensors = {f"blocks.0.ffn.0.{name}": value for name, value in parts.items()}
     save_file(tensors | {"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=r"tensor blocks\.0\.ffn\.0\.\w+: .*" + message):
@@ -66,7 +66,7 @@ def test_damaged_quantized_layers(tmp_path, parts, message):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"layers": 3}', '{"layers": {"a": 3}}'])
-def test_damaged_quantization_metadata(tmp_path, text):
+def test_damaged_quantization_metadata_is_refused(tmp_path, text):
     tensors = {"head.modulation": torch.zeros(1, 2, 2)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": text})
     with pytest.raises(QuantError, match="metadata _quantization_metadata is malformed"):
@@ -82,11 +82,11 @@ def test_block_scales_need_comfy_kitchen(tmp_path, monkeypatch):
         "blocks.0.ffn.0.comfy_quant": marker(format="mxfp8"),
     }
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(QuantError, match=r"ffn\.0\.weight: mxfp8 is decoded by the package comfy-kitchen"):
+    with pytest.raises(QuantError, match=r"ffn\.0\.weight: mxfp8 is dequantized by the package comfy-kitchen"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
-def test_factor_of_the_inputs_is_folded(tmp_path):
+def test_factor_of_the_inputs_is_multiplied_in(tmp_path):
     factor = torch.rand(8)
     tensors = {"weight": FP8, "weight_scale": torch.tensor(2.0), "pre_quant_scale": factor}
     tensors = {f"blocks.0.ffn.0.{name}": value for name, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Names of other makers against ComfyUI's."""
+"""Renaming from the names of other tools to ComfyUI's names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.sources.names import find_naming
 from wanquant.testing.tiny_wan import write_tiny_wan
 
-# (in Diffusers, in ComfyUI), of module paths and of single tensors
+# Pairs of the name in Diffusers and the name in ComfyUI, of modules and of single tensors.
 PAIRS = (
     ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
     ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
@@ -57,7 +57,7 @@ DIFFUSERS_KEY = "condition_embedder.time_proj.weight"
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS)
-def test_diffusers_names(tmp_path, theirs, ours, prefix):
+def test_diffusers_names_become_comfyui_names(tmp_path, theirs, ours, prefix):
     naming = find_naming(tmp_path, {prefix + DIFFUSERS_KEY})
     assert naming.prefix == prefix
     if theirs.endswith(PARAMETERS):
@@ -75,7 +75,7 @@ def diffusers_name(name):
 
 
 @pytest.mark.parametrize("variant", ["t2v", "i2v"])
-def test_checkpoint_in_diffusers_names(tmp_path, variant):
+def test_checkpoint_with_diffusers_names_has_the_same_tensors(tmp_path, variant):
     path = write_tiny_wan(tmp_path / "a.safetensors", layers=1, variant=variant)
     expected = load_file(path)
     save_file({diffusers_name(name): value for name, value in expected.items()}, tmp_path / "b.safetensors")
@@ -85,7 +85,7 @@ def test_checkpoint_in_diffusers_names(tmp_path, variant):
             assert torch.equal(tensor.read().view(tensor.shape), expected[name])
 
 
-def test_scaled_fp8_in_diffusers_names(tmp_path):
+def test_scaled_fp8_with_diffusers_names_is_read(tmp_path):
     tensors = {
         "condition_embedder.time_proj.weight": torch.zeros(2, 2),
         "blocks.0.ffn.net.2.weight": torch.ones(2, 2).to(torch.float8_e4m3fn),
@@ -98,7 +98,7 @@ def test_scaled_fp8_in_diffusers_names(tmp_path):
         assert checkpoint.tensors["blocks.0.ffn.2.weight"].read().tolist() == [3.0] * 4
 
 
-def test_tensor_of_unknown_name_in_diffusers_names(tmp_path):
+def test_unknown_diffusers_name_is_refused(tmp_path):
     tensors = {DIFFUSERS_KEY: torch.zeros(2), "rope.freqs_cos": torch.zeros(2)}
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=r"tensor rope\.freqs_cos: has no known counterpart"):

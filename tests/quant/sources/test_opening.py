@@ -1,4 +1,4 @@
-"""Checkpoints of several files."""
+"""Checkpoints that consist of several files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def state(tmp_path):
 
 
 def write_shards(folder, state, n_shards=3, **listed):
-    """Writes shards and their index; `listed` overrides the index."""
+    """Write shards and their index; `listed` overrides entries of the index."""
     folder.mkdir()
     weight_map = {}
     for number in range(n_shards):
@@ -52,11 +52,11 @@ def test_shards_are_one_checkpoint(tmp_path, state, given, indexed):
             assert torch.equal(tensor.read().view(tensor.shape), state[name])
         shards = sorted(folder.glob("*.safetensors"))
         digests = "".join(hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards)
-        assert checkpoint.file.sha256() == hashlib.sha256(digests.encode()).hexdigest()
+        assert checkpoint.files.sha256() == hashlib.sha256(digests.encode()).hexdigest()
         assert checkpoint.identity.size == sum(shard.stat().st_size for shard in shards)
 
 
-def test_shards_convert_as_the_whole(tmp_path, state):
+def test_shards_convert_to_the_same_tensors_as_one_file(tmp_path, state):
     folder = write_shards(tmp_path / "model", state)
     sharded = convert(folder, tmp_path / "a.gguf", "Q8_0", effort="fast")
     convert(tmp_path / "whole.safetensors", tmp_path / "b.gguf", "Q8_0", effort="fast")
@@ -68,16 +68,16 @@ def test_shards_convert_as_the_whole(tmp_path, state):
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_missing_shard(tmp_path, state, indexed):
+def test_missing_shard_is_refused(tmp_path, state, indexed):
     folder = write_shards(tmp_path / "model", state)
     (folder / SECOND).unlink()
     if not indexed:
         (folder / INDEX).unlink()
-    with pytest.raises(QuantError, match=r"00002-of-00003\.safetensors: missing, one of the 3 shards"):
+    with pytest.raises(QuantError, match=r"00002-of-00003\.safetensors: missing, expected all 3 shards"):
         open_checkpoint(folder)
 
 
-def test_tensor_in_two_shards(tmp_path, state):
+def test_tensor_in_two_shards_is_refused(tmp_path, state):
     folder = write_shards(tmp_path / "model", state)
     second = sorted(folder.glob("*.safetensors"))[1]
     save_file(load_file(second) | {"head.modulation": state["head.modulation"]}, second)
@@ -85,7 +85,7 @@ def test_tensor_in_two_shards(tmp_path, state):
         open_checkpoint(folder)
 
 
-def test_index_that_lists_a_tensor_twice(tmp_path, state):
+def test_index_that_lists_a_tensor_twice_is_refused(tmp_path, state):
     folder = write_shards(tmp_path / "model", state)
     text = (folder / INDEX).read_text()
     name = "diffusion_pytorch_model-00001-of-00003.safetensors"
@@ -94,7 +94,7 @@ def test_index_that_lists_a_tensor_twice(tmp_path, state):
         open_checkpoint(folder)
 
 
-def test_index_that_does_not_fit_the_shards(tmp_path, state):
+def test_index_that_does_not_match_the_shards_is_refused(tmp_path, state):
     name = "diffusion_pytorch_model-00001-of-00003.safetensors"
     folder = write_shards(tmp_path / "model", state, **{"blocks.9.ffn.0.weight": name})
     with pytest.raises(QuantError, match=r"tensor blocks\.9\.ffn\.0\.weight: listed in .*, found in no shard"):
@@ -102,14 +102,14 @@ def test_index_that_does_not_fit_the_shards(tmp_path, state):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}'])
-def test_damaged_index(tmp_path, text):
+def test_damaged_index_is_refused(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     with pytest.raises(QuantError, match=r"index\.json: (not an index|shard None)"):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../a.safetensors", "/etc/passwd", "a/b"])
-def test_index_does_not_lead_elsewhere(tmp_path, shard):
+def test_index_with_paths_outside_its_folder_is_refused(tmp_path, shard):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(QuantError, match="expected names of files beside the index"):
         open_checkpoint(tmp_path)
@@ -118,7 +118,7 @@ def test_index_does_not_lead_elsewhere(tmp_path, shard):
 @pytest.mark.parametrize(
     "names", [(), ("a.safetensors", "b.safetensors"), ("a-00001-of-00001.safetensors", "b.safetensors")], ids=str
 )
-def test_folder_that_is_no_checkpoint(tmp_path, names):
+def test_folder_that_is_not_one_checkpoint_is_refused(tmp_path, names):
     for name in names:
         save_file({"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / name)
     message = rf"0 files \*\.safetensors\.index\.json and {len(names)} \*\.safetensors in it, expected one index or"
@@ -153,7 +153,7 @@ def test_requantizing_a_gguf_keeps_shapes_and_warns(tmp_path, state):
     assert (tensors["blocks.0.ffn.0.weight"].dequantize() - weight).norm() / weight.norm() < 0.1
 
 
-def test_tensors_that_have_their_type_already_are_copied(tmp_path, state):
+def test_tensors_that_already_have_the_type_are_copied(tmp_path, state):
     first = convert(tmp_path / "whole.safetensors", tmp_path / "a.gguf", "Q4_K_M", effort="fast")
     again = convert(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_K_M")
     tensors = open_gguf(first.path).tensors
