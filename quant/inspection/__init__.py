@@ -1,4 +1,4 @@
-"""What a file holds: its report and chart, and its comparison with the source.
+"""Inspection of a GGUF: a report and a chart of its contents, and its errors against the source.
 
 It imports `plan`, `sources` and `gguf`.
 """

@@ -1,4 +1,4 @@
-"""What a GGUF file holds, as records, text and JSON."""
+"""A report of the contents of a GGUF file, as records, text and JSON."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from ..sources.names import WAN_KEY
 from ..units import GIB, MIB
 
 _MAX_VALUE_CHARS = 80
-_WORST = 5
+_MAX_LISTED_ERRORS = 5
 
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """One tensor of a file; `relative_error` is None where the file does not record it."""
+    """A tensor of a GGUF file."""
 
     name: str
     qtype: str
     shape: tuple[int, ...]
     nbytes: int
     relative_error: float | None
+    """|dequantized - source| / |source|, or None if the file does not record it."""
 
     @property
-    def weights(self) -> int:
+    def n_elements(self) -> int:
         return math.prod(self.shape)
 
     @property
@@ -41,27 +42,31 @@ class TensorSummary:
 
 @dataclass(frozen=True)
 class TypeTotal:
-    """All tensors of one type."""
+    """The totals of all tensors of one type."""
 
     qtype: str
     count: int
+    """The number of tensors."""
     nbytes: int
-    weights: int
+    n_elements: int
+
+    def json(self) -> dict[str, Any]:
+        return {"qtype": self.qtype, "count": self.count, "nbytes": self.nbytes, "weights": self.n_elements}
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """A GGUF file in numbers."""
+    """A report of the contents of a GGUF file."""
 
     path: Path
     nbytes: int
-    """Size of the file, or of all parts of a split one."""
+    """The size of the file, or of all parts of a split one."""
     metadata: Mapping[str, Any]
     tensors: tuple[TensorSummary, ...]
 
     @property
     def kind(self) -> str:
-        """What the file is, in words."""
+        """A description of the model in the file."""
         architecture = self.metadata.get("general.architecture", "unnamed")
         if any(tensor.name.endswith(WAN_KEY) for tensor in self.tensors):
             return "Wan diffusion model"
@@ -73,22 +78,22 @@ class FileReport:
 
     @property
     def bits_per_weight(self) -> float:
-        return 8 * sum(t.nbytes for t in self.tensors) / max(1, sum(t.weights for t in self.tensors))
+        return 8 * sum(t.nbytes for t in self.tensors) / max(1, sum(t.n_elements for t in self.tensors))
 
     @property
     def by_type(self) -> list[TypeTotal]:
-        """Totals of each type, the largest first."""
+        """The totals of each type; the type with the most bytes is first."""
         groups: dict[str, list[TensorSummary]] = {}
         for tensor in self.tensors:
             groups.setdefault(tensor.qtype, []).append(tensor)
         totals = (
-            TypeTotal(qtype, len(group), sum(t.nbytes for t in group), sum(t.weights for t in group))
+            TypeTotal(qtype, len(group), sum(t.nbytes for t in group), sum(t.n_elements for t in group))
             for qtype, group in groups.items()
         )
         return sorted(totals, key=lambda total: -total.nbytes)
 
     def text(self) -> str:
-        """Types, counts, sizes, metadata and the largest errors, for a terminal."""
+        """Return a table of the types, the largest errors and the metadata, for a terminal."""
         errors = sorted(
             ((tensor.relative_error, tensor.name) for tensor in self.tensors if tensor.relative_error), reverse=True
         )
@@ -99,31 +104,31 @@ class FileReport:
                 "",
                 f"{'type':<8}{'tensors':>8}{'MiB':>12}{'bits/weight':>13}",
                 *(
-                    f"{t.qtype:<8}{t.count:>8}{t.nbytes / MIB:>12.2f}{8 * t.nbytes / t.weights:>13.4f}"
+                    f"{t.qtype:<8}{t.count:>8}{t.nbytes / MIB:>12.2f}{8 * t.nbytes / t.n_elements:>13.4f}"
                     for t in self.by_type
                 ),
                 *(("", f"largest errors (of {len(errors)} tensors that are not exact):") if errors else ()),
-                *(f"{sqnr_db(error):8.2f} dB  {name}" for error, name in errors[:_WORST]),
+                *(f"{sqnr_db(error):8.2f} dB  {name}" for error, name in errors[:_MAX_LISTED_ERRORS]),
                 "",
                 *(f"{key}: {value}" for key, value in _readable(self.metadata)),
             )
         )
 
     def json(self) -> dict[str, Any]:
-        """Plain values; arrays of the metadata are told by their length."""
+        """Return the report as plain values; an array in the metadata is replaced by its length."""
         return {
             "path": str(self.path),
             "kind": self.kind,
             "bytes": self.nbytes,
             "bits_per_weight": self.bits_per_weight,
-            "types": [asdict(total) for total in self.by_type],
+            "types": [total.json() for total in self.by_type],
             "metadata": dict(_readable(self.metadata)),
             "tensors": [asdict(tensor) for tensor in self.tensors],
         }
 
 
 def inspect(path: str | Path) -> FileReport:
-    """Reads the header of any GGUF, and of all its parts if it is split.
+    """Return the report of any GGUF file, and of all its parts if it is split; only headers are read.
 
     Raises:
         QuantError: not a well-formed GGUF.
@@ -138,7 +143,7 @@ def inspect(path: str | Path) -> FileReport:
 
 
 def sqnr_db(relative_error: float) -> float:
-    """Signal to quantization noise ratio in dB; infinite for an exact copy."""
+    """Return the signal-to-quantization-noise ratio in dB; infinite for an exact copy."""
     return -20 * math.log10(relative_error) if relative_error else math.inf
 
 

@@ -1,4 +1,7 @@
-"""Draws a file report: bytes by role and type, then bytes and error of every layer by block. Needs matplotlib."""
+"""A chart of a file report: bytes by role and type, then the bytes and the error of every layer by block.
+
+It needs matplotlib, so import this module only to draw.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,20 @@ from .report import FileReport, TensorSummary, sqnr_db
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DPI, _WIDTH = 100, 7.2  # letters of 14 pixels stay readable in a node that is half as wide
+_DPI, _WIDTH = 100, 7.2  # in inches; text 14 pixels high stays readable in a node of half that width
 _ROW, _BAR, _HEAD, _LABELS = 0.26, 0.3, 0.8, 1.45  # inches
 _LEGEND_COLUMNS = 5
-# Okabe and Ito's palette, told apart with any colour vision.
-_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+# The palette of Okabe and Ito, whose colors can be distinguished with any color vision.
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 _ROLES = ("self_attn", "cross_attn", "ffn", "embedding", "head", "other")
 _LAYER = re.compile(r"(?:(\w+)_)?blocks\.(\d+)\.(.+)\.weight")
 
 Layers = Mapping[str, Mapping[int, TensorSummary]]
-"""The matrix of each layer role in each block."""
+"""The matrix of each layer of a block (such as `self_attn.q`), by the number of the block."""
 
 
 def draw(report: FileReport) -> Image.Image:
-    """RGB, 720 pixels wide."""
+    """Return the chart as an RGB image, 720 pixels wide."""
     roles = [role for role in _ROLES if any(tensor.role == role for tensor in report.tensors)]
     layers = _layers(report)
     maps: list[tuple[str, Callable[[TensorSummary], float]]] = []
@@ -44,11 +47,11 @@ def draw(report: FileReport) -> Image.Image:
     legend = 0.1 + 0.25 * math.ceil(len(report.by_type) / _LEGEND_COLUMNS)
     bars, body = _BAR * len(roles), 0.85 + _ROW * len(layers) if maps else 0.0
     height = _HEAD + bars + legend + body
-    # Figure, not pyplot, which keeps every figure and picks a window system.
+    # pyplot would keep every figure in memory and choose a window system.
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
 
     def axes(left: float, top: float, width: float, tall: float) -> Axes:
-        """In inches from the upper left corner."""
+        """Return new axes at a position in inches from the upper left corner."""
         return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
 
     name = report.path.name
@@ -88,12 +91,12 @@ def _sqnr(tensor: TensorSummary) -> float:
 
 
 def _draw_bytes(axis: Axes, report: FileReport, roles: list[str]) -> None:
-    """One bar for each role, made of its types."""
+    """Draw a stacked bar for each role, with one section per type."""
     left = np.zeros(len(roles))
-    for total, colour in zip(report.by_type, cycle(_COLOURS), strict=False):
+    for total, color in zip(report.by_type, cycle(_COLORS), strict=False):
         group = [tensor for tensor in report.tensors if tensor.qtype == total.qtype]
         width = np.array([sum(t.nbytes for t in group if t.role == role) / MIB for role in roles])
-        axis.barh(roles, width, left=left, color=colour, label=f"{total.qtype} x {total.count}")
+        axis.barh(roles, width, left=left, color=color, label=f"{total.qtype} x {total.count}")
         left += width
     for row, mib in enumerate(left):
         axis.annotate(f"{mib:,.1f} MiB", (mib, row), (4, 0), textcoords="offset points", va="center")
@@ -113,7 +116,7 @@ def _draw_bytes(axis: Axes, report: FileReport, roles: list[str]) -> None:
 
 
 def _draw_map(axis: Axes, scale: Axes, layers: Layers, title: str, value: Callable[[TensorSummary], float]) -> None:
-    """A row for each layer role, a column for each block; what has no value stays white."""
+    """Draw a map with a row per layer and a column per block; layers without a value stay white."""
     blocks = 1 + max(block for layer in layers.values() for block in layer)
     values = np.full((len(layers), blocks), math.nan)
     for row, layer in enumerate(layers.values()):

@@ -1,4 +1,4 @@
-"""The error of a GGUF against the checkpoint that it was made from."""
+"""The quantization error of a GGUF, measured against the checkpoint that it was made from."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ _SLICE_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class TensorError:
-    """Error of one tensor, or of several together: `signal` is the sum of w^2, `noise` that of the squared error."""
+    """The error of one tensor, or the total of several."""
 
     name: str
     qtype: str
     signal: float
+    """The sum of the squared source values."""
     noise: float
+    """The sum of the squared errors."""
 
     @property
     def relative_error(self) -> float:
+        """The root of noise / signal."""
         return math.sqrt(self.noise / self.signal) if self.signal else 0.0
 
     @property
@@ -39,17 +42,17 @@ class TensorError:
 
 @dataclass(frozen=True)
 class Verification:
-    """Errors of all tensors that both files have, and the names that only one has."""
+    """The errors of all tensors that both files have, and the names of tensors that only one of them has."""
 
     tensors: tuple[TensorError, ...]
     missing: tuple[str, ...]
-    """In the source, not in the GGUF."""
+    """The names of tensors that are only in the source."""
     unknown: tuple[str, ...]
-    """In the GGUF, not in the source."""
+    """The names of tensors that are only in the GGUF."""
 
     @property
     def by_role(self) -> list[TensorError]:
-        """Totals of self_attn, cross_attn, ffn and so on, then of the whole model."""
+        """The totals of each role (self_attn, cross_attn, ffn, ...), then the total of the model."""
         groups: dict[str, list[TensorError]] = {}
         for tensor in self.tensors:
             groups.setdefault(role(tensor.name), []).append(tensor)
@@ -68,7 +71,7 @@ class Verification:
         )
 
     def json(self) -> dict[str, Any]:
-        """Plain values; `sqnr_db` is null for an exact copy."""
+        """Return plain values; `sqnr_db` is None for an exact copy."""
         return {
             "tensors": [_plain(tensor) for tensor in self.tensors],
             "by_role": [_plain(total) for total in self.by_role],
@@ -78,10 +81,15 @@ class Verification:
 
 
 def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] = ()) -> Verification:
-    """Dequantizes every tensor and compares it to the source (and its add-ons), slice by slice.
+    """Dequantize every tensor of a GGUF and compare it with the source, slice by slice.
+
+    Args:
+        gguf: path of the GGUF, made by any converter.
+        source: path of the checkpoint that it was made from, as for `open_checkpoint`.
+        add_ons: add-on files that were merged onto the source.
 
     Raises:
-        QuantError: a file that cannot be read or is not what was written, a shape that differs, or nothing in common.
+        QuantError: an unreadable or damaged file, a tensor with another shape, or files without a common tensor.
     """
     file = open_gguf(gguf)
     _check_data(file)
@@ -90,7 +98,9 @@ def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] =
         checkpoint = checkpoint.allowing_non_finite() if file.metadata.get(NON_FINITE) else checkpoint
         names = [name for name in checkpoint.tensors if name in packed]
         if not names:
-            raise QuantError(f"{gguf}: has no tensor of {source}; give the checkpoint that it was made from")
+            raise QuantError(
+                f"{gguf}: has no tensor in common with {source}; give the checkpoint that the GGUF was made from"
+            )
         errors = tuple(_compare(packed[name], checkpoint.tensors[name]) for name in names)
         missing = tuple(name for name in checkpoint.tensors if name not in packed)
         unknown = tuple(name for name in packed if name not in checkpoint.tensors)
@@ -98,29 +108,33 @@ def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] =
 
 
 def _check_data(file: GGUFFile) -> None:
-    """Compares the checksum of the data to the one that the file records, if it does."""
+    """Refuse a file whose data does not have the SHA-256 that its metadata records, if there is one."""
     recorded = file.metadata.get(DATA_SHA256)
     if recorded is None or not file.tensors:
         return
     start = min(tensor.offset for tensor in file.tensors.values())
     mapping = next(iter(file.tensors.values())).mapping
-    if hashlib.sha256(mapping[start:].numpy().data).hexdigest() != recorded:
-        raise QuantError(f"{file.path}: its data is not what was written ({DATA_SHA256}); copy or convert it again")
+    found = hashlib.sha256(mapping[start:].numpy().data).hexdigest()
+    if found != recorded:
+        raise QuantError(
+            f"{file.path}: its data is damaged: its SHA-256 is {found:.8}..., expected {recorded:.8}... as in"
+            f" {DATA_SHA256}; copy or convert the file again"
+        )
 
 
 def _compare(packed: GGUFTensor, source: SourceTensor) -> TensorError:
     if math.prod(packed.shape) != math.prod(source.shape):
         raise QuantError(
-            f"{packed.path}: tensor {packed.name}: shape {packed.shape}, in the source {source.shape};"
-            " give the checkpoint that it was made from"
+            f"{packed.path}: tensor {packed.name}: shape {packed.shape}, expected {source.shape} as in the source;"
+            " give the checkpoint that the GGUF was made from"
         )
     rows = packed.data.view(-1, packed.data.shape[-1])
-    columns = math.prod(packed.shape) // len(rows)
-    step = max(1, _SLICE_ELEMENTS // columns)
+    row_elements = math.prod(packed.shape) // len(rows)
+    step = max(1, _SLICE_ELEMENTS // row_elements)
     signal = noise = 0.0
     for start in range(0, len(rows), step):
         weight = packed.qtype.dequantize(rows[start : start + step])
-        expected = source.read(start * columns, start * columns + weight.numel()).float().view_as(weight)
+        expected = source.read(start * row_elements, start * row_elements + weight.numel()).float().view_as(weight)
         signal += expected.square().sum().item()
         noise += weight.sub_(expected).square_().sum().item()
     return TensorError(packed.name, packed.qtype.name, signal, noise)

@@ -1,4 +1,4 @@
-"""What inspection tells, in numbers, text and picture."""
+"""Reports of files as records, text, JSON and chart."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def language_model(tmp_path):
     return tmp_path / "gemma.gguf"
 
 
-def test_totals(converted):
+def test_totals_cover_all_tensors(converted):
     report = inspect(converted.destination)
     assert report.kind == "Wan diffusion model"
     assert report.nbytes == converted.destination.stat().st_size
     assert sum(total.count for total in report.by_type) == len(report.tensors)
     q4_0 = next(total for total in report.by_type if total.qtype == "Q4_0")
-    assert (q4_0.count, 8 * q4_0.nbytes / q4_0.weights) == (40, 4.5)
+    assert (q4_0.count, 8 * q4_0.nbytes / q4_0.n_elements) == (40, 4.5)
     assert report.tensors == converted.tensors
     assert all(tensor.relative_error is not None for tensor in report.tensors)
 
 
-def test_text_and_json(converted):
+def test_text_and_json_have_types_metadata_and_errors(converted):
     assert "written in" in converted.text()
     for line in ("Q4_0          40", "wanquant.recipe: Q4_0", "dB  blocks."):
         assert line in inspect(converted.destination).text()
@@ -55,7 +55,7 @@ def test_text_and_json(converted):
     assert plain["source_bytes"] == converted.source.stat().st_size
 
 
-def test_other_models_are_named_and_shown(language_model):
+def test_other_models_are_described(language_model):
     text = inspect(language_model).text()
     assert "not a Wan diffusion model: general.architecture is gemma3" in text
     assert "tokenizer.ggml.tokens: array of 2" in text
@@ -64,14 +64,14 @@ def test_other_models_are_named_and_shown(language_model):
 
 
 @pytest.mark.parametrize("which", ["converted", "language_model"])
-def test_image(which, request):
+def test_chart_is_an_rgb_image_720_pixels_wide(which, request):
     subject = request.getfixturevalue(which)
     image = draw(subject if which == "converted" else inspect(subject))
     assert image.mode == "RGB" and image.width == 720
     assert len(image.getcolors(1 << 20)) > 10
 
 
-def test_image_shows_every_layer_of_every_block(converted, monkeypatch):
+def test_chart_shows_every_layer_of_every_block(converted, monkeypatch):
     drawn = {}
     monkeypatch.setattr(chart, "_draw_map", lambda _figure, _axis, layers, title, value: drawn.update({title: layers}))
     draw(converted)
@@ -81,6 +81,6 @@ def test_image_shows_every_layer_of_every_block(converted, monkeypatch):
         assert {len(layer) for layer in layers.values()} == {4}
 
 
-def test_only_pictures_load_the_plotting_library():
+def test_only_the_chart_imports_matplotlib():
     code = "import sys, quant, quant.inspection.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

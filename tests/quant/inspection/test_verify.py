@@ -1,4 +1,4 @@
-"""Measured errors against plain arithmetic on whole tensors."""
+"""Verification: measured errors against plain arithmetic on whole tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def files(tmp_path_factory):
     return convert(source, folder / "wan.gguf", "Q4_0", effort="fast").destination, source
 
 
-def test_errors_of_tensors_and_roles(files, monkeypatch):
+def test_errors_of_tensors_and_roles_are_exact(files, monkeypatch):
     monkeypatch.setattr(verify_module, "_SLICE_ELEMENTS", 5000)
     gguf, source = files
     weights, packed, errors = load_file(source), open_gguf(gguf).tensors, {}
@@ -41,14 +41,14 @@ def test_errors_of_tensors_and_roles(files, monkeypatch):
     assert 18 < ffn.sqnr_db < 22
 
 
-def test_agrees_with_the_errors_that_the_file_records(files):
+def test_errors_agree_with_those_that_the_file_records(files):
     gguf, source = files
     recorded = dict(zip(open_gguf(gguf).tensors, open_gguf(gguf).metadata["wanquant.relative_error"], strict=True))
     for row in verify(gguf, source).tensors:
         assert row.relative_error == pytest.approx(recorded[row.name], rel=1e-5)
 
 
-def test_exact_copies_and_other_tensors(files, tmp_path):
+def test_exact_copies_have_no_error_and_unmatched_tensors_are_listed(files, tmp_path):
     gguf, source = files
     weights = load_file(source)
     del weights["blocks.1.ffn.0.bias"]
@@ -64,7 +64,7 @@ def test_exact_copies_and_other_tensors(files, tmp_path):
 def test_wrong_source_is_refused(files, tmp_path):
     gguf, _ = files
     save_file({"head.modulation": torch.zeros(1, 2, 128)}, tmp_path / "shape.safetensors")
-    with pytest.raises(QuantError, match=r"tensor head\.modulation: shape \(1, 2, 256\), in the source \(1, 2, 128\)"):
+    with pytest.raises(QuantError, match=r"tensor head\.modulation: shape \(1, 2, 256\), expected \(1, 2, 128\)"):
         verify(gguf, tmp_path / "shape.safetensors")
 
 
@@ -73,5 +73,5 @@ def test_damaged_data_is_refused(files, tmp_path):
     damaged = bytearray(gguf.read_bytes())
     damaged[-40] ^= 1
     (tmp_path / "damaged.gguf").write_bytes(damaged)
-    with pytest.raises(QuantError, match=r"damaged\.gguf: its data is not what was written"):
+    with pytest.raises(QuantError, match=r"damaged\.gguf: its data is damaged"):
         verify(tmp_path / "damaged.gguf", source)
