@@ -83,11 +83,11 @@ def write_model(path: Path, size: Any) -> None:
     from wanquant.bench.sizes import Source
     from wanquant.quant.gguf.layout import TensorSpec
     from wanquant.quant.gguf.writer import GGUFWriter
-    from wanquant.quant.plan.recipe import find_recipe, plan
+    from wanquant.quant.plan.recipe import find_recipe, plan_types
     from wanquant.quant.plan.wan_shapes import transformer_shapes
 
     shapes = transformer_shapes(size)
-    kinds = plan(find_recipe(RECIPE), {name: Source(shape) for name, shape in shapes.items()}).types
+    kinds = plan_types(find_recipe(RECIPE), {name: Source(shape) for name, shape in shapes.items()}).types
     specs = [TensorSpec(name, kinds[name], shape) for name, shape in shapes.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..quant.plan.recipe import find_recipe, plan
+from ..quant.plan.recipe import find_recipe, plan_types
 from ..quant.plan.wan_shapes import SIZES, VACE_14B, WanSize, transformer_shapes
 from . import harness
 from .sizes import Source
@@ -58,7 +58,7 @@ def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
     from ..ops.packed.linear import packed_modules
 
     shapes = transformer_shapes(size)
-    types = plan(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
+    types = plan_types(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
     patcher = ModelPatcher(meta_model(shapes, types), META, META)
 
     def lora(rows: int, columns: int) -> LoRAAdapter:

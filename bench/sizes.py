@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..quant.gguf.layout import TensorSpec
-from ..quant.plan.recipe import RECIPES, Recipe, plan
+from ..quant.plan.recipe import RECIPES, Recipe, plan_types
 from ..quant.plan.wan_shapes import SIZES, wan_shapes
 from . import harness
 
@@ -28,7 +28,7 @@ def rows() -> list[dict[str, object]]:
 
 def tensor_bytes(size: str, recipe: Recipe) -> int:
     shapes = wan_shapes(size)
-    types = plan(recipe, {name: Source(shape) for name, shape in shapes.items()}).types
+    types = plan_types(recipe, {name: Source(shape) for name, shape in shapes.items()}).types
     return sum(TensorSpec(name, types[name], shape).nbytes for name, shape in shapes.items())
 
 

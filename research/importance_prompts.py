@@ -18,7 +18,7 @@ from wanquant.bench.tinywan.reference import (
     prompts,
 )
 from wanquant.quant.conversion.layer_encoder import Inputs
-from wanquant.quant.plan.recipe import find_recipe, plan
+from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import CalibrationCollector
 from wanquant.quant.statistics.importance import Collector
@@ -41,7 +41,7 @@ def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[
     """Return all points; 0 captions stand for a conversion without statistics, which is the same for both methods."""
     reference, source = Reference.sample(clips), load_weights()
     with open_checkpoint(CHECKPOINT) as file:
-        types = plan(find_recipe(recipe), file.tensors).types
+        types = plan_types(find_recipe(recipe), file.tensors).types
 
     def sqnr(method: str, count: int, draw: int) -> float:
         captions = prompts(count, start=draw * (1 + len(TRAINING) // draws)) if count else []

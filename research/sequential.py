@@ -24,7 +24,7 @@ from wanquant.bench.tinywan.reference import (
     prompts,
 )
 from wanquant.quant.conversion.layer_encoder import Inputs
-from wanquant.quant.plan.recipe import find_recipe, plan
+from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.qtype import QuantType
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import Calibration, sum_of_products
@@ -135,7 +135,7 @@ def measure(recipes: Sequence[str], roundings: int, clips: int, captions: int) -
     """Return the errors of files that are rounded in parallel and in sequence, by recipe."""
     pairs = defaultdict(list)
     with open_checkpoint(CHECKPOINT) as checkpoint:
-        types = {recipe: plan(find_recipe(recipe), checkpoint.tensors).types for recipe in recipes}
+        types = {recipe: plan_types(find_recipe(recipe), checkpoint.tensors).types for recipe in recipes}
     for order in range(roundings):
         reference, source = Reference.sample(clips, order), reordered(load_weights(), order)
         for recipe in recipes:

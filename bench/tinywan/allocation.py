@@ -14,8 +14,8 @@ from wanquant.bench.tinywan.model import Model
 from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_model, load_weights, prompts
 from wanquant.quant.conversion.layer_encoder import Inputs
 from wanquant.quant.plan import target_size as budget
-from wanquant.quant.plan.recipe import RECIPES, plan, treatment
-from wanquant.quant.plan.target_size import Front
+from wanquant.quant.plan.recipe import RECIPES, plan_types, required_precision
+from wanquant.quant.plan.target_size import ParetoFront
 from wanquant.quant.qtype import QuantType
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.importance import Collector, Importance
@@ -24,7 +24,7 @@ HALVES = ("high", "low")
 """Halves of the schedule by noise level, as the two experts of Wan 2.2 share it: 5 and 3 of 8 steps."""
 _BORDER = 0.875
 
-Fronts = Mapping[str, Front]
+Fronts = Mapping[str, ParetoFront]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +101,12 @@ class Allocator:
     @classmethod
     def of(cls, network: Network) -> Allocator:
         with open_checkpoint(CHECKPOINT) as checkpoint:
-            tensors = {n: t for n, t in checkpoint.tensors.items() if treatment(n, t) == "quantized"}
+            tensors = {n: t for n, t in checkpoint.tensors.items() if required_precision(n, t) == "quantized"}
             fronts = {
                 part: budget.measure(tensors, values, "fast", torch.device("cpu"), lambda tensor: None)
                 for part, values in network.importance.items()
             }
-            types = {name: plan(recipe, tensors).types for name, recipe in RECIPES.items()}
+            types = {name: plan_types(recipe, tensors).types for name, recipe in RECIPES.items()}
         return cls(network, fronts, types)
 
     def with_errors(self, errors: Mapping[str, Tensor]) -> Allocator:
@@ -140,7 +140,7 @@ class Allocator:
         """Scale the fronts to the measured sensitivities; the rules that replace a measurement do not apply."""
         scales = {name: value / self._probed_error(part, name) for name, value in measured.items()}
         return {
-            name: Front.of([choice._replace(error=choice.error * scales[name]) for choice in front.options])
+            name: ParetoFront.of([choice._replace(error=choice.error * scales[name]) for choice in front.options])
             for name, front in self.fronts[part].items()
         }
 

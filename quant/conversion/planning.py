@@ -1,4 +1,4 @@
-"""The types of the files that a conversion makes: by recipe or by size, as far as the source's values allow."""
+"""The type plans of a conversion: by recipe or by size, with BF16 in place of F16 where values are too large."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..gguf.header import read_header
-from ..plan.recipe import Fallback, TypePlan, find_recipe, plan
-from ..plan.target_size import Front, check_size, measure, plan_for_size
+from ..plan.recipe import Fallback, TypePlan, find_recipe, plan_types
+from ..plan.target_size import ParetoFront, check_size, measure, plan_for_size
 from ..qtype import QTYPES
 from ..sources.checkpoint import Checkpoint
 from .output import Output
@@ -17,16 +17,16 @@ from .stream import Stream
 
 
 def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
-    """Return the types of every file; those with a target size share the errors measured.
+    """Return the type plan of every file; files with a target size share one measurement of the errors.
 
     Raises:
-        QuantError: a size that cannot be reached.
+        QuantError: a size that cannot be reached with this model.
     """
     tensors, settings = stream.checkpoint.tensors, stream.settings
     sized = [output for output in outputs if output.target.target_size is not None and not output.reused]
     for output in sized:
         check_size(output.target.target_bytes, tensors, output.metadata, five_d=settings.five_d)
-    fronts: Mapping[str, Front] = {}
+    fronts: Mapping[str, ParetoFront] = {}
     if sized:
         fronts = measure(
             tensors, stream.importance, settings.effort, stream.device, lambda tensor: stream.report(tensor, 0)
@@ -34,37 +34,38 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
     return [_plan(stream, output, fronts) for output in outputs]
 
 
-def _plan(stream: Stream, output: Output, fronts: Mapping[str, Front]) -> TypePlan:
+def _plan(stream: Stream, output: Output, fronts: Mapping[str, ParetoFront]) -> TypePlan:
     target, tensors = output.target, stream.checkpoint.tensors
     if output.reused:
         return _plan_of_reused(stream.checkpoint, target)
     if target.target_size is None:
-        planned = plan(find_recipe(target.recipe), tensors)
+        type_plan = plan_types(find_recipe(target.recipe), tensors)
     else:
         five_d = stream.settings.five_d
-        planned = plan_for_size(target.target_bytes, tensors, output.metadata, fronts, five_d=five_d)
-    return _within_range(stream, planned)
+        type_plan = plan_for_size(target.target_bytes, tensors, output.metadata, fronts, five_d=five_d)
+    return _with_bf16(stream, type_plan)
 
 
 def _plan_of_reused(checkpoint: Checkpoint, target: Target) -> TypePlan:
-    """Return the plan of the file that is there; it does not record what a target size would rather have chosen."""
+    """Return the plan of a file that exists already; for a target size, the file does not record any fallbacks."""
     if target.target_size is not None:
         return TypePlan({}, ())
-    planned, stored = plan(find_recipe(target.recipe), checkpoint.tensors), read_header(target.destination).tensors
-    wanted = (name for name, qtype in planned.types.items() if qtype.name == "F16")
-    beyond = (_beyond_f16(name) for name in wanted if name in stored and stored[name].qtype.name == "BF16")
-    return TypePlan(planned.types, (*planned.fallbacks, *beyond))
+    type_plan = plan_types(find_recipe(target.recipe), checkpoint.tensors)
+    stored = read_header(target.destination).tensors
+    planned_f16 = (name for name, qtype in type_plan.types.items() if qtype.name == "F16")
+    too_large = (_too_large(name) for name in planned_f16 if name in stored and stored[name].qtype.name == "BF16")
+    return TypePlan(type_plan.types, (*type_plan.fallbacks, *too_large))
 
 
-def _within_range(stream: Stream, planned: TypePlan) -> TypePlan:
-    """Replace F16 by BF16 for tensors with values that F16 cannot hold."""
-    types, fallbacks = dict(planned.types), list(planned.fallbacks)
+def _with_bf16(stream: Stream, type_plan: TypePlan) -> TypePlan:
+    """Replace F16 by BF16 for tensors with values beyond the range of F16."""
+    types, fallbacks = dict(type_plan.types), list(type_plan.fallbacks)
     for name, tensor in stream.checkpoint.tensors.items():
         if types[name].name == "F16" and tensor.dtype != torch.float16 and not stream.fits_f16(tensor):
             types[name] = QTYPES["BF16"]
-            fallbacks.append(_beyond_f16(name))
+            fallbacks.append(_too_large(name))
     return TypePlan(types, tuple(fallbacks))
 
 
-def _beyond_f16(name: str) -> Fallback:
+def _too_large(name: str) -> Fallback:
     return Fallback(name, "F16", "BF16", "values beyond the range of F16")

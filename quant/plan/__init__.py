@@ -1,4 +1,4 @@
-"""Which tensor gets which type, by recipe or for a size, and how large the file becomes.
+"""The choice of a type for every tensor, by recipe or for a file size, and the size of the resulting file.
 
 It imports `sources` and `gguf`.
 """

@@ -1,4 +1,4 @@
-"""The size of a GGUF file, exactly, before it is written."""
+"""The exact size of a GGUF file before it is written."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def predicted_size(
     *,
     five_d: bool = False,
 ) -> int:
-    """Return the bytes of the GGUF file that holds these tensors and this metadata."""
+    """Return the size in bytes of the GGUF file that holds these tensors and this metadata."""
     specs = [TensorSpec(name, qtype, tensors[name].shape) for name, qtype in types.items()]
     return FileLayout("unwritten.gguf", metadata or {}, specs, five_d=five_d).nbytes
 
 
 def padded_bytes(qtype: QuantType, tensor: TensorInfo) -> int:
-    """Return the bytes of one tensor in a file, with the padding up to the next tensor."""
+    """Return the bytes of one tensor in a file, including the padding in front of the next tensor."""
     nbytes = math.prod(qtype.packed_shape(tensor.shape))
     return -(-nbytes // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 

@@ -1,4 +1,7 @@
-"""Which tensor gets which type: recipes as data, and the rules for what stays unquantized."""
+"""Type plans by recipe: the recipes as data, and the rules for tensors that stay unquantized.
+
+A recipe is a named mix of ggml types such as Q4_K_M. `plan_types` applies one to the tensors of a model.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +26,17 @@ class Recipe:
     """`general.file_type`. Source: llama.cpp include/llama.h enum llama_ftype."""
     base: str
     overrides: tuple[tuple[str, str], ...] = ()
-    """(pattern of the whole tensor name, type); the first that matches wins over `base`."""
+    """Pairs of a pattern for the whole tensor name and a type; the first match replaces `base`."""
 
 
-# The value projections and the second FFN matrix lose most by quantization, so the mixes spend their bits there.
-# Names are those of Wan and of llama.cpp's T5.
+# Quantization harms the value projections and the second FFN matrix most, so the mixes give these more bits.
+# The names are those of Wan and of llama.cpp's T5.
 _VALUE = r".*\.((self|cross)_attn\.v|attn_v)\.weight"
 _DOWN = r".*\.(ffn\.2|ffn_down)\.weight"
 _FIRST_VALUE = r"(blocks\.0\.\w+\.v|enc\.blk\.0\.attn_v)\.weight"
 _FIRST_VALUES = r"(blocks\.[01]\.\w+\.v|enc\.blk\.[01]\.attn_v)\.weight"
 
-# Source: llama.cpp src/llama.cpp llama_tensor_get_type at tag b3962, as the published Wan files were made.
+# Source: llama.cpp src/llama.cpp llama_tensor_get_type at tag b3962, which made the published Wan files.
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -57,23 +60,24 @@ RECIPES = {
     )
 }
 
-# Not Linear modules: the host reads these matrices as plain parameters, or gathers from a few rows.
+# These matrices do not belong to Linear modules: ComfyUI reads them as plain parameters, or looks up a few rows.
 _RAW_PARAMETERS = re.compile(r"(^|\.)(motion_encoder|trainable_cond_mask|attn_rel_b)\.")
-# Each row stands for a token, and no sum over columns averages its errors away.
+# Each row embeds one token and is used as it is, so its errors do not average out in a sum over input channels.
 EMBEDDING, EMBEDDING_TYPE = "token_embd.weight", "Q6_K"
-# Small and read by every block.
+# These layers are small, and every block depends on their outputs.
 _PROTECTED = re.compile(r"(^|\.)(text_embedding|time_embedding|time_projection|img_emb|head)\.")
-_SMALL = 1024
+_SMALL_ELEMENTS = 1024
 
-# Source: llama.cpp src/llama-quant.cpp, tensors whose rows are no multiple of the block size.
+# Source: llama.cpp src/llama-quant.cpp, for tensors whose rows are not a multiple of the block size.
 _FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
-Treatment = Literal["exact", "protected", "quantized"]
+Precision = Literal["exact", "protected", "quantized"]
+"""The precision that a tensor needs: F32, 8 or 16 bits, or any type that the recipe or the file size gives it."""
 
 
 class TensorInfo(Protocol):
-    """What a plan needs to know of a tensor."""
+    """The properties of a tensor that a type plan depends on."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -82,7 +86,7 @@ class TensorInfo(Protocol):
 
 
 class Fallback(NamedTuple):
-    """A tensor that could not get the recipe's type."""
+    """A tensor that got another type than the recipe's, and why."""
 
     name: str
     wanted: str
@@ -91,42 +95,46 @@ class Fallback(NamedTuple):
 
 
 class TypePlan(NamedTuple):
-    """A type for every tensor, in the order of the source."""
+    """A type for every tensor, in the order of the source, and the deviations from the recipe."""
 
     types: dict[str, QuantType]
     fallbacks: tuple[Fallback, ...]
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of this name, in any case."""
+    """Return the recipe with this name, in upper or lower case.
+
+    Raises:
+        QuantError: an unknown name.
+    """
     recipe = RECIPES.get(name.upper())
     if recipe is None:
         raise QuantError(f"recipe {name}: unknown; choose one of {', '.join(RECIPES)}")
     return recipe
 
 
-def plan(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
-    """Gives each tensor the recipe's type, as far as its `treatment` and its rows allow."""
+def plan_types(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
+    """Return the recipe's type for each tensor, or a fallback where the tensor's shape does not allow it."""
     types: dict[str, QuantType] = {}
     fallbacks: list[Fallback] = []
     for name, tensor in tensors.items():
         wanted = _wanted_type(recipe, name, tensor)
-        types[name] = got = fitting_type(wanted, tensor)
+        types[name] = got = type_or_fallback(wanted, tensor)
         if got.name != wanted:
-            reason = f"rows of {tensor.shape[-1]} weights are not a multiple of {QTYPES[wanted].block_size}"
+            reason = f"rows of {tensor.shape[-1]} elements are not a multiple of {QTYPES[wanted].block_size}"
             fallbacks.append(Fallback(name, wanted, got.name, reason))
     return TypePlan(types, tuple(fallbacks))
 
 
-def treatment(name: str, tensor: TensorInfo) -> Treatment:
-    """What may be done to a tensor.
+def required_precision(name: str, tensor: TensorInfo) -> Precision:
+    """Return which precision a tensor needs.
 
-    Only 2-D weights of Linear and Embedding modules are quantized. Whatever is no matrix stays F32, which every
-    loader reads as a plain parameter; protected matrices keep 16 bits, or 8 where size is what counts.
+    Only the 2-D weights of Linear and Embedding modules are quantized. Everything else stays F32, which every loader
+    reads as a plain parameter. Protected matrices keep 16 bits; for a target size, they may also get Q8_0.
     """
     if (
         len(tensor.shape) != 2
-        or math.prod(tensor.shape) <= _SMALL
+        or math.prod(tensor.shape) <= _SMALL_ELEMENTS
         or not name.endswith(".weight")
         or _RAW_PARAMETERS.search(name)
     ):
@@ -134,25 +142,24 @@ def treatment(name: str, tensor: TensorInfo) -> Treatment:
     return "protected" if _PROTECTED.search(name) else "quantized"
 
 
-def fitting_type(wanted: str, tensor: TensorInfo) -> QuantType:
-    """The wanted type, or the one that replaces it where its blocks do not divide the rows."""
-    columns = tensor.shape[-1]
+def type_or_fallback(wanted: str, tensor: TensorInfo) -> QuantType:
+    """Return the wanted type, or its fallback if the rows are not a multiple of its block size."""
     for name in (wanted, _FALLBACK.get(wanted, wanted)):
-        if columns % QTYPES[name].block_size == 0:
+        if tensor.shape[-1] % QTYPES[name].block_size == 0:
             return QTYPES[name]
     return QTYPES[sixteen_bit(tensor)]
 
 
 def sixteen_bit(tensor: TensorInfo) -> str:
-    """BF16 stays BF16; F32 becomes F16, which has three more bits of precision where the range allows it."""
+    """Return BF16 for a BF16 tensor and F16 for others: F16 has three more bits of precision."""
     return "BF16" if tensor.dtype == torch.bfloat16 else "F16"
 
 
 def _wanted_type(recipe: Recipe, name: str, tensor: TensorInfo) -> str:
-    kind = treatment(name, tensor)
-    if kind == "exact":
+    precision = required_precision(name, tensor)
+    if precision == "exact":
         return "F32"
-    if kind == "protected":
+    if precision == "protected":
         return recipe.base if recipe.base in ("F16", "BF16") else sixteen_bit(tensor)
     if name == EMBEDDING and QTYPES[recipe.base].bits_per_weight < QTYPES[EMBEDDING_TYPE].bits_per_weight:
         return EMBEDDING_TYPE

@@ -1,8 +1,13 @@
-"""A type for every tensor such that the file has a given size and the layers' outputs the least error.
+"""Type plans for a file size: the types that minimize the error of the layers' outputs within a number of bytes.
 
-Source: the table of errors on sampled rows, its Pareto front and the bisection of the Lagrange multiplier are those of
-llama.cpp's pull request 15550. Errors here are those of a layer's outputs, for uncorrelated inputs, relative to these
-outputs: most of them are normalized or scaled by what comes next, so that their size says little of what an error does.
+Three steps lead to the plan. `measure` quantizes sampled rows of each tensor with every allowed type. `ParetoFront`
+keeps the types that no other type beats in both size and error. `allocate` minimizes the sum of the errors under the
+limit on the bytes: it bisects the Lagrange multiplier of the bytes, then spends what is left on single tensors.
+
+An error is that of a layer's outputs for uncorrelated inputs, relative to the outputs. It is relative because most
+outputs are normalized or scaled by the next operation, so that their absolute size says little.
+
+Source: llama.cpp's pull request 15550 (errors on sampled rows, Pareto fronts, bisection of the multiplier).
 """
 
 from __future__ import annotations
@@ -22,21 +27,22 @@ from ..qtype import QTYPES, Effort, QuantType
 from ..sources.checkpoint import SourceTensor
 from ..units import GIB
 from .file_size import header_bytes, padded_bytes
-from .recipe import EMBEDDING, EMBEDDING_TYPE, TypePlan, fitting_type, sixteen_bit, treatment
+from .recipe import EMBEDDING, EMBEDDING_TYPE, TypePlan, required_precision, sixteen_bit, type_or_fallback
 
-_LADDER = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-# More rows would change the option of few tensors; these take about a minute of one core at 14B.
+_QUANTIZED_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# With more elements, few tensors would get another type. A 14B model needs about a minute of one core with these.
 _SAMPLED_ELEMENTS = 1 << 16
 
-# Source: arXiv 2606.00957 (Wan 2.1 14B: the first two and the last three blocks) and the published NVFP4 mixes of Wan
-# (keys and values of cross attention in blocks 0 to 10), both of which measured which layers do most harm.
-_FIRST, _LAST = 2, 3
+# Layers whose quantization harms the result more than their own error says. Both sources measured this.
+# Source: arXiv 2606.00957 (Wan 2.1 14B: the first two and the last three blocks), and the published NVFP4 mixes of Wan
+# (keys and values of cross attention in blocks 0 to 10).
+_FIRST_BLOCKS, _LAST_BLOCKS = 2, 3
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 _EARLY_CROSS = re.compile(r"blocks\.(\d|10)\.cross_attn\.[kv](_img)?\.weight")
 
 
 class TypeOption(NamedTuple):
-    """A type for a tensor: the bytes that it takes in the file, and its `relative_error`."""
+    """A type that a tensor may get, the bytes it needs in the file, and its `relative_error`."""
 
     qtype: QuantType
     nbytes: int
@@ -44,46 +50,52 @@ class TypeOption(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Front:
-    """The types worth choosing for one tensor: rising in bytes, falling in error."""
+class ParetoFront:
+    """The options for one tensor that no other option beats in both bytes and error."""
 
     options: tuple[TypeOption, ...]
-    """The Pareto front."""
-    corners: tuple[TypeOption, ...]
-    """The options on its convex hull, which are the best ones for some price of a byte."""
-    raised: bool = False
-    """One corner more than the error alone asks for."""
+    """All of them, with ascending bytes and descending error."""
+    hull: tuple[TypeOption, ...]
+    """Those on the convex hull: each minimizes error + multiplier * bytes for some multiplier."""
+    is_sensitive: bool = False
+    """True if the tensor gets the next larger option of the hull, because its error harms the result more."""
 
     @classmethod
-    def of(cls, options: list[TypeOption], *, raised: bool = False) -> Front:
+    def of(cls, options: list[TypeOption], *, is_sensitive: bool = False) -> ParetoFront:
         front: list[TypeOption] = []
         for option in sorted(options, key=lambda option: (option.nbytes, option.error)):
             if not front or option.error < front[-1].error:
                 front.append(option)
-        corners = front[:1]
-        while corners[-1] is not front[-1]:
-            above = front[front.index(corners[-1]) + 1 :]
-            corners.append(max(reversed(above), key=lambda option: _price(corners[-1], option)))
-        return cls(tuple(front), tuple(corners), raised)
+        hull = front[:1]
+        while hull[-1] is not front[-1]:
+            larger = front[front.index(hull[-1]) + 1 :]
+            hull.append(max(reversed(larger), key=lambda option: _error_per_byte(hull[-1], option)))
+        return cls(tuple(front), tuple(hull), is_sensitive)
 
     @property
-    def prices(self) -> tuple[float, ...]:
-        """What a byte may cost at most, in error, for each corner but the first to be worth it."""
-        return tuple(map(_price, self.corners, self.corners[1:]))
+    def multipliers(self) -> tuple[float, ...]:
+        """The Lagrange multipliers below which each next option of the hull is the best; they descend."""
+        return tuple(map(_error_per_byte, self.hull, self.hull[1:]))
 
-    def at(self, price: float) -> TypeOption:
-        """The option of the least error plus price times bytes."""
-        corner = sum(limit > price for limit in self.prices) + self.raised
-        return self.corners[min(corner, len(self.corners) - 1)]
+    def best_option(self, multiplier: float) -> TypeOption:
+        """Return the option with the least error + multiplier * bytes, or the next larger one if sensitive."""
+        index = sum(limit > multiplier for limit in self.multipliers) + self.is_sensitive
+        return self.hull[min(index, len(self.hull) - 1)]
 
 
 def check_size(
     nbytes: int, tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], *, five_d: bool = False
 ) -> None:
-    """Refuses, before anything is measured, a size of file that no option of types comes to.
+    """Refuse a file size that no type plan can reach, before anything is measured.
+
+    Args:
+        nbytes: the target size of the file in bytes.
+        tensors: the tensors of the source by name.
+        metadata: the metadata of the file.
+        five_d: whether tensors with five dimensions keep them in the file.
 
     Raises:
-        QuantError: it is below the smallest or above the largest.
+        QuantError: smaller than with the smallest types, or larger than with the largest ones.
     """
     sizes = [[padded_bytes(q, tensor) for q in allowed_types(name, tensor)] for name, tensor in tensors.items()]
     header = _header_bytes(tensors, metadata, five_d)
@@ -91,7 +103,7 @@ def check_size(
     if not low <= nbytes <= high:
         raise QuantError(
             f"target size {nbytes / GIB:.4g} GiB: cannot be reached with this model;"
-            f" choose one from {math.ceil(1000 * low / GIB) / 1000:.3f} to {high / GIB:.3f} GiB"
+            f" choose a size from {math.ceil(1000 * low / GIB) / 1000:.3f} to {high / GIB:.3f} GiB"
         )
 
 
@@ -99,24 +111,29 @@ def plan_for_size(
     nbytes: int,
     tensors: Mapping[str, SourceTensor],
     metadata: Mapping[str, Any],
-    fronts: Mapping[str, Front],
+    fronts: Mapping[str, ParetoFront],
     *,
     five_d: bool = False,
 ) -> TypePlan:
-    """The types of a file of at most `nbytes`, headers included, which `check_size` let pass."""
+    """Return the types of a file of at most `nbytes`, including its header; `check_size` has accepted the size."""
     chosen = allocate(fronts, nbytes - _header_bytes(tensors, metadata, five_d))
     return TypePlan({name: option.qtype for name, option in chosen.items()}, ())
 
 
-def allocate(fronts: Mapping[str, Front], nbytes: int) -> dict[str, TypeOption]:
-    """The options of the least total error in at most `nbytes`, which the smallest options must fit."""
-    prices = sorted({0.0, *(price for front in fronts.values() for price in front.prices)})
-    # Bytes fall as the price of one rises.
-    fitting = bisect.bisect_left(prices, -nbytes, key=lambda price: -_size(fronts, price))
-    chosen = {name: front.at(prices[fitting]) for name, front in fronts.items()}
+def allocate(fronts: Mapping[str, ParetoFront], nbytes: int) -> dict[str, TypeOption]:
+    """Return one option per tensor so that the sum of the errors is nearly minimal.
+
+    Args:
+        fronts: the options by tensor name.
+        nbytes: the most bytes that all options may need together, at least those of the smallest options.
+    """
+    multipliers = sorted({0.0, *(limit for front in fronts.values() for limit in front.multipliers)})
+    # A larger multiplier gives fewer bytes, so the negative bytes are sorted.
+    index = bisect.bisect_left(multipliers, -nbytes, key=lambda multiplier: -_total_bytes(fronts, multiplier))
+    chosen = {name: front.best_option(multipliers[index]) for name, front in fronts.items()}
     left = nbytes - sum(option.nbytes for option in chosen.values())
     while steps := [
-        (_price(chosen[name], option), name, option)
+        (_error_per_byte(chosen[name], option), name, option)
         for name, front in fronts.items()
         for option in front.options
         if 0 < option.nbytes - chosen[name].nbytes <= left
@@ -132,13 +149,21 @@ def measure(
     importance: Mapping[str, Tensor],
     effort: Effort,
     device: torch.device,
-    report: Callable[[SourceTensor], None],
-) -> dict[str, Front]:
-    """The front of every tensor, from rows at even distances; `report` is called before each tensor."""
+    on_tensor: Callable[[SourceTensor], None],
+) -> dict[str, ParetoFront]:
+    """Return the Pareto front of every tensor, measured on rows at even distances.
+
+    Args:
+        tensors: the tensors of the source by name.
+        importance: floating point, (in_features,), by tensor name; 1 where a name is missing.
+        effort: the effort of the conversion.
+        device: the device that quantizes.
+        on_tensor: is called before each tensor is measured.
+    """
     n_blocks = 1 + max((int(match[1]) for match in map(_BLOCK.match, tensors) if match), default=0)
     fronts = {}
     for name, tensor in tensors.items():
-        report(tensor)
+        on_tensor(tensor)
         qtypes = allowed_types(name, tensor)
         if len(qtypes) == 1:
             options = [TypeOption(qtypes[0], padded_bytes(qtypes[0], tensor), 0.0)]
@@ -148,43 +173,52 @@ def measure(
                 TypeOption(q, padded_bytes(q, tensor), relative_error(q, weight, importance.get(name), effort))
                 for q in qtypes
             ]
-        fronts[name] = Front.of(options, raised=_is_raised(name, n_blocks))
+        fronts[name] = ParetoFront.of(options, is_sensitive=_is_sensitive(name, n_blocks))
     return fronts
 
 
 def allowed_types(name: str, tensor: SourceTensor) -> list[QuantType]:
-    """The types a tensor may get: one if it is never quantized, Q8_0 or 16 bits if it is protected."""
-    kind = treatment(name, tensor)
-    if kind == "exact":
+    """Return the types that a tensor may get: F32 only, Q8_0 or 16 bits if it is protected, or all types."""
+    precision = required_precision(name, tensor)
+    if precision == "exact":
         return [QTYPES["F32"]]
-    ladder = ("Q8_0",) if kind == "protected" else (EMBEDDING_TYPE, "Q8_0") if name == EMBEDDING else _LADDER
-    names = (*ladder, sixteen_bit(tensor))
-    return list({qtype.name: qtype for qtype in (fitting_type(wanted, tensor) for wanted in names)}.values())
+    if precision == "protected":
+        names: tuple[str, ...] = ("Q8_0",)
+    else:
+        names = (EMBEDDING_TYPE, "Q8_0") if name == EMBEDDING else _QUANTIZED_TYPES
+    qtypes = (type_or_fallback(wanted, tensor) for wanted in (*names, sixteen_bit(tensor)))
+    return list({qtype.name: qtype for qtype in qtypes}.values())
 
 
 def relative_error(qtype: QuantType, weight: Tensor, importance: Tensor | None, effort: Effort) -> float:
-    """Squared, of the outputs of (rows, columns) weights, for inputs of mean square `importance`, (columns,), or 1."""
-    power = (torch.ones(()) if importance is None else importance).to(weight.device)
+    """Return the squared error of a layer's outputs relative to the squared outputs, for uncorrelated inputs.
+
+    Args:
+        qtype: the type that `weight` is quantized to.
+        weight: float32, (out_features, in_features).
+        importance: floating point, (in_features,), the mean square of each input channel; None is 1 for all.
+        effort: the effort of the encoder.
+    """
+    mean_squares = (torch.ones(()) if importance is None else importance).to(weight.device)
     error = qtype.dequantize(qtype.quantize(weight, importance, effort)).sub_(weight)
-    energy = (weight.square() * power).sum().clamp_(min=torch.finfo(torch.float32).tiny)
-    return float((error.square_() * power).sum() / energy)
+    output = (weight.square() * mean_squares).sum().clamp_(min=torch.finfo(torch.float32).tiny)
+    return float((error.square_() * mean_squares).sum() / output)
 
 
 def _sample(tensor: SourceTensor, device: torch.device) -> Tensor:
-    """In float32."""
-    columns = tensor.shape[-1]
+    in_features = tensor.shape[-1]
     n_rows = math.prod(tensor.shape[:-1])
-    count = min(n_rows, max(1, _SAMPLED_ELEMENTS // columns))
-    starts = [(2 * index + 1) * n_rows // (2 * count) * columns for index in range(count)]
-    rows = [tensor.read(start, start + columns) for start in starts]
+    count = min(n_rows, max(1, _SAMPLED_ELEMENTS // in_features))
+    starts = [(2 * index + 1) * n_rows // (2 * count) * in_features for index in range(count)]
+    rows = [tensor.read(start, start + in_features) for start in starts]
     return torch.stack(rows).to(device).float()
 
 
-def _is_raised(name: str, n_blocks: int) -> bool:
+def _is_sensitive(name: str, n_blocks: int) -> bool:
     match = _BLOCK.match(name)
     if match is None:
         return False
-    return not _FIRST <= int(match[1]) < n_blocks - _LAST or _EARLY_CROSS.fullmatch(name) is not None
+    return not _FIRST_BLOCKS <= int(match[1]) < n_blocks - _LAST_BLOCKS or _EARLY_CROSS.fullmatch(name) is not None
 
 
 def _header_bytes(tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], five_d: bool) -> int:
@@ -192,9 +226,10 @@ def _header_bytes(tensors: Mapping[str, SourceTensor], metadata: Mapping[str, An
     return header_bytes(types, tensors, metadata, five_d=five_d)
 
 
-def _price(small: TypeOption, large: TypeOption) -> float:
+def _error_per_byte(small: TypeOption, large: TypeOption) -> float:
+    """Return how much error each additional byte removes."""
     return (small.error - large.error) / (large.nbytes - small.nbytes)
 
 
-def _size(fronts: Mapping[str, Front], price: float) -> int:
-    return sum(front.at(price).nbytes for front in fronts.values())
+def _total_bytes(fronts: Mapping[str, ParetoFront], multiplier: float) -> int:
+    return sum(front.best_option(multiplier).nbytes for front in fronts.values())

@@ -1,6 +1,6 @@
-"""Names, shapes and roles of a Wan transformer's tensors, known without a checkpoint.
+"""Names, shapes and roles of a Wan transformer's tensors, without a checkpoint.
 
-Self-contained (no import from the package), so that tools can load it by path.
+This file imports nothing from the package, so that tools can load it by its path.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 class WanSize(NamedTuple):
-    """The numbers that tell one Wan transformer from another."""
+    """The sizes in which Wan transformers differ."""
 
     dim: int
     ffn_dim: int
@@ -20,9 +20,9 @@ class WanSize(NamedTuple):
     in_dim: int = 16
     out_dim: int = 16
     image: bool = False
-    """Wan 2.1 image-to-video: a second cross attention on CLIP vision features."""
+    """True for Wan 2.1 image-to-video, which has a second cross attention on CLIP vision features."""
     vace_layers: int = 0
-    """Blocks for control videos."""
+    """The number of VACE blocks, which process control videos."""
 
 
 SIZES = {
@@ -52,12 +52,12 @@ def pixels_per_cell(channels: int) -> int:
 
 
 def wan_shapes(size: str) -> dict[str, Shape]:
-    """Tensor shapes of a published Wan transformer; `size` is a key of `SIZES`."""
+    """Return the tensor shapes of a published Wan transformer; `size` is a key of `SIZES`."""
     return transformer_shapes(SIZES[size])
 
 
 def transformer_shapes(size: WanSize) -> dict[str, Shape]:
-    """Tensor names, without prefix and in model order, and their shapes in torch order.
+    """Return the shape of each tensor by its name, without prefix and in the order of the model.
 
     Source: comfy/ldm/wan/model.py WanModel, ComfyUI 0.30.0.
     """
@@ -81,7 +81,7 @@ def transformer_shapes(size: WanSize) -> dict[str, Shape]:
 
 
 def role(name: str) -> str:
-    """What a tensor is for: self_attn, cross_attn, ffn, embedding, head or other (norms, biases, adapters)."""
+    """Return the role of a tensor: self_attn, cross_attn, ffn, embedding, head or other (norms, biases, adapters)."""
     return next((role for role, pattern in _ROLES if re.search(pattern, name)), "other")
 
 
@@ -96,8 +96,8 @@ def _block(prefix: str, size: WanSize) -> dict[str, Shape]:
     return shapes | _linear(f"{prefix}.ffn.0", dim, size.ffn_dim) | _linear(f"{prefix}.ffn.2", size.ffn_dim, dim)
 
 
-def _linear(name: str, columns: int, rows: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+def _linear(name: str, in_features: int, out_features: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
 
 
 def _norm(name: str, dim: int) -> dict[str, Shape]:

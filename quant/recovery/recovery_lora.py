@@ -21,7 +21,7 @@ from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..gguf.provenance import DATA_SHA256, VERSION
 from ..gguf.reader import GGUFFile, GGUFTensor, open_gguf
-from ..plan.recipe import treatment
+from ..plan.recipe import required_precision
 from ..progress import Progress
 from ..sources.checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from ..sources.names import WAN
@@ -145,7 +145,7 @@ def _layers(packed: GGUFFile, checkpoint: Checkpoint) -> list[_Layer]:
     layers = []
     for name, source in checkpoint.tensors.items():
         tensor = packed.tensors.get(name)
-        if tensor is None or tensor.qtype.block_size == 1 or treatment(name, source) == "exact":
+        if tensor is None or tensor.qtype.block_size == 1 or required_precision(name, source) == "exact":
             continue
         if tensor.shape != source.shape:
             raise QuantError(f"{packed.path}: tensor {name}: shape {tensor.shape}, in the source {source.shape}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from ..plan.recipe import EMBEDDING, TensorInfo, treatment
+from ..plan.recipe import EMBEDDING, TensorInfo, required_precision
 
 # What the processor's caches hold; elsewhere one kernel reads the input without a copy.
 _SLICE_WEIGHTS = 1 << 19
@@ -133,6 +133,10 @@ def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[s
             )
         if not (values.isfinite().all() and (values >= 0).all()):
             raise QuantError(f"{label}: tensor {name}: holds NaN, infinity or a negative value; collect it again")
-    wanted = (name for name, tensor in tensors.items() if treatment(name, tensor) == "quantized" and name != EMBEDDING)
+    wanted = (
+        name
+        for name, tensor in tensors.items()
+        if required_precision(name, tensor) == "quantized" and name != EMBEDDING
+    )
     missing = [name for name in wanted if name not in importance]
     return (f"the importance matrix lacks {len(missing)} matrices, the first is {missing[0]}",) if missing else ()

@@ -18,7 +18,7 @@ from wanquant.ops.budget.simulator import Simulator, streamed_bytes
 from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError
-from wanquant.quant.plan.recipe import find_recipe, plan
+from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.plan.wan_shapes import SIZES, transformer_shapes
 from wanquant.quant.units import GIB
 
@@ -78,7 +78,7 @@ def test_agrees_with_a_real_forward_of_packed_weights(t2v):
 
 def simulator(size, recipe="Q4_K_M"):
     shapes = transformer_shapes(size)
-    types = plan(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
+    types = plan_types(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
     model = meta_model(shapes, types)
     return Simulator(meta_twin(model), weight_bytes=streamed_bytes(model))
 
@@ -102,7 +102,7 @@ def test_the_history_contains_the_peak():
 
 def test_one_block_has_the_peak_of_all():
     shapes = transformer_shapes(SIZES["1.3B"]._replace(layers=3))
-    types = plan(find_recipe("Q8_0"), {name: Source(shape) for name, shape in shapes.items()}).types
+    types = plan_types(find_recipe("Q8_0"), {name: Source(shape) for name, shape in shapes.items()}).types
     model, job = meta_model(shapes, types), SamplingJob(LATENT)
     for lean in (None, LEAN):
         one, all_ = (
@@ -115,7 +115,7 @@ def test_one_block_has_the_peak_of_all():
 
 def test_weights_are_the_two_largest_layers_and_what_cannot_be_streamed():
     shapes = transformer_shapes(SIZES["14B"])
-    types = plan(find_recipe("Q4_K_M"), {name: Source(shape) for name, shape in shapes.items()}).types
+    types = plan_types(find_recipe("Q4_K_M"), {name: Source(shape) for name, shape in shapes.items()}).types
     modulation = 4 * 5120 * (40 * 6 + 2)
     ffn_2 = types["blocks.0.ffn.2.weight"].packed_shape((5120, 13824))
     assert streamed_bytes(meta_model(shapes, types)) == modulation + 2 * (ffn_2[0] * ffn_2[1] + 4 * 5120)

@@ -17,7 +17,7 @@ from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.gguf.provenance import VERSION, source_metadata
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.plan.file_size import predicted_size
-from wanquant.quant.plan.recipe import RECIPES, plan
+from wanquant.quant.plan.recipe import RECIPES, plan_types
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.tests.conftest import ROOT
 
@@ -30,7 +30,7 @@ def test_file_is_what_the_recipe_says(tmp_path, source, recipe, state):
     report = convert(source, tmp_path / "a.gguf", recipe, effort="fast")
     file = open_gguf(report.destination)
     with open_checkpoint(source) as checkpoint:
-        types = plan(RECIPES[recipe], checkpoint.tensors).types
+        types = plan_types(RECIPES[recipe], checkpoint.tensors).types
     assert {name: tensor.qtype for name, tensor in file.tensors.items()} == types
     assert report.nbytes == os.path.getsize(report.destination)
     for name, weight in state.items():
@@ -53,7 +53,7 @@ def test_predicted_size_is_exact(tmp_path, source):
     report = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
     with open_checkpoint(source) as checkpoint:
         output = Output.of(Target(report.path, "Q8_0"), checkpoint, Settings(effort="fast"))
-        types = plan(RECIPES["Q8_0"], checkpoint.tensors).types
+        types = plan_types(RECIPES["Q8_0"], checkpoint.tensors).types
         assert predicted_size(types, checkpoint.tensors, output.metadata) == report.nbytes
 
 

@@ -1,4 +1,4 @@
-"""Recipes against published files and llama.cpp's numbers, and the rules for single tensors."""
+"""Type plans by recipe against published files and llama.cpp, and the rules for single tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gguf.constants import LlamaFileType
 
 from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.plan.file_size import predicted_size
-from wanquant.quant.plan.recipe import RECIPES, find_recipe, plan
+from wanquant.quant.plan.recipe import RECIPES, find_recipe, plan_types
 from wanquant.quant.plan.wan_shapes import SIZES, wan_shapes
 
 
@@ -25,13 +25,13 @@ def infos(size, dtype=torch.bfloat16):
 
 
 def type_of(name, shape, recipe="Q4_K_M", dtype=torch.bfloat16):
-    return plan(RECIPES[recipe], {name: Info(shape, dtype)}).types[name].name
+    return plan_types(RECIPES[recipe], {name: Info(shape, dtype)}).types[name].name
 
 
 @pytest.mark.parametrize(
     ("size", "parameters"), [("1.3B", 1.419e9), ("5B", 5.000e9), ("14B", 14.288e9), ("I2V-14B", 16.395e9)]
 )
-def test_parameters_of_the_published_models(size, parameters):
+def test_number_of_parameters_is_that_of_the_published_models(size, parameters):
     assert sum(map(math.prod, wan_shapes(size).values())) == pytest.approx(parameters, rel=5e-4)
 
 
@@ -44,16 +44,16 @@ def test_parameters_of_the_published_models(size, parameters):
 )
 def test_predicted_size_is_that_of_published_files(size, recipe, published):
     tensors = infos(size)
-    assert predicted_size(plan(RECIPES[recipe], tensors).types, tensors) == pytest.approx(published, rel=1e-3)
+    assert predicted_size(plan_types(RECIPES[recipe], tensors).types, tensors) == pytest.approx(published, rel=1e-3)
 
 
-def test_published_files_of_wan_2_1_differ_by_f32():
-    """Wan2.1-I2V-14B-480P Q4_K_M: the same types, but F32 for the matrices that are not quantized; ours have 16 bits.
+def test_published_files_of_wan_2_1_differ_only_by_f32_matrices():
+    """Wan2.1-I2V-14B-480P Q4_K_M has F32 where we have 16 bits, in the matrices that are not quantized.
 
     Source: city96/ComfyUI-GGUF tools/lcpp.patch @ 929a9e5, "Keep img_emb in F32 for wan i2v".
     """
     tensors = infos("I2V-14B")
-    types = plan(RECIPES["Q4_K_M"], tensors).types
+    types = plan_types(RECIPES["Q4_K_M"], tensors).types
     wide = {name: QTYPES["F32"] if qtype.name == "BF16" else qtype for name, qtype in types.items()}
     assert predicted_size(wide, tensors) == pytest.approx(11_341_184_384, abs=1024)
     assert predicted_size(types, tensors) == pytest.approx(11_341_184_384, rel=0.043)
@@ -66,7 +66,7 @@ def test_file_type_is_llama_cpps_number(recipe):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_only_matrices_of_the_blocks_are_quantized(size):
-    for name, qtype in plan(RECIPES["Q2_K"], infos(size)).types.items():
+    for name, qtype in plan_types(RECIPES["Q2_K"], infos(size)).types.items():
         assert (qtype.block_size > 1) == (name.startswith("blocks.") and len(wan_shapes(size)[name]) == 2)
 
 
@@ -102,7 +102,7 @@ def test_only_matrices_of_the_blocks_are_quantized(size):
         ("head.head.weight", (64, 5120), "BF16"),
     ],
 )
-def test_rules(name, shape, expected):
+def test_type_follows_from_name_and_shape(name, shape, expected):
     assert type_of(name, shape) == expected
 
 
@@ -115,7 +115,7 @@ def test_rules(name, shape, expected):
         ("Q6_K", ["Q6_K"] * 3),
     ],
 )
-def test_value_projections_of_the_first_blocks(recipe, expected):
+def test_value_projections_of_the_first_blocks_get_more_bits(recipe, expected):
     assert [type_of(f"blocks.{n}.cross_attn.v.weight", (512, 512), recipe) for n in (0, 1, 10)] == expected
 
 
@@ -127,13 +127,13 @@ def test_unquantized_matrices_keep_16_bits(dtype, kept):
 
 
 @pytest.mark.parametrize("recipe", ["F16", "BF16"])
-def test_16_bit_recipes_hold_for_every_matrix(recipe):
-    types = plan(RECIPES[recipe], infos("1.3B", torch.float32)).types
+def test_16_bit_recipes_apply_to_every_matrix(recipe):
+    types = plan_types(RECIPES[recipe], infos("1.3B", torch.float32)).types
     assert {types[name].name for name, shape in wan_shapes("1.3B").items() if len(shape) == 2} == {recipe}
 
 
 @pytest.mark.parametrize(
-    ("recipe", "columns", "got"),
+    ("recipe", "in_features", "got"),
     [
         *((recipe, 96, "IQ4_NL") for recipe in ("Q2_K", "Q3_K_S", "IQ4_XS")),
         ("Q4_K_S", 96, "Q5_0"),
@@ -143,19 +143,19 @@ def test_16_bit_recipes_hold_for_every_matrix(recipe):
         ("Q8_0", 100, "BF16"),
     ],
 )
-def test_rows_that_do_not_divide_fall_back(recipe, columns, got):
-    planned = plan(RECIPES[recipe], {"blocks.0.ffn.0.weight": Info((64, columns))})
-    assert planned.types["blocks.0.ffn.0.weight"].name == got
-    (fallback,) = planned.fallbacks
+def test_rows_that_are_not_a_multiple_of_the_block_size_get_a_fallback(recipe, in_features, got):
+    type_plan = plan_types(RECIPES[recipe], {"blocks.0.ffn.0.weight": Info((64, in_features))})
+    assert type_plan.types["blocks.0.ffn.0.weight"].name == got
+    (fallback,) = type_plan.fallbacks
     assert fallback.got == got
-    assert f"rows of {columns} weights" in fallback.reason
+    assert f"rows of {in_features} elements" in fallback.reason
 
 
 def test_wan_needs_no_fallback():
-    assert not any(plan(recipe, infos(size)).fallbacks for size in SIZES for recipe in RECIPES.values())
+    assert not any(plan_types(recipe, infos(size)).fallbacks for size in SIZES for recipe in RECIPES.values())
 
 
-def test_recipe_names():
+def test_recipe_is_found_in_any_case_and_an_unknown_one_is_refused():
     assert find_recipe("q4_k_m") is RECIPES["Q4_K_M"]
     with pytest.raises(QuantError, match="recipe Q9_Z: unknown; choose one of F16, BF16, Q8_0"):
         find_recipe("Q9_Z")

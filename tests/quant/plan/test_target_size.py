@@ -1,4 +1,4 @@
-"""A type for each tensor in a given file size: size, error and the tensors that get more."""
+"""Type plans for a file size: the size that is reached, the error, and the sensitive tensors that get more bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.plan import target_size as budget
-from wanquant.quant.plan.target_size import Front, TypeOption, allocate
+from wanquant.quant.plan.target_size import ParetoFront, TypeOption, allocate
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 GIB = 1 << 30
@@ -23,7 +23,7 @@ TYPES = [QTYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
 
 
 @pytest.fixture(autouse=True)
-def fewer_sampled_weights(monkeypatch):
+def fewer_sampled_elements(monkeypatch):
     monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 12)
 
 
@@ -41,25 +41,29 @@ def qtypes(report):
     return {tensor.name: QTYPES[tensor.qtype] for tensor in report.tensors}
 
 
-def front(*points, raised=False):
-    return Front.of([TypeOption(q, *point) for q, point in zip(TYPES, points, strict=False)], raised=raised)
+def front(*points, is_sensitive=False):
+    options = [TypeOption(q, *point) for q, point in zip(TYPES, points, strict=False)]
+    return ParetoFront.of(options, is_sensitive=is_sensitive)
 
 
-def test_front_leaves_out_what_is_larger_and_no_better():
+def test_front_leaves_out_options_that_are_larger_and_not_better():
     found = front((10, 8.0), (20, 9.0), (30, 4.0), (40, 3.9), (50, 1.0))
-    assert [choice.nbytes for choice in found.options] == [10, 30, 40, 50]
-    assert [choice.nbytes for choice in found.corners] == [10, 30, 50]
-    assert found.prices == pytest.approx([0.2, 0.15])
+    assert [option.nbytes for option in found.options] == [10, 30, 40, 50]
+    assert [option.nbytes for option in found.hull] == [10, 30, 50]
+    assert found.multipliers == pytest.approx([0.2, 0.15])
 
 
-@pytest.mark.parametrize(("price", "nbytes"), [(math.inf, 10), (0.21, 10), (0.19, 30), (0.16, 30), (0.14, 50), (0, 50)])
-def test_choice_at_a_price(price, nbytes):
+@pytest.mark.parametrize(
+    ("multiplier", "nbytes"),
+    [(math.inf, 10), (0.21, 10), (0.19, 30), (0.16, 30), (0.14, 50), (0, 50)],
+)
+def test_best_option_minimizes_error_plus_multiplier_times_bytes(multiplier, nbytes):
     points = ((10, 8.0), (20, 9.0), (30, 4.0), (40, 3.9), (50, 1.0))
-    assert front(*points).at(price).nbytes == nbytes
-    assert front(*points, raised=True).at(price).nbytes == {10: 30, 30: 50, 50: 50}[nbytes]
+    assert front(*points).best_option(multiplier).nbytes == nbytes
+    assert front(*points, is_sensitive=True).best_option(multiplier).nbytes == {10: 30, 30: 50, 50: 50}[nbytes]
 
 
-def test_allocation_is_nearly_the_best_of_all():
+def test_error_of_an_allocation_is_nearly_the_smallest_of_all():
     draw = random.Random(1)
     for _ in range(20):
         fronts = {}
@@ -68,15 +72,15 @@ def test_allocation_is_nearly_the_best_of_all():
             fronts[name] = front(*((10 * bits, scale * 4.0**-bits) for bits in range(1, 5)))
         nbytes = draw.randrange(60, 190)
         chosen = allocate(fronts, nbytes)
-        assert sum(choice.nbytes for choice in chosen.values()) <= nbytes
+        assert sum(option.nbytes for option in chosen.values()) <= nbytes
         every = itertools.product(*(f.options for f in fronts.values()))
         best = min(sum(c.error for c in mix) for mix in every if sum(c.nbytes for c in mix) <= nbytes)
-        assert sum(choice.error for choice in chosen.values()) <= 1.1 * best
+        assert sum(option.error for option in chosen.values()) <= 1.1 * best
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.35, 0.6, 0.9])
-def test_size_is_used_and_never_passed(tmp_path, source, fraction):
-    with pytest.raises(QuantError, match=r"choose one from ([\d.]+) to ([\d.]+) GiB") as refused:
+def test_size_is_used_and_never_exceeded(tmp_path, source, fraction):
+    with pytest.raises(QuantError, match=r"choose a size from ([\d.]+) to ([\d.]+) GiB") as refused:
         sized(source, tmp_path, 1)
     low, high = (float(word) * GIB for word in str(refused.value).split()[-4:-1:2])
     wanted = int(low + fraction * (high - low))
@@ -93,7 +97,7 @@ def test_error_is_below_that_of_the_recipe_of_the_same_size(tmp_path, source):
     assert noise[0] < noise[1]
 
 
-def test_outer_blocks_and_early_text_keys_get_more(tmp_path, source):
+def test_first_and_last_blocks_and_early_text_keys_get_more_bits(tmp_path, source):
     types = qtypes(sized(source, tmp_path, convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast").nbytes))
     bits = {name: qtype.bits_per_weight for name, qtype in types.items()}
     square = ("0.self_attn.q", "13.cross_attn.o", "4.cross_attn.k", "10.cross_attn.v")
@@ -108,7 +112,7 @@ def test_a_tensor_of_zeros_has_no_error():
     assert budget.relative_error(QTYPES["Q4_K"], torch.zeros(2, 256), None, "fast") == 0
 
 
-def test_importance_moves_bits_away_from_a_tensor_few_of_whose_columns_count(tmp_path, source):
+def test_importance_takes_bits_from_a_tensor_with_few_important_input_channels(tmp_path, source):
     name, importance = "blocks.7.ffn.2.weight", torch.full((512,), 1e-3)
     plain = sized(source, tmp_path, 9 << 20)
     assert qtypes(sized(source, tmp_path, 9 << 20, importance={name: importance})) == qtypes(plain)
@@ -117,7 +121,7 @@ def test_importance_moves_bits_away_from_a_tensor_few_of_whose_columns_count(tmp
     assert qtypes(weighted)[name].bits_per_weight < qtypes(plain)[name].bits_per_weight
 
 
-def test_size_belongs_to_the_job(tmp_path, source):
+def test_another_size_is_another_conversion(tmp_path, source):
     report = sized(source, tmp_path, 9 << 20)
     assert open_gguf(report.destination).metadata["wanquant.target_size"] == 9 << 20
     assert sized(source, tmp_path, 9 << 20, overwrite=False).reused
@@ -126,20 +130,20 @@ def test_size_belongs_to_the_job(tmp_path, source):
             convert(source, report.destination, effort="fast", **settings)
 
 
-@pytest.mark.parametrize(("nbytes", "told"), [(1 << 20, "0.0009766"), (1 << 40, "1024")])
-def test_size_out_of_reach_is_refused_before_anything_is_measured(tmp_path, source, monkeypatch, nbytes, told):
+@pytest.mark.parametrize(("nbytes", "shown"), [(1 << 20, "0.0009766"), (1 << 40, "1024")])
+def test_unreachable_size_is_refused_before_anything_is_measured(tmp_path, source, monkeypatch, nbytes, shown):
     monkeypatch.setattr(budget, "measure", None)
-    with pytest.raises(QuantError, match=rf"target size {told} GiB: cannot be reached.* from 0\.006 to 0\.024 GiB"):
+    with pytest.raises(QuantError, match=rf"target size {shown} GiB: cannot be reached.* from 0\.006 to 0\.024 GiB"):
         sized(source, tmp_path, nbytes)
 
 
 @pytest.mark.parametrize("size", [0.0, -1.0, math.inf, math.nan])
-def test_no_size_at_all(tmp_path, source, size):
+def test_sizes_that_are_not_positive_and_finite_are_refused(tmp_path, source, size):
     with pytest.raises(QuantError, match="not a size"):
         convert(source, tmp_path / "a.gguf", target_size=size)
 
 
-def test_weights_are_those_of_the_source(tmp_path, source):
+def test_tensors_are_quantized_from_the_source(tmp_path, source):
     file, weights = open_gguf(sized(source, tmp_path, 12 << 20).destination), load_file(source)
     for name, tensor in file.tensors.items():
         assert torch.equal(tensor.data.flatten(), tensor.qtype.quantize(weights[name], effort="fast").flatten())

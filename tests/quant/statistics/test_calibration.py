@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from wanquant.quant import QuantError, open_gguf
 from wanquant.quant.conversion.convert import convert
-from wanquant.quant.plan.recipe import treatment
+from wanquant.quant.plan.recipe import required_precision
 from wanquant.quant.plan.wan_shapes import wan_shapes
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import SPAN, Calibration, CalibrationCollector
@@ -82,7 +82,7 @@ def source(tmp_path_factory):
 def calibration(source):
     """Of every matrix."""
     with open_checkpoint(source) as checkpoint:
-        widths = {n: t.shape[-1] for n, t in checkpoint.tensors.items() if treatment(n, t) == "quantized"}
+        widths = {n: t.shape[-1] for n, t in checkpoint.tensors.items() if required_precision(n, t) == "quantized"}
     collector = CalibrationCollector()
     for name, width in widths.items():
         collector.add(name, correlated(width))

@@ -10,7 +10,7 @@ from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.plan import target_size as budget
-from wanquant.quant.plan.recipe import treatment
+from wanquant.quant.plan.recipe import required_precision
 from wanquant.quant.plan.target_size import relative_error
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.importance import Collector, Importance, sum_of_squares
@@ -31,7 +31,7 @@ def importance(source):
     sums = {}
     with open_checkpoint(source) as checkpoint:
         for name, tensor in checkpoint.tensors.items():
-            if treatment(name, tensor) != "exact":
+            if required_precision(name, tensor) != "exact":
                 sums[name] = torch.rand(tensor.shape[-1], generator=generator) + 0.1
                 sums[name][:16] *= 100
     return Importance(sums, dict.fromkeys(sums, 8.0), 2, "wan-importance.gguf", ("a red ball",))
