@@ -27,7 +27,7 @@ from wanquant.quant.conversion.layer_encoder import Inputs
 from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.qtype import QuantType
 from wanquant.quant.sources.checkpoint import open_checkpoint
-from wanquant.quant.statistics.calibration import Calibration, sum_of_products
+from wanquant.quant.statistics.calibration import Calibration, gram_blocks
 from wanquant.research._shared import RESULTS, Call, Pair, block_inputs, run
 
 # Layers of one stage do not read each other's outputs.
@@ -125,7 +125,7 @@ def corrected(weight: Tensor, unquantized: Tensor, inputs: Tensor) -> Tensor:
 
 def rounded(qtype: QuantType, weight: Tensor, inputs: Tensor) -> Tensor:
     """Round a weight (rows, columns) as a conversion does that is calibrated on these inputs (n, columns)."""
-    products = sum_of_products(inputs)
+    products = gram_blocks(inputs)
     sums = products.diagonal(dim1=1, dim2=2).flatten()
     calibration = Calibration({"": sums}, {"": len(inputs)}, 1, products={"": products})
     return qtype.dequantize(Inputs.of(calibration, "").quantize(qtype, weight))

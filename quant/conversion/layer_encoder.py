@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
     def of(cls, importance: Mapping[str, Tensor], name: str) -> Inputs:
         if name not in importance:
             return cls()
-        return cls(importance[name], importance.feedback(name) if isinstance(importance, Calibration) else None)
+        return cls(importance[name], importance.inverse_factor(name) if isinstance(importance, Calibration) else None)
 
     def to(self, device: torch.device) -> Inputs:
         return Inputs(*(None if values is None else values.to(device, torch.float32) for values in self))

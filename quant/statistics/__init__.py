@@ -1,4 +1,4 @@
-"""What was measured of a model's inputs: importance matrices and calibrations, and their files.
+"""Statistics of the inputs of a model's layers: importance matrices and calibrations, and their files.
 
 It imports `plan`, `sources` and `gguf`.
 """

@@ -1,4 +1,7 @@
-"""Files of calibrations: safetensors with F32 products (columns / span, span, span) by the name of the weight."""
+"""Files of calibrations: a safetensors file with the blocks of X^T X, by the name of the layer's weight.
+
+Each tensor is F32, (in_features / span, span, span): see `Calibration.products`.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,24 @@ from .calibration import SPAN, Calibration
 SUFFIX = ".safetensors"
 
 _KEY = "wanquant.calibration"
-"""JSON: {"samples": evaluations, "counts": {weight: rows}, "same": {weight: another with the same inputs}}."""
+"""JSON: {"samples": evaluations, "counts": {weight: tokens}, "same": {weight: another one with the same inputs}}."""
 
 
 def write_calibration(path: str | Path, calibration: Calibration, *, overwrite: bool = False) -> Path:
-    """Writes the products of each input once: the queries, keys and values of a block have the same.
+    """Write a calibration as safetensors.
+
+    Layers with the same inputs, such as the query, key and value projections of a block, share one tensor.
 
     Returns:
-        The file's path, which can differ from the one asked for: see `AtomicFile.commit`.
+        The path of the file, which can differ from `path`: see `AtomicFile.commit`.
     """
     first: dict[bytes, str] = {}
-    kept = {name: first.setdefault(calibration.sums[name].numpy().tobytes(), name) for name in sorted(calibration)}
+    shared = {name: first.setdefault(calibration.sums[name].numpy().tobytes(), name) for name in sorted(calibration)}
     tensors = {name: calibration.products[name] for name in first.values()}
     described = {
         "samples": calibration.samples,
         "counts": {name: calibration.counts[name] for name in sorted(calibration)},
-        "same": {name: other for name, other in kept.items() if name != other},
+        "same": {name: other for name, other in shared.items() if name != other},
     }
     content = SafetensorsContent(
         (StreamedTensor.whole(name, tensor) for name, tensor in tensors.items()), {_KEY: json.dumps(described)}
@@ -47,38 +52,51 @@ def write_calibration(path: str | Path, calibration: Calibration, *, overwrite: 
 
 
 def read_calibration(path: str | Path) -> Calibration:
-    """Reads all of it once as a check; the products of a layer are read again when it is encoded.
+    """Read a calibration, and check all its values.
+
+    The products stay in the file: those of a layer are read again when the layer is encoded.
 
     Raises:
-        QuantError: not a calibration, or one with a layer that was never run, NaN, or a negative square.
+        QuantError: not a calibration, a layer that never ran, NaN, infinity, or a negative square.
     """
     path = Path(path)
     file = HashedFile(path)
     metadata, entries = read_safetensors_header(path)
-    samples, counts, same = _described(path, metadata)
-    products = _Stored(file, {entry.name: entry for entry in entries}, {name: same.get(name, name) for name in counts})
+    samples, counts, same = _description(path, metadata)
+    products = _StoredProducts(
+        file, {entry.name: entry for entry in entries}, {name: same.get(name, name) for name in counts}
+    )
     sums = {}
     for name, count in counts.items():
         if not 0 < count < math.inf:
-            raise QuantError(f"{path}: tensor {name}: its count is {count:g}; collect it again")
+            raise QuantError(
+                f"{path}: tensor {name}: its count is {count:g}, expected more than 0 tokens;"
+                " collect the calibration again"
+            )
         values = products[name]
         sums[name] = values.diagonal(dim1=1, dim2=2).flatten()
         if not (values.isfinite().all() and (sums[name] >= 0).all()):
-            raise QuantError(f"{path}: tensor {name}: holds NaN, infinity or a negative square; collect it again")
+            raise QuantError(
+                f"{path}: tensor {name}: holds NaN, infinity or a negative square, expected sums of x x^T;"
+                " collect the calibration again"
+            )
     return Calibration(sums, counts, samples, path.name, products=products)
 
 
-def _described(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str, float], dict[str, str]]:
-    """Evaluations, counts and names of equal inputs."""
+def _description(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str, float], dict[str, str]]:
+    """Return `samples`, `counts` and `same` of the metadata."""
     described: Any = json.loads(metadata.get(_KEY, "null"))
     match described:
         case {"samples": int(samples), "counts": dict(), "same": dict()}:
             return samples, described["counts"], described["same"]
-    raise QuantError(f"{path}: no calibration (no {_KEY} in its metadata); collect one with products, and save it")
+    raise QuantError(
+        f"{path}: not a calibration (no valid {_KEY} in its metadata); collect one with"
+        " Collect Importance Matrix and its option calibrate"
+    )
 
 
-class _Stored(Mapping[str, Tensor]):
-    """Products that stay in their file until they are read."""
+class _StoredProducts(Mapping[str, Tensor]):
+    """The products of a calibration, which are read from the file at each access."""
 
     def __init__(self, file: HashedFile, entries: Mapping[str, TensorEntry], places: Mapping[str, str]) -> None:
         self._file, self._entries, self._places = file, entries, places
@@ -93,7 +111,8 @@ class _Stored(Mapping[str, Tensor]):
                 return values.view(torch.float32).view(entry.shape)
         got = "none" if entry is None else f"{entry.dtype} {entry.shape}"
         raise QuantError(
-            f"{self._file.path}: tensor {name}: products are {got}, expected F32 (n, span, span); collect it again"
+            f"{self._file.path}: tensor {name}: products are {got}, expected F32 (n, span, span);"
+            " collect the calibration again"
         )
 
     def __iter__(self) -> Iterator[str]:

@@ -1,6 +1,13 @@
-"""Importance matrices: how large the inputs of every Linear are, column by column, so that errors go where they count.
+"""Importance matrices (imatrix in llama.cpp): the mean square of every input channel of every Linear.
 
-Source: llama.cpp tools/imatrix/imatrix.cpp @ 050fc7f, whose sums and counts these are.
+A Linear computes y = W x, so an error in one column of W is multiplied by the input channel of that column. For
+uncorrelated input channels, the expected squared error of the outputs is a weighted sum of the squared errors in W.
+The weight of each squared error is the mean square of its input channel. A conversion with an importance matrix
+minimizes that sum instead of the plain squared error: it moves the error to the channels whose inputs are small.
+
+`Collector` adds up the squares while a model samples; `importance_file` reads and writes the result.
+
+Source: llama.cpp tools/imatrix/imatrix.cpp @ 050fc7f, which stores the same sums and counts.
 """
 
 from __future__ import annotations
@@ -15,26 +22,27 @@ from torch import Tensor
 from ..errors import QuantError
 from ..plan.recipe import EMBEDDING, TensorInfo, required_precision
 
-# What the processor's caches hold; elsewhere one kernel reads the input without a copy.
-_SLICE_WEIGHTS = 1 << 19
+# A slice of this many elements stays in the caches of a CPU. On an accelerator one kernel reads the whole input.
+_SLICE_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
 class Importance(Mapping[str, Tensor]):
-    """Mean squares of the input columns, float32 (columns,), by the name of the Linear's weight.
+    """An importance matrix: by the name of a Linear's weight, the mean square of each input channel.
 
-    The squared error of a layer's outputs is the sum of the squared errors of its weights times these.
+    Each value is float32, (in_features,).
     """
 
     sums: Mapping[str, Tensor]
-    """Float32 (columns,): sums of squares over all rows seen."""
+    """float32, (in_features,): the sum of squares of each input channel over all tokens."""
     counts: Mapping[str, float]
-    """Rows seen, times their weight."""
+    """The number of tokens (rows of the layer's input), each counted by its weight."""
     samples: int
-    """Evaluations of the model that went in."""
+    """The number of evaluations of the model."""
     name: str = "importance"
-    """Of the file."""
+    """The name of the file, for messages and for the metadata of files that are made with it."""
     datasets: tuple[str, ...] = ()
+    """The names of the data that the model was run on."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sums[name] / self.counts[name]
@@ -47,7 +55,7 @@ class Importance(Mapping[str, Tensor]):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a file made with it says, under the keys of llama.cpp's tools."""
+        """The metadata of a GGUF that is made with this matrix, under the keys of llama.cpp's tools."""
         return {
             "quantize.imatrix.file": self.name,
             "quantize.imatrix.dataset": ", ".join(self.datasets),
@@ -57,67 +65,92 @@ class Importance(Mapping[str, Tensor]):
 
 
 class Collector:
-    """Adds up squares of inputs as a model runs, on the device where these are."""
+    """A collector of the squares of the layers' inputs while a model runs; it adds them up on the inputs' device."""
 
     def __init__(self) -> None:
         self.samples = 0
         self.watched: set[str] = set()
-        """The layers of the models that ran."""
+        """The names of the weights of all layers whose inputs are to be collected."""
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, float] = {}
 
     @property
     def unseen(self) -> list[str]:
-        """Those that no inputs reached."""
+        """The watched layers that have not run yet, sorted by name."""
         return sorted(self.watched - self._counts.keys())
 
     def add(self, name: str, inputs: Tensor, weight: float = 1.0) -> None:
-        """Counts the inputs (..., columns) of a layer, each row `weight` times."""
+        """Add the inputs of one call of a layer.
+
+        Args:
+            name: the name of the layer's weight.
+            inputs: floating point, (..., in_features).
+            weight: how often each row of `inputs` counts.
+        """
         sums = self.measure(inputs).mul_(weight)
         known = self._sums.get(name)
         self._sums[name] = sums if known is None else known.add_(sums.to(known.device))
         self._counts[name] = self._counts.get(name, 0.0) + inputs.numel() // inputs.shape[-1] * weight
 
     def result(self) -> Importance:
-        """A copy on the CPU of what was collected so far.
+        """Return what was collected so far, as a copy on the CPU.
 
         Raises:
-            QuantError: nothing was, or a layer got NaN or infinity.
+            QuantError: nothing was collected, or the inputs of a layer hold NaN or infinity.
         """
         if not self._sums:
-            raise QuantError("importance: nothing collected yet; sample with the model that Collect gives, then save")
+            raise QuantError(
+                "importance: nothing collected yet, expected the inputs of at least one layer; sample with the model"
+                " output of Collect Importance Matrix before saving"
+            )
         sums = {name: values.to("cpu", copy=True) for name, values in self._sums.items()}
         broken = next((name for name, values in sums.items() if not values.isfinite().all()), None)
         if broken is not None:
-            raise QuantError(f"importance: {broken}: its inputs hold NaN or infinity; collect in another compute dtype")
+            raise QuantError(
+                f"importance: tensor {broken}: its inputs hold NaN or infinity, expected finite numbers;"
+                " collect again with another compute dtype"
+            )
         return Importance(sums, dict(self._counts), self.samples)
 
     @staticmethod
     def measure(inputs: Tensor) -> Tensor:
-        """What is added up of the inputs, float32."""
+        """Return the statistic that is added up: float32, (in_features,), from inputs of shape (..., in_features)."""
         return sum_of_squares(inputs)
 
 
 def sum_of_squares(inputs: Tensor) -> Tensor:
-    """Float32 (columns,) of (..., columns), without a float32 copy of the whole."""
+    """Return the sum of squares of each input channel, without a float32 copy of the whole input.
+
+    Args:
+        inputs: floating point, (..., in_features).
+
+    Returns:
+        float32, (in_features,), on the same device.
+    """
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
     if rows.device.type != "cpu":
         norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
         return norms.square_()
     total = torch.zeros(rows.shape[-1])
-    for part in torch.split(rows, max(1, _SLICE_WEIGHTS // rows.shape[-1])):
+    for part in torch.split(rows, max(1, _SLICE_ELEMENTS // rows.shape[-1])):
         total += part.to(torch.float32, copy=True).square_().sum(0)
     return total
 
 
 def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Checks that an importance matrix, if there is one, is of this model.
+    """Check that an importance matrix belongs to this model.
+
+    Args:
+        importance: floating point, (in_features,), by tensor name; None or empty passes.
+        tensors: the tensors of the model by name.
 
     Returns:
-        A warning where it lacks matrices that will be quantized, whose inputs count as 1.
+        One warning if matrices that will be quantized are missing, else none. The mean square of their inputs counts
+        as 1.
 
     Raises:
-        QuantError: the first tensor that the model lacks or has in another width, or values that are no mean squares.
+        QuantError: the model lacks a tensor or has another number of input channels there, or values are not mean
+            squares.
     """
     if not importance:
         return ()
@@ -125,18 +158,20 @@ def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[s
     for name, values in importance.items():
         tensor = tensors.get(name)
         if tensor is None:
-            raise QuantError(f"{label}: tensor {name}: not in this model; take the importance matrix of this model")
+            raise QuantError(
+                f"{label}: tensor {name}: not in this model; choose the importance matrix that was collected from"
+                " this model"
+            )
         if tuple(values.shape) != tensor.shape[-1:]:
             raise QuantError(
-                f"{label}: tensor {name}: {tuple(values.shape)} columns, but {tensor.shape[-1:]} in this model;"
-                " take the importance matrix of this model"
+                f"{label}: tensor {name}: has shape {tuple(values.shape)}, expected {tensor.shape[-1:]} for the input"
+                " channels in this model; choose the importance matrix that was collected from this model"
             )
         if not (values.isfinite().all() and (values >= 0).all()):
-            raise QuantError(f"{label}: tensor {name}: holds NaN, infinity or a negative value; collect it again")
-    wanted = (
-        name
-        for name, tensor in tensors.items()
-        if required_precision(name, tensor) == "quantized" and name != EMBEDDING
-    )
-    missing = [name for name in wanted if name not in importance]
+            raise QuantError(
+                f"{label}: tensor {name}: holds NaN, infinity or a negative value, expected mean squares;"
+                " collect the importance matrix again"
+            )
+    quantized = (name for name, tensor in tensors.items() if required_precision(name, tensor) == "quantized")
+    missing = [name for name in quantized if name not in importance and name != EMBEDDING]
     return (f"the importance matrix lacks {len(missing)} matrices, the first is {missing[0]}",) if missing else ()

@@ -1,7 +1,7 @@
-"""Files of importance matrices: llama.cpp's GGUF layout, and the .dat that came before it (read only).
+"""Files of importance matrices: llama.cpp's GGUF layout, and its older .dat layout, which is only read.
 
 Source: llama.cpp tools/imatrix/imatrix.cpp @ 050fc7f, IMatrixCollector::save_imatrix and save_imatrix_legacy;
-the prefix: stable-diffusion.cpp src/runtime/imatrix.cpp @ 97d2990.
+for the prefix of the names, stable-diffusion.cpp src/runtime/imatrix.cpp @ 97d2990.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..gguf.layout import TensorSpec
-from ..gguf.reader import open_gguf
+from ..gguf.reader import GGUFTensor, open_gguf
 from ..gguf.writer import GGUFWriter
 from ..qtype import QTYPES
 from .importance import Importance
@@ -28,17 +28,19 @@ _MAX_LEGACY_BYTES = 1 << 28
 
 
 def write_importance(path: str | Path, importance: Importance, *, overwrite: bool = False) -> Path:
-    """Writes two F32 tensors a layer, `<weight>.in_sum2` (1, columns) and `<weight>.counts` (1, 1).
+    """Write an importance matrix as a GGUF.
+
+    Each layer has two F32 tensors: `<weight>.in_sum2`, (1, in_features), and `<weight>.counts`, (1, 1).
 
     Returns:
-        The file's path, which can differ from the one asked for: see `AtomicFile.commit`.
+        The path of the file, which can differ from `path`: see `AtomicFile.commit`.
     """
-    rows = max(importance.counts.values(), default=0.0) / max(1, importance.samples)
+    tokens = max(importance.counts.values(), default=0.0) / max(1, importance.samples)
     metadata = {
         "general.type": "imatrix",
         "imatrix.datasets": importance.datasets,
         "imatrix.chunk_count": importance.samples,
-        "imatrix.chunk_size": max(1, round(rows)),
+        "imatrix.chunk_size": max(1, round(tokens)),
     }
     values = {}
     for name in sorted(importance):
@@ -52,10 +54,12 @@ def write_importance(path: str | Path, importance: Importance, *, overwrite: boo
 
 
 def read_importance(path: str | Path) -> Importance:
-    """Reads either layout; the prefix that stable-diffusion.cpp gives the names is taken off.
+    """Read an importance matrix in either layout.
+
+    The prefix that stable-diffusion.cpp adds to the tensor names is removed.
 
     Raises:
-        QuantError: not an importance matrix, or one with a layer that was never run, NaN, or a negative sum.
+        QuantError: not an importance matrix, a layer that never ran, NaN, infinity, or a negative sum.
     """
     path = Path(path)
     try:
@@ -65,12 +69,18 @@ def read_importance(path: str | Path) -> Importance:
             content += b"" if is_gguf else file.read(_MAX_LEGACY_BYTES)
         importance = _read_gguf(path) if is_gguf else _read_legacy(path, content)
     except OSError as error:
-        raise QuantError(f"{path}: cannot be read ({error.strerror}); give the path of an importance matrix") from None
+        raise QuantError(f"{path}: cannot be read ({error.strerror}); give the path of an importance matrix") from error
     for name, sums in importance.sums.items():
         if not importance.counts[name] > 0:
-            raise QuantError(f"{path}: tensor {name}: its count is {importance.counts[name]:g}; collect it again")
+            raise QuantError(
+                f"{path}: tensor {name}: its count is {importance.counts[name]:g}, expected more than 0 tokens;"
+                " collect the importance matrix again"
+            )
         if not (sums.isfinite().all() and (sums >= 0).all()):
-            raise QuantError(f"{path}: tensor {name}: holds NaN, infinity or a negative sum; collect it again")
+            raise QuantError(
+                f"{path}: tensor {name}: holds NaN, infinity or a negative value, expected sums of squares;"
+                " collect the importance matrix again"
+            )
     return importance
 
 
@@ -79,11 +89,16 @@ def _read_gguf(path: Path) -> Importance:
     sums = {_weight(name, _SUMS): tensor for name, tensor in file.tensors.items() if name.endswith(_SUMS)}
     counts = {_weight(name, _COUNTS): tensor for name, tensor in file.tensors.items() if name.endswith(_COUNTS)}
     if not sums:
-        raise QuantError(f"{path}: no importance matrix (no tensor *{_SUMS}); collect one, or take llama-imatrix's")
+        raise QuantError(
+            f"{path}: not an importance matrix (it has no tensor *{_SUMS}); collect one, or use a file of llama-imatrix"
+        )
     for name in {**sums, **counts}:
         is_pair = name in sums and name in counts
         if not is_pair or math.prod(counts[name].shape) != 1 or math.prod(sums[name].shape[:-1]) != 1:
-            raise QuantError(f"{path}: tensor {name}: expected one row of sums and one count; collect it again")
+            raise QuantError(
+                f"{path}: tensor {name}: expected one row of sums and one count, got"
+                f" {_shape(sums.get(name))} and {_shape(counts.get(name))}; collect the importance matrix again"
+            )
     return Importance(
         {name: tensor.dequantize().flatten() for name, tensor in sums.items()},
         {name: tensor.dequantize().item() for name, tensor in counts.items()},
@@ -103,14 +118,20 @@ def _read_legacy(path: Path, content: bytes) -> Importance:
             if not 0 < length <= _MAX_NAME_BYTES:
                 raise ValueError(f"a name of {length} bytes")
             name, at = _weight(content[at : at + length].decode(), ""), at + length
-            (calls, columns), at = struct.unpack_from("<iI", content, at), at + 8
-            sums[name] = torch.from_numpy(np.frombuffer(content, "<f4", columns, at).astype(np.float32))
-            counts[name], at = calls, at + 4 * columns
+            (calls, in_features), at = struct.unpack_from("<iI", content, at), at + 8
+            sums[name] = torch.from_numpy(np.frombuffer(content, "<f4", in_features, at).astype(np.float32))
+            counts[name], at = calls, at + 4 * in_features
     except (struct.error, ValueError) as error:
-        raise QuantError(f"{path}: neither a GGUF nor a whole .dat importance matrix ({error})") from None
+        raise QuantError(
+            f"{path}: neither a GGUF nor a complete .dat importance matrix ({error}); download it again, or collect one"
+        ) from error
     if not sums:
-        raise QuantError(f"{path}: no importance matrix, it has no entries; collect one, or take llama-imatrix's")
+        raise QuantError(f"{path}: not an importance matrix (0 entries); collect one, or use a file of llama-imatrix")
     return Importance(sums, counts, int(max(counts.values())), path.name)
+
+
+def _shape(tensor: GGUFTensor | None) -> str:
+    return "none" if tensor is None else f"shape {tensor.shape}"
 
 
 def _weight(name: str, suffix: str) -> str:

@@ -1,4 +1,4 @@
-"""Calibrated rounding: less error in the outputs for correlated inputs, in the same blocks."""
+"""Calibrations: collecting them, and conversions that have less error in the outputs with the same types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wanquant.tests.quant.samples import collected, correlated
 NAME = "blocks.0.ffn.0.weight"
 
 
-def test_products_of_neighbouring_columns():
+def test_products_are_blocks_of_the_gram_matrix():
     first, second = torch.randn(2, 3, 512).bfloat16(), torch.randn(5, 512)
     collector = CalibrationCollector()
     collector.add("w", first)
@@ -33,12 +33,12 @@ def test_products_of_neighbouring_columns():
     torch.testing.assert_close(calibration["w"], rows.square().sum(0) / 8.5)
 
 
-def test_narrow_layers_have_narrow_products():
+def test_span_divides_the_input_channels_of_narrow_layers():
     calibration = collected(w=torch.randn(4, 96))
     assert calibration.products["w"].shape == (3, 32, 32)
 
 
-def test_some_rows_of_many_are_enough():
+def test_other_tokens_are_used_in_each_evaluation():
     collector = CalibrationCollector()
     inputs = torch.arange(3000.0)[:, None].expand(-1, 32)
     collector.add("w", inputs)
@@ -50,7 +50,7 @@ def test_some_rows_of_many_are_enough():
     torch.testing.assert_close(calibration.sums["w"], every_third.expand(32))
 
 
-def test_size_at_14b():
+def test_size_of_a_calibration_for_14b():
     widths = {name: shape[-1] for name, shape in wan_shapes("14B").items() if len(shape) == 2}
     collected = sum(width * SPAN * 4 for width in widths.values()) / 2**30
     shared = sum(
@@ -61,16 +61,16 @@ def test_size_at_14b():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite_are_named(value):
-    with pytest.raises(QuantError, match=r"b: its inputs hold NaN or infinity"):
+def test_inputs_that_are_not_finite_are_refused_with_their_name(value):
+    with pytest.raises(QuantError, match=r"tensor b: its inputs hold NaN or infinity"):
         collected(a=torch.ones(2, 32), b=torch.full((2, 32), value))
 
 
-def test_products_of_no_inputs_are_refused():
+def test_products_that_are_not_positive_definite_are_refused():
     products = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])
     calibration = Calibration({"w": torch.ones(2)}, {"w": 1.0}, 1, "c.safetensors", products={"w": products})
-    with pytest.raises(QuantError, match=r"c\.safetensors: tensor w: is no sum of products"):
-        calibration.feedback("w")
+    with pytest.raises(QuantError, match=r"c\.safetensors: tensor w: got a matrix that is not positive definite"):
+        calibration.inverse_factor("w")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calibration(source):
-    """Of every matrix."""
+    """A calibration of every quantized matrix."""
     with open_checkpoint(source) as checkpoint:
         widths = {n: t.shape[-1] for n, t in checkpoint.tensors.items() if required_precision(n, t) == "quantized"}
     collector = CalibrationCollector()
@@ -90,7 +90,7 @@ def calibration(source):
     return collector.result()
 
 
-def test_file_is_calibrated_and_says_so(tmp_path, source, calibration):
+def test_calibrated_file_has_less_output_error_and_records_it(tmp_path, source, calibration):
     state = load_file(source)
     weighted = convert(source, tmp_path / "w.gguf", "Q4_K_S", effort="fast", importance=dict(calibration))
     calibrated = convert(source, tmp_path / "c.gguf", "Q4_K_S", effort="fast", importance=calibration)
@@ -107,7 +107,7 @@ def test_file_is_calibrated_and_says_so(tmp_path, source, calibration):
         assert errors[1] < 0.8 * errors[0]
 
 
-def test_calibrated_file_is_reused_by_the_same_job_only(tmp_path, source, calibration):
+def test_calibrated_file_is_reused_by_the_same_conversion_only(tmp_path, source, calibration):
     path = tmp_path / "a.gguf"
     one = Calibration({NAME: calibration.sums[NAME]}, {NAME: 1.0}, 1, products={NAME: calibration.products[NAME]})
     convert(source, path, "Q4_K_S", effort="fast", importance=one)
@@ -120,6 +120,6 @@ def test_calibration_of_another_model_is_refused(tmp_path, source):
     other = collected(**{"blocks.7.ffn.0.weight": torch.ones(2, 256)})
     with pytest.raises(QuantError, match=r"blocks\.7\.ffn\.0\.weight: not in this model"):
         convert(source, tmp_path / "a.gguf", importance=other)
-    with pytest.raises(QuantError, match=r"blocks\.0\.ffn\.0\.weight: \(512,\) columns, but \(256,\)"):
+    with pytest.raises(QuantError, match=r"blocks\.0\.ffn\.0\.weight: has shape \(512,\), expected \(256,\)"):
         convert(source, tmp_path / "a.gguf", importance=collected(**{NAME: torch.ones(2, 512)}))
     assert not list(tmp_path.iterdir())

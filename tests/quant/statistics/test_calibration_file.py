@@ -1,4 +1,4 @@
-"""Calibrations as files: what is written is read, and what is no calibration is refused."""
+"""Files of calibrations: a round trip, and the files that are refused."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def calibration():
     return collector.result()
 
 
-def test_what_was_written(tmp_path, calibration):
+def test_round_trip(tmp_path, calibration):
     path = write_calibration(tmp_path / "c.safetensors", calibration)
     read = read_calibration(path)
     assert (read.samples, read.name, dict(read.counts)) == (4, "c.safetensors", dict(calibration.counts))
     assert set(read) == set(read.products) == set(calibration)
     for name in calibration:
         assert torch.equal(read[name], calibration[name])
-        assert torch.equal(read.feedback(name), calibration.feedback(name))
+        assert torch.equal(read.inverse_factor(name), calibration.inverse_factor(name))
 
 
-def test_inputs_that_several_layers_share_are_kept_once(tmp_path, calibration):
+def test_inputs_that_several_layers_share_are_written_once(tmp_path, calibration):
     path = write_calibration(tmp_path / "c.safetensors", calibration)
     assert {name: tensor.shape for name, tensor in load_file(path).items()} == {
         "b.k.weight": (2, 256, 256),
@@ -56,11 +56,11 @@ def write(path, products, **described):
         (torch.ones(2, 16, 16), {}, r"tensor w: products are F32 \(2, 16, 16\)"),
         (torch.eye(32)[None].half(), {}, r"tensor w: products are F16"),
         (torch.eye(32)[None], {"counts": {"v": 1}}, "tensor v: products are none"),
-        (torch.eye(32)[None], {"counts": 3}, "no calibration"),
+        (torch.eye(32)[None], {"counts": 3}, "not a calibration"),
     ],
     ids=["zero count", "nan", "negative", "flat", "narrow", "dtype", "absent", "layout"],
 )
-def test_what_is_no_calibration_is_named(tmp_path, products, described, problem):
+def test_malformed_tensors_are_refused_with_their_name(tmp_path, products, described, problem):
     path = tmp_path / "c.safetensors"
     write(path, products, **described)
     with pytest.raises(QuantError, match=problem):
@@ -70,7 +70,7 @@ def test_what_is_no_calibration_is_named(tmp_path, products, described, problem)
 def test_other_files_are_refused(tmp_path, calibration):
     model, cut = tmp_path / "model.safetensors", tmp_path / "cut.safetensors"
     save_file({"w": torch.zeros(2)}, model)
-    with pytest.raises(QuantError, match="no calibration"):
+    with pytest.raises(QuantError, match="not a calibration"):
         read_calibration(model)
     whole = write_calibration(tmp_path / "c.safetensors", calibration).read_bytes()
     cut.write_bytes(whole[:-100])

@@ -1,4 +1,4 @@
-"""Importance matrices: collecting, matching to a model, and what the converter makes of them."""
+"""Importance matrices: collecting them, checking them against a model, and conversions that use them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def importance(source):
-    """Of every matrix, a hundred times larger in the first columns."""
+    """An importance matrix of the model, a hundred times larger for the first 16 input channels."""
     generator = torch.Generator().manual_seed(0)
     sums = {}
     with open_checkpoint(source) as checkpoint:
@@ -47,7 +47,7 @@ def test_squares_are_summed_over_all_rows_in_float32(dtype, shape):
     assert torch.equal(inputs, before)
 
 
-def test_mean_squares_of_what_was_collected():
+def test_result_holds_mean_squares_of_all_inputs():
     collector = Collector()
     first, second = torch.randn(2, 3, 8), torch.randn(5, 8)
     collector.add(NAME, first)
@@ -67,7 +67,7 @@ def test_nothing_collected_is_refused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite_are_named(value):
+def test_inputs_that_are_not_finite_are_refused_with_their_name(value):
     collector = Collector()
     collector.add("a.weight", torch.ones(2, 4))
     collector.add("b.weight", torch.full((2, 4), value))
@@ -79,19 +79,19 @@ def test_inputs_that_are_not_finite_are_named(value):
     ("name", "values", "problem"),
     [
         ("blocks.7.ffn.0.weight", torch.ones(256), r"blocks\.7\.ffn\.0\.weight: not in this model"),
-        (NAME, torch.ones(512), r"blocks\.0\.ffn\.0\.weight: \(512,\) columns, but \(256,\)"),
+        (NAME, torch.ones(512), r"blocks\.0\.ffn\.0\.weight: has shape \(512,\), expected \(256,\)"),
         (NAME, torch.full((256,), torch.nan), r"blocks\.0\.ffn\.0\.weight: holds NaN"),
         (NAME, torch.full((256,), -1.0), r"blocks\.0\.ffn\.0\.weight: holds .* negative"),
     ],
     ids=["name", "width", "nan", "negative"],
 )
-def test_first_mismatch_is_named(tmp_path, source, name, values, problem):
+def test_importance_of_another_model_is_refused(tmp_path, source, name, values, problem):
     with pytest.raises(QuantError, match=problem):
         convert(source, tmp_path / "a.gguf", "Q4_0", importance={name: values})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_matrices_that_it_lacks_are_reported(tmp_path, source, importance):
+def test_missing_matrices_are_a_warning(tmp_path, source, importance):
     some = {name: values for name, values in importance.items() if name != NAME}
     report = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast", importance=some)
     assert report.warnings == (f"the importance matrix lacks 1 matrices, the first is {NAME}",)
@@ -108,16 +108,16 @@ def weighted_error(path, source, importance):
 
 
 @pytest.mark.parametrize("settings", [{"recipe": "Q4_K_M"}, {"target_size": 0.0035}], ids=["recipe", "size"])
-def test_error_moves_to_columns_that_matter_less(tmp_path, source, importance, settings, monkeypatch):
+def test_error_moves_to_input_channels_that_matter_less(tmp_path, source, importance, settings, monkeypatch):
     monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 13)
     plain = convert(source, tmp_path / "plain.gguf", **settings)
     weighted = convert(source, tmp_path / "weighted.gguf", **settings, importance=importance)
-    assert weighted.nbytes <= plain.nbytes + 1024, "but for the metadata"
+    assert weighted.nbytes <= plain.nbytes + 1024, "the metadata may be longer"
     errors = [weighted_error(report.path, source, importance) for report in (plain, weighted)]
     assert errors[1] < 0.9 * errors[0]
 
 
-def test_file_names_its_importance_matrix(tmp_path, source, importance):
+def test_metadata_names_the_importance_matrix(tmp_path, source, importance):
     report = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast", importance=importance)
     assert report.metadata["quantize.imatrix.file"] == "wan-importance.gguf"
     assert report.metadata["quantize.imatrix.dataset"] == "a red ball"
@@ -130,7 +130,7 @@ def test_file_names_its_importance_matrix(tmp_path, source, importance):
 
 @pytest.mark.parametrize("effort", ["best", "fast"])
 @pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS"])
-def test_columns_that_are_always_zero_do_no_harm(name, effort):
+def test_input_channels_that_are_always_zero_do_not_increase_the_error(name, effort):
     weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(512)
     importance[:300] = 0

@@ -1,4 +1,4 @@
-"""Files of importance matrices against the gguf package and the legacy layout written by hand."""
+"""Files of importance matrices against the gguf package, and against hand-written files of the legacy layout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def importance():
 
 
 def as_llama_cpp_writes(path, tensors):
-    """`tensors`: name -> rows of floats."""
+    """Write rows of floats by tensor name, as llama-imatrix does."""
     writer = gguf.GGUFWriter(path, "", use_temp_file=False)
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["wiki.train.raw"])
@@ -70,7 +70,7 @@ def test_layout_is_that_of_llama_cpp(tmp_path, importance):
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_files_of_llama_cpp_and_stable_diffusion_cpp(tmp_path, prefix):
+def test_files_of_llama_cpp_and_stable_diffusion_cpp_are_read(tmp_path, prefix):
     rows = {f"{prefix}{A}.in_sum2": [[2.0, 4.0, 6.0]], f"{prefix}{A}.counts": [[2.0]]}
     read = read_importance(as_llama_cpp_writes(tmp_path / "a.gguf", rows))
     assert read[A].tolist() == [1, 2, 3]
@@ -91,11 +91,11 @@ def test_files_of_llama_cpp_and_stable_diffusion_cpp(tmp_path, prefix):
         ({f"{A}.in_sum2": [[1.0, 2.0]]}, "one row of sums and one count"),
         ({f"{A}.counts": [[1.0]], f"{B}.in_sum2": [[1.0]], f"{B}.counts": [[1.0]]}, "one row of sums and one count"),
         ({f"{A}.in_sum2": [[1.0], [2.0]], f"{A}.counts": [[1.0], [1.0]]}, "one row of sums and one count"),
-        ({A: [[1.0]]}, "no importance matrix"),
+        ({A: [[1.0]]}, "not an importance matrix"),
     ],
     ids=["zero count", "nan", "negative", "nan count", "no count", "no sums", "experts", "other file"],
 )
-def test_bad_files_are_refused(tmp_path, rows, problem):
+def test_malformed_files_are_refused(tmp_path, rows, problem):
     path = as_llama_cpp_writes(tmp_path / "a.gguf", rows)
     with pytest.raises(QuantError, match=problem) as error:
         read_importance(path)
@@ -112,7 +112,7 @@ WHOLE = as_legacy((A, 2, [2.0, 4.0]), (B, 1, [5.0]))
 )
 def test_damaged_legacy_files_are_refused(tmp_path, content):
     (tmp_path / "a.dat").write_bytes(content)
-    with pytest.raises(QuantError, match=r"a\.dat: (neither a GGUF|no importance matrix)"):
+    with pytest.raises(QuantError, match=r"a\.dat: (neither a GGUF|not an importance matrix)"):
         read_importance(tmp_path / "a.dat")
 
 
@@ -122,6 +122,6 @@ def test_legacy_entry_that_never_ran_is_refused(tmp_path):
         read_importance(tmp_path / "a.dat")
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_is_refused(tmp_path):
     with pytest.raises(QuantError, match="cannot be read"):
         read_importance(tmp_path / "none.gguf")
