@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..quant.conversion.layer_encoder import Inputs
+from ..quant.conversion.layer_encoder import LayerEncoder
 from ..quant.plan.wan_shapes import SIZES, transformer_shapes
 from ..quant.qtype import QTYPES, Effort
 from ..testing.libggml import LibGGML, load
@@ -46,7 +46,7 @@ def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, 
         row[f"{encoder}_mws"] = round(weight.numel() / ms / 1e3, 1)
         if encoder != "ggml":
             row[f"{encoder}_error"] = round(error / errors[0] - 1, 4)
-    in_a_file = Inputs().quantize(QTYPES[name], weight).numpy()
+    in_a_file = LayerEncoder().quantize(QTYPES[name], weight).numpy()
     row["file_error"] = round(squared_error(libggml.dequantize(name, in_a_file), array) / errors[0] - 1, 4)
     return row
 

@@ -16,7 +16,7 @@ from wanquant.bench.tinywan.data import noise_level
 from wanquant.bench.tinywan.pictures import draw_sensitivity
 from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gains, load_model, load_weights, origin
 from wanquant.quant import QTYPES
-from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
 
 # Coarse enough to exceed all other rounding, fine enough that the errors of layers add up.
 PROBE = "Q3_K"
@@ -54,7 +54,7 @@ def probe(names: Iterable[str], reference: Reference) -> tuple[list[Sensitivity]
     """Return the sensitivity of every layer, and the error of its weight."""
     weights, qtype, rows, errors = load_weights(), QTYPES[PROBE], [], {}
     for name in names:
-        rounded = qtype.dequantize(Inputs().quantize(qtype, weights[name]))
+        rounded = qtype.dequantize(LayerEncoder().quantize(qtype, weights[name]))
         rows.append(Sensitivity(name, tuple(reference.velocity_sqnr(load_model({**weights, name: rounded})))))
         errors[name] = rounded - weights[name]
     return rows, errors

@@ -17,7 +17,7 @@ from wanquant.bench.tinywan.reference import (
     origin,
     prompts,
 )
-from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
 from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import CalibrationCollector
@@ -47,7 +47,7 @@ def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[
         captions = prompts(count, start=draw * (1 + len(TRAINING) // draws)) if count else []
         known = collect(source, captions, COLLECTORS[method]()) if captions else {}
         weights = {
-            name: qtype.dequantize(Inputs.of(known, name).quantize(qtype, source[name]))
+            name: qtype.dequantize(LayerEncoder.of(known, name).quantize(qtype, source[name]))
             if qtype.block_size > 1
             else source[name]
             for name, qtype in types.items()

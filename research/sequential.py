@@ -23,7 +23,7 @@ from wanquant.bench.tinywan.reference import (
     load_weights,
     prompts,
 )
-from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
 from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.qtype import QuantType
 from wanquant.quant.sources.checkpoint import open_checkpoint
@@ -128,7 +128,7 @@ def rounded(qtype: QuantType, weight: Tensor, inputs: Tensor) -> Tensor:
     products = gram_blocks(inputs)
     sums = products.diagonal(dim1=1, dim2=2).flatten()
     calibration = Calibration({"": sums}, {"": len(inputs)}, 1, products={"": products})
-    return qtype.dequantize(Inputs.of(calibration, "").quantize(qtype, weight))
+    return qtype.dequantize(LayerEncoder.of(calibration, "").quantize(qtype, weight))
 
 
 def measure(recipes: Sequence[str], roundings: int, clips: int, captions: int) -> dict[str, list[Pair]]:

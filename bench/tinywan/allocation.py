@@ -12,7 +12,7 @@ from torch import Tensor
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.model import Model
 from wanquant.bench.tinywan.reference import CHECKPOINT, Weights, collect, load_model, load_weights, prompts
-from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
 from wanquant.quant.plan import target_size as budget
 from wanquant.quant.plan.recipe import RECIPES, plan_types, required_precision
 from wanquant.quant.plan.target_size import ParetoFront
@@ -78,8 +78,8 @@ class Network:
     def _encoded(self, choice: Choice) -> Weights:
         weights = dict(self.source)
         for name, qtype in choice.types.items():
-            inputs = Inputs(self.importance[choice.part][name])
-            weights[name] = qtype.dequantize(inputs.quantize(qtype, weights[name]))
+            encoder = LayerEncoder(self.importance[choice.part][name])
+            weights[name] = qtype.dequantize(encoder.quantize(qtype, weights[name]))
         return weights
 
 
@@ -140,7 +140,7 @@ class Allocator:
         """Scale the fronts to the measured sensitivities; the rules that replace a measurement do not apply."""
         scales = {name: value / self._probed_error(part, name) for name, value in measured.items()}
         return {
-            name: ParetoFront.of([choice._replace(error=choice.error * scales[name]) for choice in front.options])
+            name: ParetoFront.of([option._replace(error=option.error * scales[name]) for option in front.options])
             for name, front in self.fronts[part].items()
         }
 

@@ -1,4 +1,13 @@
-"""How a conversion encodes a weight: for the inputs of its layer, as far as they are known."""
+"""The encoder of one layer's weight, which knows the statistics of the layer's inputs.
+
+`QuantType.quantize` minimizes the squared error of the weights. A conversion wants the outputs of the layer to have the
+least error. At effort "best", a `LayerEncoder` uses all that is known of the inputs:
+
+- nothing: it searches for the least squared error, then restores the gain of each row (see `row_gain`);
+- an importance matrix: it does the same, and weights each squared error by the mean square of its input channel;
+- a calibration: it rounds the weights column by column as GPTQ does, so that later columns compensate for the rounding
+  errors of earlier ones.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +20,57 @@ from torch import Tensor
 from ..encoders.search import Encoder, encode_with_feedback
 from ..qtype import Effort, QuantType, weights_at_a_time
 from ..statistics.calibration import Calibration
-from .row_gain import emphasis, restore_gain
+from .row_gain import error_weights, restore_gain
 
-# Bits a weight. With more, feedback makes up for what scales of least squared error cut (TinyWan: 0.5 dB in Q4_K_M).
+# In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
+# the compensation already makes up for large weights that are cut (TinyWan: 0.5 dB in Q4_K_M).
 _COARSE = 3
 
 
-class Inputs(NamedTuple):
-    """What is known of the inputs of a layer, and how its weight is encoded for them."""
+class LayerEncoder(NamedTuple):
+    """An encoder of one layer's weight, and what is known of the layer's inputs."""
 
     importance: Tensor | None = None
-    """(columns,) mean squares."""
-    feedback: Tensor | None = None
-    """(columns / span, span, span), of `Calibration.feedback`; never without importance."""
+    """float32, (in_features,): the mean square of each input channel."""
+    inverse_factor: Tensor | None = None
+    """float32, (in_features / span, span, span), from `Calibration.inverse_factor`; requires `importance`."""
 
     @classmethod
-    def of(cls, importance: Mapping[str, Tensor], name: str) -> Inputs:
+    def of(cls, importance: Mapping[str, Tensor], name: str) -> LayerEncoder:
+        """Return the encoder of the weight `name`; `importance` may be a calibration, and may lack the name."""
         if name not in importance:
             return cls()
         return cls(importance[name], importance.inverse_factor(name) if isinstance(importance, Calibration) else None)
 
-    def to(self, device: torch.device) -> Inputs:
-        return Inputs(*(None if values is None else values.to(device, torch.float32) for values in self))
+    def to(self, device: torch.device) -> LayerEncoder:
+        """Return this encoder with its tensors on `device`."""
+        return LayerEncoder(*(None if values is None else values.to(device, torch.float32) for values in self))
 
     def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
-        """Like `QuantType.quantize` for (rows, columns), but at its best with rows as strong as they were.
+        """Quantize the weight like `QuantType.quantize`, but for the least error of the layer's outputs.
 
-        With feedback, and a type that has a search, it is for the least error of the outputs, whose strength comes with
-        it, at either effort.
+        Without a calibration, effort "fast" is the same as `QuantType.quantize`. So are types without a search.
+
+        Args:
+            qtype: the type to quantize to.
+            weight: floating point, (out_features, in_features), on the device of the statistics.
+            effort: "fast" or "best"; with a calibration, both search.
+
+        Returns:
+            uint8, (out_features, bytes per row), on the same device.
         """
-        encode = qtype.best
-        if not isinstance(encode, Encoder) or (effort == "fast" and self.feedback is None):
+        encoder = qtype.best
+        if not isinstance(encoder, Encoder) or (effort == "fast" and self.inverse_factor is None):
             return qtype.quantize(weight, self.importance, effort)
         parts = torch.split(weight.float(), max(1, weights_at_a_time(weight.device) // weight.shape[-1]))
-        return torch.cat([self._encode(encode, qtype, part) for part in parts])
+        return torch.cat([self._search(encoder, qtype, part) for part in parts])
 
-    def _encode(self, encode: Encoder, qtype: QuantType, weight: Tensor) -> Tensor:
-        weights = emphasis(weight, self.importance)
-        if self.importance is not None and self.feedback is not None:
+    def _search(self, encoder: Encoder, qtype: QuantType, weight: Tensor) -> Tensor:
+        weighting = error_weights(weight, self.importance)
+        if self.importance is not None and self.inverse_factor is not None:
             if qtype.bits_per_weight > _COARSE:
-                weights = self.importance.expand_as(weight)
-            return encode_with_feedback(encode, qtype.block_size, weight, weights, self.feedback)
+                weighting = self.importance.expand_as(weight)
+            return encode_with_feedback(encoder, qtype.block_size, weight, weighting, self.inverse_factor)
         blocks = weight.reshape(-1, qtype.block_size)
-        packed = encode(blocks, weights.view_as(blocks)).view(len(weight), -1)
+        packed = encoder(blocks, weighting.view_as(blocks)).view(len(weight), -1)
         return restore_gain(qtype, packed, weight, self.importance)

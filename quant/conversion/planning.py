@@ -29,7 +29,7 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
     fronts: Mapping[str, ParetoFront] = {}
     if sized:
         fronts = measure(
-            tensors, stream.importance, settings.effort, stream.device, lambda tensor: stream.report(tensor, 0)
+            tensors, stream.importance, settings.effort, stream.device, lambda tensor: stream.advance(tensor, 0)
         )
     return [_plan(stream, output, fronts) for output in outputs]
 
@@ -61,7 +61,7 @@ def _with_bf16(stream: Stream, type_plan: TypePlan) -> TypePlan:
     """Replace F16 by BF16 for tensors with values beyond the range of F16."""
     types, fallbacks = dict(type_plan.types), list(type_plan.fallbacks)
     for name, tensor in stream.checkpoint.tensors.items():
-        if types[name].name == "F16" and tensor.dtype != torch.float16 and not stream.fits_f16(tensor):
+        if types[name].name == "F16" and tensor.dtype != torch.float16 and not stream.is_within_f16(tensor):
             types[name] = QTYPES["BF16"]
             fallbacks.append(_too_large(name))
     return TypePlan(types, tuple(fallbacks))

@@ -1,13 +1,19 @@
-"""Rows as strong as they were. The nearest quantized values are weaker than the weights: by a share of the row that is
-its relative squared error. Errors of random signs average out over columns and layers, but such a loss adds up.
+"""Correction of the gain of quantized rows, so that the outputs of a layer do not shrink.
 
-Scales of least squared error cut the largest weights most, and a gain for the whole row makes up for these with the
-others. Inputs that meet large weights then see too little, all others too much. So large weights count more in the fit.
+Rounding to the nearest representable values shrinks a row: the projection of the quantized row on the original one is
+too short, by a fraction that equals the relative squared error. Errors of random sign average out over input channels
+and layers, but this shrinkage accumulates. `restore_gain` therefore scales each row back, through the float16 scales of
+its blocks.
 
-Types with a factor for the scales and one for the minima keep the row's sum as well, which the first alone would spoil:
-inputs behind an activation function have a mean.
+A scale that minimizes the squared error cuts off the largest weights. One gain per row would make up for that by
+enlarging all other weights. Input channels with large weights would then count too little, all others too much. So the
+errors of large weights count more when the scales are chosen: see `error_weights`.
 
-Source: arXiv 1810.05723, section 4.2, which corrects the norms of channels; here it is what a row gives for itself.
+Some types have one float16 factor for the scales and another one for the minima. For these, the sum of each row is
+restored too, because scaling with the first factor alone would change it. Inputs behind an activation function have a
+mean other than 0, so the sum of a row matters.
+
+Source: arXiv 1810.05723, section 4.2, which corrects the norms of channels; here, projections of rows are corrected.
 """
 
 from __future__ import annotations
@@ -18,17 +24,24 @@ from torch import Tensor
 from ..formats.bits import half, half_bytes
 from ..qtype import QuantType
 
-_LARGEST = 0.5
-"""Of a change of a factor; rows that ask for more, whose parts hardly differ, keep only their strength."""
+_MAX_CHANGE = 0.5
+"""The largest relative change of a factor when gain and sum are both restored.
+
+The two equations are nearly dependent for rows that would need more; only their gain is restored.
+"""
 
 
-def emphasis(weight: Tensor, importance: Tensor | None = None) -> Tensor:
-    """How much each weight (rows, columns) counts in the squared error that its scale is chosen by, of the same shape.
+def error_weights(weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Return how much the squared error of each weight counts when the scale of its block is chosen.
 
     Args:
-        importance: (columns,) mean square of the inputs, or 1.
+        weight: float32, (out_features, in_features).
+        importance: float32, (in_features,), the mean square of each input channel; None is 1 for all.
 
-    Source: the weights of quantize_row_q4_K_ref, ggml-quants.c @ ggml 0.15.3, over a row.
+    Returns:
+        float32, (out_features, in_features): |w| plus the root mean square of the row, times `importance`.
+
+    Source: the weights of quantize_row_q4_K_ref, ggml-quants.c @ ggml 0.15.3, here over a row instead of a block.
     """
     size = weight.abs()
     size += weight.square().mean(1, keepdim=True).sqrt()
@@ -36,25 +49,33 @@ def emphasis(weight: Tensor, importance: Tensor | None = None) -> Tensor:
 
 
 def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: Tensor | None = None) -> Tensor:
-    """Scales the factors of each row so that its product with the weights is that of the weights with themselves.
+    """Scale the float16 factors of each row so that the gain of the row, and its sum if possible, is that of `weight`.
+
+    The gain of a row is its inner product with the same row of `weight`.
 
     Args:
-        packed: uint8 (rows, bytes of a row), written to; it stays as it is where the type has no float16 factors.
-        weight: float32 (rows, columns), what was packed.
-        importance: (columns,) mean square of the inputs: it weights the products, and its root the sums.
+        qtype: the type of `packed`; without float16 factors, nothing changes.
+        packed: uint8, (out_features, bytes per row); modified in place.
+        weight: float32, (out_features, in_features), the tensor that was quantized.
+        importance: float32, (in_features,), the mean square of each input channel; None is 1 for all. It weights
+            the inner products, and its square root weights the sums.
+
+    Returns:
+        `packed`.
     """
     if not qtype.block.factors:
         return packed
-    weights, means = (weight, 1.0) if importance is None else (weight * importance, importance.sqrt())
-    decoded = qtype.dequantize(packed)
-    products, wanted = (weights * decoded).sum(1), (weights * weight).sum(1)
+    weighted, magnitudes = (weight, 1.0) if importance is None else (weight * importance, importance.sqrt())
+    dequantized = qtype.dequantize(packed)
+    products, wanted = (weighted * dequantized).sum(1), (weighted * weight).sum(1)
     gains = torch.where(products > 0, wanted / products, 1.0).expand(len(qtype.block.factors), -1)
     if len(qtype.block.factors) == 2:
-        first = qtype.dequantize(_without(packed, qtype, qtype.block.factors[1]))
-        of_first, sum_of_first = (weights * first).sum(1), (means * first).sum(1)
-        rows = torch.stack([of_first, products - of_first, sum_of_first, (means * decoded).sum(1) - sum_of_first])
-        both = _solve(rows, wanted, (means * weight).sum(1))
-        gains = torch.where(((both - 1).abs() < _LARGEST).all(0), both, gains)
+        # The contributions of the scales alone; the minima contribute the rest.
+        scaled = qtype.dequantize(_without_factor(packed, qtype, qtype.block.factors[1]))
+        product, total = (weighted * scaled).sum(1), (magnitudes * scaled).sum(1)
+        matrix = torch.stack([product, products - product, total, (magnitudes * dequantized).sum(1) - total])
+        both = _solve(matrix, wanted, (magnitudes * weight).sum(1))
+        gains = torch.where(((both - 1).abs() < _MAX_CHANGE).all(0), both, gains)
     blocks = packed.view(len(packed), -1, qtype.type_size)
     for offset, gain in zip(qtype.block.factors, gains, strict=True):
         field = blocks[..., offset : offset + 2]
@@ -63,15 +84,15 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
     return packed
 
 
-def _without(packed: Tensor, qtype: QuantType, offset: int) -> Tensor:
-    """A copy with the factor at this offset of each block zero."""
+def _without_factor(packed: Tensor, qtype: QuantType, offset: int) -> Tensor:
+    """Return a copy in which the factor at byte `offset` of each block is 0."""
     blocks = packed.view(len(packed), -1, qtype.type_size).clone()
     blocks[..., offset : offset + 2] = 0
     return blocks.view_as(packed)
 
 
-def _solve(matrix: Tensor, strength: Tensor, total: Tensor) -> Tensor:
-    """The two gains (2, rows) of [[a, b], [c, d]] times gains = [strength, total]; not finite where there are none."""
+def _solve(matrix: Tensor, gain: Tensor, total: Tensor) -> Tensor:
+    """Solve [[a, b], [c, d]] x = [gain, total] for every row; (2, rows), not finite where there is no solution."""
     a, b, c, d = matrix
-    gains: Tensor = torch.stack([strength * d - b * total, a * total - c * strength]) / (a * d - b * c)
-    return gains
+    solution: Tensor = torch.stack([gain * d - b * total, a * total - c * gain]) / (a * d - b * c)
+    return solution

@@ -1,4 +1,7 @@
-"""Encodes a checkpoint into one or more GGUF files in one pass; reading, encoding and writing overlap."""
+"""One pass over a checkpoint that quantizes it into one or more GGUF files.
+
+Reading and writing run on one thread each, so that they overlap with quantization.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,29 @@ from ..gguf.writer import GGUFWriter
 from ..progress import Progress
 from ..qtype import Effort, QuantType
 from ..sources.checkpoint import Checkpoint, SourceTensor
-from .layer_encoder import Inputs
+from .layer_encoder import LayerEncoder
 from .settings import Settings
 
-# Bounds the float32 temporaries of a slice and the time between two reports; accelerators prefer few launches.
+# The size of a slice bounds its float32 temporaries and the time between two progress reports. Accelerators get larger
+# slices because they prefer few launches.
 _SLICE_ELEMENTS = {"cpu": 1 << 20}
 _SLICE_ELEMENTS_DEFAULT = 1 << 23
 
 
 class Slice(NamedTuple):
-    """Rows of a tensor."""
+    """Consecutive rows of a tensor."""
 
     tensor: SourceTensor
     weight: Tensor
-    """(rows, columns) float32, on the device."""
+    """float32, (rows, in_features), on the device of the conversion."""
     packed: Tensor | None
-    """The bytes that they were decoded from, where the source stores them in a ggml type."""
+    """uint8: the bytes that `weight` was dequantized from; None if the source does not store a ggml type."""
     is_last: bool
 
 
 @dataclass
 class OpenFile:
-    """A file being written, and the squared error of its current tensor."""
+    """A file that is being written, and the squared error of its current tensor."""
 
     writer: GGUFWriter
     errors: list[float] = field(init=False)
@@ -54,28 +58,29 @@ class OpenFile:
         self._kept = {spec.name for spec in self.writer.tensors[: len(self.errors)]}
 
     def holds(self, name: str) -> bool:
-        """Return whether a killed conversion wrote this tensor already."""
+        """Return whether a killed conversion has already written this tensor."""
         return name in self._kept
 
-    def encode(self, part: Slice, qtype: QuantType, inputs: Inputs, effort: Effort) -> Tensor:
-        """Bytes of the slice: those of the source where it has the type already."""
+    def quantize(self, part: Slice, qtype: QuantType, encoder: LayerEncoder, effort: Effort) -> Tensor:
+        """Return the bytes of the slice as uint8; they are copied if the source has the same type."""
         if part.packed is not None and part.tensor.stored == qtype.name:
             return part.packed
-        packed = inputs.quantize(qtype, part.weight, effort)
+        packed = encoder.quantize(qtype, part.weight, effort)
         self.noise += qtype.dequantize(packed).sub_(part.weight).square_().sum().item()
         return packed.cpu()
 
     def write(self, pool: ThreadPoolExecutor, name: str, packed: Tensor) -> None:
-        """Writes on the pool's thread, once what was written before is done."""
+        """Write on the thread of the pool, after the previous write has finished."""
         self.wait()
         self._pending = pool.submit(self.writer.write_part, name, packed)
 
     def wait(self) -> None:
-        """Raises what the last write raised."""
+        """Wait for the last write, and raise its exception if it failed."""
         if self._pending is not None:
             self._pending.result()
 
     def end_tensor(self, pool: ThreadPoolExecutor, signal: float) -> None:
+        """Record the relative error of the tensor whose sum of squares is `signal`."""
         self.errors.append(math.sqrt(self.noise / signal) if signal else 0.0)
         self.noise = 0.0
         self.wait()
@@ -84,7 +89,7 @@ class OpenFile:
 
 @dataclass
 class Stream:
-    """One source on its way through the encoders."""
+    """One pass over a source."""
 
     checkpoint: Checkpoint
     settings: Settings
@@ -97,26 +102,27 @@ class Stream:
         return self.settings.importance or {}
 
     def write(self, writers: Iterable[GGUFWriter]) -> list[Path]:
-        """Writes all tensors to all files; returns the paths that these got."""
+        """Write all tensors to all files, and return the paths of the files."""
         with ExitStack() as stack:
             files = [OpenFile(stack.enter_context(writer)) for writer in writers]
-            # Entered last, so left first: no thread writes to a file that is being closed.
+            # The pool is entered last and left first, so that its thread never writes to a file that is being closed.
             pool = stack.enter_context(ThreadPoolExecutor(1))
-            self._encode(files, pool)
+            self._quantize(files, pool)
             self.checkpoint.identity.check_unchanged()
             sha256 = self.checkpoint.files.sha256()
             return [file.writer.close(_final_metadata(file, sha256)) for file in files]
 
-    def fits_f16(self, tensor: SourceTensor) -> bool:
+    def is_within_f16(self, tensor: SourceTensor) -> bool:
+        """Return whether all values are within the range of F16; NaN is not."""
         largest = torch.finfo(torch.float16).max
         for part in self.slices([tensor]):
-            self.report(tensor, 0)
+            self.advance(tensor, 0)
             if not part.weight.abs().amax() <= largest:
                 return False
         return True
 
     def slices(self, tensors: Iterable[SourceTensor]) -> Generator[Slice, None, None]:
-        """All rows in order; the next slice is read while the caller works on one."""
+        """Yield all rows in order; the next slice is read while the caller works on one."""
         with ThreadPoolExecutor(1) as pool:
             ahead: Future[Slice] | None = None
             for tensor, start, stop in self._ranges(tensors):
@@ -127,61 +133,62 @@ class Stream:
             if ahead is not None:
                 yield ahead.result()
 
-    def report(self, tensor: SourceTensor, nbytes: int) -> None:
+    def advance(self, tensor: SourceTensor, nbytes: int) -> None:
+        """Count `nbytes` more source bytes as done, and report the progress."""
         self.done_bytes += nbytes
         if self.progress is not None:
             self.progress(self.done_bytes, self.checkpoint.nbytes, tensor.name)
 
-    def _encode(self, files: list[OpenFile], pool: ThreadPoolExecutor) -> None:
+    def _quantize(self, files: list[OpenFile], pool: ThreadPoolExecutor) -> None:
         specs = [{spec.name: spec.qtype for spec in file.writer.tensors} for file in files]
         signal = 0.0
-        inputs_of = lru_cache(1)(self._inputs_of)  # of the tensor at hand, for all its slices
+        encoder_of = lru_cache(1)(self._encoder_of)  # all slices of a tensor share one encoder
         missing = []
         for tensor in self.checkpoint.tensors.values():
             if all(file.holds(tensor.name) for file in files):
-                self.report(tensor, tensor.nbytes)
+                self.advance(tensor, tensor.nbytes)
             else:
                 missing.append(tensor)
         with closing(self.slices(missing)) as slices:
             for part in slices:
                 name = part.tensor.name
-                signal += self._energy(part)
+                signal += self._sum_of_squares(part)
                 for file, types in zip(files, specs, strict=True):
                     if file.holds(name):
                         continue
-                    file.write(pool, name, file.encode(part, types[name], inputs_of(name), self.settings.effort))
+                    file.write(pool, name, file.quantize(part, types[name], encoder_of(name), self.settings.effort))
                     if part.is_last:
                         file.end_tensor(pool, signal)
                 signal = 0.0 if part.is_last else signal
-                self.report(part.tensor, part.weight.numel() * part.tensor.dtype.itemsize)
+                self.advance(part.tensor, part.weight.numel() * part.tensor.dtype.itemsize)
         for file in files:
             file.wait()
 
-    def _inputs_of(self, name: str) -> Inputs:
-        return Inputs.of(self.importance, name).to(self.device)
+    def _encoder_of(self, name: str) -> LayerEncoder:
+        return LayerEncoder.of(self.importance, name).to(self.device)
 
-    def _energy(self, part: Slice) -> float:
-        energy = part.weight.square().sum().item()
-        if not math.isfinite(energy):
+    def _sum_of_squares(self, part: Slice) -> float:
+        signal = part.weight.square().sum().item()
+        if not math.isfinite(signal):
             raise QuantError(
-                f"{self.checkpoint.path}: tensor {part.tensor.name}: holds NaN or infinity;"
-                " download the file again, or allow these (--allow-non-finite) to write 0 instead"
+                f"{self.checkpoint.path}: tensor {part.tensor.name}: holds NaN or infinity, expected finite"
+                " numbers; download the file again, or allow these values (--allow-non-finite) to write 0 instead"
             )
-        return energy
+        return signal
 
     def _ranges(self, tensors: Iterable[SourceTensor]) -> Iterator[tuple[SourceTensor, int, int]]:
-        """Rows of each slice."""
+        """Yield the first row of each slice and the row behind its last one."""
         for tensor in tensors:
-            columns = tensor.shape[-1]
-            rows = math.prod(tensor.shape) // columns
-            step = max(1, _SLICE_ELEMENTS.get(self.device.type, _SLICE_ELEMENTS_DEFAULT) // columns)
+            in_features = tensor.shape[-1]
+            rows = math.prod(tensor.shape) // in_features
+            step = max(1, _SLICE_ELEMENTS.get(self.device.type, _SLICE_ELEMENTS_DEFAULT) // in_features)
             for start in range(0, rows, step):
                 yield tensor, start, min(start + step, rows)
 
     def _read(self, tensor: SourceTensor, start: int, stop: int) -> Slice:
-        columns = tensor.shape[-1]
-        first, last = start * columns, stop * columns
-        weight = tensor.read(first, last).to(self.device).float().view(-1, columns)
+        in_features = tensor.shape[-1]
+        first, last = start * in_features, stop * in_features
+        weight = tensor.read(first, last).to(self.device).float().view(-1, in_features)
         return Slice(tensor, weight, tensor.read_packed(first, last), last == math.prod(tensor.shape))
 
 

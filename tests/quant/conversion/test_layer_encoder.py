@@ -1,4 +1,4 @@
-"""A weight is encoded for the inputs of its layer: less error in the outputs, in the same blocks."""
+"""The encoder of a layer: statistics of the inputs reduce the error of the outputs at the same types."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wanquant.quant import QTYPES
-from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
 from wanquant.quant.statistics.calibration import Calibration
 from wanquant.tests.quant.samples import collected, correlated
 
@@ -15,9 +15,9 @@ TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K",
 
 @pytest.fixture(scope="module")
 def layer():
-    """A weight, what its inputs were, and others of the same kind to measure with."""
+    """A weight, its encoder with a calibration, and other inputs of the same distribution to measure with."""
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(3))
-    return weight, Inputs.of(collected(w=correlated(512)), "w"), correlated(512, seed=1)
+    return weight, LayerEncoder.of(collected(w=correlated(512)), "w"), correlated(512, seed=1)
 
 
 def output_error(weight, packed, name, inputs):
@@ -26,15 +26,15 @@ def output_error(weight, packed, name, inputs):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_outputs_have_less_error(name, layer):
-    weight, known, inputs = layer
+def test_statistics_reduce_the_error_of_the_outputs(name, layer):
+    weight, encoder, inputs = layer
     qtype = QTYPES[name]
     plain, weighted, calibrated = (
         output_error(weight, packed, name, inputs)
         for packed in (
             qtype.quantize(weight),
-            qtype.quantize(weight, known.importance),
-            known.quantize(qtype, weight),
+            qtype.quantize(weight, encoder.importance),
+            encoder.quantize(qtype, weight),
         )
     )
     assert calibrated < 0.8 * weighted
@@ -42,43 +42,43 @@ def test_outputs_have_less_error(name, layer):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q3_K"])
-def test_both_efforts_use_what_is_known(name, layer):
-    weight, known, _ = layer
-    assert torch.equal(known.quantize(QTYPES[name], weight, "fast"), known.quantize(QTYPES[name], weight))
+def test_both_efforts_use_the_calibration(name, layer):
+    weight, encoder, _ = layer
+    assert torch.equal(encoder.quantize(QTYPES[name], weight, "fast"), encoder.quantize(QTYPES[name], weight))
 
 
 @pytest.mark.parametrize("name", ["F16", "MXFP4", "TQ2_0"])
-def test_types_without_a_search_stay_as_they_are(name, layer):
-    weight, known, _ = layer
-    assert torch.equal(known.quantize(QTYPES[name], weight, "fast"), QTYPES[name].quantize(weight, effort="fast"))
+def test_types_without_a_search_ignore_the_calibration(name, layer):
+    weight, encoder, _ = layer
+    assert torch.equal(encoder.quantize(QTYPES[name], weight, "fast"), QTYPES[name].quantize(weight, effort="fast"))
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q3_K", "Q4_K", "IQ4_XS"])
-def test_uncorrelated_inputs_leave_the_nearest_codes(name, layer):
+def test_uncorrelated_inputs_give_the_nearest_codes(name, layer):
     weight = layer[0]
     importance = torch.rand(512, generator=torch.Generator().manual_seed(0)) + 0.1
     products = torch.diag_embed(importance.view(2, 256))
-    known = Inputs.of(Calibration({"w": importance}, {"w": 1.0}, 1, products={"w": products}), "w")
-    assert torch.equal(known.quantize(QTYPES[name], weight), QTYPES[name].quantize(weight, importance))
+    encoder = LayerEncoder.of(Calibration({"w": importance}, {"w": 1.0}, 1, products={"w": products}), "w")
+    assert torch.equal(encoder.quantize(QTYPES[name], weight), QTYPES[name].quantize(weight, importance))
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K"])
 def test_bytes_do_not_depend_on_other_rows(name, layer):
-    weight, known, _ = layer
+    weight, encoder, _ = layer
     before = weight.clone()
-    parts = [known.quantize(QTYPES[name], part) for part in weight.split([1, 10, 53])]
-    assert torch.equal(torch.cat(parts), known.quantize(QTYPES[name], weight))
+    parts = [encoder.quantize(QTYPES[name], part) for part in weight.split([1, 10, 53])]
+    assert torch.equal(torch.cat(parts), encoder.quantize(QTYPES[name], weight))
     assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("inputs", [torch.zeros(8, 512), torch.ones(1, 512)], ids=["zero", "one row"])
-def test_inputs_that_say_little_do_no_harm(inputs, layer):
-    weight, known = layer[0], Inputs.of(collected(w=inputs), "w")
+def test_inputs_without_information_do_not_increase_the_error(inputs, layer):
+    weight, encoder = layer[0], LayerEncoder.of(collected(w=inputs), "w")
     qtype = QTYPES["Q4_K"]
-    error = qtype.dequantize(known.quantize(qtype, weight)) - weight
+    error = qtype.dequantize(encoder.quantize(qtype, weight)) - weight
     assert error.square().mean() < 0.03
 
 
-def test_rows_narrower_than_a_span():
-    known, weight = Inputs.of(collected(w=torch.randn(4, 96)), "w"), torch.randn(4, 96)
-    assert known.quantize(QTYPES["IQ4_NL"], weight).shape == (4, 3 * 18)
+def test_rows_narrower_than_a_span_are_encoded():
+    encoder, weight = LayerEncoder.of(collected(w=torch.randn(4, 96)), "w"), torch.randn(4, 96)
+    assert encoder.quantize(QTYPES["IQ4_NL"], weight).shape == (4, 3 * 18)

@@ -1,4 +1,4 @@
-"""Rows keep their strength through quantization."""
+"""Quantized rows keep the gain of the original rows."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, convert, open_gguf
-from wanquant.quant.conversion.layer_encoder import Inputs
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
 from wanquant.quant.conversion.row_gain import restore_gain
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 TYPES = [name for name, qtype in QTYPES.items() if qtype.block.factors]
 
 
-def gains(weight, decoded, importance=1.0):
-    return (importance * weight * decoded).sum(1) / (importance * weight * weight).sum(1)
+def gains(weight, dequantized, importance=1.0):
+    return (importance * weight * dequantized).sum(1) / (importance * weight * weight).sum(1)
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def weight():
     return torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)) * 0.02
 
 
-def test_every_type_that_is_searched_has_factors():
+def test_every_type_with_a_search_has_factors():
     searched = {name for name, qtype in QTYPES.items() if qtype.block_size > 1 and len(qtype.efforts) == 2}
     assert searched - {"TQ1_0", "TQ2_0", "MXFP4"} <= set(TYPES)
 
@@ -32,29 +32,29 @@ def test_every_type_that_is_searched_has_factors():
 def test_weights_are_linear_in_the_factors(name, weight):
     qtype = QTYPES[name]
     packed = qtype.quantize(weight, effort="fast")
-    decoded = qtype.dequantize(packed)
-    # What is packed is taken for half of the weights.
-    doubled = qtype.dequantize(restore_gain(qtype, packed, 2 * decoded))
-    torch.testing.assert_close(doubled, 2 * decoded, rtol=2e-3, atol=1e-6)
+    dequantized = qtype.dequantize(packed)
+    # The packed values are half of these weights, so the gain doubles.
+    doubled = qtype.dequantize(restore_gain(qtype, packed, 2 * dequantized))
+    torch.testing.assert_close(doubled, 2 * dequantized, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
 @pytest.mark.parametrize("name", TYPES)
-def test_rows_are_as_strong_as_they_were(name, weighted, weight):
+def test_gain_of_rows_is_restored(name, weighted, weight):
     qtype = QTYPES[name]
     importance = torch.rand(4096, generator=torch.Generator().manual_seed(1)) if weighted else None
     weights = 1.0 if importance is None else importance
     packed = qtype.quantize(weight, importance)
     before = qtype.dequantize(packed)
     after = qtype.dequantize(restore_gain(qtype, packed, weight, importance))
-    weaker = (gains(weight, before, weights) - 1).abs().mean()
-    assert (gains(weight, after, weights) - 1).abs().mean() < max(0.2 * weaker, 2**-11), "float16 rounds"
-    squares = [(weights * (decoded - weight).square()).sum() for decoded in (before, after)]
-    assert squares[1] < 1.08 * squares[0], "what it costs in squared error"
+    deviation = (gains(weight, before, weights) - 1).abs().mean()
+    assert (gains(weight, after, weights) - 1).abs().mean() < max(0.2 * deviation, 2**-11), "float16 rounds"
+    squares = [(weights * (dequantized - weight).square()).sum() for dequantized in (before, after)]
+    assert squares[1] < 1.08 * squares[0], "the squared error grows only a little"
 
 
 @pytest.mark.parametrize("name", [name for name in TYPES if len(QTYPES[name].block.factors) == 2])
-def test_types_with_minima_keep_the_sums_of_rows(name, weight):
+def test_sums_of_rows_are_restored_for_types_with_minima(name, weight):
     qtype = QTYPES[name]
     weight += 0.01
     after = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
@@ -63,19 +63,19 @@ def test_types_with_minima_keep_the_sums_of_rows(name, weight):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_rows_without_weights_or_importance_stay(name, weight):
+def test_rows_without_weights_or_importance_do_not_change(name, weight):
     qtype = QTYPES[name]
     weight[3] = 0
     importance = torch.zeros(4096)
     packed = qtype.quantize(weight, importance)
     assert torch.equal(restore_gain(qtype, packed.clone(), weight, importance), packed)
-    decoded = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
-    assert decoded.isfinite().all()
-    assert not decoded[3].any()
+    dequantized = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
+    assert dequantized.isfinite().all()
+    assert not dequantized[3].any()
 
 
 @pytest.mark.parametrize(("effort", "expected"), [("best", True), ("fast", False)])
-def test_only_best_conversions_have_it(tmp_path, effort, expected):
+def test_only_conversions_at_effort_best_restore_the_gain(tmp_path, effort, expected):
     source = write_tiny_wan(tmp_path / "wan.safetensors", layers=1, ffn_dim=512)
     name = "blocks.0.ffn.0.weight"
     file = open_gguf(convert(source, tmp_path / "a.gguf", "Q2_K", effort=effort).path)
@@ -84,15 +84,15 @@ def test_only_best_conversions_have_it(tmp_path, effort, expected):
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_large_weights_stay_as_strong_as_others(name, weight):
-    """Where scales of least squared error cut them."""
+def test_large_weights_keep_the_gain_of_the_row(name, weight):
+    """Scales of least squared error would cut off large weights."""
     qtype, large = QTYPES[name], weight.abs() > 2 * weight.std()
 
-    def strength(decoded):
-        return ((weight * decoded)[large].sum() / weight[large].square().sum()).item()
+    def gain_of_large(dequantized):
+        return ((weight * dequantized)[large].sum() / weight[large].square().sum()).item()
 
     least = qtype.dequantize(restore_gain(qtype, qtype.quantize(weight), weight))
-    kept = qtype.dequantize(Inputs().quantize(qtype, weight))
-    assert abs(strength(kept) - 1) < max(0.9 * abs(strength(least) - 1), 2**-10)
-    squares = [(decoded - weight).square().sum() for decoded in (least, kept)]
-    assert squares[1] < 1.06 * squares[0], "what it costs in squared error"
+    kept = qtype.dequantize(LayerEncoder().quantize(qtype, weight))
+    assert abs(gain_of_large(kept) - 1) < max(0.9 * abs(gain_of_large(least) - 1), 2**-10)
+    squares = [(dequantized - weight).square().sum() for dequantized in (least, kept)]
+    assert squares[1] < 1.06 * squares[0], "the squared error grows only a little"
