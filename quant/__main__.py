@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .conversion.batch import plan_batch
+from .conversion.batch import list_targets
 from .conversion.convert import ConversionReport, convert_all
 from .conversion.restore import DTYPES, restore
 from .conversion.settings import Settings
@@ -180,7 +180,7 @@ def _restore(options: argparse.Namespace) -> Report:
 
 
 def _convert(options: argparse.Namespace) -> Report:
-    batch = plan_batch(options.source, options.destination, options.recipe, options.target_size, options.add_ons)
+    batch = list_targets(options.source, options.destination, options.recipe, options.target_size, options.add_ons)
     importance: Importance | None = None
     if options.imatrix or options.calibrate:
         importance = read_importance(options.imatrix) if options.imatrix else read_calibration(options.calibrate)

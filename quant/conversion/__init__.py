@@ -1,4 +1,4 @@
-"""Checkpoint -> GGUF, tensor by tensor, and back.
+"""Conversion of checkpoints to GGUF, tensor by tensor, and back.
 
 It imports every folder but `recovery`.
 """

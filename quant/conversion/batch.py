@@ -1,4 +1,4 @@
-"""What one command converts: a source or all that match a pattern, each by one recipe or by several."""
+"""The files of one command: one source or all that match a pattern, each with one recipe or several."""
 
 from __future__ import annotations
 
@@ -13,23 +13,27 @@ from ..sources.opening import shard_of
 from .settings import Target
 
 
-def plan_batch(
+def list_targets(
     source: Path,
     destination: Path,
     recipes: Sequence[str],
     target_size: float | None = None,
     add_ons: Sequence[Path] = (),
 ) -> dict[Path, list[Target]]:
-    """The files to make of each source, which are all looked into before the first is converted.
+    """Return the files to make of each source.
+
+    Every source is opened once, so that a bad one is refused before the first conversion.
 
     Args:
         source: a file or folder, or a pattern that matches several files.
-        destination: a .gguf file, or a folder for one or several, named after source, add-ons and recipe or size.
-        target_size: GiB, which count instead of the recipes.
-        add_ons: files that are merged onto each source.
+        destination: a .gguf file, or an existing folder. In a folder, files are named after the source, the add-ons,
+            and the recipe or size.
+        recipes: the names of the recipes; each makes one file per source.
+        target_size: the size of each file in GiB, in place of the recipes.
+        add_ons: add-on files that are merged onto each source.
 
     Raises:
-        QuantError: no source, one that cannot be opened, or several results for one file.
+        QuantError: no source, one that cannot be opened, or several results with the same file name.
     """
     sources, is_folder = _matching(source), destination.is_dir()
     targets = {recipe: Target(destination, recipe) for recipe in recipes}
@@ -45,16 +49,19 @@ def plan_batch(
             stem = "-".join(shard_of(part)[0] for part in (path, *add_ons))
         other = stems.setdefault(stem, path)
         if other is not path:
-            raise QuantError(f"{destination / stem}: the name for {other} and for {path}; convert these one by one")
+            raise QuantError(
+                f"{destination / stem}: would be the name for both {other} and {path}, expected different file names;"
+                " convert these sources one by one"
+            )
         batch[path] = [
-            replace(target, destination=destination / f"{stem}-{mark}.gguf") if is_folder else target
-            for mark, target in targets.items()
+            replace(target, destination=destination / f"{stem}-{suffix}.gguf") if is_folder else target
+            for suffix, target in targets.items()
         ]
     return batch
 
 
 def _matching(source: Path) -> list[Path]:
-    """The source itself, or the files that it matches as a pattern, with the first shard for all of its series."""
+    """Return the source itself or the files that match the pattern; one shard stands for its whole series."""
     if source.exists() or not glob.has_magic(str(source)):
         return [source]
     found = [Path(name) for name in sorted(glob.glob(str(source), recursive=True))]

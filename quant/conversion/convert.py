@@ -1,4 +1,8 @@
-"""Conversion of a checkpoint to GGUF files: what is to be made, whether it is there already, and the report."""
+"""Conversion of a checkpoint to GGUF files.
+
+`convert` makes one file and `convert_all` several in one pass over the source. A file that exists already as the result
+of the same conversion is reused.
+"""
 
 from __future__ import annotations
 
@@ -32,19 +36,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConversionReport(FileReport):
-    """The written file, and how it came about."""
+    """A report of a converted file and of the conversion that made it."""
 
     source: Path
     source_bytes: int
     fallbacks: tuple[Fallback, ...]
+    """The tensors that got another type than the recipe's."""
     warnings: tuple[str, ...]
     seconds: float
     reused: bool
-    """The destination held this very result already, and nothing was written."""
+    """True if the destination already held the result of this conversion, so that nothing was written."""
 
     @property
     def destination(self) -> Path:
-        """The file, which has a free name beside the wanted one where that was in use (Windows)."""
+        """The path of the file; on Windows, it differs from the requested one if that was in use."""
         return self.path
 
     def text(self) -> str:
@@ -86,32 +91,46 @@ def convert(
     modules: Sequence[str | Path] = (),
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Converts a Wan checkpoint to GGUF; the destination appears complete or not at all.
+    """Convert a Wan transformer, an add-on for one, or Wan's T5 text encoder to a GGUF file.
 
-    An exception leaves nothing behind. If the process is killed, the tensors that are finished stay in a temporary file
-    beside the destination, and the same job goes on from there, to the same bytes.
+    The destination appears complete or not at all. An exception leaves nothing behind. If the process is killed, the
+    finished tensors stay in a temporary file in the same folder; the same conversion then continues from there and
+    writes the same bytes. A destination that is already the result of the same conversion is left as it is.
+
+    Example:
+        report = convert("wan2.1_t2v_14B_bf16.safetensors", "wan2.1_t2v_14B-Q4_K_M.gguf", "Q4_K_M")
+        print(report.text())
 
     Args:
-        source: what `open_checkpoint` takes, or gave and is closed here; one that is quantized already makes a second
-            error, which is logged.
-        destination: path of a .gguf file. One that holds the result of the same job already is left as it is.
-        recipe: a key of `RECIPES`.
-        target_size: GiB that the file takes at most; the types are then chosen for the least error, by no recipe.
-        effort: "best" searches for the smallest squared error, large weights counting more, and keeps every row as
-            strong as it was; "fast" writes ggml's own bytes. With importance both search.
-        importance: (n,) weight of each input column in the squared error, by tensor name: see `read_importance`. With
-            that of `read_calibration`, codes are also rounded for the least error of the outputs.
-        device: where encoding runs.
-        overwrite: replace a destination that holds anything else.
-        modules: files of add-ons (VACE and the like) that become part of the model.
-        five_d: store the patch embedding in its 5 dimensions, for loaders that do not read it flattened.
-        allow_non_finite: write 0 for NaN and infinity, and report the tensors, instead of refusing these.
+        source: path of a .safetensors or GGUF file, of a folder of shards, or of a shard or their index; or an open
+            `Checkpoint`, which is closed at the end. A source that is quantized already adds its own error, which is
+            logged as a warning.
+        destination: path of the .gguf file. Its folder must exist.
+        recipe: a mix of ggml types such as "Q8_0", "Q4_K_M" or "Q2_K", a key of `quant.plan.recipe.RECIPES`.
+        target_size: the largest size of the file in GiB. The types are then chosen for the least error at that size,
+            and `recipe` is ignored.
+        effort: "best" searches for the scales and codes of least squared error, in which large weights count more, and
+            then restores the gain of every row. "fast" writes the same bytes as ggml. With `importance`, both search.
+        importance: the statistics of the layers' inputs, from `read_importance` or `read_calibration`. By tensor name,
+            a floating point tensor of shape (in_features,) with the mean square of each input channel, by which the
+            squared error of a weight counts. With a calibration, weights are also rounded as in GPTQ for the least
+            error of the layer's outputs.
+        device: the device that quantizes, such as "cpu" or "cuda".
+        overwrite: replace a destination that is another file or the result of another conversion.
+        five_d: store the patch embedding with its 5 dimensions, for loaders that cannot read it flattened to 4.
+        allow_non_finite: write 0 for NaN and infinity and report their tensors, instead of refusing the source.
+        modules: paths of add-on files (VACE and the like) that are merged onto the source.
+        progress: is called with the source bytes done, the source bytes in total and the name of the tensor. It may
+            raise any exception to stop the conversion.
+
+    Returns:
+        The report of the file: its path, size, tensors and their relative errors, warnings, and more.
 
     Raises:
-        QuantError: an unusable source, destination, recipe, size or device, the importance of another model, or less
-            disk or main memory than it takes.
+        QuantError: an unusable source, destination, recipe, size or device; statistics of another model; NaN or
+            infinity in the source; too little disk space or main memory.
     """
-    settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, modules)
+    settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, add_ons=modules)
     (report,) = convert_all(source, [Target(Path(destination), recipe, target_size)], settings, progress=progress)
     return report
 
@@ -123,25 +142,35 @@ def convert_all(
     *,
     progress: Progress | None = None,
 ) -> list[ConversionReport]:
-    """Make several files in one pass over the source, as `convert` makes one.
+    """Make several files as `convert` makes one, in one pass over the source.
+
+    Args:
+        source: as for `convert`.
+        targets: the files to make.
+        settings: the settings of all files.
+        progress: as for `convert`; every source byte counts once.
+
+    Returns:
+        One report per target, in the same order.
 
     Raises:
-        QuantError: as `convert`.
+        QuantError: as for `convert`.
     """
     started = time.monotonic()
     device = usable_device(settings.device)
     with source if isinstance(source, Checkpoint) else open_checkpoint(source, settings.add_ons) as checkpoint:
         checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
-        doubts = check_importance(settings.importance, checkpoint.tensors)
+        missing_importance = check_importance(settings.importance, checkpoint.tensors)
         outputs = [Output.of(target, checkpoint, settings) for target in targets]
-        warnings = (*leftovers([target.destination for target in targets]), *_lossy(checkpoint), *doubts)
+        unfinished = leftovers([target.destination for target in targets])
+        warnings = (*unfinished, *_requantization_warning(checkpoint), *missing_importance)
         for warning in warnings:
             _log.warning(warning)
         stream = Stream(checkpoint, settings, device, progress)
         with checkpoint.files.without_hashing():
             plans = plan_outputs(stream, outputs)
-        planned = zip(outputs, plans, strict=True)
-        writers = [output.writer(plan, checkpoint, settings) for output, plan in planned if not output.reused]
+        pairs = list(zip(outputs, plans, strict=True))
+        writers = [output.writer(plan, checkpoint, settings) for output, plan in pairs if not output.reused]
         check_resources(checkpoint, writers)
         written = iter(stream.write(writers) if writers else ())
     seconds = time.monotonic() - started
@@ -151,19 +180,21 @@ def convert_all(
             source=checkpoint.path,
             source_bytes=checkpoint.identity.size,
             fallbacks=plan.fallbacks,
-            warnings=(*warnings, *_zeroed(checkpoint)),
+            warnings=(*warnings, *_non_finite_warning(checkpoint)),
             seconds=seconds,
             reused=output.reused,
         )
-        for output, plan in zip(outputs, plans, strict=True)
+        for output, plan in pairs
     ]
 
 
-def _lossy(checkpoint: Checkpoint) -> list[str]:
-    stored = ", ".join(checkpoint.quantized_formats)
-    return [f"{checkpoint.name} is quantized already ({stored}): the errors of both add up"] if stored else []
+def _requantization_warning(checkpoint: Checkpoint) -> list[str]:
+    formats = ", ".join(checkpoint.quantized_formats)
+    if not formats:
+        return []
+    return [f"{checkpoint.name} is quantized already ({formats}), so that the errors of both quantizations add up"]
 
 
-def _zeroed(checkpoint: Checkpoint) -> list[str]:
+def _non_finite_warning(checkpoint: Checkpoint) -> list[str]:
     names = sorted(checkpoint.zeroed or ())
     return [f"NaN or infinity became 0 in {len(names)} tensors, the first is {names[0]}"] if names else []

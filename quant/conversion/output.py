@@ -1,4 +1,4 @@
-"""Output: one file of a conversion, with the metadata that identifies how it is made."""
+"""One output file of a conversion, with the metadata that identifies how it is made."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ from .settings import Settings, Target
 
 _log = logging.getLogger(__name__)
 
-# LLAMA_FTYPE_GUESSED of llama.cpp's include/llama.h: the tensors tell.
+# LLAMA_FTYPE_GUESSED of llama.cpp's include/llama.h: a reader finds the types in the tensors.
 _MIXED = 1024
 
 
 @dataclass(frozen=True)
 class Output:
-    """A file of a conversion."""
+    """An output file of a conversion."""
 
     target: Target
     metadata: Mapping[str, Any]
     reused: bool
-    """The file is there already, made from the same source in the same way."""
+    """True if the file exists already, made from the same source with the same settings."""
 
     @classmethod
     def of(cls, target: Target, checkpoint: Checkpoint, settings: Settings) -> Output:
-        """Look at what lies at the destination.
+        """Return the output for a target, after a check of what exists at its destination.
 
         Raises:
-            QuantError: an unusable destination, recipe or size, or another file there that must not be replaced.
+            QuantError: an unusable destination, recipe or size, or another file exists and must not be replaced.
         """
         path = target.destination
         _check_paths(checkpoint.path, path)
@@ -62,18 +62,22 @@ class Output:
         reused = path.exists() and _is_up_to_date(path, metadata, checkpoint)
         if path.exists() and not reused and not settings.overwrite:
             raise QuantError(
-                f"{path}: exists, but is not this conversion of {checkpoint.name};"
+                f"{path}: exists, but is not this conversion of {checkpoint.name}: its source or settings differ;"
                 " choose another name, or allow overwriting"
             )
         return cls(target, metadata, reused)
 
     def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> GGUFWriter:
-        """Return a writer of the file, which takes up what a killed conversion left of it."""
+        """Return a writer of the file, which continues a killed conversion if there is one."""
         path, shapes = self.target.destination, checkpoint.tensors
         if path.exists() and not _is_replaceable(path):
-            _log.warning("%s is in use by a program: the new file gets a name beside it", path)
+            _log.warning(
+                "%s is in use by a program and cannot be replaced; the new file gets another name in the same folder",
+                path,
+            )
         specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in plan.types.items()]
-        # A source in memory has no time that tells it from another one; what is zeroed is found by reading everything.
+        # A source in memory has no modification time that distinguishes it from another one. And which tensors hold NaN
+        # or infinity is only known after all of them were read.
         resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
         return GGUFWriter(
             path, self.metadata, specs, overwrite=settings.overwrite, five_d=settings.five_d, resume=resume
@@ -81,7 +85,7 @@ class Output:
 
 
 def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
-    """Return all metadata of the file; the last three values are placeholders until every tensor is written."""
+    """Return the metadata of the file; its last three values are placeholders until all tensors are written."""
     recipe, importance = find_recipe(target.recipe), settings.importance
     return {
         "general.architecture": checkpoint.architecture,
@@ -109,14 +113,14 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
 
 
 def _is_up_to_date(destination: Path, metadata: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
-    """Return whether the file there is the result of this very conversion."""
+    """Return whether the existing file is the result of the same conversion."""
     try:
         existing = read_header(destination).metadata
     except QuantError:
         return False
     if not is_same_conversion(existing, metadata):
         return False
-    # A copied or touched source has another time but the same content; one in memory has no time.
+    # A copied or touched source has another modification time but the same content; one in memory has none.
     return (
         existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0
         or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
@@ -131,7 +135,7 @@ def _check_paths(source: Path, destination: Path) -> None:
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Return whether Windows would let the file be replaced: not while a program has it mapped."""
+    """Return whether the file can be replaced; Windows refuses that while a program has it mapped."""
     try:
         os.replace(path, path)
     except PermissionError:

@@ -1,4 +1,4 @@
-"""Whether the disk and main memory hold a conversion, said before its first byte is written."""
+"""The check for disk space and main memory before the first byte of a conversion is written."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ..gguf.writer import GGUFWriter
 from ..sources.checkpoint import Checkpoint
 from ..units import GIB
 
-# Slices on their way and the search for their least error, with a calibration; `bench convert` measures less.
+# Slices in flight and the temporaries of the search with a calibration; `bench convert` measures less than this.
 _ENCODING_BYTES = 1 << 28
 
 
 def check_resources(checkpoint: Checkpoint, writers: Iterable[GGUFWriter]) -> None:
-    """Refuses a conversion that would run out of disk or of main memory.
+    """Refuse a conversion that would run out of disk space or main memory.
 
     Raises:
-        QuantError: less is free than the files and the weights at hand take.
+        QuantError: the files need more disk space than is free, or encoding needs more main memory.
     """
     check_space({writer.path: writer.nbytes for writer in writers})
     needed, free = _ENCODING_BYTES + checkpoint.held_bytes, _free_memory()
     if needed > free:
         raise QuantError(
-            f"{checkpoint.path}: converting takes {needed / GIB:.2f} GiB, and {free / GIB:.2f} GiB of main memory are"
-            " free; close other programs, or unload models"
+            f"{checkpoint.path}: converting needs {needed / GIB:.2f} GiB of main memory, but only"
+            f" {free / GIB:.2f} GiB are free; close other programs, or unload models"
         )
 
 
 def _free_memory() -> float:
-    """Bytes that programs can get; infinite where psutil, which comes with ComfyUI, is missing."""
+    """Return the available main memory in bytes; infinite without psutil, which comes with ComfyUI."""
     try:
         psutil = importlib.import_module("psutil")
     except ImportError:

@@ -1,4 +1,4 @@
-"""GGUF -> safetensors, dequantized: for tools that read no GGUF."""
+"""Restoration of a GGUF as a dequantized safetensors file, for tools that cannot read GGUF."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ _SLICE_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Restoration:
-    """The written file."""
+    """A report of a restored file."""
 
     source: Path
     path: Path
     nbytes: int
     dtype: str
-    """Of the tensors that were quantized; the others keep theirs."""
+    """The dtype of the tensors that were quantized; the others keep their own."""
     tensors: int
+    """The number of tensors."""
     seconds: float
 
     def text(self) -> str:
@@ -62,14 +63,18 @@ def restore(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Restoration:
-    """Writes the dequantized weights of a GGUF, slice by slice; the destination appears complete or not at all.
+    """Dequantize a GGUF and write it as a safetensors file, slice by slice.
+
+    The destination appears complete or not at all.
 
     Args:
-        source: a GGUF, or the first part of a split one. A T5 text encoder gets the names that ComfyUI reads.
+        source: a GGUF, or the first part of a split one. The tensors of a T5 text encoder get the names that ComfyUI
+            reads.
         destination: path of a .safetensors file.
-        dtype: of what was quantized, a key of `DTYPES`; F32, F16 and BF16 tensors are copied as they are.
+        dtype: the dtype of tensors that were quantized, a key of `DTYPES`. F32, F16 and BF16 tensors are copied as
+            they are.
         overwrite: replace an existing destination.
-        progress: called with bytes written, bytes in all and the tensor's name.
+        progress: is called with the bytes written, the bytes in total and the name of the tensor.
 
     Raises:
         QuantError: an unusable source or destination, or values that `dtype` cannot hold.
@@ -83,7 +88,7 @@ def restore(
     opened = open_files(source)
     try:
         if not opened.is_gguf:
-            raise QuantError(f"{source}: not a GGUF; only GGUF files are restored")
+            raise QuantError(f"{source}: not a GGUF file; choose a GGUF file to restore")
         weights = [_restored(tensor, DTYPES[dtype.upper()]) for tensor in source_tensors(opened.tensors, {})]
         content = _content(weights, opened.metadata)
         with AtomicFile(destination, content.nbytes, overwrite=overwrite) as file:
@@ -98,7 +103,7 @@ def restore(
 
 
 def _content(weights: Sequence[StreamedTensor], gguf_metadata: Mapping[str, Any]) -> SafetensorsContent:
-    """Return the weights, then the tokenizer and the attention preferences."""
+    """Return the content of the file: the weights, then the tokenizer and the attention preferences."""
     spiece, metadata = gguf_metadata.get(SPIECE_KEY), source_metadata(gguf_metadata)
     tokenizer = {} if spiece is None else {SPIECE_TENSOR: torch.from_numpy(np.array(spiece, np.uint8))}
     extras = (tokenizer | preference_tensors(metadata)).items()

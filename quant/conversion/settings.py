@@ -1,4 +1,4 @@
-"""What a conversion is asked for: the files to make, and the settings that these have in common."""
+"""The request for a conversion: the files to make, and the settings that they have in common."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ..units import GIB
 
 @dataclass(frozen=True)
 class Target:
-    """A file to make: where, and by which recipe or for which size."""
+    """A file to make: its path, and either a recipe or a size."""
 
     destination: Path
     recipe: str = "Q4_K_M"
     target_size: float | None = None
-    """GiB; counts instead of the recipe."""
+    """The largest size of the file in GiB, in place of the recipe."""
 
     @property
     def target_bytes(self) -> int:
-        """The size in bytes; 0 for a recipe."""
+        """The target size in bytes; 0 for a recipe."""
         if self.target_size is None:
             return 0
         if not 0 < self.target_size < math.inf:
-            raise QuantError(f"target size {self.target_size} GiB: not a size; choose one above 0")
+            raise QuantError(f"target size {self.target_size} GiB: not a size; choose a finite number above 0")
         return int(self.target_size * GIB)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How all files of a conversion are made; `convert` says what each means."""
+    """The settings of all files of a conversion; they are the arguments of `convert`, which documents them."""
 
     effort: Effort = "best"
     importance: Mapping[str, Tensor] | None = None

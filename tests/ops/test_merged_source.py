@@ -114,7 +114,7 @@ def test_target_size_and_importance(model, state, tmp_path, monkeypatch):
 
 def test_model_that_was_quantized_is_warned_about(t2v, tmp_path):
     report = save(load_diffusion_model(t2v[1]), tmp_path / "a.gguf", "Q8_0")
-    assert report.warnings == ("MODEL is quantized already (Q8_0): the errors of both add up",)
+    assert report.warnings == ("MODEL is quantized already (Q8_0), so that the errors of both quantizations add up",)
 
 
 def test_patch_that_changes_a_shape_is_refused(t2v, tmp_path):

@@ -1,4 +1,4 @@
-"""Conversion: what the file holds, and what is refused."""
+"""Conversion: the contents of the file, and the requests that are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FFN = "blocks.0.ffn.0.weight"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_file_is_what_the_recipe_says(tmp_path, source, recipe, state):
+def test_types_and_bytes_are_those_of_the_recipe(tmp_path, source, recipe, state):
     report = convert(source, tmp_path / "a.gguf", recipe, effort="fast")
     file = open_gguf(report.destination)
     with open_checkpoint(source) as checkpoint:
@@ -57,7 +57,7 @@ def test_predicted_size_is_exact(tmp_path, source):
         assert predicted_size(types, checkpoint.tensors, output.metadata) == report.nbytes
 
 
-def test_five_dimensions_are_kept_on_request(tmp_path, source):
+def test_five_d_stores_five_dimensions(tmp_path, source):
     flat = convert(source, tmp_path / "flat.gguf", "Q4_0", effort="fast")
     deep = convert(source, tmp_path / "deep.gguf", "Q4_0", effort="fast", five_d=True)
     stored = [open_gguf(report.destination).tensors[PATCH_EMBEDDING] for report in (flat, deep)]
@@ -68,7 +68,7 @@ def test_five_dimensions_are_kept_on_request(tmp_path, source):
         convert(source, flat.destination, "Q4_0", effort="fast", five_d=True)
 
 
-def test_metadata_and_five_dimensions(tmp_path, source, state):
+def test_metadata_and_shape_of_the_patch_embedding(tmp_path, source, state):
     file = open_gguf(convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").destination)
     metadata = file.metadata
     assert metadata["general.architecture"] == "wan"
@@ -87,11 +87,11 @@ def test_metadata_and_five_dimensions(tmp_path, source, state):
     assert torch.equal(patch.dequantize(torch.bfloat16), state[PATCH_EMBEDDING])
 
 
-def test_version_is_the_packs():
+def test_version_is_that_of_the_pack():
     assert f'version = "{VERSION}"\n' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_several_files_in_one_pass_equal_single_ones(tmp_path, source):
+def test_files_of_one_pass_equal_files_converted_one_by_one(tmp_path, source):
     recipes = ("Q8_0", "Q4_K_M", "Q2_K")
     calls = []
     targets = [Target(tmp_path / f"{recipe}.gguf", recipe) for recipe in recipes]
@@ -115,7 +115,7 @@ def test_float_gguf_gives_the_same_weights(tmp_path, source):
         assert torch.equal(tensor.data, b.tensors[name].data)
 
 
-def test_destination_in_use_on_windows(tmp_path, source, monkeypatch, caplog):
+def test_file_gets_another_name_if_the_destination_is_in_use(tmp_path, source, monkeypatch, caplog):
     destination = tmp_path / "a.gguf"
     destination.write_text("mapped by a program")
 
@@ -131,7 +131,7 @@ def test_destination_in_use_on_windows(tmp_path, source, monkeypatch, caplog):
     assert open_gguf(report.destination).metadata["wanquant.recipe"] == "Q8_0"
 
 
-def test_refused_destinations(tmp_path, source, monkeypatch):
+def test_unusable_destinations_are_refused(tmp_path, source, monkeypatch):
     with pytest.raises(QuantError, match=r"a\.bin: not a \.gguf name"):
         convert(source, tmp_path / "a.bin")
     with pytest.raises(QuantError, match="its folder does not exist"):
@@ -147,7 +147,7 @@ def test_refused_destinations(tmp_path, source, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_refused_settings(tmp_path, source):
+def test_unknown_settings_are_refused(tmp_path, source):
     for settings in ({"recipe": "Q9"}, {"device": "nonsense"}, {"effort": "more"}):
         with pytest.raises(QuantError):
             convert(source, tmp_path / "a.gguf", **settings)

@@ -1,4 +1,4 @@
-"""Types that differ from the recipe, also as told of a file that is reused."""
+"""Fallbacks to types that differ from the recipe, also in the report of a reused file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_values_beyond_f16_become_bf16(tmp_path):
     assert again.reused and again.fallbacks == report.fallbacks
 
 
-def test_reused_file_tells_its_fallbacks(tmp_path):
+def test_report_of_a_reused_file_lists_the_fallbacks(tmp_path):
     source = tmp_path / "a.safetensors"
     save_file({"head.modulation": torch.ones(1, 2, 256), "blocks.0.ffn.0.weight": torch.randn(64, 96)}, source)
     first, again = (convert(source, tmp_path / "a.gguf", "Q4_K_M", effort="fast") for _ in range(2))

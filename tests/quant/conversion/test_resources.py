@@ -1,4 +1,4 @@
-"""What a conversion takes of disk and memory is known before its first byte is written."""
+"""The check for disk space and memory before the first byte of a conversion is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wanquant.quant.conversion.settings import Settings, Target
 
 @pytest.fixture
 def free(monkeypatch):
-    """Sets what is free of one of the two, in bytes."""
+    """A function that sets the free disk space and main memory in bytes."""
 
     def free(*, disk=1 << 50, memory=1 << 50):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=disk))
@@ -25,7 +25,7 @@ def free(monkeypatch):
     return free
 
 
-def test_files_of_one_pass_need_room_together(tmp_path, source, free):
+def test_disk_must_have_space_for_all_files_of_one_pass(tmp_path, source, free):
     targets = [Target(tmp_path / f"{recipe}.gguf", recipe) for recipe in ("Q8_0", "Q4_0")]
     sizes = [convert(source, target.destination, target.recipe, effort="fast").nbytes for target in targets]
     for target in targets:
@@ -38,10 +38,12 @@ def test_files_of_one_pass_need_room_together(tmp_path, source, free):
     assert [report.nbytes for report in convert_all(source, targets, Settings(effort="fast"))] == sizes
 
 
-def test_memory(tmp_path, source, free, monkeypatch):
+def test_too_little_main_memory_is_refused(tmp_path, source, free, monkeypatch):
     free(memory=1 << 20)
-    with pytest.raises(QuantError, match=r"wan\.safetensors: converting takes 0\.25 GiB, and 0\.00 GiB of main memory"):
+    with pytest.raises(
+        QuantError, match=r"wan\.safetensors: converting needs 0\.25 GiB of main memory, but only 0\.00 GiB"
+    ):
         convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setitem(sys.modules, "psutil", None)  # comes with the host only
+    monkeypatch.setitem(sys.modules, "psutil", None)  # installed by ComfyUI only
     convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")

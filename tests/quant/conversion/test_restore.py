@@ -1,4 +1,4 @@
-"""GGUF back to safetensors."""
+"""Restoration of a GGUF as safetensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gguf(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-def test_values_shapes_types_and_metadata(gguf, tmp_path, dtype):
+def test_tensors_and_metadata_are_those_of_the_gguf(gguf, tmp_path, dtype):
     path = restore(gguf, tmp_path / "a.safetensors", dtype).path
     restored, tensors = load_file(path), open_gguf(gguf).tensors
     assert restored.keys() == tensors.keys()
@@ -44,7 +44,7 @@ def test_converting_a_restored_file_again_is_exact(gguf, tmp_path):
         assert torch.allclose(again[name].dequantize(), tensor.dequantize(), rtol=1e-3, atol=1e-6)
 
 
-def test_slices_are_pieced_together(gguf, tmp_path, monkeypatch):
+def test_slices_are_concatenated(gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("wanquant.quant.conversion.restore._SLICE_ELEMENTS", 1000)
     calls = []
     path = restore(gguf, tmp_path / "a.safetensors", progress=lambda *call: calls.append(call)).path
@@ -53,7 +53,7 @@ def test_slices_are_pieced_together(gguf, tmp_path, monkeypatch):
     assert calls[-1][0] == calls[-1][1] == path.stat().st_size
 
 
-def test_a_stopped_run_leaves_nothing(gguf, tmp_path):
+def test_interruption_leaves_no_file(gguf, tmp_path):
     class StopError(Exception):
         pass
 
@@ -65,7 +65,7 @@ def test_a_stopped_run_leaves_nothing(gguf, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["wan.gguf", "wan.safetensors"]
 
 
-def test_refused_input(gguf, tmp_path):
+def test_unusable_input_is_refused(gguf, tmp_path):
     with pytest.raises(QuantError, match=r"not a \.safetensors name"):
         restore(gguf, tmp_path / "a.gguf")
     with pytest.raises(QuantError, match=r"wan\.safetensors: exists already"):
@@ -76,7 +76,7 @@ def test_refused_input(gguf, tmp_path):
         restore(gguf, tmp_path / "a.safetensors", "Q8_0")
 
 
-def test_values_beyond_f16(tmp_path):
+def test_values_beyond_f16_are_refused_for_f16(tmp_path):
     spec = TensorSpec("a.weight", QTYPES["Q8_0"], (1, 32))
     with GGUFWriter(tmp_path / "a.gguf", {"general.architecture": "wan"}, [spec]) as writer:
         writer.write("a.weight", QTYPES["Q8_0"].quantize(torch.full((1, 32), 1e6), effort="fast"))

@@ -1,7 +1,7 @@
-"""stable-diffusion.cpp itself reads our files: every name, byte and value.
+"""stable-diffusion.cpp reads our files with the same names, bytes and values.
 
-`pip install stable-diffusion-cpp-python` builds it for ten minutes, so it is no part of the set-up. With its version
-0.4.7 all of this passed.
+`pip install stable-diffusion-cpp-python` compiles for ten minutes, so the set-up leaves it out. All tests passed with
+version 0.4.7.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 # Its SD_TYPE_F32, and SD_TYPE_COUNT, with which every tensor keeps its type. Source: include/stable-diffusion.h.
 F32, KEPT = 0, 41
-# In a process of its own: what the library refuses can abort it.
+# Runs in its own process, because the library can abort it when it refuses a file.
 _EXPORT = """
 import sys
 from stable_diffusion_cpp.stable_diffusion_cpp import convert
@@ -36,7 +36,7 @@ sys.exit(not convert(source.encode(), b"", destination.encode(), int(dtype), b""
 
 
 def run(source, destination, dtype):
-    """Has its model loader read a file, and write what it read."""
+    """Read a file with the loader of stable-diffusion.cpp, and write what it has read."""
     command = [sys.executable, "-c", _EXPORT, str(source), str(destination), str(dtype)]
     return subprocess.run(command, capture_output=True, text=True)
 
@@ -48,34 +48,34 @@ def exported(source, destination, dtype):
 
 
 def check(path):
-    """Compares our file with what it writes of it: as blocks, then decoded."""
+    """Compare our file with what the library writes of it: as blocks, then dequantized."""
     ours = open_gguf(path).tensors
     kept = open_gguf(exported(path, path.with_suffix(".kept.gguf"), KEPT)).tensors
     assert kept.keys() == ours.keys()
     for name, tensor in ours.items():
         assert kept[name].qtype is tensor.qtype
         assert torch.equal(kept[name].data.flatten(), tensor.data.flatten()), name
-    decoded = load_file(exported(path, path.with_suffix(".safetensors"), F32))
-    assert decoded.keys() == ours.keys()
+    dequantized = load_file(exported(path, path.with_suffix(".safetensors"), F32))
+    assert dequantized.keys() == ours.keys()
     for name, tensor in ours.items():
-        assert decoded[name].shape == stored_shape(tensor.shape), name
-        assert torch.equal(decoded[name].float().flatten(), tensor.dequantize().flatten()), name
+        assert dequantized[name].shape == stored_shape(tensor.shape), name
+        assert torch.equal(dequantized[name].float().flatten(), tensor.dequantize().flatten()), name
 
 
 def stored_shape(shape):
-    """Without leading dimensions of 1, and of five the first two merged."""
+    """Return the shape without leading dimensions of 1; of five dimensions, the first two are merged."""
     shape = (prod(shape[:2]), *shape[2:]) if len(shape) == 5 else shape
     return shape[next((n for n, size in enumerate(shape) if size > 1), 0) :]
 
 
 @pytest.mark.parametrize(("variant", "recipe"), [*(("t2v", recipe) for recipe in RECIPES), ("i2v", "Q4_K_M")])
-def test_transformer(tmp_path, variant, recipe):
+def test_transformer_is_read(tmp_path, variant, recipe):
     source = write_tiny_wan(tmp_path / "wan.safetensors", layers=1, ffn_dim=512, variant=variant)
     check(convert(source, tmp_path / "a.gguf", recipe, effort="fast").path)
 
 
-def test_five_dimensions_are_not_for_it(tmp_path):
-    """It reads them only in files without arrays, whose items it takes for keys; ours hold the errors of the tensors.
+def test_five_dimensions_are_refused(tmp_path):
+    """It reads five dimensions only in files without arrays, whose items it takes for keys; our metadata has an array.
 
     Source: leejet/stable-diffusion.cpp src/model_io/gguf_reader_ext.h GGUFReader.read_metadata @ 97d2990.
     """
@@ -86,7 +86,7 @@ def test_five_dimensions_are_not_for_it(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["Q8_0", "Q4_K_M", "Q2_K"])
-def test_text_encoder(tmp_path, recipe):
+def test_text_encoder_is_read(tmp_path, recipe):
     rows = {"attn_rel_b": (32, 4), "attn_norm": (256,), "ffn_norm": (256,), "ffn_down": (256, 512)}
     rows |= dict.fromkeys(("ffn_gate", "ffn_up"), (512, 256)) | {f"attn_{name}": (256, 256) for name in "qkvo"}
     shapes = {"token_embd.weight": (64, 256), "enc.output_norm.weight": (256,)}

@@ -1,4 +1,4 @@
-"""A conversion under way: slices, progress, what stops it, and values that are no numbers."""
+"""Running conversions: slices, progress, interruptions, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_progress_counts_source_bytes(tmp_path, source, state):
 
 
 @pytest.mark.parametrize("after", [0, 5])
-def test_interruption_leaves_nothing(tmp_path, source, after):
+def test_interruption_leaves_no_file(tmp_path, source, after):
     class InterruptProcessingException(BaseException):
-        """The host's own is no Exception."""
+        """ComfyUI's class of this name is not a subclass of Exception either."""
 
     calls = []
 
@@ -58,7 +58,7 @@ def test_interruption_leaves_nothing(tmp_path, source, after):
 
 
 @pytest.mark.parametrize("slices", [0, 3])
-def test_disk_that_fills_midway_leaves_nothing(tmp_path, source, monkeypatch, slices):
+def test_full_disk_leaves_no_file(tmp_path, source, monkeypatch, slices):
     calls = []
 
     def write_part(_writer, name, _packed):
@@ -73,7 +73,7 @@ def test_disk_that_fills_midway_leaves_nothing(tmp_path, source, monkeypatch, sl
     assert len(calls) == slices + 1, "nothing is written after a failure"
 
 
-def test_source_that_changes_meanwhile(tmp_path, source):
+def test_touched_source_is_refused(tmp_path, source):
     copy = shutil.copy(source, tmp_path / "copy.safetensors")
     with pytest.raises(QuantError, match=r"copy\.safetensors: the file was changed"):
         convert(copy, tmp_path / "a.gguf", "F16", progress=lambda *_: os.utime(copy, (1, 1)))
@@ -89,7 +89,7 @@ def test_source_that_changes_meanwhile(tmp_path, source):
     ],
     ids=["cut", "deleted", "replaced"],
 )
-def test_source_that_goes_midway(tmp_path, source, change, message):
+def test_source_that_is_changed_or_deleted_is_refused(tmp_path, source, change, message):
     copy = tmp_path / "copy.safetensors"
     shutil.copy(source, copy)
     seen = []
@@ -105,7 +105,7 @@ def test_source_that_goes_midway(tmp_path, source, change, message):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_damaged_weights_are_refused(tmp_path, value):
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     weight = torch.randn(64, 256)
     weight[3, 3] = value
     save_file({"head.modulation": torch.ones(1, 2, 256), "head.head.weight": weight}, tmp_path / "a.safetensors")
@@ -119,7 +119,7 @@ def test_damaged_weights_are_refused(tmp_path, value):
     [({"recipe": "Q8_0"}, math.nan), ({"recipe": "F16"}, -math.inf), ({"target_size": 0.003}, math.nan)],
     ids=str,
 )
-def test_weights_that_are_not_finite(tmp_path, source, settings, value, monkeypatch, state):
+def test_weights_that_are_not_finite_become_0_on_request(tmp_path, source, settings, value, monkeypatch, state):
     monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 12)
     state = state
     state[FFN] = state[FFN].clone()
@@ -140,7 +140,7 @@ def test_weights_that_are_not_finite(tmp_path, source, settings, value, monkeypa
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
 
 
-def test_allowing_changes_nothing_in_a_sound_file(tmp_path, source):
+def test_allowing_non_finite_does_not_change_finite_tensors(tmp_path, source):
     plain = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast")
     allowed = convert(source, tmp_path / "b.gguf", "Q4_0", effort="fast", allow_non_finite=True)
     assert allowed.warnings == ()

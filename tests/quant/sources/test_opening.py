@@ -145,7 +145,7 @@ def test_split_gguf_is_a_source(tmp_path, state):
 def test_requantizing_a_gguf_keeps_shapes_and_warns(tmp_path, state):
     convert(tmp_path / "whole.safetensors", tmp_path / "a.gguf", "Q8_0", effort="fast")
     report = convert(tmp_path / "a.gguf", tmp_path / "b.gguf", "Q4_K_M", effort="fast")
-    assert report.warnings == ("a.gguf is quantized already (Q8_0): the errors of both add up",)
+    assert report.warnings == ("a.gguf is quantized already (Q8_0), so that the errors of both quantizations add up",)
     assert report.warnings[0] in report.text()
     tensors = open_gguf(tmp_path / "b.gguf").tensors
     assert {name: tensor.shape for name, tensor in tensors.items()} == {n: tuple(t.shape) for n, t in state.items()}
