@@ -1,4 +1,4 @@
-"""What quantization took from a file, as a LoRA.
+"""Recovery LoRAs, which undo a part of the quantization error of a GGUF.
 
 It imports `sources`, `statistics` and `gguf`.
 """

@@ -1,7 +1,7 @@
-"""Recovery LoRA: what quantization took from a model, as much as fits a size, in a LoRA that any loader takes.
+"""Recovery LoRAs: files that undo a part of a GGUF's quantization error, and that any LoRA loader reads.
 
-The part of each layer is the low-rank matrix that leaves its outputs the least squared error, given the mean squares of
-its inputs; the ranks are those that take away most error for their bytes.
+The LoRA holds a low-rank correction of each quantized layer, chosen for the least squared error of the layer's outputs:
+see `low_rank`. A layer gets more ranks where these remove more error per byte.
 """
 
 from __future__ import annotations
@@ -27,30 +27,40 @@ from ..sources.checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from ..sources.names import WAN
 from ..statistics.importance import check_importance
 from ..units import GIB
-from .low_rank import DTYPE, Part, fit
+from .low_rank import DTYPE, LowRankCorrection, choose_ranks
 
 _PREFIX = "diffusion_model."
-"""Source: comfy/lora.py model_lora_keys_unet, ComfyUI 0.30.0; other loaders of Wan's LoRAs read it too."""
-# A layer may get this many times the rank that all would have if they shared the size alike.
+"""The prefix of the names in a LoRA, which other loaders of LoRAs for Wan read too.
+
+Source: comfy/lora.py model_lora_keys_unet, ComfyUI 0.30.0.
+"""
+# The largest rank of a layer, relative to the rank that all layers would have if it were the same for all.
 _HEADROOM = 4
-# Of the file's header: around each tensor's name, at its beginning, and of the GGUF's name there.
-_ENTRY_BYTES, _METADATA_BYTES, _MAX_NAME = 128, 1 << 10, 128
+# Upper bounds for the header of the file: the bytes per tensor without its name, and those of the metadata.
+_ENTRY_BYTES, _METADATA_BYTES = 128, 1 << 10
+# The most characters of the GGUF's name in the metadata.
+_MAX_NAME = 128
 
 
 @dataclass(frozen=True)
 class RecoveredLayer:
-    """The squared error of a layer's outputs, for inputs of the importance given or of mean square 1."""
+    """The effect of the LoRA on one layer.
+
+    Errors are squared errors of the layer's outputs. The mean square of an input channel is its importance, or 1
+    without one.
+    """
 
     name: str
     rank: int
     error: float
+    """The error without the LoRA."""
     remaining: float
-    """With the LoRA."""
+    """The error with the LoRA."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """The written file."""
+    """A report of a written recovery LoRA."""
 
     path: Path
     nbytes: int
@@ -60,33 +70,33 @@ class Recovery:
 
     @property
     def share(self) -> float:
-        """Of the squared error of all layers' outputs, what the LoRA takes away."""
+        """The share of the squared error of all layers' outputs that the LoRA removes, from 0 to 1."""
         return 1 - sum(layer.remaining for layer in self.layers) / sum(layer.error for layer in self.layers)
 
     def text(self) -> str:
         ranks = sorted(layer.rank for layer in self.layers)
-        what = f"{self.path.name} ({self.nbytes / GIB:.4f} GiB), ranks {ranks[0]} to {ranks[-1]} in {len(ranks)} layers"
-        effect = f"takes away {self.share:.1%} of the squared error of their outputs"
-        return "\n".join((*self.warnings, f"{what}, {effect}; written in {self.seconds:.1f} s"))
+        file = f"{self.path.name} ({self.nbytes / GIB:.4f} GiB), ranks {ranks[0]} to {ranks[-1]} in {len(ranks)} layers"
+        effect = f"removes {self.share:.1%} of the squared error of their outputs"
+        return "\n".join((*self.warnings, f"{file}, {effect}; written in {self.seconds:.1f} s"))
 
     def json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path), "share": self.share}
 
 
 class _Layer(NamedTuple):
-    """A matrix of both files."""
+    """A matrix that both files hold."""
 
     packed: GGUFTensor
     source: SourceTensor
 
     def error(self, device: torch.device) -> Tensor:
-        """Float32 (rows, columns): source minus quantized."""
+        """Return the source minus the quantized weight: float32, (out_features, in_features)."""
         weight = self.source.read().to(device).float().view(self.source.shape)
         error = weight - self.packed.qtype.dequantize(self.packed.data.to(device)).view(weight.shape)
         if not error.norm() <= weight.norm():
             raise QuantError(
-                f"{self.packed.path}: tensor {self.packed.name}: has nothing of the source's, or one holds NaN or"
-                " infinity; give the checkpoint that it was made from"
+                f"{self.packed.path}: tensor {self.packed.name}: does not resemble the source's tensor, or one of them"
+                " holds NaN or infinity; give the checkpoint that the GGUF was made from"
             )
         return error
 
@@ -103,19 +113,25 @@ def recover(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Recovery:
-    """Writes a LoRA that, at strength 1, brings a quantized model nearer to its source; one layer at a time.
+    """Write a LoRA that, at strength 1, brings a quantized model closer to its source.
+
+    Layers are processed one at a time. The destination appears complete or not at all.
 
     Args:
-        file: a GGUF of a Wan model, by any converter.
-        source: what it was made from, as `open_checkpoint` takes it.
-        destination: path of a .safetensors file.
-        size: GiB that the LoRA takes at most.
-        importance: (n,) weight of each input column in the squared error, by tensor name: see `read_importance`.
-        add_ons: files of add-ons that were merged onto the source.
-        device: where the arithmetic runs.
+        file: path of a GGUF of a Wan model, made by any converter.
+        source: path of the checkpoint that the GGUF was made from, as for `open_checkpoint`.
+        destination: path of the .safetensors file.
+        size: the largest size of the LoRA in GiB.
+        importance: floating point, (in_features,), by tensor name: the mean square of each input channel, by which the
+            squared error of a weight counts. See `read_importance`.
+        add_ons: add-on files that were merged onto the source.
+        device: the device that computes the corrections.
+        overwrite: replace an existing destination.
+        progress: is called with the source bytes done, the source bytes in total and the name of the tensor.
 
     Raises:
-        QuantError: unusable paths, a size too small for rank 1 anywhere, files or an importance of other models.
+        QuantError: unusable paths or device, a size too small for rank 1 of any layer, or a source or importance
+            matrix of another model.
     """
     started = time.monotonic()
     destination, device = Path(destination), usable_device(device)
@@ -128,44 +144,50 @@ def recover(
     ):
         warnings = check_importance(importance, checkpoint.tensors)
         layers = _layers(packed, checkpoint)
-        room = int(size * GIB) - _overhead(layers)
-        parts = _best_parts(layers, importance or {}, room, device, progress)
-        tensors = sorted((entry for part in parts for entry in _named(part)), key=lambda entry: entry[0])
+        nbytes = int(size * GIB) - _header_bytes(layers)
+        corrections = _corrections(layers, importance or {}, nbytes, device, progress)
+        tensors = sorted((entry for each in corrections for entry in _named(each)), key=lambda entry: entry[0])
         if not tensors:
-            raise QuantError(f"{destination}: {size:g} GiB hold not even rank 1 of one layer; give a larger size")
+            raise QuantError(
+                f"{destination}: {size:g} GiB are too small for rank 1 of a single layer; give a larger size"
+            )
         content = SafetensorsContent((StreamedTensor.whole(*entry) for entry in tensors), _metadata(packed))
         content.write(output)
         path = output.commit()
-    summaries = tuple(RecoveredLayer(p.name, len(p.gains), p.error, p.remaining) for p in parts)
+    summaries = tuple(RecoveredLayer(each.name, each.rank, each.error, each.remaining) for each in corrections)
     return Recovery(path, content.nbytes, summaries, warnings, time.monotonic() - started)
 
 
 def _layers(packed: GGUFFile, checkpoint: Checkpoint) -> list[_Layer]:
-    """The quantized matrices, in the order of the source."""
+    """Return the quantized matrices in the order of the source."""
     layers = []
     for name, source in checkpoint.tensors.items():
         tensor = packed.tensors.get(name)
         if tensor is None or tensor.qtype.block_size == 1 or required_precision(name, source) == "exact":
             continue
         if tensor.shape != source.shape:
-            raise QuantError(f"{packed.path}: tensor {name}: shape {tensor.shape}, in the source {source.shape}")
+            raise QuantError(
+                f"{packed.path}: tensor {name}: shape {tensor.shape}, expected {source.shape} as in the source;"
+                " give the checkpoint that the GGUF was made from"
+            )
         layers.append(_Layer(tensor, source))
     if not layers or checkpoint.architecture != WAN:
         raise QuantError(
-            f"{packed.path}: not a quantized Wan model of {checkpoint.path}; give a GGUF and what it was made from"
+            f"{packed.path}: not a quantized Wan model made from {checkpoint.path};"
+            " give a GGUF and the checkpoint that it was made from"
         )
     return layers
 
 
-def _named(part: Part) -> Iterator[tuple[str, Tensor]]:
-    layer = _PREFIX + part.name.removesuffix(".weight")
-    if len(part.gains):
-        yield f"{layer}.lora_A.weight", part.down.contiguous()
-        yield f"{layer}.lora_B.weight", part.up.contiguous()
+def _named(correction: LowRankCorrection) -> Iterator[tuple[str, Tensor]]:
+    layer = _PREFIX + correction.name.removesuffix(".weight")
+    if correction.rank:
+        yield f"{layer}.lora_A.weight", correction.down.contiguous()
+        yield f"{layer}.lora_B.weight", correction.up.contiguous()
 
 
-def _overhead(layers: Sequence[_Layer]) -> int:
-    """What the header of the file takes at most."""
+def _header_bytes(layers: Sequence[_Layer]) -> int:
+    """Return an upper bound for the bytes of the file's header."""
     return _METADATA_BYTES + sum(2 * (len(_PREFIX + layer.source.name) + _ENTRY_BYTES) for layer in layers)
 
 
@@ -174,23 +196,24 @@ def _metadata(packed: GGUFFile) -> dict[str, str]:
     return {"wanquant.version": VERSION, "wanquant.recovers": packed.path.name[:_MAX_NAME], **known}
 
 
-def _best_parts(
+def _corrections(
     layers: Sequence[_Layer],
     importance: Mapping[str, Tensor],
-    room: int,
+    nbytes: int,
     device: torch.device,
     progress: Progress | None,
-) -> list[Part]:
-    """Those that fit `room` bytes, one layer after the other."""
-    rank = _HEADROOM * room // sum(sum(layer.source.shape) * DTYPE.itemsize for layer in layers) + _HEADROOM
+) -> list[LowRankCorrection]:
+    """Return the corrections of all layers, which need at most `nbytes` in total."""
+    rank = _HEADROOM * nbytes // sum(sum(layer.source.shape) * DTYPE.itemsize for layer in layers) + _HEADROOM
     done, total = 0, sum(layer.source.nbytes for layer in layers)
-    parts: list[Part] = []
+    corrections: list[LowRankCorrection] = []
     for layer in layers:
         if progress is not None:
             progress(done, total, layer.source.name)
         done += layer.source.nbytes
-        # What does not fit now would not fit later: more layers only raise the price of a byte.
         error = layer.error(device)
-        weights = importance.get(layer.source.name, torch.ones(error.shape[1])).to(device, torch.float32)
-        parts = fit([*parts, Part.of(layer.source.name, error, weights, max(1, rank))], room)
-    return parts
+        mean_squares = importance.get(layer.source.name, torch.ones(error.shape[1])).to(device, torch.float32)
+        correction = LowRankCorrection.of(layer.source.name, error, mean_squares, max(1, rank))
+        # A rank that is dropped now would also be dropped at the end, because more layers only add competition.
+        corrections = choose_ranks([*corrections, correction], nbytes)
+    return corrections

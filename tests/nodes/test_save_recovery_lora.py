@@ -52,7 +52,7 @@ def test_unusable_choices_are_refused(listed):
     assert "nearest" in WanQuantSaveRecoveryLora.validate_inputs("t2w.gguf", "t2v.safetensors")
     with pytest.raises(QuantError, match="is outside"):
         save(name="../a.safetensors")
-    with pytest.raises(QuantError, match="not even rank 1"):
+    with pytest.raises(QuantError, match="too small for rank 1"):
         save(size=0.001)
 
 

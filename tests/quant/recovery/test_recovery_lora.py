@@ -1,4 +1,4 @@
-"""Recovery LoRAs: the approximation against the exact one, the ranks within a size, and the file."""
+"""Recovery LoRAs: the approximation against the exact one, the choice of ranks, and the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, convert, open_gguf
 from wanquant.quant.__main__ import main
-from wanquant.quant.recovery.low_rank import Part, fit, low_rank
+from wanquant.quant.recovery.low_rank import LowRankCorrection, choose_ranks, low_rank_approximation
 from wanquant.quant.recovery.recovery_lora import recover
 from wanquant.quant.statistics.importance import Importance
 from wanquant.quant.statistics.importance_file import write_importance
@@ -34,58 +34,58 @@ def gguf(source):
 
 @pytest.fixture(scope="module")
 def importance(source):
-    """A hundred times larger in the first columns."""
+    """An importance matrix that is a hundred times larger for the first 16 input channels."""
     sums = {name: torch.ones(t.shape[1]) for name, t in load_file(source).items() if t.ndim == 2 and "blocks" in name}
     for values in sums.values():
         values[:16] = 100
     return Importance(sums, dict.fromkeys(sums, 1.0), 1, "i.gguf")
 
 
-def test_low_rank_is_almost_the_exact_one():
+def test_approximation_is_almost_as_good_as_the_exact_one():
     generator = torch.Generator().manual_seed(0)
     error = torch.randn(96, 160, generator=generator)
     importance = torch.rand(160, generator=generator)
-    up, down, gains = low_rank(error, importance, 12)
+    up, down, removed = low_rank_approximation(error, importance, 12)
     exact = torch.linalg.svdvals(error * importance.sqrt())[:12].square().sum()
     left = ((error - up @ down).square() * importance).sum()
     total = (error.square() * importance).sum()
-    torch.testing.assert_close(total - left, gains.sum(), rtol=1e-4, atol=0)
-    assert 0.97 * exact < gains.sum() <= 1.0001 * exact
-    assert gains.tolist() == sorted(gains.tolist(), reverse=True)
+    torch.testing.assert_close(total - left, removed.sum(), rtol=1e-4, atol=0)
+    assert 0.97 * exact < removed.sum() <= 1.0001 * exact
+    assert removed.tolist() == sorted(removed.tolist(), reverse=True)
 
 
-def test_what_is_of_low_rank_is_found_whole_and_unweighted_columns_cost_nothing():
+def test_error_of_low_rank_is_found_exactly_where_the_importance_is_not_zero():
     generator = torch.Generator().manual_seed(0)
     error = torch.randn(64, 3, generator=generator) @ torch.randn(3, 80, generator=generator)
     importance = torch.ones(80)
     importance[:20] = 0
-    up, down, _ = low_rank(error, importance, 3)
+    up, down, _ = low_rank_approximation(error, importance, 3)
     assert down.isfinite().all()
     torch.testing.assert_close((up @ down)[:, 20:], error[:, 20:], rtol=1e-3, atol=1e-4)
 
 
-def test_ranks_are_the_best_that_fit():
+def test_ranks_remove_the_most_error_within_the_bytes():
     generator = torch.Generator().manual_seed(0)
     shapes = ((8, 24), (16, 16), (40, 8))
     errors = [torch.randn(shape, generator=generator) * (1 + index) for index, shape in enumerate(shapes)]
-    parts = [Part.of(str(i), error, torch.ones(error.shape[1]), 8) for i, error in enumerate(errors)]
-    room = 10 * 2 * 32  # all ranks of the first two cost the same, so greedy is exact there
-    chosen = fit(parts[:2], room)
+    corrections = [LowRankCorrection.of(str(i), error, torch.ones(error.shape[1]), 8) for i, error in enumerate(errors)]
+    nbytes = 10 * 2 * 32  # all ranks of the first two have the same size, so that the greedy choice is optimal
+    chosen = choose_ranks(corrections[:2], nbytes)
     best = max(
-        sum(part.gains[:rank].sum().item() for part, rank in zip(parts, ranks, strict=False))
+        sum(each.removed[:rank].sum().item() for each, rank in zip(corrections, ranks, strict=False))
         for ranks in itertools.product(range(9), repeat=2)
         if sum(ranks) <= 10
     )
-    assert sum(part.gains.sum().item() for part in chosen) == pytest.approx(best)
-    assert sum(len(part.gains) * part.rank_bytes for part in fit(parts, 999)) <= 999
+    assert sum(each.removed.sum().item() for each in chosen) == pytest.approx(best)
+    assert sum(each.rank * each.rank_bytes for each in choose_ranks(corrections, 999)) <= 999
     streamed = []
-    for part in parts:
-        streamed = fit([*streamed, part], 999)
-    assert [len(part.gains) for part in streamed] == [len(part.gains) for part in fit(parts, 999)]
+    for correction in corrections:
+        streamed = choose_ranks([*streamed, correction], 999)
+    assert [each.rank for each in streamed] == [each.rank for each in choose_ranks(corrections, 999)]
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
-def test_file_takes_away_the_error_that_it_says(source, gguf, importance, tmp_path, weighted):
+def test_file_removes_the_error_that_the_report_says(source, gguf, importance, tmp_path, weighted):
     chosen = importance if weighted else None
     recovery = recover(gguf, source, tmp_path / "a.safetensors", SIZE, importance=chosen)
     assert recovery.path.stat().st_size == recovery.nbytes <= SIZE * 2**30
@@ -105,15 +105,15 @@ def test_file_takes_away_the_error_that_it_says(source, gguf, importance, tmp_pa
         assert file.metadata()["wanquant.recovers"] == "wan.gguf"
 
 
-def test_importance_moves_the_ranks_to_where_it_counts(source, gguf, importance, tmp_path):
-    counted = {NAME: importance[NAME] * 1000}
-    recovery = recover(gguf, source, tmp_path / "a.safetensors", SIZE, importance=counted)
+def test_important_layers_get_more_ranks(source, gguf, importance, tmp_path):
+    scaled = {NAME: importance[NAME] * 1000}
+    recovery = recover(gguf, source, tmp_path / "a.safetensors", SIZE, importance=scaled)
     ranks = {layer.name: layer.rank for layer in recovery.layers}
     assert ranks[NAME] == max(ranks.values())
     assert recovery.warnings == ("the importance matrix lacks 9 matrices, the first is blocks.0.self_attn.q.weight",)
 
 
-def test_a_stopped_run_leaves_nothing(source, gguf, tmp_path):
+def test_interruption_leaves_no_file(source, gguf, tmp_path):
     def progress(done, total, name):
         raise KeyboardInterrupt
 
@@ -131,9 +131,9 @@ def other(source, tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda _, t: t[:, :128] if t.ndim == 2 else t, r"tensor blocks\.0.*: shape .*, in the source"),
-        (lambda _, t: t.roll(7, 0), r"tensor blocks\.0.*: has nothing of the source's"),
-        (lambda n, t: t * torch.nan if n == NAME else t, r"tensor blocks\.0\.ffn\.0\.weight: has nothing .* NaN"),
+        (lambda _, t: t[:, :128] if t.ndim == 2 else t, r"tensor blocks\.0.*: shape .*, expected .* as in the source"),
+        (lambda _, t: t.roll(7, 0), r"tensor blocks\.0.*: does not resemble the source's tensor"),
+        (lambda n, t: t * torch.nan if n == NAME else t, r"tensor blocks\.0\.ffn\.0\.weight: does not resemble .* NaN"),
     ],
     ids=["shape", "weights", "nan"],
 )
@@ -143,12 +143,12 @@ def test_another_model_is_refused(source, gguf, tmp_path, change, problem):
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_refused_input(source, gguf, importance, tmp_path):
+def test_unusable_input_is_refused(source, gguf, importance, tmp_path):
     destination = tmp_path / "a.safetensors"
     dense = convert(source, tmp_path / "bf16.gguf", "BF16").path
     with pytest.raises(QuantError, match="not a quantized Wan model"):
         recover(dense, source, destination, SIZE)
-    with pytest.raises(QuantError, match="not even rank 1"):
+    with pytest.raises(QuantError, match="too small for rank 1"):
         recover(gguf, source, destination, 1e-6)
     with pytest.raises(QuantError, match=r"not a \.safetensors name"):
         recover(gguf, source, tmp_path / "a.gguf", SIZE)
