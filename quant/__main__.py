@@ -1,4 +1,4 @@
-"""The command line: `python -m quant inspect | convert | verify | restore | recover`."""
+"""The command line: `python -m quant convert | inspect | restore | recover | verify`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 class Report(Protocol):
-    """What every command returns."""
+    """The result of a command, which is printed as text or JSON."""
 
     def text(self) -> str: ...
     def json(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
-class Reports:
-    """Of several files made at once."""
+class BatchReport:
+    """The reports of several converted files."""
 
     reports: Sequence[ConversionReport]
 
@@ -52,7 +52,7 @@ class Reports:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, or 1 for a refused input; argparse itself exits with 2."""
+    """Run one command and return its exit code: 0, or 1 for an error; argparse exits with 2 for wrong usage."""
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], Report] = options.command
     try:
@@ -61,14 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing unfinished was left", file=sys.stderr)
+        print("interrupted; no unfinished file is left", file=sys.stderr)
         return 1
     print(json.dumps(report.json(), indent=2) if options.json else report.text())
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="quant", description="Make and examine GGUF files of Wan models.")
+    parser = argparse.ArgumentParser(prog="quant", description="Make and inspect GGUF files of Wan models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_convert, _add_inspect, _add_restore, _add_recover, _add_verify):
         add(commands)
@@ -76,65 +76,107 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(commands: _Commands) -> None:
-    command = _add(commands, "convert", _convert, "make a GGUF from a safetensors checkpoint")
-    command.add_argument("source", type=Path, metavar="SRC", help="a file, a folder of shards, or a quoted pattern")
-    command.add_argument("destination", type=Path, metavar="DST", help="a .gguf file, or a folder for one or several")
+    command = _add(commands, "convert", _convert, "make a GGUF file from a checkpoint")
+    command.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="a .safetensors or .gguf file, a folder of shards, or a quoted pattern such as 'models/*.safetensors'",
+    )
+    command.add_argument(
+        "destination", type=Path, metavar="DST", help="a .gguf file, or an existing folder, which several files need"
+    )
     mix = command.add_mutually_exclusive_group()
-    recipes = ", ".join(RECIPES)
     mix.add_argument(
-        "--recipe", default=["Q4_K_M"], type=_recipes, metavar="NAME[,NAME...]", help=f"Q4_K_M, or some of {recipes}"
+        "--recipe",
+        default=["Q4_K_M"],
+        type=_recipes,
+        metavar="NAME[,NAME...]",
+        help=f"the mix of types, one file for each name (default: Q4_K_M); one or more of {', '.join(RECIPES)}",
     )
-    mix.add_argument("--target-size", type=float, metavar="GiB", help="the mix of least error in this file size")
-    inputs = command.add_mutually_exclusive_group()
-    inputs.add_argument(
-        "--imatrix", type=Path, metavar="FILE", help="an importance matrix: errors go to the columns that matter least"
+    mix.add_argument(
+        "--target-size",
+        type=float,
+        metavar="GiB",
+        help="the largest size of the file in GiB; the types are chosen for the least error at that size",
     )
-    inputs.add_argument(
-        "--calibrate", type=Path, metavar="FILE", help="a calibration: columns make up for each other's errors as well"
+    statistics = command.add_mutually_exclusive_group()
+    statistics.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="an importance matrix (.gguf or .dat); it moves the error to the input channels that matter least",
     )
-    effort = "best (default) searches for the least error, fast writes ggml's own bytes"
-    command.add_argument("--effort", default="best", choices=get_args(Effort), help=effort)
-    command.add_argument("--device", default="cpu", help="where encoding runs: cpu (default), cuda, mps, xpu")
+    statistics.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="a calibration (.safetensors); like --imatrix, and rounding errors are compensated for (GPTQ)",
+    )
+    command.add_argument(
+        "--effort",
+        default="best",
+        choices=get_args(Effort),
+        help="best (default) searches for the least error; fast writes the same bytes as ggml",
+    )
+    command.add_argument("--device", default="cpu", help="the device that quantizes: cpu (default), cuda, mps or xpu")
     command.add_argument(
         "--patch-embedding",
         default="4d",
         choices=("4d", "5d"),
-        help="4d (default) is flattened, as llama.cpp's tools need it; 5d is for WanVideoWrapper",
+        help="dimensions of the patch embedding: 4d (default) as llama.cpp's tools need it, 5d for WanVideoWrapper",
     )
-    command.add_argument("--allow-non-finite", action="store_true", help="write 0 for NaN and infinity in the source")
+    command.add_argument(
+        "--allow-non-finite",
+        action="store_true",
+        help="write 0 for NaN and infinity in the source, instead of refusing it",
+    )
     _add_add_on_option(command)
-    command.add_argument("--overwrite", action="store_true", help="replace a file that was made in another way")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace a destination that is another file or another conversion"
+    )
 
 
 def _add_inspect(commands: _Commands) -> None:
-    command = _add(commands, "inspect", _inspect, "list the types, sizes and metadata of a GGUF")
-    command.add_argument("file", type=Path, metavar="FILE")
+    command = _add(commands, "inspect", _inspect, "show the types, sizes, errors and metadata of a GGUF file")
+    command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file, or the first part of a split one")
 
 
 def _add_restore(commands: _Commands) -> None:
-    command = _add(commands, "restore", _restore, "make a dequantized safetensors file from a GGUF")
-    command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("destination", type=Path, metavar="DST")
-    command.add_argument("--dtype", default="BF16", type=str.upper, choices=DTYPES, help="BF16 (default), F16 or F32")
+    command = _add(commands, "restore", _restore, "make a dequantized .safetensors file from a GGUF file")
+    command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file, or the first part of a split one")
+    command.add_argument("destination", type=Path, metavar="DST", help="a .safetensors file")
+    command.add_argument(
+        "--dtype",
+        default="BF16",
+        type=str.upper,
+        choices=DTYPES,
+        help="the dtype of the dequantized tensors: BF16 (default), F16 or F32",
+    )
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_recover(commands: _Commands) -> None:
-    command = _add(commands, "recover", _recover, "make a LoRA of the error of a GGUF against its source")
-    command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("source", type=Path, metavar="SRC")
+    command = _add(commands, "recover", _recover, "make a LoRA that undoes a part of the error of a GGUF file")
+    command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file of a Wan model")
+    command.add_argument("source", type=Path, metavar="SRC", help="the checkpoint that it was made from")
     command.add_argument("destination", type=Path, metavar="DST", help="a .safetensors file")
-    command.add_argument("--size", type=float, required=True, metavar="GiB", help="what the LoRA takes at most")
-    command.add_argument("--imatrix", type=Path, metavar="FILE", help="an importance matrix: columns count by it")
-    command.add_argument("--device", default="cpu", help="where the arithmetic runs: cpu (default), cuda, mps, xpu")
+    command.add_argument("--size", type=float, required=True, metavar="GiB", help="the largest size of the LoRA in GiB")
+    command.add_argument(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="an importance matrix (.gguf or .dat); the error of input channels that matter most is removed first",
+    )
+    command.add_argument("--device", default="cpu", help="the device that computes: cpu (default), cuda, mps or xpu")
     _add_add_on_option(command)
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_verify(commands: _Commands) -> None:
-    command = _add(commands, "verify", _verify, "measure the error of a GGUF against its source")
-    command.add_argument("file", type=Path, metavar="FILE")
-    command.add_argument("source", type=Path, metavar="SRC")
+    command = _add(commands, "verify", _verify, "measure the error of a GGUF file against its source")
+    command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file")
+    command.add_argument("source", type=Path, metavar="SRC", help="the checkpoint that it was made from")
     _add_add_on_option(command)
 
 
@@ -146,7 +188,7 @@ def _add_add_on_option(command: argparse.ArgumentParser) -> None:
         type=Path,
         dest="add_ons",
         metavar="FILE",
-        help="an add-on (VACE, ...) that is merged onto the source; repeat it for more",
+        help="an add-on file (VACE, ...) that is merged onto the source; repeat the option for more",
     )
 
 
@@ -158,7 +200,7 @@ def _add(
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=summary)
     command.set_defaults(command=run)
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", help="print the report as JSON")
     return command
 
 
@@ -185,19 +227,19 @@ def _convert(options: argparse.Namespace) -> Report:
     if options.imatrix or options.calibrate:
         importance = read_importance(options.imatrix) if options.imatrix else read_calibration(options.calibrate)
     settings = Settings(
-        options.effort,
-        importance,
-        options.device,
-        options.overwrite,
-        options.patch_embedding == "5d",
-        options.allow_non_finite,
-        options.add_ons,
+        effort=options.effort,
+        importance=importance,
+        device=options.device,
+        overwrite=options.overwrite,
+        five_d=options.patch_embedding == "5d",
+        allow_non_finite=options.allow_non_finite,
+        add_ons=options.add_ons,
     )
     reports: list[ConversionReport] = []
     for source, targets in batch.items():
         with _bar() as progress:
             reports += convert_all(source, targets, settings, progress=progress)
-    return reports[0] if len(reports) == 1 else Reports(reports)
+    return reports[0] if len(reports) == 1 else BatchReport(reports)
 
 
 def _recipes(text: str) -> list[str]:
