@@ -20,7 +20,7 @@ from wanquant.bench.tinywan.encodings import Workshop
 from wanquant.bench.tinywan.reference import Reference, Weights, load_model, load_module, prompts
 from wanquant.quant import open_gguf
 from wanquant.quant.encoders.search import Encoder
-from wanquant.quant.encoders.search.columns import Columns
+from wanquant.quant.encoders.search.sub_blocks import SubBlocks
 from wanquant.quant.qtype import QuantType
 from wanquant.research._shared import RESULTS, Call, Pair, block_inputs, run
 
@@ -51,7 +51,7 @@ class Tuned(torch.nn.Module):
     @torch.no_grad()
     def refit(self) -> None:
         """Fit the scales to the current weight."""
-        self.found = self.encode.fit(self._columns(), self.latent.numel() // self.block_size)
+        self.found = self.encode.fit_scales(self._sub_blocks(), self.latent.numel() // self.block_size)
 
     def forward(self) -> Tensor:
         return self.latent + (self.rounded() - self.latent).detach()
@@ -59,14 +59,14 @@ class Tuned(torch.nn.Module):
     @torch.no_grad()
     def rounded(self) -> Tensor:
         """Return the weight that a file would hold: float32, (rows, columns)."""
-        columns = self._columns()
-        q, _ = self.found.nearest(columns, self.encode.levels)
-        scale, minimum = self.found.lines()
+        q, _ = self.found.round(self._sub_blocks(), self.encode.levels)
+        scale, minimum = self.found.effective()
         return (q * scale - minimum).t().reshape(self.latent.shape)
 
-    def _columns(self) -> Columns:
+    def _sub_blocks(self) -> SubBlocks:
         blocks = self.latent.detach().view(-1, self.block_size)
-        return Columns.of(blocks, self.importance.expand_as(self.latent).reshape_as(blocks), self.encode.size)
+        importance = self.importance.expand_as(self.latent).reshape_as(blocks)
+        return SubBlocks.from_blocks(blocks, importance, self.encode.size)
 
 
 class Block(NamedTuple):

@@ -69,7 +69,7 @@ def test_decoding_is_portable(quant: QuantType) -> None:
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.usefixtures("torch_only")
 def test_encoding_is_portable(quant: QuantType, effort: Effort, weighted: bool, monkeypatch) -> None:
-    monkeypatch.setattr(reference, "_ROOTS", {})
+    monkeypatch.setattr(reference, "_SQUARE_ROOT_DTYPES", {})
     weight = torch.randn(4, 2 * quant.block_size)
     importance = torch.rand(2 * quant.block_size) if weighted else None
     with PortableOps() as ops:

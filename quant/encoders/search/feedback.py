@@ -1,59 +1,74 @@
-"""Rounding that makes up for its own errors: what a column loses, the columns behind it take back in the outputs."""
+"""Quantization with error feedback (GPTQ): later input channels make up for the rounding errors of earlier ones.
+
+The outputs of a layer then change less than if each weight were rounded to its nearest level.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .columns import Columns, inverse
 from .encoders import Encoder
-from .fit import Blocks
+from .fit import BlockScales
+from .sub_blocks import SubBlocks, reciprocal_or_zero
 
 
 def encode_with_feedback(
     encode: Encoder, block_size: int, weight: Tensor, importance: Tensor, factors: Tensor
 ) -> Tensor:
-    """Each block gets its scales when its turn comes, and then its columns are rounded to them one after the other.
+    """Quantize a weight for the least squared error of its layer's outputs.
 
-    Every error is spread over the columns behind it as is best for the outputs. All is done one column and one element
-    at a time, so that the bytes of a row do not depend on other rows or on threads.
+    Blocks are taken in the order of their input channels. When a block's turn comes, its scales are searched for. Its
+    channels are then rounded one after the other, and the error of each is spread over all later channels.
+
+    Every operation works on one channel of all rows. The bytes of a row therefore depend neither on other rows nor on
+    threads.
 
     Args:
-        weight: float32 (rows, columns).
-        importance: of each weight in the choice of the scales, float32 (rows, columns).
-        factors: float32 (n, span, span), the upper Cholesky factor of the inverse second moments of the inputs, for n
-            runs of columns that are rounded on their own; `block_size` divides `span`.
+        weight: float32 (rows, input channels).
+        importance: float32 (rows, input channels), the importance of each weight in the search for the scales.
+        factors: float32 (n, span, span), the upper Cholesky factors of the inverse second moments of the inputs. The
+            input channels are n runs of `span`, which are quantized independently; `block_size` divides `span`.
 
     Returns:
-        uint8 (rows, bytes of a row).
+        uint8 (rows, bytes per row).
 
-    Source: GPTQ (arXiv 2210.17323), algorithm 1, in the order of the columns.
+    Source: GPTQ (arXiv 2210.17323), algorithm 1, in the order of the input channels.
     """
     n, span, _ = factors.shape
     rows = len(weight)
-    left = weight.view(rows, n, span).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
-    weights = importance.reshape(rows, n, span).transpose(0, 1)
+    remaining = weight.view(rows, n, span).permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+    importance = importance.reshape(rows, n, span).transpose(0, 1)
     packed = []
     for start in range(0, span, block_size):
         stop = start + block_size
-        blocks = left[:, start:stop].transpose(1, 2).reshape(-1, block_size)
-        columns = Columns.of(blocks, weights[:, :, start:stop].reshape(-1, block_size), encode.size)
-        found = encode.fit(columns, len(blocks))
-        levels = _round(encode, found, left[:, start:], factors[:, start:, start:], block_size)
-        packed.append(encode.encode(found, levels.transpose(1, 2).reshape(-1, block_size)).view(n, rows, -1))
+        blocks = remaining[:, start:stop].transpose(1, 2).reshape(-1, block_size)
+        block_importance = importance[:, :, start:stop].reshape(-1, block_size)
+        scales = encode.fit_scales(SubBlocks.from_blocks(blocks, block_importance, encode.size), len(blocks))
+        levels = _round(encode, scales, remaining[:, start:], factors[:, start:, start:], block_size)
+        levels = levels.transpose(1, 2).reshape(-1, block_size)
+        packed.append(encode.pack_levels(scales, levels).view(n, rows, -1))
     return torch.stack(packed, 2).transpose(0, 1).reshape(rows, -1)
 
 
-def _round(encode: Encoder, found: Blocks, left: Tensor, factors: Tensor, block_size: int) -> Tensor:
-    """The levels of the first `block_size` columns of `left`, (n, columns, rows), which takes their errors."""
-    n, _, rows = left.shape
-    scales, mins = (line.view(n, rows, -1).permute(2, 0, 1).contiguous() for line in found.lines())
-    units = inverse(scales)
-    levels = torch.empty_like(left[:, :block_size])
-    for column in range(block_size):
-        scale, minimum, unit = (values[column // encode.size] for values in (scales, mins, units))
-        raised = left[:, column] + minimum
-        levels[:, column] = encode.levels.nearest(raised * unit)
-        error = raised.addcmul_(levels[:, column], scale, value=-1).div_(factors[:, column, column, None])
-        left[:, column + 1 :].addcmul_(factors[:, column, column + 1 :, None], error[:, None], value=-1)
+def _round(encode: Encoder, scales: BlockScales, remaining: Tensor, factors: Tensor, block_size: int) -> Tensor:
+    """Round the first `block_size` channels of `remaining`, and spread their errors over its other channels in place.
+
+    Args:
+        remaining: float32 (n, channels, rows), the weights of these and all later channels.
+        factors: float32 (n, channels, channels).
+
+    Returns:
+        The levels, float32 (n, block_size, rows).
+    """
+    n, _, rows = remaining.shape
+    sub_scales, sub_mins = (v.view(n, rows, -1).permute(2, 0, 1).contiguous() for v in scales.effective())
+    units = reciprocal_or_zero(sub_scales)
+    levels = torch.empty_like(remaining[:, :block_size])
+    for channel in range(block_size):
+        scale, minimum, unit = (values[channel // encode.size] for values in (sub_scales, sub_mins, units))
+        shifted = remaining[:, channel] + minimum
+        levels[:, channel] = encode.levels.nearest(shifted * unit)
+        error = shifted.addcmul_(levels[:, channel], scale, value=-1).div_(factors[:, channel, channel, None])
+        remaining[:, channel + 1 :].addcmul_(factors[:, channel, channel + 1 :, None], error[:, None], value=-1)
     return levels

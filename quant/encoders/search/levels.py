@@ -1,4 +1,4 @@
-"""What a code can stand for: a range of integers or the entries of a codebook."""
+"""Reconstruction levels: the numbers that codes stand for, either a range of integers or the entries of a codebook."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from torch import Tensor
 
 
 class Levels(Protocol):
+    """The reconstruction levels of a type."""
+
     def nearest(self, values: Tensor) -> Tensor:
-        """The level nearest to each value, float32; may overwrite `values`."""
+        """Return the level nearest to each value, float32 of the same shape; may overwrite `values`."""
 
     def codes(self, levels: Tensor) -> Tensor:
-        """The code of each level, as the type's `pack` takes it."""
+        """Return the code of each level as the type's `pack_*` takes it, float32 of the same shape."""
 
-    def anchors(self) -> Sequence[int]:
-        """Levels where the largest weight may fall."""
+    def anchor_levels(self) -> Sequence[int]:
+        """Return the levels that the weight of largest magnitude may be mapped to exactly."""
 
 
 @dataclass(frozen=True)
@@ -37,38 +39,38 @@ class Integers:
     def codes(self, levels: Tensor) -> Tensor:
         return levels
 
-    def anchors(self) -> Sequence[int]:
+    def anchor_levels(self) -> Sequence[int]:
         return self.low, self.low + 1
 
 
 @dataclass(frozen=True)
 class Codebook:
-    """Rising integers in [-128, 127]; the code is the index."""
+    """A table of rising integers in [-128, 127]; the code of an entry is its index."""
 
     values: tuple[int, ...]
 
     def nearest(self, values: Tensor) -> Tensor:
-        # Twice a value, rounded down, decides: the middle of two levels is a whole number or a half.
-        return _look_up(_nearest(self.values, values.device), values.mul_(2).floor_().add_(256))
+        # The midpoint of two entries is an integer or a half, so twice a value, rounded down, finds its entry.
+        return _look_up(_nearest_table(self.values, values.device), values.mul_(2).floor_().add_(256))
 
     def codes(self, levels: Tensor) -> Tensor:
-        return _look_up(_codes(self.values, levels.device), levels + 128)
+        return _look_up(_code_table(self.values, levels.device), levels + 128)
 
-    def anchors(self) -> Sequence[int]:
+    def anchor_levels(self) -> Sequence[int]:
         return self.values
 
 
 @functools.cache
-def _nearest(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """The level nearest to -128, -127.5, ... 127.5."""
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(values)]
-    levels = [values[bisect.bisect(middles, half / 2)] for half in range(-256, 256)]
-    return torch.tensor(levels, dtype=torch.float32, device=device)
+def _nearest_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the entries nearest to -128, -127.5, ... 127.5, float32 (512,)."""
+    midpoints = [(low + high) / 2 for low, high in itertools.pairwise(values)]
+    nearest = [values[bisect.bisect(midpoints, half / 2)] for half in range(-256, 256)]
+    return torch.tensor(nearest, dtype=torch.float32, device=device)
 
 
 @functools.cache
-def _codes(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """The code of -128, -127, ... 127, of use for levels only."""
+def _code_table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return the codes of the integers -128 to 127, float32 (256,); only those of entries are used."""
     codes = [bisect.bisect_left(values, level) for level in range(-128, 128)]
     return torch.tensor(codes, dtype=torch.float32, device=device)
 

@@ -1,4 +1,4 @@
-"""ggml's own encoders of K-quants and IQ4 in torch operations: the same bytes as the library's."""
+"""The `fast` encoders of K-quants and IQ4 write the bytes of ggml's C library with torch operations alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HARD = ("zeros", "sparse", "subnormal scales", "subnormal weights", *test_search
 pytestmark = pytest.mark.usefixtures("torch_only")
 
 
-def assert_ggmls_bytes(name: str, weight: NDArray[np.float32], libggml: LibGGML) -> None:
+def assert_bytes_equal_ggml(name: str, weight: NDArray[np.float32], libggml: LibGGML) -> None:
     packed = QTYPES[name].quantize(torch.from_numpy(weight), effort="fast").numpy()
     np.testing.assert_array_equal(packed, libggml.quantize(name, weight))
 
@@ -27,22 +27,22 @@ def assert_ggmls_bytes(name: str, weight: NDArray[np.float32], libggml: LibGGML)
 @pytest.mark.parametrize("kind", samples.WEIGHTS)
 @pytest.mark.parametrize("name", TYPES)
 def test_fast_encoding_is_bit_equal_to_ggml(name: str, kind: str, libggml: LibGGML) -> None:
-    assert_ggmls_bytes(name, samples.weights(kind, 256), libggml)
+    assert_bytes_equal_ggml(name, samples.weights(kind, 256), libggml)
 
 
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("name", TYPES)
-def test_hard_weights_too(name: str, kind: str, libggml: LibGGML) -> None:
-    assert_ggmls_bytes(name, test_search.weights(kind), libggml)
+def test_fast_encoding_of_hard_weights_is_bit_equal_to_ggml(name: str, kind: str, libggml: LibGGML) -> None:
+    assert_bytes_equal_ggml(name, test_search.weights(kind), libggml)
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_a_million_weights_too(name: str, libggml: LibGGML) -> None:
-    assert_ggmls_bytes(name, np.random.default_rng(2).standard_normal((1024, 1024), np.float32), libggml)
+def test_fast_encoding_of_a_million_elements_is_bit_equal_to_ggml(name: str, libggml: LibGGML) -> None:
+    assert_bytes_equal_ggml(name, np.random.default_rng(2).standard_normal((1024, 1024), np.float32), libggml)
 
 
 def nearly_one_value() -> NDArray[np.float32]:
-    """Which floats hardly tell apart: ggml then solves for a line through rounding errors."""
+    """Return weights whose differences are near float32's precision: ggml then fits a line to rounding errors."""
     return (1e-7 * np.random.default_rng(4).standard_normal((64, 1024)) - 1).astype(np.float32)
 
 
@@ -57,12 +57,14 @@ def every_magnitude() -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("weights", [nearly_one_value, few_values, every_magnitude])
 @pytest.mark.parametrize("name", TYPES)
-def test_sums_of_rounding_errors_too(name: str, weights, libggml: LibGGML) -> None:
-    assert_ggmls_bytes(name, weights(), libggml)
+def test_fast_encoding_that_depends_on_rounding_errors_is_bit_equal_to_ggml(
+    name: str, weights, libggml: LibGGML
+) -> None:
+    assert_bytes_equal_ggml(name, weights(), libggml)
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_weights_that_are_no_numbers_stay_in_their_block(name: str) -> None:
+def test_nan_and_infinity_change_only_their_own_block(name: str) -> None:
     weight = torch.randn(1, 512)
     weight[0, 3], weight[0, 9] = torch.nan, torch.inf
     packed = QTYPES[name].quantize(weight, effort="fast")
@@ -71,11 +73,11 @@ def test_weights_that_are_no_numbers_stay_in_their_block(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_nothing_is_left_on_the_cpu(name: str) -> None:
+def test_encoding_creates_tensors_on_the_device_of_the_weight(name: str) -> None:
     shape = QTYPES[name].packed_shape((3, 512))
     assert QTYPES[name].quantize(torch.empty(3, 512, device="meta"), effort="fast").shape == shape
 
 
-def test_square_roots_are_the_nearest_numbers() -> None:
+def test_square_roots_are_correctly_rounded() -> None:
     values = torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 100
-    assert np.array_equal(reference._root(values).numpy(), np.sqrt(values.numpy()))
+    assert np.array_equal(reference._square_root(values).numpy(), np.sqrt(values.numpy()))

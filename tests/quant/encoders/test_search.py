@@ -1,4 +1,4 @@
-"""The encoders of least error against ggml's own, and the searches they are made of."""
+"""The `best` encoders have at most the error of ggml's own, and the searches they consist of find exact scales."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from numpy.typing import NDArray
 
 from wanquant.quant import QTYPES
-from wanquant.quant.encoders.search.columns import Columns
-from wanquant.quant.encoders.search.fit import Blocks
+from wanquant.quant.encoders.search.fit import BlockScales
 from wanquant.quant.encoders.search.levels import Codebook, Integers
 from wanquant.quant.encoders.search.scale import search_scale, search_scale_and_min
+from wanquant.quant.encoders.search.sub_blocks import SubBlocks
 from wanquant.quant.formats.iq4 import KVALUES
 from wanquant.testing.libggml import LibGGML
 
-# Mean squared error against ggml's without importance, on Gaussian weights; a little is left for luck.
+# Upper bounds of the mean squared error on Gaussian weights without importance, relative to ggml's.
 BEST = {
     **{"Q2_K": 0.785, "Q3_K": 0.91, "Q4_K": 0.96, "Q5_K": 0.905, "Q6_K": 0.89},
     **{"IQ4_NL": 0.94, "IQ4_XS": 0.935, "Q4_0": 0.895, "Q4_1": 0.81, "Q5_0": 0.885, "Q5_1": 0.79, "Q8_0": 0.82},
@@ -24,7 +24,7 @@ SHAPE = (32, 1024)
 
 
 def weights(kind: str) -> NDArray[np.float32]:
-    """(32, 1024) float32."""
+    """Return weights of a kind, float32 (32, 1024)."""
     rng = np.random.default_rng(7)
     gaussian = rng.standard_normal(SHAPE, np.float32) * np.float32(0.02)
     match kind:
@@ -58,15 +58,15 @@ def weights(kind: str) -> NDArray[np.float32]:
     raise ValueError(kind)
 
 
-def error(decoded: NDArray[np.float32], weight: NDArray[np.float32], importance: NDArray[np.float32] | None) -> float:
-    """Mean squared error, weighted by the importance of the columns."""
-    return float(np.mean((decoded.astype(np.float64) - weight) ** 2 * (1 if importance is None else importance)))
+def error(restored: NDArray[np.float32], weight: NDArray[np.float32], importance: NDArray[np.float32] | None) -> float:
+    """Return the mean squared error, weighted by the importance of the input channels."""
+    return float(np.mean((restored.astype(np.float64) - weight) ** 2 * (1 if importance is None else importance)))
 
 
 def errors(
     name: str, weight: NDArray[np.float32], libggml: LibGGML, importance: NDArray[np.float32] | None = None
 ) -> tuple[float, float]:
-    """Ours and ggml's, both decoded by ggml."""
+    """Return the error of our encoder and that of ggml's, both dequantized by ggml."""
     ours = QTYPES[name].quantize(torch.from_numpy(weight), None if importance is None else torch.from_numpy(importance))
     packed = (ours.numpy(), libggml.quantize(name, weight, importance))
     first, second = (error(libggml.dequantize(name, p), weight, importance) for p in packed)
@@ -75,13 +75,13 @@ def errors(
 
 @pytest.mark.parametrize("kind", ["gaussian", "student_t5"])
 @pytest.mark.parametrize("name", BEST)
-def test_error_is_below_ggmls(name: str, kind: str, libggml: LibGGML) -> None:
+def test_error_is_below_that_of_ggml(name: str, kind: str, libggml: LibGGML) -> None:
     ours, theirs = errors(name, weights(kind), libggml)
     assert ours <= theirs * (BEST[name] if kind == "gaussian" else 1)
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_weighted_error_is_below_ggmls_with_the_same_importance(name: str, libggml: LibGGML) -> None:
+def test_weighted_error_is_below_that_of_ggml_with_the_same_importance(name: str, libggml: LibGGML) -> None:
     importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
     ours, theirs = errors(name, weights("student_t5"), libggml, importance)
     assert ours <= theirs
@@ -89,7 +89,7 @@ def test_weighted_error_is_below_ggmls_with_the_same_importance(name: str, libgg
 
 @pytest.mark.parametrize("kind", ["zeros", "sparse", "subnormal scales", "subnormal weights"])
 @pytest.mark.parametrize("name", BEST)
-def test_special_weights_are_not_worse_than_ggmls(name: str, kind: str, libggml: LibGGML) -> None:
+def test_error_on_special_weights_is_at_most_that_of_ggml(name: str, kind: str, libggml: LibGGML) -> None:
     importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
     for used in (None, importance):
         ours, theirs = errors(name, weights(kind), libggml, used)
@@ -97,10 +97,10 @@ def test_special_weights_are_not_worse_than_ggmls(name: str, kind: str, libggml:
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_mostly_zero_weights_are_searched_as_often_as_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_tries_no_more_scales_for_mostly_zero_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    nearest = Blocks.nearest
-    monkeypatch.setattr(Blocks, "nearest", lambda blocks, *rest: tried.append(blocks) or nearest(blocks, *rest))
+    round_ = BlockScales.round
+    monkeypatch.setattr(BlockScales, "round", lambda blocks, *rest: tried.append(blocks) or round_(blocks, *rest))
     counts = []
     for kind in ("gaussian", "sparse"):
         tried.clear()
@@ -114,7 +114,7 @@ HARD = ("outlier columns", "constant rows", "uniform", "positive", "far above 0"
 
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("name", BEST)
-def test_is_not_worse_than_ggmls_on_hard_weights(name: str, kind: str, libggml: LibGGML) -> None:
+def test_error_on_hard_weights_is_at_most_that_of_ggml(name: str, kind: str, libggml: LibGGML) -> None:
     importance = np.random.default_rng(8).chisquare(2, SHAPE[1]).astype(np.float32)
     for used in (None, importance):
         ours, theirs = errors(name, weights(kind)[:16], libggml, used)
@@ -122,7 +122,7 @@ def test_is_not_worse_than_ggmls_on_hard_weights(name: str, kind: str, libggml: 
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_one_large_weight_does_not_spoil_the_small_ones(name: str, libggml: LibGGML) -> None:
+def test_error_with_one_large_weight_among_small_ones_is_at_most_that_of_ggml(name: str, libggml: LibGGML) -> None:
     rng = np.random.default_rng(5)
     for column in rng.integers(256, size=4):
         weight = rng.standard_normal((4, 256), np.float32) * np.float32(0.02)
@@ -135,7 +135,7 @@ def test_one_large_weight_does_not_spoil_the_small_ones(name: str, libggml: LibG
     "value", np.random.default_rng(9).standard_normal(12).tolist(), ids=lambda value: f"{value:.3f}"
 )
 @pytest.mark.parametrize("name", BEST)
-def test_constants_are_not_worse_than_ggmls(name: str, value: float, libggml: LibGGML) -> None:
+def test_error_on_constants_is_at_most_that_of_ggml(name: str, value: float, libggml: LibGGML) -> None:
     importance = np.random.default_rng(8).chisquare(2, 256).astype(np.float32)
     weight = np.full((1, 256), value, np.float32)
     for used in (None, importance):
@@ -147,13 +147,13 @@ def test_constants_are_not_worse_than_ggmls(name: str, value: float, libggml: Li
 @pytest.mark.parametrize("name", BEST)
 def test_constants_are_as_exact_as_a_float16_scale(name: str, value: float) -> None:
     weight = torch.full((1, 256), value)
-    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
-    assert (decoded - weight).abs().max() <= abs(value) * 2**-10
+    restored = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
+    assert (restored - weight).abs().max() <= abs(value) * 2**-10
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("name", BEST)
-def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(
+def test_equal_constant_blocks_are_searched_once_and_get_the_same_bytes(
     name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     importance = torch.rand(256, generator=torch.Generator().manual_seed(3)) if weighted else None
@@ -162,8 +162,8 @@ def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(
     weight[1, :512], weight[1, 512:], weight[2, 256:] = 0.37, -2.5, 0.37
     weight[3] = torch.tensor([0.0, -0.0]).repeat(512)
     seen = []
-    of = Columns.of
-    monkeypatch.setattr(Columns, "of", lambda blocks, *rest: seen.append(len(blocks)) or of(blocks, *rest))
+    cut = SubBlocks.from_blocks
+    monkeypatch.setattr(SubBlocks, "from_blocks", lambda blocks, *rest: seen.append(len(blocks)) or cut(blocks, *rest))
     whole = QTYPES[name].quantize(weight, repeated)
     per_row = SHAPE[1] // QTYPES[name].block_size
     assert seen == [per_row + per_row // 4 + 3]
@@ -173,15 +173,15 @@ def test_blocks_of_one_value_are_searched_once_to_the_same_bytes(
 
 @pytest.mark.parametrize("magnitude", [1e6, 1e30, 3e38])
 @pytest.mark.parametrize("name", BEST)
-def test_too_large_weights_saturate(name: str, magnitude: float) -> None:
+def test_weights_too_large_for_the_type_saturate(name: str, magnitude: float) -> None:
     weight = torch.randn(4, 256).clamp_(-1, 1) * magnitude
-    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
-    assert decoded.isfinite().all()
-    assert (decoded * weight >= 0).float().mean() > 0.8
+    restored = QTYPES[name].dequantize(QTYPES[name].quantize(weight))
+    assert restored.isfinite().all()
+    assert (restored * weight >= 0).float().mean() > 0.8
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_weights_that_are_no_numbers_count_as_zero(name: str) -> None:
+def test_nan_counts_as_zero(name: str) -> None:
     weight = torch.from_numpy(weights("gaussian"))[:2].clone()
     weight[0, ::7] = 0
     expected = QTYPES[name].quantize(weight)
@@ -190,21 +190,21 @@ def test_weights_that_are_no_numbers_count_as_zero(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_columns_without_importance_do_not_spoil_the_others(name: str) -> None:
+def test_input_channels_of_importance_0_do_not_spoil_the_others(name: str) -> None:
     weight = torch.from_numpy(weights("gaussian"))
     importance = torch.ones(SHAPE[1])
     importance[: SHAPE[1] // 2] = 0
-    decoded = QTYPES[name].dequantize(QTYPES[name].quantize(weight, importance))
-    assert decoded.isfinite().all()
-    assert (decoded - weight).square().mean() < weight.square().mean() / 4
+    restored = QTYPES[name].dequantize(QTYPES[name].quantize(weight, importance))
+    assert restored.isfinite().all()
+    assert (restored - weight).square().mean() < weight.square().mean() / 4
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_equal_importance_is_no_importance(name: str) -> None:
+def test_equal_importance_gives_the_error_of_none(name: str) -> None:
     weight = torch.from_numpy(weights("gaussian"))[:8]
     qtype = QTYPES[name]
     plain, equal = (qtype.dequantize(qtype.quantize(weight, i)) for i in (None, torch.full((SHAPE[1],), 3.0)))
-    errors = [(decoded - weight).square().mean() for decoded in (plain, equal)]
+    errors = [(restored - weight).square().mean() for restored in (plain, equal)]
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-3, atol=0)
 
 
@@ -215,7 +215,7 @@ def test_encoding_is_deterministic(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_bytes_do_not_depend_on_threads_or_slices(name: str) -> None:
+def test_bytes_do_not_depend_on_threads_or_on_how_rows_are_split(name: str) -> None:
     weight = torch.randn(160, 2560, generator=torch.Generator().manual_seed(1))
     importance = torch.rand(2560, generator=torch.Generator().manual_seed(2))
     threads = torch.get_num_threads()
@@ -231,26 +231,26 @@ def test_bytes_do_not_depend_on_threads_or_slices(name: str) -> None:
         assert torch.equal(whole[: 3 * rows], torch.cat(parts))
 
 
-def test_codebook_rounds_to_the_nearest_level() -> None:
+def test_codebook_rounds_to_the_nearest_entry() -> None:
     values = torch.arange(-140, 140, 0.03)
-    levels = torch.tensor(KVALUES, dtype=torch.float32)
+    entries = torch.tensor(KVALUES, dtype=torch.float32)
     codebook = Codebook(KVALUES)
     found = codebook.nearest(values.clone())
-    assert torch.equal((found - values).abs(), (levels - values[:, None]).abs().amin(1))
-    assert torch.equal(codebook.codes(levels), torch.arange(16.0))
+    assert torch.equal((found - values).abs(), (entries - values[:, None]).abs().amin(1))
+    assert torch.equal(codebook.codes(entries), torch.arange(16.0))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_search_scale_finds_an_exact_scale(sign: int) -> None:
     q = torch.tensor([-8.0, 7, 3, 0, -2, 1, 5, -6])[:, None]
-    scale = search_scale(Columns(q * sign * 0.3), Integers(-8, 7), (8, -8), stored=False)
+    scale = search_scale(SubBlocks(q * sign * 0.3), Integers(-8, 7), (8, -8), is_stored=False)
     torch.testing.assert_close(scale, torch.tensor([sign * 0.3]))
 
 
 @pytest.mark.parametrize(("minimum", "signed"), [(1.2, False), (-1.2, True), (0.0, False)])
 def test_search_scale_and_min_finds_an_exact_line(minimum: float, signed: bool) -> None:
     q = torch.tensor([0.0, 15, 3, 8])[:, None]
-    columns = Columns(q * 0.3 - minimum, torch.tensor([1.0, 2, 3, 4])[:, None])
-    scale, found = search_scale_and_min(columns, Integers(0, 15), (14, 15), signed=signed)
+    sub_blocks = SubBlocks(q * 0.3 - minimum, torch.tensor([1.0, 2, 3, 4])[:, None])
+    scale, found = search_scale_and_min(sub_blocks, Integers(0, 15), (14, 15), signed=signed)
     torch.testing.assert_close(scale, torch.tensor([0.3]))
     torch.testing.assert_close(found, torch.tensor([minimum]), atol=1e-5, rtol=1e-5)
