@@ -1,7 +1,7 @@
-"""Devices: which one is usable, and memory on one that outlives the step in which it is allocated.
+"""Devices: whether one is usable, and allocations on one that outlive the sampling step in which they are made.
 
-Such memory holds the tables of formats and loaded kernels. A host that plans the memory of a step ahead must leave it
-out of its plan; `allocate_within` tells this module how.
+Such allocations are the tables of formats and loaded kernels. A host that plans the memory of a step in advance, or
+records it in a graph, must leave them out. `allocate_within` sets the context in which they are made.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _thread = _Thread()
 
 
 def allocate_within(context: Callable[[], AbstractContextManager[object]]) -> None:
-    """From now on, what lasts is allocated within a context that `context` makes each time."""
+    """Make all later lasting allocations within a context manager that `context` returns anew each time."""
     global _context
     _context = context
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """Return the device, with its index.
+    """Return the device with its index.
 
     Raises:
         QuantError: torch cannot allocate on it.
@@ -48,8 +48,8 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
-    """While open, what is allocated may outlive the step. Within another one it changes nothing: hosts do not nest."""
+def lasting_allocations() -> Iterator[None]:
+    """Mark allocations that outlive the step; an inner context has no effect, since hosts cannot nest theirs."""
     if _thread.within:
         yield
         return
@@ -61,13 +61,13 @@ def lasting() -> Iterator[None]:
         _thread.within = False
 
 
-def kept(make: Callable[P, R]) -> Callable[P, R]:
-    """A function whose results are made once for each of its arguments, among them the device, and kept."""
+def cached_on_device(make: Callable[P, R]) -> Callable[P, R]:
+    """Cache the results of a function for each combination of its arguments, among which is the device."""
 
     @cache
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> R:
-        with lasting():
+        with lasting_allocations():
             return make(*args, **kwargs)
 
     return made  # type: ignore[return-value]

@@ -14,7 +14,7 @@ from .encoders import ggml
 from .encoders.search import encoders as search
 from .errors import QuantError
 from .formats import iq4, iquants, kquants, legacy, microscaling, ternary
-from .formats.bits import Block
+from .formats.bits import BlockLayout
 from .kernels.optional import GGML
 
 Effort = Literal["fast", "best"]
@@ -39,7 +39,7 @@ class QuantType:
     name: str
     ggml_type: int
     """The number that GGUF files use. Source: ggml.h enum ggml_type."""
-    block: Block
+    block: BlockLayout
     dequantize_blocks: DequantizeBlocks = field(repr=False, compare=False)
     fast: EncodeBlocks | None = field(default=None, repr=False, compare=False)
     """Encoder that writes ggml's own bytes."""

@@ -1,4 +1,4 @@
-"""Block formats of ggml: bytes <-> integers and floats, bit-exact.
+"""ggml's block formats: bytes to integers and floats, and back, bit-exact.
 
 It imports torch, and `device` of this package.
 """

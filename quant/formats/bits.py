@@ -1,13 +1,14 @@
-"""Bit fields of packed blocks: a block cut into its fields, small integers in and out of bytes, float16 scales.
+"""The parts of a packed block: its fields, the small integers in its bytes, and its float16 factors.
 
-ggml packs several small integers into each byte. A run of four bytes of 2-bit integers, for example, holds sixteen:
+ggml packs several small integers into each byte. A run of four bytes, for example, holds sixteen integers of two bits.
+Here are their positions in the sequence, in each byte from the highest bits to the lowest:
 
     byte 0      byte 1      byte 2      byte 3
-    12 8 4 0    13 9 5 1    14 10 6 2   15 11 7 3     two bits each, the highest bits on the left
+    12 8 4 0    13 9 5 1    14 10 6 2   15 11 7 3
 
-The lowest bits of all bytes come first, then the next ones. One shift and one mask of a whole byte row therefore give
-four neighbors. Four bytes are read as one 32-bit word, so that one shift moves all four at once (SWAR, "SIMD within a
-register"). It is quicker, and shifts of uint8 do not exist on every backend.
+The lowest bits of all bytes come first in the sequence, then the next bits. One shift and one mask of all four bytes
+therefore give four neighbors of the sequence. Four bytes are read as one 32-bit word, so that a single operation works
+on all of them (SWAR, "SIMD within a register"). This is faster, and not every backend can shift uint8.
 """
 
 from __future__ import annotations
@@ -17,50 +18,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..device import kept
+from ..device import cached_on_device
 
 
-class Block(NamedTuple):
-    """The sizes of one block of a ggml type."""
+class BlockLayout(NamedTuple):
+    """The size of a ggml type's block, and where its factors are."""
 
     size: int
-    """Elements."""
+    """The number of elements."""
     nbytes: int
     factors: tuple[int, ...] = ()
-    """Byte offsets of the float16 factors in which all of the block's values are linear."""
+    """Byte offsets of the float16 factors. All values of a block are linear in these."""
 
 
 def fields(blocks: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-    """Cut (n, type_size) uint8 into the struct's fields, in order, each (n, size) and contiguous."""
-    # Always a copy: a field of a single block counts as contiguous, but is not aligned for a view of wider integers.
+    """Cut blocks, uint8 (n, type_size), into the fields of the struct, in order: uint8 (n, size) each, contiguous."""
+    # Always copies. A field of a single block counts as contiguous, but it is not aligned for a view as wider integers.
     return tuple(part.clone(memory_format=torch.contiguous_format) for part in torch.split(blocks, list(sizes), dim=1))
 
 
 def half(field: Tensor) -> Tensor:
-    """(n, 2 * k) uint8 -> the (n, k) little-endian float16 values, as float32."""
+    """Read little-endian float16 values: uint8 (n, 2 * k) -> float32 (n, k)."""
     return field.view(torch.float16).float()
 
 
 def half_bytes(values: Tensor) -> Tensor:
-    """(n, k) floats -> (n, 2 * k) uint8; too large is infinite, as in ggml."""
+    """Write float16 values: floats (n, k) -> uint8 (n, 2 * k). As in ggml, too large values become infinite."""
     return values.half().contiguous().view(torch.uint8)
 
 
 def quotient(values: Tensor, divisor: float) -> Tensor:
-    """values / divisor, rounded once on every device: by a number, CUDA's kernels multiply with the inverse."""
+    """Divide a float tensor by a number, rounding once; CUDA's division by a number multiplies with its reciprocal."""
     return values / torch.full_like(values, divisor)
 
 
 def unpack_bits(field: Tensor, bits: int, run: int) -> Tensor:
-    """Read unsigned integers of `bits` bits that ggml stores in runs of `run` bytes.
+    """Read unsigned integers of `bits` bits, which ggml stores in runs of `run` bytes.
 
-    A run holds 8 / bits groups of `run` integers: the lowest bits of every byte first, then the next ones.
+    A run holds 8 / bits groups of `run` integers. The lowest bits of all bytes are the first group, and so on.
 
     Args:
-        field: (n, k * run) uint8, contiguous.
+        field: uint8 (n, k * run), contiguous.
 
     Returns:
-        uint8, (n, 8 / bits * k * run).
+        uint8 (n, 8 / bits * k * run).
     """
     mask = 0x01010101 * ((1 << bits) - 1)
     swar = run % 4 == 0
@@ -71,7 +72,14 @@ def unpack_bits(field: Tensor, bits: int, run: int) -> Tensor:
 
 
 def pack_bits(values: Tensor, bits: int, run: int) -> Tensor:
-    """Inverse of `unpack_bits`: (n, 8 / bits * k * run) integers below 2**bits, of any dtype -> (n, k * run) uint8."""
+    """Write integers as `unpack_bits` reads them.
+
+    Args:
+        values: integers below 2**bits of any dtype, (n, 8 / bits * k * run).
+
+    Returns:
+        uint8 (n, k * run).
+    """
     swar = run % 4 == 0
     codes = values.to(torch.uint8).contiguous()
     words = codes.view(torch.int32) if swar else codes.int()
@@ -83,11 +91,11 @@ def pack_bits(values: Tensor, bits: int, run: int) -> Tensor:
 
 
 def lookup(codes: Tensor, values: tuple[int, ...]) -> Tensor:
-    """uint8 codes -> the float32 values they stand for."""
-    # On a CPU index_select along one axis is four times as fast as indexing with a matrix.
+    """Return the entry of a codebook for each code: uint8 of any shape -> float32 of the same shape."""
+    # On a CPU, index_select along one axis is four times as fast as indexing with a matrix.
     return _table(values, codes.device).index_select(0, codes.int().view(-1)).view(codes.shape)
 
 
-@kept
+@cached_on_device
 def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)

@@ -1,7 +1,9 @@
-"""IQ4_NL and IQ4_XS: 4-bit codes into a fixed non-linear codebook.
+"""IQ4_NL and IQ4_XS: 4-bit codes, which are indices into a fixed codebook with uneven steps.
 
-`dequantize_*`: uint8 (n, type_size) -> float32 (n, block_size), bit-exact to ggml. `pack_*` is the inverse from
-integers of any dtype: `d` (n,) floats, `scales` (n, 8) in [-32, 31], `codes` (n, block_size) in [0, 15].
+`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, block_size), bit-exact to ggml.
+
+`pack_*` writes blocks, uint8 (n, type_size), from their fields. `d` are floats (n,). Integers may have any dtype:
+`scales` (n, 8) from -32 to 31, `codes` (n, block_size) from 0 to 15.
 
 Source: ggml-quants.c dequantize_row_iq4_nl, dequantize_row_iq4_xs; kvalues_iq4nl in ggml-common.h @ ggml 0.15.3.
 """
@@ -11,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import Block, fields, half, half_bytes, lookup, pack_bits, unpack_bits
+from .bits import BlockLayout, fields, half, half_bytes, lookup, pack_bits, unpack_bits
 
-IQ4_NL = Block(32, 18, factors=(0,))  # d f16 | qs 16
-IQ4_XS = Block(256, 136, factors=(0,))  # d f16 | scales_h 2 (bits 4-5) | scales_l 4 (bits 0-3) | qs 128
+IQ4_NL = BlockLayout(32, 18, factors=(0,))  # d f16 | qs 16
+IQ4_XS = BlockLayout(256, 136, factors=(0,))  # d f16 | scales_h 2 (bits 4-5) | scales_l 4 (bits 0-3) | qs 128
 
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 

@@ -1,6 +1,7 @@
-"""IQ1, IQ2 and IQ3: groups of eight or four weights are rows of a fixed grid, times signs and scales. Decoding only.
+"""IQ1, IQ2 and IQ3, for reading only: eight or four weights at a time are a row of a fixed grid, with signs and scales.
 
-`dequantize_*`: (n, type_size) uint8 -> (n, 256) float32, bit-exact to ggml: every product of a block fits a float32.
+`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, 256). This is bit-exact to ggml in any order
+of the factors, because float32 holds every product of a block exactly.
 
 Source: ggml-quants.c dequantize_row_iq{1_s,1_m,2_xxs,2_xs,2_s,3_xxs,3_s}, ggml-common.h @ ggml 0.15.3; checked against
 0.20.2. The grids are those of the gguf package.
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from ..device import kept
-from .bits import Block, fields, half, unpack_bits
+from ..device import cached_on_device
+from .bits import BlockLayout, fields, half, unpack_bits
 
-IQ1_S = Block(256, 50)  # d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
-IQ1_M = Block(256, 56)  # qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
-IQ2_XXS = Block(256, 66)  # d f16 | 8 x (qs 4 | signs and scale u32)
-IQ2_XS = Block(256, 74)  # d f16 | qs 32 u16 (9 bits of grid row, 7 bits of signs) | scales 8
-IQ2_S = Block(256, 82)  # d f16 | qs 32 | signs 32 | qh 8 | scales 8
-IQ3_XXS = Block(256, 98)  # d f16 | qs 64 | signs and scale 8 u32
-IQ3_S = Block(256, 110)  # d f16 | qs 64 | qh 8 | signs 32 | scales 4
+IQ1_S = BlockLayout(256, 50)  # d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
+IQ1_M = BlockLayout(
+    256, 56
+)  # qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
+IQ2_XXS = BlockLayout(256, 66)  # d f16 | 8 x (qs 4 | signs and scale u32)
+IQ2_XS = BlockLayout(256, 74)  # d f16 | qs 32 u16 (9 bits of grid row, 7 bits of signs) | scales 8
+IQ2_S = BlockLayout(256, 82)  # d f16 | qs 32 | signs 32 | qh 8 | scales 8
+IQ3_XXS = BlockLayout(256, 98)  # d f16 | qs 64 | signs and scale 8 u32
+IQ3_S = BlockLayout(256, 110)  # d f16 | qs 64 | qh 8 | signs 32 | scales 4
 
 
 def dequantize_iq1_s(blocks: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ def dequantize_iq1_m(blocks: Tensor) -> Tensor:
     high = unpack_bits(qh, 4, run=1)
     grid = _grid("IQ1_M", qs.int().add_(high & 7, alpha=256))
     delta = torch.where(high > 7, -0.125, 0.125)
-    d = unpack_bits(scales, 4, run=1)[:, 3::4]  # a nibble on top of each word
+    d = unpack_bits(scales, 4, run=1)[:, 3::4]  # the highest four bits of each 16-bit word
     d = d[:, ::2] + 16 * d[:, 1::2]
     return _scaled(grid.add_(delta[:, :, None]), half(d), 2 * _bits(scales.view(torch.int16).int(), 3, 4) + 1)
 
@@ -77,29 +80,33 @@ def dequantize_iq3_s(blocks: Tensor) -> Tensor:
 
 
 def _bits(words: Tensor, bits: int, count: int) -> Tensor:
-    """(n, k) int32 -> (n, count * k), the `count` lowest fields of each word."""
+    """Read the `count` lowest fields of `bits` bits from each word: int32 (n, k) -> int32 (n, count * k)."""
     mask = (1 << bits) - 1
     return torch.stack([words >> bits * i & mask for i in range(count)], 2).view(len(words), -1)
 
 
 def _signs_and_scale(words: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 8) int32, 4 x 7 bits of signs and 4 bits of scale -> (n, 32, 8) and (n, 8) float32."""
+    """Split words, int32 (n, 8), into 4 x 7 bits of signs and 4 bits of scale.
+
+    Returns:
+        The signs, float32 (n, 32, 8), and the scales, float32 (n, 8).
+    """
     return embedding(_bits(words, 7, 4), _even_signs(words.device)), (words >> 28 & 15) + 0.5
 
 
 def _scaled(weights: Tensor, d: Tensor, scales: Tensor) -> Tensor:
-    """256 weights a block, times d (n, 1), times scales (n, k), each for 256 / k weights in turn."""
+    """Multiply the 256 weights of each block by d, (n, 1), and each 256 / k weights by their scale, (n, k)."""
     return weights.view(*scales.shape, -1).mul_((d * scales)[:, :, None]).view(-1, 256)
 
 
 def _grid(name: str, rows: Tensor) -> Tensor:
-    """The rows (n, k) of a type's grid: (n, k, 4 or 8) float32."""
+    """Look up rows of a type's grid: int32 (n, k) -> float32 (n, k, 4 or 8)."""
     return embedding(rows, _grid_table(name, rows.device))
 
 
-@kept
+@cached_on_device
 def _grid_table(name: str, device: torch.device) -> Tensor:
-    # Not at the top: the package takes as long to import as all of this one, and few files have these types.
+    # Not imported at the top: the package takes as long to import as all of this one, and few files have these types.
     import gguf.quants
 
     source = getattr(gguf.quants, name)
@@ -107,15 +114,15 @@ def _grid_table(name: str, device: torch.device) -> Tensor:
     return torch.from_numpy(source.grid).view(source.grid_shape).to(device)
 
 
-@kept
+@cached_on_device
 def _signs(device: torch.device) -> Tensor:
-    """(256, 8) float32, the signs of eight weights that a byte stands for: 1, or -1 where its bit is set."""
+    """Return the signs of eight weights for each byte, float32 (256, 8): -1 where the bit is set, else 1."""
     return 1 - 2.0 * (torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1)
 
 
-@kept
+@cached_on_device
 def _even_signs(device: torch.device) -> Tensor:
-    """(128, 8): seven bits are seven signs, the eighth makes the number of minus signs even."""
+    """Return eight signs for each seven bits, float32 (128, 8): the eighth makes the number of minus signs even."""
     signs = _signs(device)[:128].clone()
     signs[:, 7] = signs[:, :7].prod(1)
     return signs

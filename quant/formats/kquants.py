@@ -1,7 +1,9 @@
-"""K-quants: super-blocks of 256 weights whose sub-blocks have small integer scales, Q2_K to Q6_K.
+"""K-quants, Q2_K to Q6_K: blocks of 256 weights whose sub-blocks have small integer scales.
 
-`dequantize_*`: uint8 (n, type_size) -> float32 (n, 256), bit-exact to ggml. `pack_*` is the inverse from integers of
-any dtype: `d` and `dmin` (n,) floats, `scales` and `mins` (n, sub-blocks), `codes` (n, 256).
+`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, 256), bit-exact to ggml.
+
+`pack_*` writes blocks, uint8 (n, type_size), from their fields. `d` and `dmin` are floats (n,). Integers may have any
+dtype: `scales` and `mins` (n, sub-blocks), `codes` (n, 256).
 
 Source: ggml-quants.c dequantize_row_q{2,3,4,5,6}_K, struct block_q*_K in ggml-common.h @ ggml 0.15.3.
 """
@@ -11,15 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import Block, fields, half, half_bytes, pack_bits, unpack_bits
+from .bits import BlockLayout, fields, half, half_bytes, pack_bits, unpack_bits
 
-Q2_K = Block(256, 84, factors=(80, 82))  # scales 16 (low nibble scale, high nibble min) | qs 64 | d f16 | dmin f16
-Q3_K = Block(
-    256, 110, factors=(108,)
-)  # hmask 32 (bit 2 of the codes) | qs 64 | scales 12 (6 bits, biased by 32) | d f16
-Q4_K = Block(256, 144, factors=(0, 2))  # d f16 | dmin f16 | scales 12 (6-bit scales and mins) | qs 128
-Q5_K = Block(256, 176, factors=(0, 2))  # d f16 | dmin f16 | scales 12 (as Q4_K) | qh 32 (bit 4 of the codes) | qs 128
-Q6_K = Block(256, 210, factors=(208,))  # ql 128 (bits 0-3) | qh 64 (bits 4-5) | scales 16 int8 | d f16
+# scales 16 (low nibble scale, high nibble min) | qs 64 | d f16 | dmin f16
+Q2_K = BlockLayout(256, 84, factors=(80, 82))
+# hmask 32 (bit 2 of the codes) | qs 64 | scales 12 (6 bits, biased by 32) | d f16
+Q3_K = BlockLayout(256, 110, factors=(108,))
+# d f16 | dmin f16 | scales 12 (6-bit scales and mins) | qs 128
+Q4_K = BlockLayout(256, 144, factors=(0, 2))
+# d f16 | dmin f16 | scales 12 (as Q4_K) | qh 32 (bit 4 of the codes) | qs 128
+Q5_K = BlockLayout(256, 176, factors=(0, 2))
+# ql 128 (bits 0-3) | qh 64 (bits 4-5) | scales 16 int8 | d f16
+Q6_K = BlockLayout(256, 210, factors=(208,))
 
 
 def dequantize_q2_k(blocks: Tensor) -> Tensor:
@@ -42,7 +47,7 @@ def dequantize_q3_k(blocks: Tensor) -> Tensor:
 
 
 def pack_q3_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
-    """Scales in [-32, 31], codes in [-4, 3]."""
+    """Write Q3_K blocks from scales from -32 to 31 and codes from -4 to 3; shapes as in the module docstring."""
     scale, code = (scales + 32).to(torch.uint8), (codes + 4).to(torch.uint8)
     low, high = pack_bits(scale & 15, 4, run=8), pack_bits(_shifted(scale, 4), 2, run=4)
     hmask, qs = pack_bits(_shifted(code, 2), 1, run=32), pack_bits(code & 3, 2, run=32)
@@ -81,26 +86,30 @@ def dequantize_q6_k(blocks: Tensor) -> Tensor:
 
 
 def pack_q6_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
-    """Scales in [-128, 127], codes in [-32, 31]."""
+    """Write Q6_K blocks from scales from -128 to 127 and codes from -32 to 31; shapes as in the module docstring."""
     code = (codes + 32).to(torch.uint8)
     ql, qh = pack_bits(code & 15, 4, run=64), pack_bits(_shifted(code, 4), 2, run=32)
     return torch.cat((ql, qh, scales.to(torch.int8).view(torch.uint8), half_bytes(d[:, None])), 1)
 
 
 def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
-    """codes (n, 256) float32 times scales (n, sub-blocks), in place."""
+    """Multiply codes, float32 (n, 256), by their scales, (n, sub-blocks), in place."""
     n, n_sub = scales.shape
     return codes.view(n, n_sub, -1).mul_(scales[:, :, None]).view(n, -1)
 
 
 def _affine(codes: Tensor, scales: Tensor, mins: Tensor) -> Tensor:
-    """codes * scale - min by sub-block, as a product and a difference: a fused multiply-add rounds differently."""
+    """Return codes * scale - min by sub-block, float32 (n, 256)."""
+    # Two operations: a fused multiply-add would round differently.
     n, n_sub = scales.shape
     return _scaled(codes.float(), scales).view(n, n_sub, -1).sub_(mins[:, :, None]).view(n, -1)
 
 
 def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, 12) bytes -> 8 scales and 8 mins of 6 bits: four of each in the low bits, the others as nibble and top bits.
+    """Read 8 scales and 8 mins of 6 bits from uint8 (n, 12), each as uint8 (n, 8).
+
+    The first eight bytes hold four scales and four mins in their lower six bits. The other scales and mins have their
+    lower four bits in the last four bytes, and their upper two bits on top of the first eight.
 
     Source: ggml-quants.c get_scale_min_k4.
     """
@@ -119,5 +128,5 @@ def _pack_scales(scales: Tensor, mins: Tensor) -> Tensor:
 
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
-    """uint8 values shifted right."""
+    """Shift uint8 values right; the shift operators for uint8 do not exist on every backend."""
     return torch.div(values, 1 << bits, rounding_mode="floor")

@@ -1,8 +1,12 @@
-"""F32, F16, BF16 and ggml's first block formats: one or two float16 for 32 weights.
+"""F32, F16, BF16 and ggml's first block formats, which have one or two float16 factors for 32 weights.
 
-`dequantize_*`: uint8 (n, type_size) -> float32 (n, block_size), bit-exact to ggml. `encode_*` is the inverse, bit-equal
-to ggml's quantization without an importance matrix, and so ignores `importance`. `pack_*` writes blocks from integers
-of any dtype: `d` and `m` (n, 1) floats, `codes` (n, 32) as the block stores them.
+`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, block_size), bit-exact to ggml.
+
+`encode_*` takes float32 (n, block_size) and returns uint8 (n, type_size). The bytes are those that ggml writes without
+an importance matrix; `importance` is ignored.
+
+`pack_*` writes blocks, uint8 (n, type_size), from their fields. `d` and `m` are floats (n, 1). `codes` are integers of
+any dtype (n, 32), as the block stores them.
 
 Source: ggml-quants.c dequantize_row_q{4_0,4_1,5_0,5_1,8_0}, quantize_row_q*_ref @ ggml 0.15.3; checked against 0.20.2.
 """
@@ -12,14 +16,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import Block, fields, half, half_bytes, pack_bits, quotient, unpack_bits
+from .bits import BlockLayout, fields, half, half_bytes, pack_bits, quotient, unpack_bits
 
-F32, F16, BF16 = Block(1, 4), Block(1, 2), Block(1, 2)
-Q4_0 = Block(32, 18, factors=(0,))  # d f16 | qs 16
-Q4_1 = Block(32, 20, factors=(0, 2))  # d f16 | m f16 | qs 16
-Q5_0 = Block(32, 22, factors=(0,))  # d f16 | qh 4 (bit 4 of the codes) | qs 16
-Q5_1 = Block(32, 24, factors=(0, 2))  # d f16 | m f16 | qh 4 (bit 4 of the codes) | qs 16
-Q8_0 = Block(32, 34, factors=(0,))  # d f16 | qs 32 int8
+F32, F16, BF16 = BlockLayout(1, 4), BlockLayout(1, 2), BlockLayout(1, 2)
+Q4_0 = BlockLayout(32, 18, factors=(0,))  # d f16 | qs 16
+Q4_1 = BlockLayout(32, 20, factors=(0, 2))  # d f16 | m f16 | qs 16
+Q5_0 = BlockLayout(32, 22, factors=(0,))  # d f16 | qh 4 (bit 4 of the codes) | qs 16
+Q5_1 = BlockLayout(32, 24, factors=(0, 2))  # d f16 | m f16 | qh 4 (bit 4 of the codes) | qs 16
+Q8_0 = BlockLayout(32, 34, factors=(0,))  # d f16 | qs 32 int8
 
 
 def dequantize_f32(blocks: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ def dequantize_q4_0(blocks: Tensor) -> Tensor:
 
 
 def encode_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d = _signed_absmax(blocks) / -8
+    d = _signed_amax(blocks) / -8
     codes = _truncate(blocks * _inverse(d) + 8.5).clamp_(max=15)
     return pack_q4_0(d, codes)
 
@@ -82,7 +86,7 @@ def dequantize_q5_0(blocks: Tensor) -> Tensor:
 
 
 def encode_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    d = _signed_absmax(blocks) / -16
+    d = _signed_amax(blocks) / -16
     codes = _truncate(blocks * _inverse(d) + 16.5).clamp_(max=31)
     return pack_q5_0(d, codes)
 
@@ -122,7 +126,7 @@ def pack_q8_0(d: Tensor, codes: Tensor) -> Tensor:
 
 
 def round_half_away(x: Tensor) -> Tensor:
-    """C's roundf; torch.round takes halves to even."""
+    """Round a float32 tensor of any shape as C's `roundf` does, halves away from 0; torch.round takes them to even."""
     whole = x.trunc()
     return (x - whole).mul_(2).trunc_().add_(whole)
 
@@ -141,16 +145,16 @@ def _inverse(d: Tensor) -> Tensor:
 
 
 def _truncate(codes: Tensor) -> Tensor:
-    """The integer part, where ggml casts. 1 / d overflows for a subnormal d: on x86 the cast then gives 0."""
+    """Return the integer part, as ggml's cast does. For a subnormal d, 1 / d overflows, which x86 casts to 0."""
     return codes.nan_to_num_(0.0, 0.0, 0.0).trunc_()
 
 
-def _signed_absmax(blocks: Tensor) -> Tensor:
-    # ggml's search starts at +0, which no -0 replaces: adding 0 gives an all-zero block the same sign.
+def _signed_amax(blocks: Tensor) -> Tensor:
+    # ggml's loop starts at +0, which a -0 does not replace. Adding 0 gives an all-zero block the same sign.
     return blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) + 0.0
 
 
 def _step_and_min(blocks: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    # Not aminmax: of two zeros that differ in sign ggml keeps the first, and so do min and max with indices.
+    # Not aminmax: of two zeros that differ in sign, ggml keeps the first, and so do min and max with indices.
     low, high = blocks.min(1, keepdim=True).values, blocks.max(1, keepdim=True).values
     return quotient(high - low, steps), low

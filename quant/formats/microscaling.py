@@ -1,6 +1,6 @@
-"""MXFP4 and NVFP4: four-bit floats (e2m1) times an eight-bit float for 32 or 16 weights.
+"""MXFP4 and NVFP4: four-bit floats (e2m1) with an eight-bit float as the scale of 32 or 16 weights.
 
-`dequantize_*`: (n, type_size) uint8 -> (n, block_size) float32, bit-exact to ggml.
+`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, block_size), bit-exact to ggml.
 
 Source: ggml-quants.c dequantize_row_{mxfp4,nvfp4}, ggml-impl.h ggml_{e8m0_to_fp32_half,ue4m3_to_fp32} @ ggml 0.15.3;
 checked against 0.20.2. OCP Microscaling Formats (MX) 1.0.
@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import Block, fields, lookup, pack_bits, unpack_bits
+from .bits import BlockLayout, fields, lookup, pack_bits, unpack_bits
 
-MXFP4 = Block(32, 17)  # e e8m0 | qs 16
-NVFP4 = Block(64, 36)  # d 4 e4m3, one for 16 values | qs 32
+MXFP4 = BlockLayout(32, 17)  # e e8m0 | qs 16
+NVFP4 = BlockLayout(64, 36)  # d 4 e4m3 (one for 16 weights) | qs 32
 
-# Twice the e2m1 values, as in ggml, which halves the scales instead.
+# Twice the e2m1 values, as in ggml, which halves the scales to make up for it.
 KVALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
@@ -26,7 +26,15 @@ def dequantize_mxfp4(blocks: Tensor) -> Tensor:
 
 
 def encode_mxfp4(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
-    """The exponent of the largest weight, then the nearest value; bit-equal to gguf 0.19, ignores `importance`."""
+    """Encode with the exponent of the largest magnitude as the scale and the nearest e2m1 values.
+
+    Args:
+        blocks: float32 (n, 32).
+        importance: ignored.
+
+    Returns:
+        uint8 (n, 17), bit-equal to the PyPI package gguf 0.19.
+    """
     amax = blocks.abs().amax(1, keepdim=True)
     e = torch.where(amax > 0, amax.log2().floor() + 125, 0).to(torch.uint8)
     d = _e8m0_half(e)
@@ -45,13 +53,13 @@ def dequantize_nvfp4(blocks: Tensor) -> Tensor:
 
 
 def _e8m0_half(e: Tensor) -> Tensor:
-    """2^(e - 128), float32; the two smallest are subnormal."""
+    """Return 2^(e - 128), half of the e8m0 value, as float32; the two smallest are subnormal."""
     bits = e.to(torch.int32)
     return torch.where(bits < 2, (bits + 1) << 21, (bits - 1) << 23).view(torch.float32)
 
 
 def _e4m3_half(d: Tensor) -> Tensor:
-    """Half of the e4m3 value without its sign, float32; NaN (0x7f) counts as 0, as in ggml."""
-    # e4m3 and float16 differ in the bias of the exponent, 7 and 15, and by 7 bits of mantissa.
+    """Return half of the e4m3 value without its sign, as float32; NaN (0x7f) counts as 0, as in ggml."""
+    # Float16 has 7 more bits of mantissa than e4m3, and its exponent has a bias of 15 instead of 7.
     bits = ((d & 0x7F).to(torch.int16) * 128).view(torch.float16)
     return bits.float().mul_(2.0**8 / 2).masked_fill_(d == 0x7F, 0)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.errors import TritonError
 
-from ..device import lasting
+from ..device import lasting_allocations
 from .triton_formats import FORMATS, read
 
 if TYPE_CHECKING:
@@ -145,7 +145,10 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
         return False
     kernel = (qtype.name, out.dtype, packed.device)
     # The first launch loads the kernel, which stays on the device.
-    with getattr(torch, packed.device.type).device(packed.device), nullcontext() if kernel in _loaded else lasting():
+    with (
+        getattr(torch, packed.device.type).device(packed.device),
+        nullcontext() if kernel in _loaded else lasting_allocations(),
+    ):
         try:
             launch(qtype, packed, out)
         except TritonError as error:

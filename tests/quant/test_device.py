@@ -1,4 +1,4 @@
-"""What decoding keeps on a device is allocated as a host asks."""
+"""Tables and kernels that stay on a device are allocated within the context that the host sets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from wanquant.quant import QTYPES, device
-from wanquant.quant.device import allocate_within, kept
+from wanquant.quant.device import allocate_within, cached_on_device
 
 QUANT = Path(device.__file__).parent
 
 
 @pytest.fixture
 def contexts() -> Iterator[list[str]]:
-    """What enters and leaves the host's context."""
+    """A record of the events inside the host's context."""
     seen: list[str] = []
 
     @contextmanager
@@ -33,13 +33,13 @@ def contexts() -> Iterator[list[str]]:
     allocate_within(before)
 
 
-def test_tables_are_made_once_and_within_the_context(contexts: list[str]) -> None:
-    @kept
+def test_tables_are_made_once_within_the_context(contexts: list[str]) -> None:
+    @cached_on_device
     def small(device: torch.device) -> torch.Tensor:
         contexts.append("small")
         return torch.arange(4, device=device)
 
-    @kept
+    @cached_on_device
     def large(device: torch.device, size: int) -> torch.Tensor:
         contexts.append("large")
         return small(device).repeat(size)
@@ -52,7 +52,9 @@ def test_tables_are_made_once_and_within_the_context(contexts: list[str]) -> Non
     assert contexts[4:] == ["in", "large", "out"]
 
 
-def test_first_launch_of_a_kernel_is_within_it(contexts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_launch_of_a_kernel_is_within_the_context(
+    contexts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernel = pytest.importorskip("wanquant.quant.kernels.triton_kernel")
     packed, out = torch.zeros(34, dtype=torch.uint8), torch.empty(32)
     monkeypatch.setattr(torch.cpu, "device", lambda _: nullcontext(), raising=False)
@@ -64,7 +66,7 @@ def test_first_launch_of_a_kernel_is_within_it(contexts: list[str], monkeypatch:
 
 
 @pytest.mark.parametrize("path", [*QUANT.glob("*.py"), *QUANT.glob("kernels/*.py")], ids=lambda path: path.stem)
-def test_no_decoder_keeps_a_table_in_another_way(path: Path) -> None:
+def test_no_other_cache_is_keyed_by_the_device(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef) and any(
             isinstance(d, ast.Name) and d.id in ("cache", "lru_cache") for d in node.decorator_list

@@ -1,4 +1,4 @@
-"""IQ1, IQ2 and IQ3: every row of each grid, libggml's own blocks of real weights, tables made once."""
+"""IQ1, IQ2 and IQ3: every row of each grid occurs, blocks of ggml dequantize correctly, tables are made once."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def test_random_blocks_reach_every_row_of_the_grid(name: str, monkeypatch: pytes
     assert torch.cat(rows).unique().numel() == quants._type_traits[GGMLQuantizationType[name]].grid_shape[0]
 
 
-@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_XXS", "IQ3_S"])  # libggml takes seconds to prepare for the others
-def test_blocks_that_libggml_encoded(name: str, libggml: LibGGML) -> None:
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_XXS", "IQ3_S"])  # ggml takes seconds to prepare for the others
+def test_blocks_encoded_by_ggml_dequantize_to_its_bits(name: str, libggml: LibGGML) -> None:
     weight = weights("gaussian", 256)[:8]
     packed = libggml.quantize(name, weight, np.ones(weight.shape[1], np.float32))
-    decoded = QTYPES[name].dequantize(torch.from_numpy(packed)).numpy()
-    assert_same_bits(decoded, libggml.dequantize(name, packed))
-    assert 0.1 < np.linalg.norm(decoded - weight) / np.linalg.norm(weight) < 0.4
+    restored = QTYPES[name].dequantize(torch.from_numpy(packed)).numpy()
+    assert_same_bits(restored, libggml.dequantize(name, packed))
+    assert 0.1 < np.linalg.norm(restored - weight) / np.linalg.norm(weight) < 0.4
 
 
 def test_tables_are_made_once() -> None:
@@ -41,7 +41,7 @@ def test_tables_are_made_once() -> None:
     assert iquants._even_signs(device) is iquants._even_signs(device)
 
 
-def test_signs() -> None:
+def test_signs_are_the_bits_of_their_index() -> None:
     signs = iquants._signs(torch.device("cpu"))
     assert signs[0b10000001].tolist() == [-1, 1, 1, 1, 1, 1, 1, -1]
     even = iquants._even_signs(torch.device("cpu"))

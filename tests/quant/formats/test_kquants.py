@@ -1,4 +1,4 @@
-"""K-quants: packed integers are where ggml reads them."""
+"""K-quants: `pack_*` writes the fields where ggml reads them."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from wanquant.tests.quant.samples import assert_same_bits
 
 N = 50
 # name: pack, sub-blocks, largest scale and min, largest code
-AFFINE = {
+WITH_MINS = {
     "Q2_K": (kquants.pack_q2_k, 16, 15, 3),
     "Q4_K": (kquants.pack_q4_k, 8, 63, 15),
     "Q5_K": (kquants.pack_q5_k, 8, 63, 31),
 }
 # name: pack, range of scales, range of codes
-SCALED = {
+WITHOUT_MINS = {
     "Q3_K": (kquants.pack_q3_k, (-32, 31), (-4, 3)),
     "Q6_K": (kquants.pack_q6_k, (-128, 127), (-32, 31)),
 }
 
 
 def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
-    """Float32 integers from `low` to `high`, both included and both there."""
+    """Return random integers from `low` to `high` as float32; both limits occur."""
     values = np.random.default_rng(seed).integers(low, high + 1, shape).astype(np.float32)
     values[0], values[1] = low, high
     return torch.from_numpy(values)
@@ -37,9 +37,9 @@ def scales(seed: int) -> Tensor:
     return torch.randn(N, generator=torch.Generator().manual_seed(seed)).half().float()
 
 
-@pytest.mark.parametrize("name", AFFINE)
-def test_affine_blocks(name: str, libggml: LibGGML) -> None:
-    pack, n_sub, largest, largest_code = AFFINE[name]
+@pytest.mark.parametrize("name", WITH_MINS)
+def test_packed_blocks_with_mins_dequantize_to_their_fields(name: str, libggml: LibGGML) -> None:
+    pack, n_sub, largest, largest_code = WITH_MINS[name]
     d, dmin = scales(1), scales(2)
     scale, minimum = integers(0, largest, N, n_sub, seed=3), integers(0, largest, N, n_sub, seed=4)
     codes = integers(0, largest_code, N, 256, seed=5)
@@ -50,9 +50,9 @@ def test_affine_blocks(name: str, libggml: LibGGML) -> None:
     assert_same_bits(QTYPES[name].dequantize_blocks(packed).numpy(), expected)
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_scaled_blocks(name: str, libggml: LibGGML) -> None:
-    pack, scale_range, code_range = SCALED[name]
+@pytest.mark.parametrize("name", WITHOUT_MINS)
+def test_packed_blocks_without_mins_dequantize_to_their_fields(name: str, libggml: LibGGML) -> None:
+    pack, scale_range, code_range = WITHOUT_MINS[name]
     d, scale, codes = scales(1), integers(*scale_range, N, 16, seed=3), integers(*code_range, N, 256, seed=5)
     packed = pack(d, scale, codes)
     expected = (codes.view(N, 16, 16) * (d[:, None] * scale)[:, :, None]).view(N, 256).numpy()

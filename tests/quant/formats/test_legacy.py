@@ -1,4 +1,4 @@
-"""The float and legacy types: encoders bit-equal to libggml's, blocks written by hand."""
+"""The float and legacy types: encoders are bit-equal to ggml's, and blocks written by hand dequantize correctly."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def test_fast_encoding_is_bit_equal_to_ggml(name: str, kind: str, libggml: LibGG
 
 @pytest.mark.usefixtures("torch_only")
 @pytest.mark.parametrize("name", BLOCKS)
-def test_fast_encoding_is_bit_equal_to_ggml_on_a_million_weights(name: str, libggml: LibGGML) -> None:
+def test_fast_encoding_is_bit_equal_to_ggml_on_a_million_elements(name: str, libggml: LibGGML) -> None:
     weight = np.random.default_rng(2).standard_normal((1024, 1024), np.float32)
     packed = QTYPES[name].quantize(torch.from_numpy(weight), effort="fast").numpy()
     np.testing.assert_array_equal(packed, libggml.quantize(name, weight))
 
 
 @pytest.mark.parametrize("name", FLOATS)
-def test_floats_round_as_a_cast(name: str) -> None:
+def test_float_types_round_as_a_cast_does(name: str) -> None:
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[name]
     weight = torch.randn(8, 100)
     for effort in ("fast", "best"):
@@ -54,13 +54,13 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_by_hand(name: str) -> None:
+def test_blocks_written_by_hand_dequantize_correctly(name: str) -> None:
     block, others, second = BY_HAND[name]
     weight = QTYPES[name].dequantize(torch.tensor(block, dtype=torch.uint8))
     assert weight[1] == second
     assert (weight == others).sum() == 31
 
 
-def test_round_half_away() -> None:
+def test_round_half_away_rounds_halves_away_from_0() -> None:
     x = torch.tensor([0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, -0.49999997, 8388607.5, 3.0])
     assert round_half_away(x).tolist() == [1, -1, 2, 3, -3, 0, 0, 8388608, 3]

@@ -1,4 +1,4 @@
-"""TQ1_0 and TQ2_0: encoders bit-equal to ggml, lossless for ternary weights."""
+"""TQ1_0 and TQ2_0: encoders are bit-equal to ggml's, and lossless for ternary weights."""
 
 from __future__ import annotations
 
