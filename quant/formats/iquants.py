@@ -16,15 +16,20 @@ from torch.nn.functional import embedding
 from ..device import cached_on_device
 from .bits import BlockLayout, fields, half, unpack_bits
 
-IQ1_S = BlockLayout(256, 50)  # d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
-IQ1_M = BlockLayout(
-    256, 56
-)  # qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
-IQ2_XXS = BlockLayout(256, 66)  # d f16 | 8 x (qs 4 | signs and scale u32)
-IQ2_XS = BlockLayout(256, 74)  # d f16 | qs 32 u16 (9 bits of grid row, 7 bits of signs) | scales 8
-IQ2_S = BlockLayout(256, 82)  # d f16 | qs 32 | signs 32 | qh 8 | scales 8
-IQ3_XXS = BlockLayout(256, 98)  # d f16 | qs 64 | signs and scale 8 u32
-IQ3_S = BlockLayout(256, 110)  # d f16 | qs 64 | qh 8 | signs 32 | scales 4
+# d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
+IQ1_S = BlockLayout(256, 50)
+# qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
+IQ1_M = BlockLayout(256, 56)
+# d f16 | 8 x (qs 4 | signs and scale u32)
+IQ2_XXS = BlockLayout(256, 66)
+# d f16 | qs 32 u16 (9 bits of grid row, 7 bits of signs) | scales 8
+IQ2_XS = BlockLayout(256, 74)
+# d f16 | qs 32 | signs 32 | qh 8 | scales 8
+IQ2_S = BlockLayout(256, 82)
+# d f16 | qs 64 | signs and scale 8 u32
+IQ3_XXS = BlockLayout(256, 98)
+# d f16 | qs 64 | qh 8 | signs 32 | scales 4
+IQ3_S = BlockLayout(256, 110)
 
 
 def dequantize_iq1_s(blocks: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def test_random_blocks_reach_every_row_of_the_grid(name: str, monkeypatch: pytes
     rows: list[torch.Tensor] = []
     lookup = iquants._grid
     monkeypatch.setattr(iquants, "_grid", lambda name, index: (rows.append(index), lookup(name, index))[1])
-    QTYPES[name].dequantize(random_blocks(QTYPES[name], 2000))
+    QTYPES[name].dequantize_blocks(random_blocks(QTYPES[name], 2000))
     assert torch.cat(rows).unique().numel() == quants._type_traits[GGMLQuantizationType[name]].grid_shape[0]
 
 
