@@ -56,7 +56,7 @@ UNITS = {
 def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
     """Return the output of every stage of the compiler, for a launch with aligned pointers."""
     constants = triton_kernel.constants(QTYPES[name]) | {"TILE": triton_kernel.TILE}
-    arguments = {"packed": "*u8", "out": f"*{dtype}", "n_weights": "i64", "integers": "i32"}
+    arguments = {"packed": "*u8", "out": f"*{dtype}", "n_elements": "i64", "integers": "i32"}
     aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2)}
     signature = arguments | dict.fromkeys(constants, "constexpr")
     source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)

@@ -1,4 +1,4 @@
-"""GGUF block formats and conversion. Imports torch, numpy, safetensors and gguf; never comfy."""
+"""GGUF block formats and conversion, independent of ComfyUI; needs torch, numpy, safetensors and gguf."""
 
 from __future__ import annotations
 

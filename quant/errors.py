@@ -1,7 +1,7 @@
-"""The one exception of this package."""
+"""QuantError, the only exception that this package defines."""
 
 from __future__ import annotations
 
 
 class QuantError(ValueError):
-    """Bad input. The message says in one sentence what, where, what was found, what was expected and what to do."""
+    """An error in the input; its message says what is wrong, where, what was found and expected, and what to do."""

@@ -1,4 +1,4 @@
-"""QuantType: one ggml tensor type as a frozen value, and QTYPES, all of them by ggml's name."""
+"""QuantType, a ggml tensor type, and QTYPES, all of them by ggml's names."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ Effort = Literal["fast", "best"]
 _EFFORTS: tuple[Effort, ...] = get_args(Effort)
 Conversion = Literal["dequantize", "quantize"]
 DequantizeBlocks = Callable[[Tensor], Tensor]
-"""(n, type_size) uint8 -> (n, block_size) float32."""
+"""Takes uint8 (n, type_size), returns float32 (n, block_size)."""
 EncodeBlocks = Callable[[Tensor, "Tensor | None"], Tensor]
-"""(n, block_size) float32, importance of the same shape or None -> (n, type_size) uint8."""
+"""Takes float32 (n, block_size) and importance of the same shape or None, returns uint8 (n, type_size)."""
 
-# On a CPU the temporaries stay in its cache; an accelerator prefers few launches, but a search keeps about 40 float32
-# temporaries of its input: 640 MiB.
-_CPU_WEIGHTS = 1 << 18
-_DEVICE_WEIGHTS = 1 << 22
+# Elements to quantize at a time. On a CPU, the temporaries then stay in its cache. An accelerator prefers few launches,
+# but a search keeps about 40 float32 temporaries of its input, which here need 640 MiB.
+_CPU_ELEMENTS = 1 << 18
+_DEVICE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class QuantType:
-    """A ggml tensor type: every `block_size` elements are stored in `type_size` bytes."""
+    """A ggml tensor type, which stores every `block_size` elements in `type_size` bytes."""
 
     _: KW_ONLY
     name: str
     ggml_type: int
-    """The number that GGUF files use. Source: ggml.h enum ggml_type."""
+    """The number of the type in GGUF files. Source: ggml.h enum ggml_type."""
     block: BlockLayout
     dequantize_blocks: DequantizeBlocks = field(repr=False, compare=False)
     fast: EncodeBlocks | None = field(default=None, repr=False, compare=False)
-    """Encoder that writes ggml's own bytes."""
+    """The encoder that writes ggml's own bytes."""
     best: EncodeBlocks | None = field(default=None, repr=False, compare=False)
-    """Encoder that searches for the least squared error."""
+    """The encoder that searches for the least squared error."""
     slower_in_c: tuple[Conversion, ...] = field(default=(), repr=False)
-    """What ggml's C code does more slowly than the torch operations."""
+    """The conversions for which ggml's C code is slower than the torch operations."""
 
     @property
     def block_size(self) -> int:
@@ -62,11 +62,15 @@ class QuantType:
 
     @property
     def efforts(self) -> tuple[Effort, ...]:
-        """The efforts that `quantize` has an encoder for; empty for a type that can only be read."""
+        """The efforts that `quantize` has an encoder for; none for a type that can only be read."""
         return tuple(effort for effort in _EFFORTS if getattr(self, effort))
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in bytes of a tensor of `shape` weights: only the last axis changes."""
+        """Return the shape in bytes of a tensor of this shape; only the last axis changes.
+
+        Raises:
+            QuantError: the last axis is not a multiple of the block size.
+        """
         if not shape or shape[-1] % self.block_size:
             raise QuantError(
                 f"shape {shape}: the last axis is not a multiple of the {self.name} block size {self.block_size};"
@@ -75,7 +79,11 @@ class QuantType:
         return (*shape[:-1], shape[-1] // self.block_size * self.type_size)
 
     def unpacked_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in weights of packed bytes of `shape`, the inverse of `packed_shape`."""
+        """Return the shape of the tensor that is stored in bytes of this shape, the inverse of `packed_shape`.
+
+        Raises:
+            QuantError: the last axis is not a multiple of the type size.
+        """
         if not shape or shape[-1] % self.type_size:
             raise QuantError(
                 f"shape {shape} in bytes: the last axis is not a multiple of the {self.name} type size"
@@ -84,36 +92,39 @@ class QuantType:
         return (*shape[:-1], shape[-1] // self.type_size * self.block_size)
 
     def dequantize(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Decode in float32 arithmetic, rounded once to `dtype`.
+        """Dequantize in float32 arithmetic and round once to `dtype`.
 
         Args:
             packed: uint8, (..., n_blocks * type_size), on any device.
 
         Returns:
-            `dtype`, (..., n_blocks * block_size), a fresh tensor on the same device.
+            A new tensor of `dtype`, (..., n_blocks * block_size), on the same device.
 
         Raises:
-            QuantError: not uint8, or a row that is no multiple of the type size.
+            QuantError: `packed` is not uint8, or its last axis is not a multiple of the type size.
         """
         if packed.dtype != torch.uint8:
             raise QuantError(f"{self.name}: packed data is {packed.dtype}, expected torch.uint8; view it as bytes")
         self.unpacked_shape(tuple(packed.shape))
-        # The operator is called by name: its module, quant/torch_op.py, imports this one.
+        # The operator is called by name because its module, quant/torch_op.py, imports this one.
         weight: Tensor = torch.ops.wanquant.dequantize(packed, self.name, dtype)
         return weight
 
     def quantize(self, weight: Tensor, importance: Tensor | None = None, effort: Effort = "best") -> Tensor:
-        """Encode to uint8 (..., n_blocks * type_size) on the weight's device.
+        """Quantize a weight.
 
         Args:
-            weight: floating point, (..., n), n a multiple of `block_size`.
-            importance: float, (n,), the weight of each input column in the squared error, at least 0.
-            effort: "best" minimises the squared error; "fast" is ggml's own encoding without importance, bit for bit.
-                With importance both are "best"; types that have no such encoder ignore it.
+            weight: any float dtype, (..., n), where n is a multiple of `block_size`.
+            importance: any float dtype, (n,). The importance of each input channel in the squared error, at least 0.
+            effort: "best" minimizes the squared error. "fast" writes the bytes that ggml writes without importance.
+                With importance, both minimize the weighted squared error; types without such an encoder ignore it.
+
+        Returns:
+            uint8, (..., n_blocks * type_size), on the weight's device.
 
         Raises:
-            QuantError: no encoder for this type, a row that is no multiple of the block size, or importance that does
-                not fit the weight.
+            QuantError: the type has no encoder for `effort`, n is not a multiple of the block size, or the importance
+                is not one for this weight.
         """
         encode = self.encoder(effort)
         if importance is not None and self.best:
@@ -123,52 +134,64 @@ class QuantType:
         out = torch.empty(self.packed_shape(tuple(weight.shape)), dtype=torch.uint8, device=weight.device)
         n_blocks = weight.numel() // self.block_size
         blocks, packed = weight.reshape(n_blocks, self.block_size), out.view(n_blocks, self.type_size)
-        columns = None if importance is None else self._columns(importance, weight)
+        of_chunk = None if importance is None else self._importance_of_chunks(importance, weight)
         if encode is self.fast and weight.device.type == "cpu" and GGML.quantize(self, blocks, packed):
             return out
         for chunk in self._chunks(n_blocks, weight.device):
-            packed[chunk] = encode(blocks[chunk].float().contiguous(), None if columns is None else columns(chunk))
+            packed[chunk] = encode(blocks[chunk].float().contiguous(), None if of_chunk is None else of_chunk(chunk))
         return out
 
     def encoder(self, effort: str) -> EncodeBlocks:
-        """What encodes blocks; QuantError if there is no such effort, or none for this type."""
+        """Return the encoder of an effort.
+
+        Raises:
+            QuantError: there is no such effort, or this type has no encoder for it.
+        """
         if effort not in _EFFORTS:
-            raise QuantError(f"{self.name}: unknown effort {effort!r}; choose from {', '.join(_EFFORTS)}")
+            raise QuantError(f"{self.name}: effort {effort!r} is unknown; choose from {', '.join(_EFFORTS)}")
         encode = self.best if effort == "best" else self.fast
         if encode is None:
             writable = ", ".join(qtype.name for qtype in QTYPES.values() if effort in qtype.efforts)
-            raise QuantError(f"{self.name}: no {effort} encoder; choose from {writable}")
+            raise QuantError(f"{self.name}: this type has no {effort} encoder; choose from {writable}")
         return encode
 
-    def _columns(self, importance: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
-        """The importance of a chunk of blocks, (n, block_size) float32: it repeats with every row of the weight."""
+    def _importance_of_chunks(self, importance: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
+        """Return a function from a chunk of n blocks to its importance, float32 (n, block_size)."""
         if importance.shape != weight.shape[-1:]:
             raise QuantError(
                 f"{self.name}: importance of shape {tuple(importance.shape)}, expected {tuple(weight.shape[-1:])},"
-                " one value for each input column; it belongs to another tensor"
+                " one value per input channel; choose the importance of this tensor"
             )
         if not importance.is_floating_point() or bool((importance < 0).any()):
-            raise QuantError(f"{self.name}: importance must be floating point and at least 0; it is a mean of squares")
+            raise QuantError(
+                f"{self.name}: importance is {importance.dtype} or has values below 0, expected floating point and"
+                " at least 0; use means of squared inputs"
+            )
+        # The importance repeats with every row of the weight.
         row = importance.to(weight.device, torch.float32).view(-1, self.block_size)
         return lambda chunk: row[torch.arange(chunk.start, chunk.stop, device=row.device) % len(row)]
 
     def _chunks(self, n_blocks: int, device: torch.device) -> Iterator[slice]:
-        step = max(1, weights_at_a_time(device) // self.block_size)
+        step = max(1, elements_at_a_time(device) // self.block_size)
         for start in range(0, n_blocks, step):
             yield slice(start, min(start + step, n_blocks))
 
 
-def weights_at_a_time(device: torch.device) -> int:
-    """How many weights to encode in one go."""
-    return _CPU_WEIGHTS if device.type == "cpu" else _DEVICE_WEIGHTS
+def elements_at_a_time(device: torch.device) -> int:
+    """Return how many elements to quantize at a time."""
+    return _CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
 
 
 def qtype_of(ggml_type: int) -> QuantType:
-    """The type that a GGUF file means by `ggml_type`; QuantError if there is none."""
+    """Return the type that has this number in GGUF files.
+
+    Raises:
+        QuantError: no known type has it.
+    """
     if ggml_type not in QTYPES_BY_ID:
         known = ", ".join(f"{number} {qtype.name}" for number, qtype in sorted(QTYPES_BY_ID.items()))
         raise QuantError(
-            f"ggml type {ggml_type} is unknown; the known types are {known}; the file may need a newer WanQuant"
+            f"ggml type {ggml_type} is unknown, expected one of {known}; update WanQuant, which may read the file then"
         )
     return QTYPES_BY_ID[ggml_type]
 
@@ -182,7 +205,7 @@ def _type(
     best: EncodeBlocks | None = None,
     slower_in_c: tuple[Conversion, ...] = (),
 ) -> QuantType:
-    """Return the type whose block and `dequantize_*` have its name in a module of `formats`."""
+    """Return the type whose block layout and `dequantize_*` have its name in a module of `formats`."""
     return QuantType(
         name=name,
         ggml_type=ggml_type,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.search import Encoder, encode_with_feedback
-from ..qtype import Effort, QuantType, weights_at_a_time
+from ..qtype import Effort, QuantType, elements_at_a_time
 from ..statistics.calibration import Calibration
 from .row_gain import error_weights, restore_gain
 
@@ -62,7 +62,7 @@ class LayerEncoder(NamedTuple):
         encoder = qtype.best
         if not isinstance(encoder, Encoder) or (effort == "fast" and self.inverse_factor is None):
             return qtype.quantize(weight, self.importance, effort)
-        parts = torch.split(weight.float(), max(1, weights_at_a_time(weight.device) // weight.shape[-1]))
+        parts = torch.split(weight.float(), max(1, elements_at_a_time(weight.device) // weight.shape[-1]))
         return torch.cat([self._search(encoder, qtype, part) for part in parts])
 
     def _search(self, encoder: Encoder, qtype: QuantType, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Faster dequantization than by torch operations, each way used where it works.
+"""Ways to dequantize faster than with torch operations, each used where it works.
 
 It imports `device`; triton and libggml only at their first use.
 """

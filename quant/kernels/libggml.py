@@ -1,4 +1,4 @@
-"""ggml's own C code, for tensors in main memory: used where the package libggml-python is installed.
+"""ggml's own C code for tensors in main memory, used where the package libggml-python is installed.
 
 Source: ggml.h struct ggml_type_traits, ggml_get_type_traits @ ggml 0.20.2.
 """
@@ -20,15 +20,15 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..qtype import QuantType
 
-# Elements that a thread converts at a time: as float32 they stay in its cache until they are rounded.
+# Elements that a thread converts at a time. As float32 they stay in its cache until they are rounded.
 _ELEMENTS = 1 << 18
 
 _RELEASE = "0.20"
-"""Whose `_TypeTraits` are described here: with another layout a call would jump to a wrong address."""
+"""The release that `_TypeTraits` describes. With another layout of the struct, a call would jump to a wrong address."""
 
-Convert = Callable[[int, int, int], None]
-"""Addresses of source and destination, and how many elements."""
-_Convert = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+CFunction = Callable[[int, int, int], None]
+"""Takes the addresses of the source and the destination, and the number of elements."""
+_CFunction = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
 class _TypeTraits(ctypes.Structure):
@@ -38,8 +38,8 @@ class _TypeTraits(ctypes.Structure):
         ("blck_size_interleave", ctypes.c_int64),
         ("type_size", ctypes.c_size_t),
         ("is_quantized", ctypes.c_bool),
-        ("to_float", _Convert),
-        ("from_float_ref", _Convert),
+        ("to_float", _CFunction),
+        ("from_float_ref", _CFunction),
     )
 
 
@@ -49,11 +49,11 @@ def _load() -> ctypes.CDLL:
         raise ImportError("libggml-python is not installed")
     installed = version("libggml-python")
     if not installed.startswith(f"{_RELEASE}."):
-        raise ImportError(f"libggml-python {installed} is not {_RELEASE}.*, whose structs are described here")
+        raise ImportError(f"libggml-python {installed} is installed, expected {_RELEASE}.*")
     folder = Path(spec.submodule_search_locations[0])
     path = next((p for p in sorted(folder.rglob("*ggml-base.*")) if p.suffix in (".so", ".dylib", ".dll")), None)
     if path is None:
-        raise ImportError(f"no ggml-base library in {folder}")
+        raise ImportError(f"{folder} has no ggml-base library")
     library = ctypes.CDLL(str(path))
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     return library
@@ -63,7 +63,7 @@ _library = _load()
 
 
 def type_traits(qtype: QuantType) -> _TypeTraits:
-    """Return what the library knows of the type: its sizes and its functions."""
+    """Return the library's description of a type: its sizes and its functions."""
     traits: _TypeTraits = _library.ggml_get_type_traits(qtype.ggml_type).contents
     return traits
 
@@ -74,7 +74,7 @@ def _same_sizes(qtype: QuantType) -> bool:
 
 
 def _same_bits(qtype: QuantType) -> bool:
-    """Return whether this build dequantizes to ggml's reference bits: a compiler may have fused its arithmetic."""
+    """Return whether this build dequantizes to ggml's reference bits; a compiler may have fused its arithmetic."""
     traits = type_traits(qtype)
     if not _same_sizes(qtype) or not traits.to_float:
         return False
@@ -86,7 +86,7 @@ def _same_bits(qtype: QuantType) -> bool:
 
 
 def _same_codes(qtype: QuantType) -> bool:
-    """Return whether it encodes as `fast` does, for values of every exponent whose cubes float32 holds."""
+    """Return whether this build encodes as `fast` does, for values of all exponents whose cubes float32 can hold."""
     traits = type_traits(qtype)
     if not _same_sizes(qtype) or not traits.from_float_ref or qtype.fast is None:
         return False
@@ -98,59 +98,67 @@ def _same_codes(qtype: QuantType) -> bool:
 
 
 @cache
-def _dequantizer(qtype: QuantType) -> Convert | None:
-    """Return ggml's function where it is the faster one; checked when first asked for."""
+def _dequantizer(qtype: QuantType) -> CFunction | None:
+    """Return ggml's function if it is faster and gives the same bits, which is checked once per type."""
     usable = "dequantize" not in qtype.slower_in_c and _same_bits(qtype)
     return type_traits(qtype).to_float if usable else None
 
 
 @cache
-def _quantizer(qtype: QuantType) -> Convert | None:
+def _quantizer(qtype: QuantType) -> CFunction | None:
     usable = "quantize" not in qtype.slower_in_c and _same_codes(qtype)
     return type_traits(qtype).from_float_ref if usable else None
 
 
 def quantize(qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
-    """Encode as `QuantType.fast` does, if ggml's C code gives the same bytes sooner.
+    """Quantize as `QuantType.fast` does, if ggml's C code gives the same bytes and is faster.
 
     Args:
-        blocks: (n, block_size) of any floating dtype.
-        packed: uint8, (n, type_size), contiguous; written to.
+        blocks: (n, block_size) of any float dtype.
+        packed: uint8 (n, type_size), contiguous; written to.
 
     Returns:
-        Whether it was done.
+        Whether that was done.
     """
-    encode = _quantizer(qtype)
-    if encode is None:
+    convert = _quantizer(qtype)
+    if convert is None:
         return False
     if blocks.dtype is torch.float32 and blocks.is_contiguous():
-        _run(encode, blocks, packed, qtype.block_size)
+        _run(convert, blocks, packed, qtype.block_size)
         return True
     step = torch.get_num_threads() * _ELEMENTS // qtype.block_size
     for source, destination in zip(torch.split(blocks, step), torch.split(packed, step), strict=True):
-        _run(encode, source.float().contiguous(), destination, qtype.block_size)
+        _run(convert, source.float().contiguous(), destination, qtype.block_size)
     return True
 
 
 def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
-    """Dequantize as `OptionalPath` describes, if ggml's C code gives the same bits sooner."""
-    decode = _dequantizer(qtype)
-    if decode is None:
+    """Dequantize, if ggml's C code gives the same bits and is faster.
+
+    Args:
+        packed: uint8, n * type_size elements, contiguous.
+        out: any float dtype, n * block_size elements, contiguous; written to.
+
+    Returns:
+        Whether that was done.
+    """
+    convert = _dequantizer(qtype)
+    if convert is None:
         return False
     blocks, weights = packed.view(-1, qtype.type_size), out.view(-1, qtype.block_size)
     if out.dtype is torch.float32:
-        _run(decode, blocks, weights, qtype.block_size)
+        _run(convert, blocks, weights, qtype.block_size)
         return True
     step = torch.get_num_threads() * _ELEMENTS // qtype.block_size
     scratch = torch.empty(min(step, len(blocks)), qtype.block_size)
     for source, destination in zip(torch.split(blocks, step), torch.split(weights, step), strict=True):
-        _run(decode, source, scratch[: len(source)], qtype.block_size)
+        _run(convert, source, scratch[: len(source)], qtype.block_size)
         destination.copy_(scratch[: len(source)])
     return True
 
 
-def _run(convert: Convert, source: Tensor, out: Tensor, block_size: int) -> None:
-    """Convert blocks on all of torch's threads: ctypes releases the interpreter's lock during a call."""
+def _run(convert: CFunction, source: Tensor, out: Tensor, block_size: int) -> None:
+    """CFunction blocks on as many threads as torch uses; ctypes releases the GIL during a call."""
     threads = torch.get_num_threads()
     if threads == 1:
         convert(source.data_ptr(), out.data_ptr(), len(source) * block_size)

@@ -1,4 +1,4 @@
-"""OptionalPath: a faster implementation that may be missing on a machine, or fail there."""
+"""OptionalPath: a faster implementation that a machine may not have, or that may fail there."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Convert = Callable[["QuantType", Tensor, Tensor], bool]
-"""Convert the first tensor into the second, and return whether that was done; False leaves it to torch operations."""
+"""Convert the first tensor into the second; return False, having done nothing, to leave it to torch operations."""
 
 
 class _Module(Protocol):
     dequantize: Convert
-    """At least one block, (n * type_size) uint8 -> (n * block_size), both contiguous from a 16-byte boundary."""
+    """Takes uint8 (n * type_size) and writes (n * block_size), n > 0; both are contiguous from a 16-byte boundary."""
 
 
 class OptionalPath:
-    """A module of this package with `dequantize`, and perhaps `quantize`, imported at its first use.
+    """A module of this package with `dequantize`, and perhaps `quantize`, which is imported at its first use.
 
-    Where its package is not installed, nothing uses it. If it fails for one type, a warning says so, and only that type
-    is left to the torch operations from then on.
+    It is not used where the library behind it is not installed. If it fails for a type, a warning says so, and torch
+    operations convert that type from then on.
     """
 
     def __init__(self, module: str, title: str) -> None:
@@ -39,11 +39,21 @@ class OptionalPath:
         """Names of the types for which it failed."""
 
     def dequantize(self, qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
-        """Dequantize `packed` into `out`, contiguous, and return whether that was done."""
+        """Dequantize blocks, and return whether that was done.
+
+        Args:
+            packed: uint8, n * type_size elements, n > 0.
+            out: any float dtype, n * block_size elements, contiguous; written to.
+        """
         return self._attempt("dequantize", qtype, _aligned(packed), out)
 
     def quantize(self, qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
-        """Encode `blocks` into `packed` as `QuantType.fast` does, and return whether that was done."""
+        """Quantize blocks as `QuantType.fast` does, and return whether that was done.
+
+        Args:
+            blocks: (n, block_size) of any float dtype.
+            packed: uint8 (n, type_size), contiguous; written to.
+        """
         return self._attempt("quantize", qtype, blocks, packed)
 
     def _attempt(self, operation: str, qtype: QuantType, source: Tensor, out: Tensor) -> bool:
@@ -57,10 +67,15 @@ class OptionalPath:
             return convert(qtype, source, out)
         except torch.OutOfMemoryError:
             raise
-        # A compiler, a driver or another version of a package may raise anything; torch operations give the same bits.
+        # A compiler, a driver or another version of a library may raise anything. Torch operations give the same bits.
         except Exception as error:  # noqa: BLE001
             self.lost.add(qtype.name)
-            logger.warning("WanQuant runs %s without %s (%s)", qtype.name, self._title, _reason(error))
+            logger.warning(
+                "%s failed for %s (%s); WanQuant uses slower torch operations for it",
+                self._title,
+                qtype.name,
+                _reason(error),
+            )
             return False
 
     def _import(self) -> _Module | None:
@@ -68,7 +83,9 @@ class OptionalPath:
             self._module = cast("_Module", import_module(f".{self._name}", __package__))
         except (ImportError, OSError) as error:
             self._missing = True
-            logger.info("WanQuant runs without %s (%s)", self._title, _reason(error))
+            logger.info(
+                "%s cannot be used here (%s); WanQuant uses torch operations instead", self._title, _reason(error)
+            )
         return self._module
 
 
@@ -81,5 +98,5 @@ def _aligned(source: Tensor) -> Tensor:
     return source.clone() if source.data_ptr() % 16 else source
 
 
-FUSED = OptionalPath("triton_kernel", "fused kernels")
+FUSED = OptionalPath("triton_kernel", "Fused Triton dequantization")
 GGML = OptionalPath("libggml", "ggml's C code")

@@ -1,8 +1,8 @@
-"""One Triton kernel for all formats: reads blocks as they lie in the file once, writes weights once, nothing between.
+"""One Triton kernel for all formats: it reads blocks as they are in the file once, and writes the weights once.
 
-A program decodes TILE weights, a thread eight neighbours at a time, so that it stores 16 bytes of float16. Offsets
-within a program are int32, its base is int64. On a fast GPU integer units are what runs short first, so codes become
-numbers by the layout of float32 rather than by conversions.
+A program dequantizes TILE weights. A thread dequantizes eight neighboring weights at a time, so that it stores 16 bytes
+of float16. Offsets within a program are int32, and the offset of a program is int64. On a fast GPU, the integer units
+are the first to limit the speed, so codes become floats by their bit pattern instead of by conversion instructions.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 
@@ -25,41 +25,42 @@ if TYPE_CHECKING:
 
 TILE = 4096
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""A fused multiply-add would round otherwise than ggml does."""
-# 2^23 as float32: with an integer below 2^23 in its lowest bits, it is 2^23 and that integer.
-_INTEGERS = tl.constexpr(0x4B000000)
+"""Without fused multiply-adds, which round differently than ggml does."""
+# The bits of 2^23 as float32. With an integer below 2^23 in the lowest bits, these are the bits of 2^23 + integer.
+_TWO_TO_23 = tl.constexpr(0x4B000000)
 _loaded: set[tuple[str, torch.dtype, torch.device]] = set()
 
 
 @triton.jit
 def _codebook(x):
-    """iq4.KVALUES of code - 8: a polynomial comes within 0.44 of each of them, and is rounded.
+    """Return the entry of IQ4's codebook (`iq4.KVALUES`) for x = code - 8: a polynomial within 0.44 of it, rounded.
 
-    A table would take shifts of 64 bits, of the integer units.
+    A table would need 64-bit shifts, which use the integer units.
     """
-    level = tl.fma(tl.fma(tl.fma(tl.fma(x, 0.001586, 0.08184), x, -0.01681), x, 11.44), x, 1.433)
-    return (level + 12582912.0) - 12582912.0  # 1.5 * 2^23, where neighbours in float32 are integers
+    value = tl.fma(tl.fma(tl.fma(tl.fma(x, 0.001586, 0.08184), x, -0.01681), x, 11.44), x, 1.433)
+    return (value + 12582912.0) - 12582912.0  # at 1.5 * 2^23, neighboring float32 are integers
 
 
 @triton.jit
 def _weights(
     block,
-    octet,
+    group,
     integers,
-    ROW: tl.constexpr,
+    FIELD: tl.constexpr,
     FORMAT: tl.constexpr,
     BITS: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
 ):
-    """(octets, 8) float32: a row of every octet."""
-    low, high, scale, minimum = read(block, octet, ROW, FORMAT)
-    # Of a word the lower half, and the upper half shifted there; of each the upper byte in place, 256 times too large.
+    """Dequantize one bit field of every group, float32 (groups, 8)."""
+    low, high, scale, minimum = read(block, group, FIELD, FORMAT)
+    # Each half of a word is moved to the lower half. Its lower byte is used as it is. Its upper byte stays in place, so
+    # that its code is 256 times too large, which `unit` undoes.
     word = tl.join(low, high).to(tl.uint32)[:, :, None]
     byte = tl.arange(0, 4)[None, None, :]
     place, unit = 8 * (byte % 2), tl.where(byte % 2 == 0, 1.0, 1 / 256)
     code = (word >> (16 * (byte // 2))) & (((1 << BITS) - 1) << place) | integers
-    zero = _INTEGERS + ((8 if BIAS is None else BIAS) << place)
+    zero = _TWO_TO_23 + ((8 if BIAS is None else BIAS) << place)
     code = code.to(tl.float32, bitcast=True) - zero.to(tl.float32, bitcast=True)
     if BIAS is None:  # noqa: SIM108
         weight = _codebook(code * unit) * scale[:, None, None]
@@ -74,11 +75,11 @@ def _weights(
 def dequantize_kernel(
     packed,
     out,
-    n_weights,
+    n_elements,
     integers,
     FORMAT: tl.constexpr,
     BITS: tl.constexpr,
-    ROWS: tl.constexpr,
+    FIELDS: tl.constexpr,
     SPAN: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MINIMUM: tl.constexpr,
@@ -86,39 +87,43 @@ def dequantize_kernel(
     TYPE_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """packed: uint8, from a 16-byte boundary; out: n_weights >= TILE of a float dtype, contiguous.
+    """Dequantize blocks.
 
-    integers: _INTEGERS. As an argument it stays in a register, where a constant takes another instruction a weight.
+    Args:
+        packed: uint8, starting at a 16-byte boundary.
+        out: `n_elements` of a float dtype, at least TILE, contiguous.
+        integers: _TWO_TO_23. An argument stays in a register, while a constant costs one more instruction per weight.
     """
-    # The last program steps back to end where the weights end: some are decoded twice, and none needs a mask.
-    start = tl.minimum(tl.program_id(0).to(tl.int64) * TILE, n_weights - TILE)
-    octet = tl.arange(0, TILE // (8 * ROWS)).to(tl.uint32)  # unsigned: // and % are a shift and a mask
-    inside = octet % (BLOCK_SIZE // (8 * ROWS))
-    block = packed + start // BLOCK_SIZE * TYPE_SIZE + octet // (BLOCK_SIZE // (8 * ROWS)) * TYPE_SIZE
-    # All rows are read before one is written: the compiler then loads what they share once.
+    # The last program starts early enough to end with the last weight. Some weights are then dequantized twice, but no
+    # program needs a mask.
+    start = tl.minimum(tl.program_id(0).to(tl.int64) * TILE, n_elements - TILE)
+    group = tl.arange(0, TILE // (8 * FIELDS)).to(tl.uint32)  # unsigned: // and % are a shift and a mask
+    inside = group % (BLOCK_SIZE // (8 * FIELDS))
+    block = packed + start // BLOCK_SIZE * TYPE_SIZE + group // (BLOCK_SIZE // (8 * FIELDS)) * TYPE_SIZE
+    # All fields are read before any is written, so that the compiler loads only once what they share.
     first = _weights(block, inside, integers, 0, FORMAT, BITS, BIAS, HAS_MINIMUM)
-    if ROWS >= 2:
+    if FIELDS >= 2:
         second = _weights(block, inside, integers, 1, FORMAT, BITS, BIAS, HAS_MINIMUM)
-    if ROWS >= 4:
+    if FIELDS >= 4:
         third = _weights(block, inside, integers, 2, FORMAT, BITS, BIAS, HAS_MINIMUM)
         fourth = _weights(block, inside, integers, 3, FORMAT, BITS, BIAS, HAS_MINIMUM)
-    offset = octet // SPAN * (8 * SPAN * ROWS) + octet % SPAN * 8
+    offset = group // SPAN * (8 * SPAN * FIELDS) + group % SPAN * 8
     to = out + start + offset[:, None] + tl.arange(0, 8)[None, :]
     tl.store(to, first.to(out.dtype.element_ty))
-    if ROWS >= 2:
+    if FIELDS >= 2:
         tl.store(to + 8 * SPAN, second.to(out.dtype.element_ty))
-    if ROWS >= 4:
+    if FIELDS >= 4:
         tl.store(to + 16 * SPAN, third.to(out.dtype.element_ty))
         tl.store(to + 24 * SPAN, fourth.to(out.dtype.element_ty))
 
 
 def constants(qtype: QuantType) -> dict[str, object]:
-    """The kernel's constants for a type of FORMATS, besides TILE."""
+    """Return the kernel's constants, except TILE, for a type of FORMATS."""
     form = FORMATS[qtype.name]
     return {
         "FORMAT": qtype.name,
         "BITS": form.bits,
-        "ROWS": form.rows,
+        "FIELDS": form.fields,
         "SPAN": form.span,
         "BIAS": form.bias,
         "HAS_MINIMUM": form.has_minimum,
@@ -128,18 +133,27 @@ def constants(qtype: QuantType) -> dict[str, object]:
 
 
 def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
-    """On the current device, whatever the tensors are on."""
-    n_weights = out.numel()
-    tile = min(TILE, 1 << (n_weights.bit_length() - 1))
-    grid = (-(-n_weights // tile),)
-    dequantize_kernel[grid](packed, out, n_weights, _INTEGERS.value, TILE=tile, **constants(qtype), **OPTIONS)
+    """Launch the kernel on the current device, without regard to the device of the tensors.
+
+    Args:
+        packed: uint8, (n * type_size), contiguous from a 16-byte boundary.
+        out: any float dtype, (n * block_size), contiguous.
+    """
+    n_elements = out.numel()
+    tile = min(TILE, 1 << (n_elements.bit_length() - 1))
+    grid = (-(-n_elements // tile),)
+    dequantize_kernel[grid](packed, out, n_elements, _TWO_TO_23.value, TILE=tile, **constants(qtype), **OPTIONS)
 
 
 def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
-    """Dequantize as `OptionalPath` describes, if the type is one of FORMATS.
+    """Dequantize blocks, and return whether the type is one of FORMATS.
+
+    Args:
+        packed: uint8, (n * type_size), contiguous from a 16-byte boundary.
+        out: any float dtype, (n * block_size), contiguous.
 
     Raises:
-        RuntimeError: Triton cannot compile for the device, or does not drive it.
+        RuntimeError: Triton cannot compile for the device, or has no driver for it.
     """
     if qtype.name not in FORMATS:
         return False

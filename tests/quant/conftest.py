@@ -22,18 +22,18 @@ def libggml() -> LibGGML:
 
 @pytest.fixture
 def torch_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoding as where libggml-python is not installed."""
+    """Encode with torch operations, as if libggml-python were not installed."""
     monkeypatch.setattr(GGML, "quantize", lambda *_: False)
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan of one block in bfloat16, with a prefix and with metadata."""
+    """A Wan checkpoint of one transformer block in bfloat16, with a name prefix and metadata."""
     path = tmp_path_factory.mktemp("source") / "wan.safetensors"
     return write_tiny_wan(path, layers=1, ffn_dim=512, prefix=_PREFIX, metadata={"config": '{"a": 1}'})
 
 
 @pytest.fixture
 def state(source: Path) -> dict[str, Tensor]:
-    """Its tensors, without the prefix."""
+    """The tensors of `source` under their names without the prefix."""
     return {name.removeprefix(_PREFIX): tensor for name, tensor in load_file(source).items()}

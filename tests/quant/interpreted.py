@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: run by test_kernels_triton.py as a process of its own.
+"""A script that runs the Triton kernels in Triton's interpreter on the CPU; kernels/test_triton.py starts it.
 
-Prints a line for each type and dtype that it has compared.
+It compares the results with those of the torch operations, and prints a line for each type and dtype.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from .samples import assert_same_bits, random_blocks, special_blocks
 
 
 def cases(quant: QuantType) -> list[Tensor]:
-    """One block; two tiles and a ragged end; scales at the limits of float16."""
+    """Return one block, two tiles with a partial third one, and blocks with scales at the limits of float16."""
     blocks = random_blocks(quant, 2 * triton_kernel.TILE // quant.block_size + 3)
     return [blocks[:1], blocks, special_blocks(quant)]
 
 
-def decode(quant: QuantType, packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """With a margin around the output that must stay as it was."""
-    n_weights = packed.numel() // quant.type_size * quant.block_size
-    room = torch.full((n_weights + 32,), torch.nan, dtype=dtype)
-    room[[*range(16), *range(-16, 0)]] = 7
-    triton_kernel.launch(quant, packed, room[16:-16])
-    assert (room[:16] == 7).all()
-    assert (room[-16:] == 7).all()
-    return room[16:-16]
+def dequantize(quant: QuantType, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dequantize into the middle of a larger tensor, whose margins must not change."""
+    n_elements = packed.numel() // quant.type_size * quant.block_size
+    padded = torch.full((n_elements + 32,), torch.nan, dtype=dtype)
+    padded[[*range(16), *range(-16, 0)]] = 7
+    triton_kernel.launch(quant, packed, padded[16:-16])
+    assert (padded[:16] == 7).all()
+    assert (padded[-16:] == 7).all()
+    return padded[16:-16]
 
 
 def check(quant: QuantType, packed: Tensor, dtype: torch.dtype) -> None:
-    actual = decode(quant, packed, dtype)
+    actual = dequantize(quant, packed, dtype)
     expected = quant.dequantize_blocks(packed).to(dtype).flatten()
     if dtype is torch.bfloat16:  # the interpreter truncates where hardware rounds
         steps = (actual.view(torch.int16).int() - expected.view(torch.int16).int()).abs()

@@ -1,4 +1,4 @@
-"""PortableOps: proof that a computation uses only operations that MPS and XPU have too."""
+"""PortableOps, which checks that a computation uses only operations that MPS and XPU have, too."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# All have an MPS kernel, or are composed of operations that have one, by torch 2.13's native_functions.yaml.
-# Here without the underscore that ends the names of the in-place ones.
+# According to native_functions.yaml of torch 2.13, each has an MPS kernel or is composed of operations that have one.
+# The names of in-place operations are listed without their final underscore.
 _OPERATIONS = """
     _to_copy arange cat clone copy detach empty full_like lift_fresh ones_like scalar_tensor zeros_like
     expand select slice split split_with_sizes stack t transpose unbind unsqueeze _unsafe_view view
@@ -27,7 +27,7 @@ _DTYPES = frozenset((*_INTEGERS, torch.float16, torch.bfloat16, torch.float32))
 
 
 class PortableOps(TorchDispatchMode):
-    """Within it, an operation or a dtype that MPS or XPU lack raises AssertionError. `seen` collects what ran."""
+    """A context that raises AssertionError for operations and dtypes that MPS or XPU lack; `seen` has all that ran."""
 
     def __init__(self) -> None:
         super().__init__()

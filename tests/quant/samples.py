@@ -1,4 +1,4 @@
-"""Input data of the quantization tests: packed bytes, weights that are hard to quantize, and inputs of layers."""
+"""Input data for the quantization tests: packed bytes, weights that are hard to quantize, and inputs of layers."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ F16_FIELDS = {
     "TQ1_0": (52,),
     "TQ2_0": (64,),
 }
-"""Byte offsets of the float16 scales of a block."""
+"""Byte offsets of the float16 factors of a block."""
 
 _SUBNORMAL = 2.0**-24
 SPECIAL_SCALES = (0.0, -0.0, 1.0, -1.0, _SUBNORMAL, -_SUBNORMAL, 1023 * _SUBNORMAL, 65504, np.inf, -np.inf, np.nan)
 
 
 def random_blocks(qtype: QuantType, n_blocks: int, seed: int = 0) -> Tensor:
-    """(n_blocks, type_size) uint8, every byte at random: scales are NaN or infinite in about one block of 30."""
+    """Return random bytes, uint8 (n_blocks, type_size); in about one block of 30, a scale is NaN or infinite."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy(rng.integers(0, 256, (n_blocks, qtype.type_size), dtype=np.uint8))
 
 
 def special_blocks(qtype: QuantType) -> Tensor:
-    """Random blocks with every combination of SPECIAL_SCALES as their float16 scales."""
+    """Return random blocks with every combination of SPECIAL_SCALES as their float16 factors, uint8 (n, type_size)."""
     scales = np.array(SPECIAL_SCALES, np.float16).view(np.uint8).reshape(-1, 2)
     blocks = random_blocks(qtype, len(scales) ** 2).numpy()
     for field, offset in enumerate(F16_FIELDS.get(qtype.name, ())):
@@ -43,7 +43,7 @@ def special_blocks(qtype: QuantType) -> Tensor:
 
 
 def weights(kind: str, block_size: int) -> NDArray[np.float32]:
-    """(64, 4 * block_size) float32."""
+    """Return weights of a kind, float32 (64, 4 * block_size)."""
     rng = np.random.default_rng(1)
     shape = (64, 4 * block_size)
     gaussian = rng.standard_normal(shape, np.float32)
@@ -84,7 +84,10 @@ WEIGHTS = (
 
 
 def correlated(columns: int, *, rows: int = 2048, seed: int = 0) -> Tensor:
-    """(rows, columns) inputs that a few directions explain, their columns of unlike size, as a network's are."""
+    """Return inputs like those inside a network, float32 (rows, columns).
+
+    A few directions explain most of them, and the columns differ in size.
+    """
     model, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     directions = torch.randn(32, columns, generator=model) * (-torch.arange(32) / 10).exp()[:, None]
     scales = (0.7 * torch.randn(columns, generator=model)).exp()
@@ -93,7 +96,7 @@ def correlated(columns: int, *, rows: int = 2048, seed: int = 0) -> Tensor:
 
 
 def collected(**inputs: Tensor) -> Calibration:
-    """Of layers with these inputs, (rows, columns)."""
+    """Return the calibration of layers with these inputs, float32 (rows, columns)."""
     collector = CalibrationCollector()
     for name, values in inputs.items():
         collector.add(name, values)
@@ -102,7 +105,7 @@ def collected(**inputs: Tensor) -> Calibration:
 
 
 def assert_same_bits(actual: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-    """Equal bit by bit, except that any NaN equals any other."""
+    """Assert that two arrays are equal bit by bit, except that any NaN equals any other."""
     assert actual.dtype == expected.dtype == np.float32
     assert actual.shape == expected.shape
     assert actual.size

@@ -1,4 +1,4 @@
-"""QuantType and QTYPES: sizes, exactness of every decoder, chunking, refused input."""
+"""QuantType and QTYPES: sizes, exactness of dequantization, chunks, and refused input."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ every_type = pytest.mark.parametrize("quant", QTYPES.values(), ids=QTYPES.keys()
 Q8_0, Q4_K = QTYPES["Q8_0"], QTYPES["Q4_K"]
 
 
-def test_every_type_that_gguf_decodes_is_known() -> None:
-    decodable = {quant.name for quant in gguf.quants._type_traits} | {"F16", "F32"}
-    assert QTYPES.keys() == decodable
+def test_every_type_that_gguf_dequantizes_is_known() -> None:
+    dequantizable = {quant.name for quant in gguf.quants._type_traits} | {"F16", "F32"}
+    assert QTYPES.keys() == dequantizable
     assert len(QTYPES) == 26
 
 
@@ -47,7 +47,7 @@ def test_sizes_are_those_of_gguf_and_libggml(quant: QuantType, libggml: LibGGML)
     "blocks", [lambda quant: random_blocks(quant, 2000), special_blocks], ids=["random", "special"]
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_decoding_is_bit_exact(quant: QuantType, blocks, libggml: LibGGML) -> None:
+def test_dequantization_is_bit_exact(quant: QuantType, blocks, libggml: LibGGML) -> None:
     packed = blocks(quant)
     weight = quant.dequantize_blocks(packed).numpy()
     assert_same_bits(weight, libggml.dequantize(quant.name, packed.numpy()))
@@ -55,7 +55,7 @@ def test_decoding_is_bit_exact(quant: QuantType, blocks, libggml: LibGGML) -> No
 
 
 @every_type
-def test_decoding_is_portable(quant: QuantType) -> None:
+def test_dequantization_is_portable(quant: QuantType) -> None:
     packed = random_blocks(quant, 8)
     with PortableOps() as ops:
         eager.dequantize(quant, packed, torch.empty(8, quant.block_size, dtype=torch.bfloat16))
@@ -87,13 +87,13 @@ def test_encoding_is_portable(quant: QuantType, effort: Effort, weighted: bool, 
         lambda: torch.linalg.inv(torch.eye(2)),
     ],
 )
-def test_portable_ops_refuses_what_it_should(bad) -> None:
+def test_portable_ops_refuses_operations_and_dtypes_that_some_devices_lack(bad) -> None:
     with pytest.raises(AssertionError), PortableOps():
         bad()
 
 
 @every_type
-def test_leading_axes_dtype_and_rounding(quant: QuantType) -> None:
+def test_leading_axes_are_kept_and_values_are_rounded_once(quant: QuantType) -> None:
     packed = random_blocks(quant, 24).view(2, 3, 4 * quant.type_size)
     weight = quant.dequantize(packed)
     assert weight.shape == quant.unpacked_shape(packed.shape) == (2, 3, 4 * quant.block_size)
@@ -103,16 +103,16 @@ def test_leading_axes_dtype_and_rounding(quant: QuantType) -> None:
 
 
 @every_type
-def test_chunks_do_not_show(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantization_in_chunks_equals_that_of_all_blocks(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = random_blocks(quant, 7)
-    monkeypatch.setattr(eager, "CPU_WEIGHTS", 2 * quant.block_size)
+    monkeypatch.setattr(eager, "CPU_ELEMENTS", 2 * quant.block_size)
     weight = torch.empty(7, quant.block_size)
     eager.dequantize(quant, packed, weight)
     assert_same_bits(weight.numpy(), quant.dequantize_blocks(packed).numpy())
 
 
 @every_type
-def test_odd_offsets_and_strides(quant: QuantType) -> None:
+def test_odd_offsets_and_strides_give_the_same_bits(quant: QuantType) -> None:
     blocks = random_blocks(quant, 6)
     whole = quant.dequantize(blocks).numpy()
     shifted = torch.cat((torch.zeros(1, dtype=torch.uint8), blocks.flatten()))[1:].view(6, -1)
@@ -124,7 +124,7 @@ def test_odd_offsets_and_strides(quant: QuantType) -> None:
 
 @every_type
 @pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (2, 0, 5)], ids=str)
-def test_empty(quant: QuantType, shape: tuple[int, ...]) -> None:
+def test_empty_tensors_keep_their_shape(quant: QuantType, shape: tuple[int, ...]) -> None:
     shape = (*shape[:-1], shape[-1] * quant.type_size)
     weight = quant.dequantize(torch.empty(shape, dtype=torch.uint8))
     assert weight.shape == quant.unpacked_shape(shape)
@@ -132,7 +132,7 @@ def test_empty(quant: QuantType, shape: tuple[int, ...]) -> None:
         assert quant.quantize(weight, torch.ones(weight.shape[-1]), effort="fast").shape == shape
 
 
-def test_encoding_takes_any_float_strides_and_axes() -> None:
+def test_encoding_takes_any_float_dtype_strides_and_axes() -> None:
     weight = torch.randn(64, 6).half().t()
     expected = Q8_0.quantize(weight.float().contiguous(), effort="fast")
     assert torch.equal(Q8_0.quantize(weight, effort="fast"), expected)
@@ -141,7 +141,7 @@ def test_encoding_takes_any_float_strides_and_axes() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 32, 64, 96, 1 << 18])
-def test_importance_follows_its_columns_in_every_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_importance_follows_its_input_channels_in_every_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
     def spy(blocks: Tensor, importance: Tensor | None) -> Tensor:
@@ -149,19 +149,19 @@ def test_importance_follows_its_columns_in_every_chunk(chunk: int, monkeypatch: 
         seen.append((blocks.clone(), importance.clone()))
         return torch.zeros(len(blocks), 34, dtype=torch.uint8)
 
-    monkeypatch.setattr(qtype, "_CPU_WEIGHTS", chunk)
+    monkeypatch.setattr(qtype, "_CPU_ELEMENTS", chunk)
     importance = torch.arange(96.0)
     replace(Q8_0, best=spy).quantize(importance.repeat(5, 1), importance)
     assert sum(len(blocks) for blocks, _ in seen) == 15
-    for blocks, columns in seen:
-        assert torch.equal(blocks, columns)
-        assert columns.dtype == torch.float32
-        assert columns.is_contiguous()
+    for blocks, channels in seen:
+        assert torch.equal(blocks, channels)
+        assert channels.dtype == torch.float32
+        assert channels.is_contiguous()
 
 
 @pytest.mark.parametrize("quant", [q for q in QTYPES.values() if q.best], ids=lambda quant: quant.name)
 def test_encoding_in_chunks_equals_encoding_at_once(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to the last bits of sums, whose order may depend on the length of a chunk."""
+    """The errors are equal up to the last bits of sums, whose order may depend on the length of a chunk."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(9, 2 * quant.block_size, generator=generator)
     importance = torch.rand(2 * quant.block_size, generator=generator)
@@ -171,19 +171,19 @@ def test_encoding_in_chunks_equals_encoding_at_once(quant: QuantType, monkeypatc
         return ((restored - weight).square() * importance).sum(1)
 
     whole = error()
-    monkeypatch.setattr(qtype, "_CPU_WEIGHTS", quant.block_size)
+    monkeypatch.setattr(qtype, "_CPU_ELEMENTS", quant.block_size)
     torch.testing.assert_close(error(), whole, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("quant", [q for q in QTYPES.values() if q.fast], ids=lambda quant: quant.name)
-def test_fast_searches_where_importance_is_given(quant: QuantType) -> None:
+def test_fast_with_importance_equals_best(quant: QuantType) -> None:
     weight = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     importance = torch.rand(256, generator=torch.Generator().manual_seed(1))
     effort: Effort = "best" if quant.best else "fast"
     assert torch.equal(quant.quantize(weight, importance, "fast"), quant.quantize(weight, importance, effort))
 
 
-def test_codes_survive_the_round_trip() -> None:
+def test_integers_within_the_range_of_a_type_are_lossless() -> None:
     for name in ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0"):
         quant = QTYPES[name]
         largest = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 127}.get(name, 64)
@@ -199,21 +199,27 @@ REFUSED = {
     "row length": (lambda: Q4_K.packed_shape((4, 1500)), r"\(4, 1500\).*Q4_K block size 256"),
     "weight dtype": (lambda: Q8_0.quantize(torch.zeros(32, dtype=torch.int32), effort="fast"), "torch.int32"),
     "weight scalar": (lambda: Q8_0.quantize(torch.tensor(1.0), effort="fast"), r"\(\).*Q8_0"),
-    "effort": (lambda: Q8_0.quantize(torch.zeros(32), effort="slow"), "'slow'; choose from fast, best"),  # type: ignore[arg-type]
-    "no encoder": (lambda: QTYPES["IQ1_S"].quantize(torch.zeros(256)), "IQ1_S: no best encoder; choose from F32, F16"),
+    "effort": (lambda: Q8_0.quantize(torch.zeros(32), effort="slow"), "'slow' is unknown; choose from fast, best"),  # type: ignore[arg-type]
+    "no encoder": (
+        lambda: QTYPES["IQ1_S"].quantize(torch.zeros(256)),
+        "IQ1_S: this type has no best encoder; choose from F32, F16",
+    ),
     "importance length": (
         lambda: Q8_0.quantize(torch.zeros(2, 64), torch.ones(32), "fast"),
         r"\(32,\), expected \(64,\)",
     ),
     "importance axes": (lambda: Q8_0.quantize(torch.zeros(2, 64), torch.ones(2, 64), "fast"), r"expected \(64,\)"),
-    "importance sign": (lambda: Q8_0.quantize(torch.zeros(64), -torch.ones(64), "fast"), "at least 0"),
-    "importance dtype": (lambda: Q8_0.quantize(torch.zeros(64), torch.ones(64).int(), "fast"), "floating point"),
-    "unknown type": (lambda: qtype_of(99), "ggml type 99 is unknown.* 8 Q8_0"),
+    "importance sign": (lambda: Q8_0.quantize(torch.zeros(64), -torch.ones(64), "fast"), "expected .* at least 0"),
+    "importance dtype": (
+        lambda: Q8_0.quantize(torch.zeros(64), torch.ones(64).int(), "fast"),
+        "torch.int32 .*floating point",
+    ),
+    "unknown type": (lambda: qtype_of(99), "ggml type 99 is unknown, .* 8 Q8_0"),
 }
 
 
 @pytest.mark.parametrize(("call", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_refused_with_a_reason(call, message: str) -> None:
+def test_bad_input_is_refused_with_a_reason(call, message: str) -> None:
     with pytest.raises(QuantError, match=message):
         call()
 
@@ -224,7 +230,7 @@ def test_ids_and_names_are_unique() -> None:
 
 
 def test_import_is_lean() -> None:
-    """As `python -m quant`: nothing of the host, no compiler of torch or triton is imported, CUDA is not started."""
+    """Importing `quant` imports neither the host nor a compiler of torch or triton, and does not start CUDA."""
     code = (
         "import sys, torch\n"
         "torch.cuda._lazy_init = lambda: sys.exit('CUDA was started')\n"

@@ -1,4 +1,4 @@
-"""torch.ops.wanquant.dequantize: what torch asks of an operator, and every path behind it."""
+"""torch.ops.wanquant.dequantize meets torch's rules for operators, and uses each path where it works."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ every_type = pytest.mark.parametrize("quant", QTYPES.values(), ids=QTYPES.keys()
 
 @every_type
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(quant: QuantType, dtype: torch.dtype) -> None:
+def test_operator_passes_opcheck(quant: QuantType, dtype: torch.dtype) -> None:
     packed = (random_blocks(quant, 6) & 63).view(2, -1)  # finite scales: opcheck compares NaN as unequal
     torch.library.opcheck(torch.ops.wanquant.dequantize.default, (packed, quant.name, dtype))
 
 
-def test_fake_tensors_decode_to_the_right_shape() -> None:
+def test_fake_tensors_dequantize_to_the_right_shape() -> None:
     packed = torch.empty(3, 5, 288, dtype=torch.uint8, device="meta")
     weight = QTYPES["Q4_K"].dequantize(packed, torch.float16)
     assert (weight.shape, weight.dtype, weight.device.type) == ((3, 5, 512), torch.float16, "meta")
 
 
-def test_shape_of_more_than_2_31_elements() -> None:
+def test_shapes_may_have_more_than_2_31_elements() -> None:
     packed = torch.empty(1 << 20, 16 * 144, dtype=torch.uint8, device="meta")
     assert QTYPES["Q4_K"].dequantize(packed, torch.float16).shape == (1 << 20, 4096)
     with pytest.raises(QuantError, match="Q4_K"):
@@ -59,7 +59,7 @@ def optional_path(monkeypatch: pytest.MonkeyPatch, dequantize) -> OptionalPath:
     return path
 
 
-def test_an_optional_path_gets_blocks_aligned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_optional_path_gets_aligned_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def dequantize(quant: QuantType, packed: Tensor, out: Tensor) -> bool:
@@ -85,7 +85,7 @@ FAILURES = [ImportError, OSError, RuntimeError, ValueError, TypeError, Attribute
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: error.__name__)
-def test_a_path_that_fails_loses_one_type_with_one_warning(error, monkeypatch, caplog) -> None:
+def test_a_path_that_fails_for_a_type_is_dropped_for_it_with_one_warning(error, monkeypatch, caplog) -> None:
     calls = []
 
     def fail(quant: QuantType, *_: object) -> bool:
@@ -102,20 +102,20 @@ def test_a_path_that_fails_loses_one_type_with_one_warning(error, monkeypatch, c
     QTYPES["Q4_0"].dequantize(random_blocks(QTYPES["Q4_0"], 2))
     assert (calls, path.lost) == (["Q8_0", "Q4_0"], {"Q8_0"})
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", "WanQuant runs Q8_0 without fakes (no compiler)")
+        ("WARNING", "fakes failed for Q8_0 (no compiler); WanQuant uses slower torch operations for it")
     ]
 
 
-def test_a_missing_path_is_left_with_one_line(caplog) -> None:
+def test_a_missing_path_is_logged_once(caplog) -> None:
     path = OptionalPath("absent", "absentees")
     with caplog.at_level("INFO"):
         for _ in range(2):
             assert path.dequantize(QTYPES["Q8_0"], torch.zeros(1, 34, dtype=torch.uint8), torch.empty(1, 32)) is False
     assert len(caplog.messages) == 1
-    assert "without absentees (No module named" in caplog.text
+    assert "absentees cannot be used here (No module named" in caplog.text
 
 
-def test_out_of_memory_is_no_reason_to_leave_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_does_not_drop_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError
 
@@ -136,6 +136,6 @@ def test_out_of_memory_is_no_reason_to_leave_a_path(monkeypatch: pytest.MonkeyPa
     ],
     ids=["output too long", "output with strides", "not bytes", "cut", "nothing"],
 )
-def test_what_would_be_read_or_written_past_its_end_is_refused(packed: Tensor, out: Tensor) -> None:
+def test_sizes_and_strides_that_would_access_memory_out_of_bounds_are_refused(packed: Tensor, out: Tensor) -> None:
     with pytest.raises(QuantError, match="Q8_0"):
         op.dequantize_into(packed, "Q8_0", out)

@@ -1,4 +1,4 @@
-"""ggml's C code behind the operator and the fast encoders, on the CPU."""
+"""ggml's C code dequantizes on the CPU and encodes with effort `fast`, where it gives the right bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def oracle() -> LibGGML:
     return load()
 
 
-def test_is_what_decodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_operator_uses_it_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(libggml, "dequantize", lambda *arguments: seen.append(arguments) or True)
     monkeypatch.setitem(op._PATHS, "cpu", OptionalPath("libggml", ""))
@@ -34,7 +34,7 @@ def test_is_what_decodes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", DEQUANTIZED)
-def test_same_bits_as_the_torch_operations(name, dtype, threads, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantizes_to_the_bits_of_the_torch_operations(name, dtype, threads, monkeypatch: pytest.MonkeyPatch) -> None:
     quant = QTYPES[name]
     monkeypatch.setattr(libggml, "_ELEMENTS", 5 * quant.block_size)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -60,7 +60,7 @@ def test_encodes_any_part_of_a_tensor(name, kind, threads, oracle: LibGGML, monk
 
 
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
-def test_is_what_encodes_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_fast_encoding_without_importance_uses_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     quant, seen = QTYPES[name], []
     monkeypatch.setattr(libggml, "quantize", lambda *arguments: seen.append(arguments) or True)
     weight = torch.ones(2, 256)
@@ -76,7 +76,7 @@ def test_is_used_where_it_gives_the_same_bits_and_is_faster() -> None:
     assert [name for name, quant in QTYPES.items() if libggml._quantizer(quant)] == list(QUANTIZED)
 
 
-def test_a_build_that_encodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_encodes_to_other_bytes_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"Q4_0": "IQ4_NL", "Q4_K": "Q3_K"}
     traits = libggml.type_traits
     monkeypatch.setattr(libggml, "_same_sizes", lambda quant: True)
@@ -88,7 +88,7 @@ def test_a_build_that_encodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
     assert not libggml._same_codes(QTYPES["Q8_0"])
 
 
-def test_a_build_that_decodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_that_dequantizes_to_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"Q4_0": "IQ4_NL", "Q4_K": "Q5_K"}
     traits = libggml.type_traits
     monkeypatch.setattr(libggml, "type_traits", lambda quant: traits(QTYPES[other.get(quant.name, quant.name)]))
@@ -97,7 +97,7 @@ def test_a_build_that_decodes_otherwise_is_not_used(monkeypatch: pytest.MonkeyPa
     assert libggml._same_bits(QTYPES["Q8_0"])
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libggml, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match="libggml-python is not installed"):
         libggml._load()
@@ -105,5 +105,5 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_release_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libggml, "version", lambda _: "0.21.0")
-    with pytest.raises(ImportError, match=r"libggml-python 0\.21\.0 is not 0\.20\.\*"):
+    with pytest.raises(ImportError, match=r"libggml-python 0\.21\.0 is installed, expected 0\.20\.\*"):
         libggml._load()

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: their results in the interpreter, and what the compiler makes of them."""
+"""The Triton kernels without a GPU: their results in Triton's interpreter, and the instructions they compile to."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_type_is_bit_exact_in_the_interpreter() -> None:
 
 
 class StubDriver:
-    """Of no GPU: takes a compiled kernel and its arguments, and does nothing with them."""
+    """A driver without a GPU: it records launches and runs nothing."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
@@ -58,7 +58,7 @@ class StubDriver:
         return lambda *arguments: self.launches.append(arguments)
 
     def get_current_device(self) -> int:
-        return 99  # nobody else's compiled kernels
+        return 99  # a number under which no other kernels are cached
 
     def get_current_stream(self, _: int) -> int:
         return 7
@@ -68,7 +68,7 @@ class StubDriver:
 
 
 def test_a_launch_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Past the checks of Triton's own launch, which neither the interpreter nor the compiler has."""
+    """The checks of Triton's launch, which neither the interpreter nor the compiler makes, pass."""
     stub = StubDriver()
     monkeypatch.setattr(triton.runtime.driver, "_active", stub)
     packed = torch.zeros(3 * triton_kernel.TILE // 256 * 144, dtype=torch.uint8)
@@ -81,13 +81,13 @@ def test_a_launch_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_no_constant_is_a_function(name: str) -> None:
-    """Triton 3.2, of torch 2.6, would not launch the kernel."""
+    """Triton 3.2, which torch 2.6 needs, would not launch the kernel."""
     assert not [key for key, value in triton_kernel.constants(QTYPES[name]).items() if callable(value)]
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_offsets_of_a_program_are_64_bits_wide(name: str) -> None:
-    """So that a weight may have more than 2^31 elements: the program's number is widened before it is multiplied."""
+    """The program's number is widened before it is multiplied, so that a weight may have more than 2^31 elements."""
     stage = compiled(name, "bf16", TARGETS[3])["ttir"]
     (number,) = re.findall(r"(%\w+) = tt\.get_program_id", stage)
     uses = re.findall(rf"= (\S+) .*{number}\b(?!.*get_program_id).*", stage)
@@ -97,7 +97,10 @@ def test_offsets_of_a_program_are_64_bits_wide(name: str) -> None:
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: str(target.arch))
 @pytest.mark.parametrize("name", TYPES)
 def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
-    """At most 25 for a weight, no spills, 16-byte stores; and of 32 weights at most eight loads of a single byte."""
+    """There are at most 25 instructions per weight, no spills, and at most eight single-byte loads per 32 weights.
+
+    All stores write 16 bytes.
+    """
     for dtype in ("fp32", "bf16"):  # float16 is bfloat16 with another conversion
         assembly = compiled(name, dtype, target)["ptx" if target.backend == "cuda" else "amdgcn"]
         if target.backend == "hip":
@@ -113,13 +116,13 @@ def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
 
 @pytest.mark.parametrize("name", TYPES)
 def test_16_bit_weights_do_not_go_through_shared_memory(name: str) -> None:
-    """Nor do their codes: each thread stores what it decodes."""
+    """Each thread stores the weights that it dequantizes itself."""
     assert "st.shared" not in compiled(name, "bf16", TARGETS[3])["ptx"]
 
 
 @pytest.mark.skipif(not NVDISASM.exists(), reason="this Triton has no disassembler")
 @pytest.mark.parametrize("name", TYPES)
-def test_the_memory_is_the_limit_on_an_h200(name: str) -> None:
-    """Of all cards it has the most bandwidth for its units: no unit takes much more than half of the memory's time."""
+def test_memory_bandwidth_is_the_limit_on_an_h200(name: str) -> None:
+    """The H200 has the most bandwidth for its units; even there, no unit needs as long as the memory does."""
     assert GPUS[0].name == "H200"
     assert busiest(name, GPUS[0]) < (0.85 if name.startswith("IQ4") else 0.65)
