@@ -28,7 +28,7 @@ def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
     if packed.dtype is not torch.uint8 or out.numel() != n_elements or not out.is_contiguous():
         raise QuantError(
             f"{qtype}: got {packed.numel()} elements of {packed.dtype} and an output of {out.numel()} elements with"
-            f" strides {out.stride()}, expected torch.uint8 and {n_elements} contiguous elements; allocate the output anew"
+            f" strides {out.stride()}, expected torch.uint8 and {n_elements} contiguous elements; allocate a new output"
         )
     if packed.is_meta:
         torch.ops.wanquant.dequantize_into(packed, qtype, out)

@@ -1,4 +1,4 @@
-"""GGUF: header, tensors and metadata, read without trust and written atomically.
+"""GGUF files: header, metadata and tensors, read without trusting any number in them, and written atomically.
 
 It imports `qtype` and `files`.
 """

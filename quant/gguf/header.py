@@ -1,4 +1,4 @@
-"""GGUF headers: metadata and tensor records of a file, or of all parts of a split one, checked before anyone uses them.
+"""GGUF headers: the checked metadata and tensor records of a file, or of all parts of a split file.
 
 Source: ggml docs/gguf.md; split keys: the PyPI package gguf 0.19, gguf_writer.py add_shard_kv_data;
 `comfy.gguf.orig_shape.<name>` and 5-D tensors: city96/ComfyUI-GGUF loader.py get_orig_shape @ 001ffcf.
@@ -21,13 +21,13 @@ import numpy as np
 from ..errors import QuantError
 from ..files.shards import Shard
 from ..qtype import QuantType, qtype_of
-from .values import HeaderReader
+from .values import DAMAGED, HeaderReader
 
 DEFAULT_ALIGNMENT = 32
 ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
 
 _MAX_ALIGNMENT = 1 << 16
-# ggml stops at 4; existing ComfyUI packs store the 5-D patch embeddings of video models as they are.
+# ggml allows 4. Existing ComfyUI packs store the 5-D patch embeddings of video models as they are.
 _MAX_DIMS = 5
 _MAX_ORIG_DIMS = 8
 _MIN_TENSOR_INFO_BYTES = 24
@@ -35,15 +35,18 @@ _MIN_METADATA_BYTES = 13
 _LOOKALIKES = (
     (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page, so the download failed; download it again"),
     (re.compile(rb"version https://git-lfs"), "a Git LFS pointer; run `git lfs pull` or download the file itself"),
-    (re.compile(rb".{6}\0\0\{", re.DOTALL), "a safetensors file; rename it to .safetensors, then convert it"),
-    (re.compile(rb"PK\x03\x04"), "a zip archive or a PyTorch pickle; a .pt or .ckpt must be made safetensors first"),
-    (re.compile(rb"tjgg|fmgg|lmgg"), "a GGML file from before GGUF; get a GGUF version of it"),
+    (re.compile(rb".{6}\0\0\{", re.DOTALL), "a safetensors file; rename it to .safetensors and convert it"),
+    (re.compile(rb"PK\x03\x04"), "a zip archive or a PyTorch pickle; save the model as .safetensors and convert that"),
+    (re.compile(rb"tjgg|fmgg|lmgg"), "a GGML file from before GGUF; get the model as GGUF"),
 )
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """Where a tensor lies. Shapes are in torch's order; `shape` is the model's, `stored_shape` the file's."""
+    """What a header says about a tensor; `shape` is that of the model, `stored_shape` that in the file.
+
+    Both are in torch's order.
+    """
 
     name: str
     qtype: QuantType
@@ -57,7 +60,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """What tells that a path still leads to the very file that was read."""
+    """Properties of a file that show whether a path still leads to the same, unchanged file."""
 
     path: Path
     device: int
@@ -67,23 +70,31 @@ class FileIdentity:
 
     @classmethod
     def of(cls, path: Path) -> FileIdentity:
+        """Return the identity of the file that is now at the path.
+
+        Raises:
+            QuantError: there is no readable file.
+        """
         try:
             status = path.stat()
         except OSError as error:
             raise QuantError(f"{path}: cannot be read: {error.strerror}; check the path and load again") from None
         if not stat.S_ISREG(status.st_mode):
-            raise QuantError(f"{path}: not a file, expected a .gguf file; choose one inside it")
+            raise QuantError(f"{path}: not a file, expected a .gguf file; choose a file")
         return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def check_unchanged(self) -> None:
+        """Raise QuantError if the path leads to another or a changed file."""
         if FileIdentity.of(self.path) != self:
-            raise QuantError(f"{self.path}: the file was changed or replaced since it was loaded; load the model again")
+            raise QuantError(f"{self.path}: the file was changed or replaced after it was loaded; load the model again")
 
     def displaced(self) -> str | None:
-        """What became of the path, if it was renamed over or deleted: a mapping of the file is still what it was.
+        """Return what happened to the path, "deleted" or "replaced by another", or None.
+
+        A mapping of the file is intact in all three cases.
 
         Raises:
-            QuantError: the file itself was written to, and with it the mapping.
+            QuantError: the file itself was written to, which changes a mapping of it.
         """
         try:
             now = FileIdentity.of(self.path)
@@ -97,16 +108,16 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class Header:
-    """Everything a GGUF says about itself; the parts of a split file are one header."""
+    """The metadata and the tensor records of a GGUF; a split file has one header for all parts."""
 
     path: Path
     metadata: Mapping[str, Any]
-    """Python scalars; numpy arrays, StringArray or tuples of these for arrays."""
+    """Values are Python scalars, or for arrays: numpy arrays, StringArrays, or tuples of these."""
     tensors: Mapping[str, TensorRecord]
     parts: tuple[FileIdentity, ...]
 
     def check_unchanged(self) -> None:
-        """Raises QuantError when the file at the path is no longer the one that was read."""
+        """Raise QuantError if a file is no longer the one that was read."""
         for part in self.parts:
             part.check_unchanged()
 
@@ -119,10 +130,10 @@ class _Part:
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """Reads the header, and those of all parts if `path` is one of `-00001-of-0000N.gguf`.
+    """Read the header of a GGUF, including those of all parts if `path` is one of `-00001-of-0000N.gguf`.
 
     Raises:
-        QuantError: in one line, the file and the field, for anything that is not a well-formed GGUF of known types.
+        QuantError: the file is not a well-formed GGUF of known types; the message is one line with the file and field.
     """
     path = Path(path)
     parts = [_read_part(part_path) for part_path in _part_paths(path)]
@@ -136,17 +147,21 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     tensors: dict[str, TensorRecord] = {}
     for record in (record for part in parts for record in part.records):
         if record.name in tensors:
-            raise _tensor_error(record, "appears twice; the file is damaged")
+            raise _tensor_error(record, f"appears twice, expected unique names; {DAMAGED}")
         tensors[record.name] = replace(record, shape=_logical_shape(record, metadata))
     return Header(path, metadata, tensors, tuple(part.identity for part in parts))
 
 
 def alignment_of(metadata: Mapping[str, Any], path: Path) -> int:
-    """`general.alignment` in bytes, a power of two."""
+    """Return `general.alignment` in bytes, a power of two.
+
+    Raises:
+        QuantError: the value in the metadata is not one.
+    """
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
         raise QuantError(
-            f"{path}: general.alignment: {alignment!r:.40}, expected a power of two up to {_MAX_ALIGNMENT}"
+            f"{path}: general.alignment: {alignment!r:.40}, expected a power of two up to {_MAX_ALIGNMENT}; {DAMAGED}"
         )
     return alignment
 
@@ -158,9 +173,7 @@ def _part_paths(path: Path) -> list[Path]:
     paths = shard.series(path.parent)
     missing = next((part for part in paths if not part.exists()), None)
     if missing is not None:
-        raise QuantError(
-            f"{missing}: missing, one of the {shard.total} parts; put all parts of this model into one folder"
-        )
+        raise QuantError(f"{missing}: missing, expected all {shard.total} parts of the model; put them into one folder")
     return paths or [path]
 
 
@@ -172,8 +185,8 @@ def _check_split(parts: Sequence[_Part]) -> None:
             found = part.metadata.get(key, value)
             if not isinstance(found, int) or found != value:
                 raise QuantError(
-                    f"{part.identity.path}: {key}: {found!r:.40}, expected {value} by the parts found;"
-                    " keep all parts of one download together, named <model>-00001-of-0000N.gguf"
+                    f"{part.identity.path}: {key}: {found!r:.40}, expected {value} from the parts found;"
+                    " put all parts of one download into one folder, named <model>-00001-of-0000N.gguf"
                 )
 
 
@@ -194,7 +207,7 @@ def _parse(reader: HeaderReader, identity: FileIdentity) -> _Part:
     for number in range(n_metadata):
         key = reader.name(f"metadata key {number}")
         if key in metadata:
-            raise reader.error(key, "this metadata key appears twice; the file is damaged")
+            raise reader.error(key, f"this metadata key appears twice, expected unique keys; {DAMAGED}")
         metadata[key] = reader.value(key)
     alignment = alignment_of(metadata, reader.path)
     records = [_read_tensor_info(reader, number) for number in range(n_tensors)]
@@ -206,14 +219,14 @@ def _check_format(reader: HeaderReader) -> None:
     head = reader.take(min(reader.size, 64), "magic")
     if not head.startswith(b"GGUF"):
         kinds = (kind for pattern, kind in _LOOKALIKES if pattern.match(head))
-        kind = next(kinds, f"{head[:4]!r}; the file is damaged or of another format" if head else "an empty file")
+        kind = next(kinds, f"{head[:4]!r}; {DAMAGED}" if head else "an empty file; download or convert it again")
         raise reader.error("magic", f"expected b'GGUF', got {kind}")
     reader.position = 4
     version = reader.u32("version")
     if version and not version & 0xFFFF:
-        raise reader.error("version", "a big-endian GGUF, which cannot be read; convert it to little-endian")
+        raise reader.error("version", "a big-endian GGUF, expected little-endian; get or convert a little-endian file")
     if version not in (2, 3):
-        raise reader.error("version", f"{version}, expected 2 or 3; get or convert the model in a current version")
+        raise reader.error("version", f"{version}, expected 2 or 3; get or convert a file of a current version")
 
 
 def _read_tensor_info(reader: HeaderReader, number: int) -> TensorRecord:
@@ -221,11 +234,11 @@ def _read_tensor_info(reader: HeaderReader, number: int) -> TensorRecord:
     field = f"tensor {name}"
     n_dims = reader.u32(field)
     if n_dims > _MAX_DIMS:
-        raise reader.error(field, f"{n_dims} dimensions, expected at most {_MAX_DIMS}; the file is damaged")
+        raise reader.error(field, f"{n_dims} dimensions, expected at most {_MAX_DIMS}; {DAMAGED}")
     shape = tuple(reader.u64(field) for _ in range(n_dims))[::-1]
     type_id = reader.u32(field)
     if 0 in shape:
-        raise reader.error(field, f"shape {shape} has a dimension of size 0; the file is damaged")
+        raise reader.error(field, f"shape {shape}, expected no dimension of size 0; {DAMAGED}")
     try:
         qtype = qtype_of(type_id)
         nbytes = prod(qtype.packed_shape(shape or (1,)))
@@ -235,33 +248,41 @@ def _read_tensor_info(reader: HeaderReader, number: int) -> TensorRecord:
 
 
 def _place(records: Sequence[TensorRecord], data_offset: int, alignment: int, size: int) -> list[TensorRecord]:
-    """Makes offsets count from the start of the file, and checks that each tensor has bytes of its own there."""
+    """Return the records with offsets from the start of the file, after checking that each tensor has its own bytes."""
     placed = [replace(record, offset=data_offset + record.offset) for record in records]
     for record in placed:
         if record.offset % alignment:
-            raise _tensor_error(record, f"offset {record.offset} is not a multiple of general.alignment {alignment}")
+            raise _tensor_error(
+                record, f"offset {record.offset}, expected a multiple of general.alignment {alignment}; {DAMAGED}"
+            )
         if record.offset + record.nbytes > size:
             raise _tensor_error(
                 record,
                 f"{record.nbytes} bytes of data at offset {record.offset} end past the end of the file ({size} bytes);"
-                " the file is cut off or damaged, download or convert it again",
+                f" {DAMAGED}",
             )
     for before, after in pairwise(sorted(placed, key=lambda record: record.offset)):
         if before.offset + before.nbytes > after.offset:
-            raise _tensor_error(after, f"its data overlaps that of {before.name}; the file is damaged")
+            raise _tensor_error(after, f"its data overlaps that of {before.name}, expected separate data; {DAMAGED}")
     return placed
 
 
 def _logical_shape(record: TensorRecord, metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the shape that the model has for a tensor whose stored shape may be a flattened one."""
     key = ORIG_SHAPE_KEY + record.name
     if key not in metadata:
         return record.stored_shape
     dims = metadata[key]
     if not isinstance(dims, np.ndarray) or dims.dtype.kind not in "iu" or dims.size > _MAX_ORIG_DIMS:
-        raise QuantError(f"{record.path}: {key}: expected an array of up to {_MAX_ORIG_DIMS} integers")
+        raise QuantError(
+            f"{record.path}: {key}: expected an array of up to {_MAX_ORIG_DIMS} integers, got another"
+            f" {type(dims).__name__}; {DAMAGED}"
+        )
     shape = tuple(dims.tolist())
     if min(shape, default=1) < 1 or prod(shape) != prod(record.stored_shape):
-        raise QuantError(f"{record.path}: {key}: {shape} is not another shape of the stored {record.stored_shape}")
+        raise QuantError(
+            f"{record.path}: {key}: {shape}, expected as many elements as the stored {record.stored_shape}; {DAMAGED}"
+        )
     return shape
 
 

@@ -1,4 +1,4 @@
-"""FileLayout: where each tensor of a GGUF v3 file lies, and its header, known before anything is written.
+"""FileLayout, the header of a GGUF v3 file and the places of its tensors, known before anything is written.
 
 Source: ggml docs/gguf.md. Flattening: stable-diffusion.cpp core/ggml_extend.hpp Conv3d and model_io/gguf_reader_ext.h
 @ 97d2990 read leading dimensions merged into one; city96/ComfyUI-GGUF loader.py get_orig_shape @ 001ffcf undoes it.
@@ -22,13 +22,13 @@ from .header import ORIG_SHAPE_KEY, alignment_of
 from .values import pack_metadata, pack_name
 
 _MAX_DIMS = 4
-# GGML_MAX_NAME as ComfyUI's GGUF tools and stable-diffusion.cpp build it, less the terminating zero.
+# GGML_MAX_NAME minus the terminating zero, as ComfyUI's GGUF tools and stable-diffusion.cpp build it.
 _MAX_NAME_BYTES = 127
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: `shape` is the model's, in torch's order."""
+    """A tensor to be written; `shape` is that of the model, in torch's order."""
 
     name: str
     qtype: QuantType
@@ -40,13 +40,15 @@ class TensorSpec:
 
 
 class FileLayout:
-    """The header and the sizes of a file of these tensors and this metadata.
+    """The header and the size of a file with these tensors and this metadata.
 
-    Tensors of more than 4 dimensions are stored with the leading ones merged and their shape in
-    `comfy.gguf.orig_shape.<name>`. `five_d` stores them as they are, which WanVideoWrapper needs and llama.cpp refuses.
+    Args:
+        five_d: store tensors of more than 4 dimensions as they are, which WanVideoWrapper needs and llama.cpp refuses.
+            Otherwise their leading dimensions are merged, and their shape is stored in
+            `comfy.gguf.orig_shape.<name>`.
 
     Raises:
-        QuantError: names, shapes or metadata cannot be stored.
+        QuantError: a name, a shape or a metadata value cannot be stored.
     """
 
     def __init__(
@@ -64,17 +66,20 @@ class FileLayout:
         self._metadata = {**metadata, **self._orig_shapes()}
         self.header = self._pack_header(self._metadata)
         self.nbytes = len(self.header) + sum(self.padded(spec.nbytes) for spec in self.tensors)
-        """Size of the file."""
+        """The size of the file in bytes."""
 
     def header_with(self, metadata: Mapping[str, Any]) -> bytes:
-        """Return the header with other values, each as long in the file as the one that it replaces.
+        """Return the header with new values, each as long in the file as the value that it replaces.
 
         Raises:
-            QuantError: a key that the file does not have, or a value of another length.
+            QuantError: the header does not have a key, or its value has another length.
         """
         for key, value in metadata.items():
             if len(pack_metadata({key: value})) != len(pack_metadata({key: self._metadata.get(key, "")})):
-                raise QuantError(f"{self.path}: metadata {key}: not declared, or of another size than its placeholder")
+                raise QuantError(
+                    f"{self.path}: metadata {key}: {value!r:.40}, expected a value of the size that was declared for"
+                    " this key; declare a placeholder of the same type and length"
+                )
         return self._pack_header({**self._metadata, **metadata})
 
     def padded(self, nbytes: int) -> int:
@@ -86,8 +91,8 @@ class FileLayout:
         for spec in self.tensors:
             if spec.name in names or not 0 < len(pack_name(spec.name)) - 8 <= _MAX_NAME_BYTES or 0 in spec.shape:
                 raise QuantError(
-                    f"{self.path}: tensor {spec.name!r} {spec.shape}: expected a unique name of 1 to {_MAX_NAME_BYTES}"
-                    " bytes and no dimension of size 0; rename or leave out the tensor"
+                    f"{self.path}: tensor {spec.name!r} of shape {spec.shape}: expected a unique name of 1 to"
+                    f" {_MAX_NAME_BYTES} bytes and no dimension of size 0; rename or leave out the tensor"
                 )
             names.add(spec.name)
 
@@ -110,5 +115,6 @@ class FileLayout:
 
 
 def _flattened(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Merge leading dimensions so that at most 4 remain."""
     n_merged = len(shape) - _MAX_DIMS + 1
     return (prod(shape[:n_merged]), *shape[n_merged:]) if n_merged > 1 else shape

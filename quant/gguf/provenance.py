@@ -1,4 +1,4 @@
-"""What a converted file says about its making: the `wanquant.*` metadata."""
+"""The `wanquant.*` metadata, in which a converted file records its source, its settings and its errors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from torch import Tensor
 
 VERSION = "0.1.0"
-"""Of the converter: a file made by another version is not reused."""
+"""The version of the converter; a file made by another version is not reused."""
 
 RELATIVE_ERROR = "wanquant.relative_error"
 """FLOAT32 array in tensor order: |dequantized - source| / |source|."""
 FIVE_D = "wanquant.five_d"
 """BOOL: tensors of more than 4 dimensions are stored as they are, not flattened."""
 NON_FINITE = "wanquant.allow_non_finite"
-"""BOOL, true or absent: NaN and infinity in the source became 0."""
+"""BOOL, true or absent: NaN and infinity in the source were replaced by 0."""
 CALIBRATED = "wanquant.calibrated"
-"""BOOL, true or absent: codes are rounded for the least error of the outputs."""
+"""BOOL, true or absent: codes were rounded for the least error of the layers' outputs."""
 TARGET_SIZE = "wanquant.target_size"
-"""UINT64: bytes that the file was to take at most; 0 for a recipe."""
+"""UINT64: the size in bytes that the file was to have at most; 0 if a recipe was given."""
 DATA_SHA256 = "wanquant.data_sha256"
-"""STRING: SHA-256 of all bytes of the file behind the header; `verify` compares it."""
+"""STRING: SHA-256 of all bytes after the header, which `verify` compares."""
 SOURCE_SHA256 = "wanquant.source_sha256"
 SOURCE_MTIME = "wanquant.source_mtime_ns"
 
@@ -32,19 +32,23 @@ _IDENTIFYING = ("version", "recipe", "target_size", "effort", "importance", "fiv
 
 
 def source_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The `__metadata__` of the safetensors file that a GGUF was made from, for the host's model detection."""
+    """Return the `__metadata__` of the safetensors file that a GGUF was made from, for the host's model detection."""
     return {
         key.removeprefix(_SOURCE_METADATA): value for key, value in metadata.items() if key.startswith(_SOURCE_METADATA)
     }
 
 
 def carried_metadata(source: Mapping[str, str]) -> dict[str, str]:
-    """Safetensors `__metadata__` as GGUF keys, the inverse of `source_metadata`."""
+    """Return safetensors `__metadata__` under GGUF keys, the inverse of `source_metadata`."""
     return {_SOURCE_METADATA + key: value for key, value in source.items()}
 
 
 def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
-    """SHA-256 of an importance matrix, empty without one."""
+    """Return the SHA-256 of an importance matrix, or an empty string without one.
+
+    Args:
+        importance: for each weight's name, any float dtype (input channels,).
+    """
     if importance is None:
         return ""
     digest = hashlib.sha256()
@@ -55,12 +59,12 @@ def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
 
 
 def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a file's metadata names the same source file, by name and size, and the same settings as `wanted`."""
+    """Return whether a file's metadata has the same source name, source size and settings as `wanted`."""
     same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED)
     return all(existing.get(key) == wanted.get(key) for key in same)
 
 
 def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """The relative error of each tensor as the file records it; empty for a file of another maker."""
+    """Return the relative error that the file records for each tensor; nothing for a file of another program."""
     errors = np.asarray(metadata.get(RELATIVE_ERROR, ()))
     return dict(zip(names, errors.tolist(), strict=True)) if errors.size == len(names) else {}

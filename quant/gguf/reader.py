@@ -1,4 +1,4 @@
-"""Opens GGUF files for reading: records of `gguf_header` with their data mapped, never copied."""
+"""Opening GGUF files: tensor records whose data is mapped into memory, never copied."""
 
 from __future__ import annotations
 
@@ -15,41 +15,44 @@ from .header import FileIdentity, Header, TensorRecord, read_header
 
 @dataclass(frozen=True)
 class GGUFTensor(TensorRecord):
-    """A tensor record with its data."""
+    """A tensor record with access to its data."""
 
     mapping: Tensor = field(repr=False, compare=False)
-    """uint8, (file size,): the whole file, shared by its tensors."""
+    """The whole file, which its tensors share: uint8 (file size,)."""
 
     @property
     def data(self) -> Tensor:
-        """uint8, (*stored_shape[:-1], row_bytes): a view of the mapping. Writing to it does not change the file."""
+        """The packed data, a view of the mapping: uint8 (*stored_shape[:-1], bytes per row).
+
+        Writing to it does not change the file.
+        """
         packed = self.mapping[self.offset : self.offset + self.nbytes]
         return packed.view(self.qtype.packed_shape(self.stored_shape or (1,)))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A fresh tensor of `shape` and `dtype`."""
+        """Dequantize into a new tensor of `dtype` and `shape`."""
         return self.qtype.dequantize(self.data, dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
 class GGUFFile(Header):
-    """An open GGUF. The mapping lives as long as any of its tensors does."""
+    """An open GGUF; the mapping exists as long as any of its tensors does."""
 
     tensors: Mapping[str, GGUFTensor]
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
-    """Maps a GGUF, or all parts of a split one.
+    """Map a GGUF, or all parts of a split one, into memory.
 
-    A file renamed over or deleted while it is open stays readable (`check_unchanged` tells); one truncated in place
-    does not, and the operating system ends the process that touches the missing pages.
+    If the file is deleted or replaced while it is open, the mapping stays readable, and `check_unchanged` raises. If it
+    is truncated in place, the operating system ends a process that reads the missing pages.
 
     Raises:
-        QuantError: the file is no well-formed GGUF (see `read_header`), or cannot be mapped.
+        QuantError: the file is not a well-formed GGUF (see `read_header`), or cannot be mapped.
     """
     header = read_header(path)
     mappings = {part.path: map_private(part) for part in header.parts}
-    # The header was read before the file was mapped: both must be of the same file.
+    # The header was read before the file was mapped, so the file may have been replaced in between.
     header.check_unchanged()
     tensors = {
         name: GGUFTensor(**vars(record), mapping=mappings[record.path]) for name, record in header.tensors.items()
@@ -58,14 +61,19 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 
 def map_private(part: FileIdentity) -> Tensor:
-    """uint8, (file size,): writing to it does not change the file.
+    """Map a file into memory, so that writing to the mapping does not change the file.
+
+    Returns:
+        uint8 (file size,).
 
     Raises:
-        QuantError: the system refuses.
+        QuantError: the system refuses to map the file.
     """
-    # Pages must be writable and private: CUDA refuses to pin read-only ones in place.
+    # Pages must be writable, since CUDA refuses to pin read-only ones in place. So they are private.
     try:
         return torch.from_file(os.fspath(part.path), shared=False, size=part.size, dtype=torch.uint8)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise QuantError(f"{part.path}: cannot be mapped into memory: {reason}") from None
+        raise QuantError(
+            f"{part.path}: cannot be mapped into memory: {reason}; check the file's permissions and the free memory"
+        ) from None

@@ -1,4 +1,4 @@
-"""GGUF metadata values: the table of value types, a reader that trusts no length, and its inverse for the writer.
+"""GGUF metadata values: their types, a reader that checks every length, and the functions that write them.
 
 Source: ggml docs/gguf.md (gguf_metadata_value_type); the PyPI package gguf 0.19, constants.py GGUFValueType.
 """
@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from ..errors import QuantError
 
 MAX_HEADER_BYTES = 1 << 27
-"""Far above real headers (262k tokens and merges take 10 MiB); bounds what a damaged file can make us read."""
+"""The most bytes that a damaged file can make us read. Real headers with 262k tokens and merges have 10 MiB."""
 MAX_ITEMS = 1 << 18
-"""Bounds tensors, metadata keys and nested arrays: the items that become Python objects."""
+"""The limit of tensors, of metadata keys and of nested arrays, since each becomes a Python object."""
+DAMAGED = "the file is damaged, download or convert it again"
+"""The end of messages about files that no program writes on purpose."""
 
 _MAX_STRINGS = 1 << 21
 _MIN_STRING_BYTES = 8
@@ -47,10 +49,12 @@ _NUMBER_IDS = {dtype: type_id for type_id, dtype in _NUMBERS.items()}
 
 
 class StringArray(Sequence[str]):
-    """Strings that stay packed as in the file; positions are found at the first access, each string decoded on its own.
+    """An array of strings that stay packed as in the file; each is decoded from UTF-8 when it is accessed.
+
+    The first access also finds the positions of all strings.
 
     Raises:
-        QuantError: on access, for a string that is not UTF-8.
+        QuantError: on access to a string that is not UTF-8.
     """
 
     def __init__(self, packed: bytes, count: int, label: str) -> None:
@@ -82,20 +86,26 @@ class StringArray(Sequence[str]):
 
 
 MetadataValue: TypeAlias = "bool | int | float | str | NDArray[Any] | StringArray | tuple[MetadataValue, ...]"
-"""What a reader gives for a value: a tuple is an array of arrays."""
+"""A value as the reader returns it; a tuple is an array of arrays."""
 
 
 class HeaderReader:
-    """Reads the head of a file in growing chunks; lengths are checked against the file before anything is allocated."""
+    """A reader of a file's header, which it loads in growing chunks.
+
+    Lengths are checked against the size of the file before anything is allocated. Every method raises QuantError, with
+    the path and the field, if the file does not hold what is asked for.
+    """
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.size, self.position = path, size, 0
         self._file, self._data, self._n_nested = file, b"", 0
 
     def error(self, field: str, problem: str) -> QuantError:
+        """Return an error that names the file and the field."""
         return QuantError(f"{self.path}: {field}: {problem}")
 
     def take(self, nbytes: int, field: str) -> bytes:
+        """Return the next `nbytes` bytes."""
         start = self.position
         self._fill(start + nbytes, field)
         self.position += nbytes
@@ -108,27 +118,27 @@ class HeaderReader:
         return int.from_bytes(self.take(8, field), "little")
 
     def count(self, field: str, item_bytes: int, limit: int = MAX_ITEMS) -> int:
-        """A number of items of at least `item_bytes` each, that the rest of the file can hold."""
+        """Read a number of items of at least `item_bytes` each, which the rest of the file must have room for."""
         count = self.u64(field)
         if count > limit or count * item_bytes > self.size - self.position:
             raise self.error(
                 field,
-                f"{count} items, but the file has {self.size} bytes and the limit is {limit} items;"
-                " the file is damaged, download or convert it again",
+                f"{count} items, expected at most {limit} and as many as fit into {self.size} bytes; {DAMAGED}",
             )
         return count
 
     def name(self, field: str) -> str:
+        """Read a metadata key or the name of a tensor."""
         nbytes = self.u64(field)
         if not 0 < nbytes <= _MAX_NAME_BYTES:
-            raise self.error(field, f"{nbytes} bytes long, expected 1 to {_MAX_NAME_BYTES}; the file is damaged")
+            raise self.error(field, f"{nbytes} bytes long, expected 1 to {_MAX_NAME_BYTES}; {DAMAGED}")
         name = _decode_utf8(self.take(nbytes, field), f"{self.path}: {field}")
         if not name.isprintable():
-            raise self.error(field, f"{name!r:.80} has unprintable characters; the file is damaged")
+            raise self.error(field, f"{name!r:.80} has unprintable characters, expected text; {DAMAGED}")
         return name
 
     def value(self, key: str) -> MetadataValue:
-        """Reads a type and a value of it."""
+        """Read a value type and a value of that type."""
         type_id = self.u32(key)
         if type_id == ValueType.STRING:
             return _decode_utf8(self.take(self.u64(key), key), f"{self.path}: {key}")
@@ -148,18 +158,18 @@ class HeaderReader:
         self._n_nested += count
         if depth == _MAX_DEPTH or self._n_nested > MAX_ITEMS:
             raise self.error(
-                key, f"arrays nested deeper than {_MAX_DEPTH} or more than {MAX_ITEMS}; the file is damaged"
+                key, f"arrays nested deeper than {_MAX_DEPTH} levels or more than {MAX_ITEMS} of them; {DAMAGED}"
             )
         return tuple(self._array(key, depth + 1) for _ in range(count))
 
     def _numbers(self, type_id: int, count: int, key: str) -> NDArray[Any]:
         if type_id not in _NUMBERS:
-            raise self.error(key, f"metadata value type {type_id} is unknown, expected 0 to 12; the file is damaged")
+            raise self.error(key, f"metadata value type {type_id}, expected 0 to 12; {DAMAGED}")
         dtype = _NUMBERS[type_id]
         return np.frombuffer(self.take(count * dtype.itemsize, key), dtype)
 
     def _packed_strings(self, count: int, key: str) -> bytes:
-        # Vocabularies have 256k entries: this loop makes no call but the one that reads a length.
+        # Vocabularies have 256k entries, so this loop calls nothing except the function that reads a length.
         length_at, data, start = _U64.unpack_from, self._data, self.position
         position, last = start, len(data) - 8
         for _ in range(count):
@@ -173,11 +183,12 @@ class HeaderReader:
         if stop > self.size:
             raise self.error(
                 field,
-                f"ends at byte {stop}, past the end of the file ({self.size} bytes);"
-                " the file is cut off or damaged, download or convert it again",
+                f"ends at byte {stop}, past the end of the file ({self.size} bytes); {DAMAGED}",
             )
         if stop > MAX_HEADER_BYTES:
-            raise self.error(field, f"ends at byte {stop} of the header, limit {MAX_HEADER_BYTES}; the file is damaged")
+            raise self.error(
+                field, f"ends at byte {stop} of the header, expected at most {MAX_HEADER_BYTES}; {DAMAGED}"
+            )
         if stop > len(self._data):
             self._file.seek(0)
             self._data = self._file.read(min(self.size, max(stop, 2 * len(self._data), _FIRST_READ_BYTES)))
@@ -187,22 +198,29 @@ class HeaderReader:
 
 
 def pack_name(text: str) -> bytes:
-    """A length and UTF-8 bytes, as names, keys and string values are stored."""
+    """Return a name, key or string value as GGUF stores it: its length and its UTF-8 bytes.
+
+    Raises:
+        QuantError: the text cannot be encoded.
+    """
     try:
         encoded = text.encode()
     except UnicodeEncodeError:
-        raise QuantError(f"{text!r}: not valid Unicode, cannot be stored as UTF-8; change it in the source") from None
+        raise QuantError(
+            f"{text!r}: cannot be stored as UTF-8, expected valid Unicode; change it in the source"
+        ) from None
     return _U64.pack(len(encoded)) + encoded
 
 
 def pack_metadata(metadata: Mapping[str, Any]) -> bytes:
-    """Keys, types and values, in order.
+    """Return the keys, value types and values as GGUF stores them, in order.
 
-    The type of a number is its numpy dtype; of Python's own, bool is BOOL, int UINT32 (ggml's choice for counts and
-    file types), float FLOAT32, bytes an array of UINT8, a sequence of str an array of STRING.
+    Numpy numbers and arrays are stored with their dtype. Python's bool becomes BOOL and float becomes FLOAT32. An int
+    becomes UINT32, which ggml uses for counts and file types. Bytes become an array of UINT8, and a sequence of str an
+    array of STRING.
 
     Raises:
-        QuantError: a value of any other type, or an int that UINT32 cannot hold.
+        QuantError: a value has any other type, or is an int that UINT32 cannot hold.
     """
     return b"".join(pack_name(key) + _pack_value(key, value) for key, value in metadata.items())
 
@@ -226,7 +244,9 @@ def _as_numpy(key: str, value: float | bytes | NDArray[Any] | np.generic) -> NDA
     if isinstance(value, (bool, float)):
         return np.array(value, np.bool_ if isinstance(value, bool) else np.float32)
     if not 0 <= value < 1 << 32:
-        raise QuantError(f"metadata {key}: {value} does not fit UINT32; pass a numpy number of the type to store")
+        raise QuantError(
+            f"metadata {key}: {value}, expected an int from 0 to 2^32 - 1; pass a numpy number of the type to store"
+        )
     return np.array(value, np.uint32)
 
 
@@ -243,7 +263,8 @@ def _pack_numbers(key: str, value: NDArray[Any]) -> bytes:
 def _unwritable(key: str, value: object) -> QuantError:
     kind = f"{type(value).__name__} {getattr(value, 'dtype', '')}".strip()
     return QuantError(
-        f"metadata {key}: cannot store {kind}; expected bool, int, float, str, bytes, a list of str or a numpy array"
+        f"metadata {key}: a {kind}, expected bool, int, float, str, bytes, a list of str or a numpy array of numbers;"
+        " convert the value"
     )
 
 
@@ -251,4 +272,4 @@ def _decode_utf8(encoded: bytes, label: str) -> str:
     try:
         return encoded.decode()
     except UnicodeDecodeError as error:
-        raise QuantError(f"{label}: not valid UTF-8 at byte {error.start}; the file is damaged") from None
+        raise QuantError(f"{label}: not valid UTF-8 at byte {error.start}; {DAMAGED}") from None

@@ -1,4 +1,4 @@
-"""GGUFWriter: writes GGUF files tensor by tensor; the destination appears complete or not at all."""
+"""GGUFWriter, which writes a GGUF file tensor by tensor; the destination appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ _READ_BYTES = 16 << 20
 
 
 class GGUFWriter:
-    """A context manager that writes declared tensors in their order.
+    """A context manager that writes the declared tensors in their order.
 
-    Leaving the `with` block normally closes the writer; leaving it by any exception leaves nothing on disk. If the
-    process is killed instead, the tensors given to `record` stay beside `path`. With `resume`, the next writer of the
-    same metadata and tensors keeps them: `recorded` has their relative errors, and only the others are to be written.
+    Leaving the `with` block normally closes the writer. Leaving it by an exception removes what was written. If the
+    process is killed, the tensors for which `record` was called stay on the disk, in a file beside `path`.
 
     Args:
         five_d: see `FileLayout`.
+        resume: keep the tensors that a killed writer of the same metadata and tensors recorded. `recorded` then has
+            their relative errors, and only the tensors after them are to be written.
 
     Raises:
-        QuantError: names, shapes or metadata cannot be stored; on entering, what `AtomicFile` raises.
+        QuantError: a name, a shape or a metadata value cannot be stored; on entering, also what `AtomicFile` raises.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class GGUFWriter:
         self._layout = FileLayout(path, metadata, tensors, five_d=five_d)
         self.path, self.tensors = self._layout.path, self._layout.tensors
         self.nbytes = self._layout.nbytes
-        """Size of the finished file."""
+        """The size of the finished file in bytes."""
         self.recorded: list[float] = []
         self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite, resume=resume)
         self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"))
@@ -79,14 +80,14 @@ class GGUFWriter:
 
     @property
     def sha256(self) -> str:
-        """Hex digest of all that is written behind the header."""
+        """The SHA-256 of everything that is written after the header, in hexadecimal."""
         return self._digest.hexdigest()
 
     def write(self, name: str, packed: Tensor) -> None:
-        """Appends the next declared tensor.
+        """Append the next declared tensor.
 
         Args:
-            packed: uint8, on any device, as many bytes as the declared shape takes in its type.
+            packed: uint8, on any device, of any shape with the number of bytes of the declared tensor.
         """
         spec = self._next(name)
         if self._n_bytes or packed.numel() != spec.nbytes:
@@ -94,7 +95,11 @@ class GGUFWriter:
         self.write_part(name, packed)
 
     def write_part(self, name: str, packed: Tensor) -> None:
-        """Appends bytes of the next declared tensor, which is complete once all of its bytes are there."""
+        """Append bytes of the next declared tensor, which is complete once all of its bytes are written.
+
+        Args:
+            packed: uint8, on any device, of any shape.
+        """
         spec = self._next(name)
         self._n_bytes += packed.numel()
         if packed.dtype != torch.uint8 or self._n_bytes > spec.nbytes:
@@ -105,21 +110,23 @@ class GGUFWriter:
             self._n_written, self._n_bytes = self._n_written + 1, 0
 
     def record(self, relative_error: float) -> None:
-        """Makes the tensor just completed survive a kill of this process."""
+        """Record the tensor just completed, so that it survives if this process is killed."""
         self._file.flush()
         self._journal.append(JournalEntry(relative_error, self.sha256))
 
     def close(self, metadata: Mapping[str, Any] | None = None) -> Path:
-        """Puts the complete file in place.
+        """Move the complete file to its path.
 
         Args:
-            metadata: new values for declared keys, each as long in the file as the one it replaces.
+            metadata: new values for declared keys, each as long in the file as the value that it replaces.
 
         Returns:
-            The file's path, which can differ from the one asked for: see `AtomicFile.commit`.
+            The path of the file, which can differ from the requested one: see `AtomicFile.commit`.
         """
         if self._n_written < len(self.tensors):
-            raise QuantError(f"{self.path}: {self._n_written} of {len(self.tensors)} tensors written; write all first")
+            raise QuantError(
+                f"{self.path}: {self._n_written} of {len(self.tensors)} tensors are written; write all before closing"
+            )
         if metadata:
             self._file.rewind()
             self._file.write(self._layout.header_with(metadata))
@@ -131,7 +138,7 @@ class GGUFWriter:
         self._digest.update(content)
 
     def _resume(self) -> None:
-        """Keeps the tensors that a killed writer recorded, as far as they are in the file as recorded."""
+        """Keep the tensors that a killed writer recorded, up to the first whose bytes are not those recorded."""
         header, kept, size = self._file.read(len(self._layout.header)), [], len(self._layout.header)
         if header == self._layout.header:
             for entry, spec in zip(self._journal.read(), self.tensors, strict=False):
@@ -144,7 +151,10 @@ class GGUFWriter:
                 kept.append(entry)
             _log.warning("%s: resumed after %d of %d tensors", self.path, len(kept), len(self.tensors))
         elif header:
-            _log.warning("%s: a killed job left another source's, recipe's or version's; starting anew", self.path)
+            _log.warning(
+                "%s: the unfinished file of a killed conversion has another source, recipe or version; starting anew",
+                self.path,
+            )
         self.recorded, self._n_written = [entry.relative_error for entry in kept], len(kept)
         if kept:
             self._journal.restart(kept)
@@ -157,12 +167,12 @@ class GGUFWriter:
     def _next(self, name: str) -> TensorSpec:
         spec = self.tensors[self._n_written] if self._n_written < len(self.tensors) else None
         if spec is None or spec.name != name:
-            expected = spec.name if spec else "no more"
-            raise QuantError(f"{self.path}: got tensor {name}, expected {expected}; keep the declared order")
+            expected = spec.name if spec else "no more tensors"
+            raise QuantError(f"{self.path}: got tensor {name}, expected {expected}; write in the declared order")
         return spec
 
     def _misfit(self, spec: TensorSpec, packed: Tensor) -> QuantError:
         return QuantError(
-            f"{self.path}: tensor {spec.name}: {packed.numel()} items of {packed.dtype}, expected {spec.nbytes} bytes"
-            f" as torch.uint8; quantize it to {spec.qtype.name} {spec.shape}"
+            f"{self.path}: tensor {spec.name}: {packed.numel()} elements of {packed.dtype}, expected {spec.nbytes} of"
+            f" torch.uint8; quantize the tensor of shape {spec.shape} to {spec.qtype.name}"
         )

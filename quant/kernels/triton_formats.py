@@ -1,9 +1,9 @@
 """The block formats for Triton: which codes a thread reads, and the scale and min that belong to them.
 
 A thread takes a group of eight neighboring bytes of a block's codes and dequantizes all codes in it. So no byte is read
-twice. A byte has one, two or four bit fields (FIELDS), each of which is a code or some bits of one. One bit field of all
-eight bytes holds the codes of eight neighboring weights. The next bit field holds those of the weights SPAN groups, or
-8 * SPAN weights, further on. Which bits to take is known when the kernel is compiled.
+twice. A byte has one, two or four bit fields (FIELDS), each of which is a code or some bits of one. One bit field of
+all eight bytes holds the codes of eight neighboring weights. The next bit field holds those of the weights SPAN groups,
+or 8 * SPAN weights, further on. Which bits to take is known when the kernel is compiled.
 
 Each format is a function of (block, group, FIELD): pointers to blocks, the number of a group in its block, and the
 number of a bit field. It returns (low, high, scale, minimum):

@@ -1,4 +1,4 @@
-"""Makes GGUF bytes from raw fields, so that tests can write what no sane writer would."""
+"""GGUF bytes made from raw fields, so that tests can write files that no real writer would."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def array(item_type: int, count: int, payload: bytes = b"") -> bytes:
 
 @dataclass(frozen=True)
 class RawTensor:
-    """`dims` in ggml's order, `offset` into the data section."""
+    """A tensor record with `dims` in ggml's order and `offset` from the start of the data section."""
 
     name: str | bytes = "w"
     dims: Sequence[int] = (32, 2)
@@ -38,7 +38,7 @@ class RawTensor:
 
 @dataclass(frozen=True)
 class RawGGUF:
-    """By default a valid file: one string, one array of strings, a Q8_0 tensor (2, 32) and an F32 tensor (2, 2)."""
+    """The parts of a GGUF, by default a valid one with a Q8_0 tensor (2, 32) and an F32 tensor (2, 2)."""
 
     magic: bytes = b"GGUF"
     version: int = 3

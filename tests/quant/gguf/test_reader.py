@@ -1,4 +1,4 @@
-"""Opening GGUF files: mapped, not copied; split files as one; changes noticed."""
+"""GGUF files are mapped, not copied; split files open as one; changes of a file are noticed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS = ("Q4_0", "Q8_0", "F16", "F32")
 
 
 def write_with_gguf(path: Path, **options: int) -> dict[str, np.ndarray]:
-    """Writes a (3, 64) tensor of each kind, returning the bytes of each."""
+    """Write a (3, 64) tensor of each kind, and return the bytes of each."""
     writer = gguf.GGUFWriter(path, "wan", **options)
     rng, packed = np.random.default_rng(0), {}
     for kind in KINDS:
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "model.gguf"
 
 
-def test_tensors_of_the_gguf_package(tmp_path: Path):
+def test_tensors_written_by_the_gguf_package_are_read(tmp_path: Path):
     packed = write_with_gguf(tmp_path / "model.gguf")
     file = open_gguf(tmp_path / "model.gguf")
     assert tuple(file.tensors) == KINDS
@@ -97,7 +97,7 @@ def test_touched_or_deleted_file_is_noticed(path: Path):
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_split_file_loads_as_one_from_any_part(tmp_path: Path, first: int):
+def test_split_file_opens_as_one_from_any_part(tmp_path: Path, first: int):
     packed = write_with_gguf(tmp_path / "model.gguf", split_max_tensors=1)
     file = open_gguf(tmp_path / f"model-{first:05d}-of-00004.gguf")
     assert tuple(file.tensors) == KINDS
@@ -130,14 +130,14 @@ def split_part(number: int, **keys: int) -> bytes:
         ({"no": 1, "count": 2, "tensors_count": 9}, "split.tensors.count: 9, expected 2"),
     ],
 )
-def test_parts_that_do_not_belong_together(tmp_path: Path, keys: dict[str, int], message: str):
+def test_parts_of_different_files_are_refused(tmp_path: Path, keys: dict[str, int], message: str):
     (tmp_path / "m-00001-of-00002.gguf").write_bytes(split_part(0, no=0, count=2))
     (tmp_path / "m-00002-of-00002.gguf").write_bytes(split_part(1, **keys))
     with pytest.raises(QuantError, match=message):
         open_gguf(tmp_path / "m-00001-of-00002.gguf")
 
 
-def test_orig_shape_in_the_first_part_serves_the_others(tmp_path: Path):
+def test_orig_shape_in_the_first_part_applies_to_the_others(tmp_path: Path):
     key = pair("comfy.gguf.orig_shape.w1", 9, struct.pack("<IQ3i", 5, 3, 4, 4, 4))
     first = RawGGUF(pairs=[key, pair("general.architecture", STRING, name("wan"))], tensors=[RawTensor("w0")])
     (tmp_path / "m-00001-of-00002.gguf").write_bytes(first.pack())

@@ -1,4 +1,4 @@
-"""Metadata values of every type, against the gguf package; big arrays lazy."""
+"""Metadata values of every type are read and written as by the gguf package; large arrays stay packed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_reads_every_type_of_the_gguf_package(tmp_path: Path):
     assert not metadata["INT16[]"].flags.writeable
 
 
-def test_nested_arrays_and_empty_ones(tmp_path: Path):
+def test_nested_and_empty_arrays_are_read(tmp_path: Path):
     inner = array(5, 2, np.array([1, 2], "<i4").tobytes()) + array(STRING, 1, name("x")) + array(6, 0)
     path = tmp_path / "nested.gguf"
     path.write_bytes(RawGGUF().with_pairs(pair("nested", ARRAY, array(ARRAY, 3, inner))).pack())
@@ -59,7 +59,7 @@ def test_nested_arrays_and_empty_ones(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", NUMPY)
-def test_numbers_are_written_with_their_numpy_type(tmp_path: Path, kind: str):
+def test_numbers_are_written_with_their_numpy_dtype(tmp_path: Path, kind: str):
     value = NUMPY[kind](dict(SCALARS)[kind])
     scalar, several = read_back(tmp_path, {"one": value, "two": np.array([value, value])})
     assert (scalar.types, scalar.contents()) == ([gguf.GGUFValueType[kind]], value)
@@ -79,7 +79,7 @@ def test_numbers_are_written_with_their_numpy_type(tmp_path: Path, kind: str):
         (["a", "ä"], ["ARRAY", "STRING"]),
     ],
 )
-def test_python_values_have_a_fixed_type(tmp_path: Path, value: object, types: list[str]):
+def test_python_values_are_written_with_a_fixed_type(tmp_path: Path, value: object, types: list[str]):
     (field,) = read_back(tmp_path, {"key": value})
     assert [kind.name for kind in field.types] == types
     assert field.contents() == (list(value) if isinstance(value, bytes) else value)
@@ -112,7 +112,7 @@ def test_string_array_is_a_sequence():
         StringArray(name(b"\xff"), 1, "label")[0]
 
 
-def test_vocabulary_opens_with_one_call_a_string(tmp_path: Path):
+def test_a_vocabulary_is_read_with_one_call_per_string(tmp_path: Path):
     tokens = [f"token {number}" for number in range(1 << 18)]
     path = write_with_gguf(
         tmp_path / "vocabulary.gguf",

@@ -1,4 +1,4 @@
-"""Files we write, read by us and by the gguf package."""
+"""Files that GGUFWriter writes are read back by `open_gguf` and by the gguf package."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write(path: Path, *, five_d: bool = False, overwrite: bool = False, specs: t
 
 
 @pytest.mark.parametrize("five_d", [False, True])
-def test_read_back_by_us(tmp_path: Path, five_d: bool):
+def test_open_gguf_reads_it_back(tmp_path: Path, five_d: bool):
     path = write(tmp_path / "a.gguf", five_d=five_d)
     file = open_gguf(path)
     assert [(tensor.name, tensor.qtype, tensor.shape) for tensor in file.tensors.values()] == [
@@ -54,20 +54,20 @@ def test_read_back_by_us(tmp_path: Path, five_d: bool):
     assert file.metadata["errors"].tolist() == [1, 1]
 
 
-def test_read_back_by_the_gguf_package(tmp_path: Path):
+def test_the_gguf_package_reads_it_back(tmp_path: Path):
     reader = gguf.GGUFReader(write(tmp_path / "a.gguf"))
     for spec, tensor in zip(SPECS, reader.tensors, strict=True):
         assert (tensor.name, tensor.tensor_type) == (spec.name, spec.qtype.ggml_type)
         assert tensor.data.tobytes() == packed(spec).numpy().tobytes()
     assert reader.tensors[0].shape.tolist() == [2, 2, 1, 12]
     orig_shape = reader.fields["comfy.gguf.orig_shape.patch_embedding.weight"]
-    # The loaders of existing packs accept INT32 alone.
+    # The loaders of existing packs accept only INT32.
     assert orig_shape.types == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT32]
     assert orig_shape.contents() == [4, 3, 1, 2, 2]
     assert reader.fields["general.file_type"].types == [gguf.GGUFValueType.UINT32]
 
 
-def test_read_and_written_again_is_identical(tmp_path: Path):
+def test_reading_and_writing_again_gives_the_same_bytes(tmp_path: Path):
     first = write(tmp_path / "a.gguf")
     file = open_gguf(first)
     specs = [TensorSpec(tensor.name, tensor.qtype, tensor.shape) for tensor in file.tensors.values()]
@@ -83,7 +83,7 @@ def test_size_is_known_before_writing(tmp_path: Path):
     assert writer.nbytes == write(tmp_path / "a.gguf").stat().st_size
 
 
-def test_alignment_is_honoured(tmp_path: Path):
+def test_alignment_in_the_metadata_is_used(tmp_path: Path):
     with GGUFWriter(tmp_path / "a.gguf", {"general.alignment": 256}, SPECS) as writer:
         for spec in SPECS:
             writer.write(spec.name, packed(spec))
@@ -94,8 +94,11 @@ def test_alignment_is_honoured(tmp_path: Path):
 @pytest.mark.parametrize(
     "final", [{"sha256": "short"}, {"new": "x"}, {"errors": np.ones(3, np.float32)}, {"general.file_type": True}]
 )
-def test_final_metadata_must_fit(tmp_path: Path, final: dict[str, object]):
-    with pytest.raises(QuantError, match="of another size"), GGUFWriter(tmp_path / "a.gguf", METADATA, ()) as writer:
+def test_final_metadata_of_another_size_is_refused(tmp_path: Path, final: dict[str, object]):
+    with (
+        pytest.raises(QuantError, match="of the size that was declared"),
+        GGUFWriter(tmp_path / "a.gguf", METADATA, ()) as writer,
+    ):
         writer.close(final)
     assert not any(tmp_path.iterdir())
 
@@ -104,17 +107,17 @@ def test_final_metadata_must_fit(tmp_path: Path, final: dict[str, object]):
     ("name", "data", "message"),
     [
         ("bias", packed(SPECS[0]), "expected patch_embedding.weight"),
-        ("patch_embedding.weight", packed(SPECS[0])[:-1], "expected 192 bytes"),
+        ("patch_embedding.weight", packed(SPECS[0])[:-1], "expected 192 of torch.uint8"),
         ("patch_embedding.weight", torch.zeros(192), "torch.float32"),
     ],
 )
-def test_wrong_tensor(tmp_path: Path, name: str, data: Tensor, message: str):
+def test_another_tensor_than_the_next_is_refused(tmp_path: Path, name: str, data: Tensor, message: str):
     with pytest.raises(QuantError, match=message), GGUFWriter(tmp_path / "a.gguf", METADATA, SPECS) as writer:
         writer.write(name, data)
     assert not any(tmp_path.iterdir())
 
 
-def test_missing_and_surplus_tensors(tmp_path: Path):
+def test_missing_and_surplus_tensors_are_refused(tmp_path: Path):
     with pytest.raises(QuantError, match="0 of 4 tensors"), GGUFWriter(tmp_path / "a.gguf", METADATA, SPECS):
         pass
     with pytest.raises(QuantError, match="expected no more"), GGUFWriter(tmp_path / "a.gguf", METADATA, ()) as writer:
@@ -154,6 +157,6 @@ def test_failure_while_the_header_is_written_leaves_nothing(tmp_path: Path, monk
     ],
     ids=["duplicate", "no name", "long name", "empty", "row"],
 )
-def test_specs_that_cannot_be_stored(tmp_path: Path, specs: tuple[TensorSpec, ...]):
+def test_tensors_that_cannot_be_stored_are_refused(tmp_path: Path, specs: tuple[TensorSpec, ...]):
     with pytest.raises(QuantError):
         GGUFWriter(tmp_path / "a.gguf", METADATA, specs)
