@@ -1,4 +1,4 @@
-"""Files in general: written atomically, locked, resumed; headers and tokenizers of other formats.
+"""Files in general: atomic writes, locks and resumption; also headers and tokenizers of other formats.
 
 It imports `errors`.
 """

@@ -1,4 +1,4 @@
-"""A file that appears under its name complete or not at all."""
+"""AtomicFile, a file that appears under its name complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ from .file_lock import try_lock
 
 
 class AtomicFile:
-    """A context manager: writes go to a temporary file beside `path`; `commit` renames it, leaving before deletes it.
+    """A context manager that writes to a temporary file beside `path`.
 
-    The temporary file is locked, so that one job at a time writes a destination. One that a killed job left behind is
-    taken over: it is emptied, or, with `resume`, kept for `read` and `restart`.
+    `commit` renames the temporary file to `path`. Leaving the `with` block before that deletes it. The temporary file
+    is locked, so that only one process at a time writes a destination.
+
+    Args:
+        nbytes: the size that the file will have, for which the folder must have room.
+        overwrite: `path` may exist; `commit` replaces it.
+        resume: keep the content of a temporary file that a killed process left, for `read` and `restart`. Otherwise it
+            is emptied.
 
     Raises:
-        QuantError: on entering, when `path` exists and `overwrite` is off, when its folder is missing, unwritable or
-            has less than `nbytes` bytes free, or when another job writes it; later, when the system refuses a write.
+        QuantError: on entering, if `path` exists and `overwrite` is off, if its folder is missing, unwritable or has
+            less than `nbytes` bytes free, or if another process is writing the file. Later, if a write fails.
     """
 
     def __init__(self, path: Path, nbytes: int, *, overwrite: bool = False, resume: bool = False) -> None:
@@ -39,7 +45,9 @@ class AtomicFile:
             self._file = open(self._temporary, "r+b", opener=_open_or_create)
             if not (try_lock(self._file) and self._is_in_place()):
                 self._file.close()
-                raise QuantError(f"{self.path}: another job writes it; wait for that one, or choose another name")
+                raise QuantError(
+                    f"{self.path}: another process is writing it; wait for that one or choose another name"
+                )
         if not self.resume:
             self.restart(0)
         return self
@@ -47,8 +55,8 @@ class AtomicFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # No failure matters now: a full disk makes close fail again, and the next job takes over what stays.
-        if sys.platform == "win32":  # deletes closed files only
+        # Failures are ignored here. On a full disk, close fails again. The next process takes over a file that stays.
+        if sys.platform == "win32":  # Windows deletes only closed files
             with suppress(OSError):
                 self._file.close()
         if not self._is_committed:
@@ -58,41 +66,44 @@ class AtomicFile:
             self._file.close()
 
     def read(self, nbytes: int) -> bytes:
-        """The next bytes that a killed job left, fewer at the end."""
+        """Return the next bytes that a killed process left, fewer than `nbytes` at the end."""
         with self._reporting():
             return self._file.read(nbytes)
 
     def restart(self, offset: int) -> None:
-        """Drops what lies behind `offset`, where the next write goes."""
+        """Cut the file off at `offset` bytes, where the next write begins."""
         with self._reporting():
             self._file.seek(offset)
             self._file.truncate()
 
     def flush(self) -> None:
-        """Hands what was written to the system, which keeps it if this process is killed."""
+        """Pass what was written to the operating system, which keeps it if this process is killed."""
         with self._reporting():
             self._file.flush()
 
     def write(self, content: bytes | memoryview) -> None:
+        """Write at the current position."""
         with self._reporting():
             self._file.write(content)
 
     def rewind(self) -> None:
-        """The next write replaces the beginning of the file."""
+        """Move to the beginning of the file, which the next write replaces."""
         with self._reporting():
             self._file.seek(0)
 
     def commit(self) -> Path:
-        """Puts the file in place.
+        """Move the file to its path.
 
         Returns:
-            Its path: `path`, or a free name beside it where that is taken meanwhile or in use (Windows replaces no
-            mapped file), so that hours of work are not lost.
+            `path`, or a free name beside it, so that hours of work are not lost. That is used if `path` has appeared
+            since, or if Windows refuses to replace it because a process has it mapped.
         """
         with self._reporting():
             self._file.flush()
             os.fsync(self._file.fileno())
-            if sys.platform == "win32":  # renames closed files only; elsewhere the lock is kept until it is done
+            if (
+                sys.platform == "win32"
+            ):  # Windows renames only closed files; elsewhere the lock is held until the file is renamed
                 self._file.close()
             placed = self._rename()
             self._is_committed = True
@@ -108,7 +119,7 @@ class AtomicFile:
         return free
 
     def _is_in_place(self) -> bool:
-        """Whether the open file still has its name: another job may have finished between opening and locking."""
+        """Return whether the open file still has its name; another process may have renamed it before it was locked."""
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._temporary.stat())
         except FileNotFoundError:
@@ -119,16 +130,18 @@ class AtomicFile:
 
     def _check_destination(self) -> None:
         if not self.path.parent.is_dir():
-            raise QuantError(f"{self.path}: its folder does not exist; create it or choose another one")
+            raise QuantError(f"{self.path}: its folder does not exist; create the folder or choose another")
         if self.path.is_dir() or (self.path.exists() and not self.overwrite):
-            raise QuantError(f"{self.path}: exists already; choose another name or allow overwriting")
+            raise QuantError(
+                f"{self.path}: exists already, expected a new name; choose another name or allow overwriting"
+            )
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder") from None
+            raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder and disk") from None
 
 
 def _open_or_create(path: str, flags: int) -> int:

@@ -1,4 +1,4 @@
-"""Room on the disk for files being written, and what killed jobs left of theirs."""
+"""Free disk space for the files to be written, and unfinished files that killed processes left."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from ..errors import QuantError
 from ..units import GIB
 from .file_lock import try_lock
 
-# Of all that is written in this way; other programs leave other files.
+# The suffixes of all files that this package writes. Other programs leave temporary files of other names.
 _SUFFIXES = (".gguf", ".safetensors")
 
 
 def temporary_of(path: Path) -> Path:
-    """Where a file is written until it is complete."""
+    """Return the path at which a file is written until it is complete."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def check_space(nbytes: Mapping[Path, int]) -> None:
-    """Refuses files whose volume has no room for all of them, what a killed job left of them counted as room.
+    """Check that the volumes of some files have room for all of them.
+
+    An unfinished file that a killed process left counts as room for the same file.
+
+    Args:
+        nbytes: the size of each file in bytes.
 
     Raises:
-        QuantError: less is free than they take.
+        QuantError: a volume has less free space than its files need.
     """
     volumes: dict[int, list[Path]] = {}
     for path in nbytes:
-        with suppress(FileNotFoundError):  # without a folder, which its writer tells
+        with suppress(FileNotFoundError):  # AtomicFile reports a missing folder
             volumes.setdefault(path.parent.stat().st_dev, []).append(path)
     for paths in volumes.values():
         left = sum(temporary.stat().st_size for temporary in map(temporary_of, paths) if temporary.exists())
@@ -44,16 +49,20 @@ def check_space(nbytes: Mapping[Path, int]) -> None:
 
 
 def leftovers(paths: Collection[Path]) -> list[str]:
-    """What killed jobs left of other files in the folders of these, each told in a sentence."""
+    """Return a sentence about each unfinished file of another name that a killed process left in these folders."""
     own = set(map(temporary_of, paths))
     found = {path for folder in {path.parent for path in paths} for path in folder.glob(".*.tmp")} - own
-    return [told for path in sorted(found) if path.stem.endswith(_SUFFIXES) and (told := _told(path))]
+    abandoned = [path for path in sorted(found) if path.stem.endswith(_SUFFIXES)]
+    return [sentence for path in abandoned if (sentence := _describe(path))]
 
 
-def _told(temporary: Path) -> str:
-    """Nothing where a job has it open."""
+def _describe(temporary: Path) -> str:
+    """Return a sentence about an unfinished file, or an empty string if a process is writing it."""
     with suppress(OSError), open(temporary, "rb") as file:
         if try_lock(file):
             name, size = temporary.stem[1:], os.fstat(file.fileno()).st_size
-            return f"{temporary}: {size / GIB:.2f} GiB of a job that was killed; make {name} again or delete this file"
+            return (
+                f"{temporary}: {size / GIB:.2f} GiB left by a process that was killed;"
+                f" write {name} again to complete it, or delete this file"
+            )
     return ""

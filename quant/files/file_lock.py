@@ -1,4 +1,9 @@
-"""A lock on an open file, which the system drops when the file is closed or its process ends."""
+"""A lock on an open file, which the operating system releases when the file is closed or its process ends.
+
+The package filelock is not used because it locks a second file, by its path. Here the temporary file itself is locked,
+through its open descriptor. So renaming it or dying leaves no lock file behind, and to take over the file of a killed
+process and to lock it is one step.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,10 @@ else:
 
 
 def try_lock(file: BinaryIO) -> bool:
-    """Locks a file until it is closed or its process ends; False if another job has it."""
+    """Lock a file until it is closed or this process ends, and return False if another process has locked it.
+
+    On a file system without locks, the result is True.
+    """
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -20,6 +28,6 @@ def try_lock(file: BinaryIO) -> bool:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
-    except OSError:  # a network folder without locks
+    except OSError:  # the file system, such as a network share, has no locks
         return True
     return True

@@ -1,4 +1,4 @@
-"""What is finished of a file being written, so that the next job goes on where a killed one stopped."""
+"""Journal, a record of the finished tensors of an unfinished file, from which a killed conversion is resumed."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from ..errors import QuantError
 
 
 class JournalEntry(NamedTuple):
-    """A tensor that is in the file whole."""
+    """A tensor that is completely in the file."""
 
     relative_error: float
     sha256: str
-    """Of all bytes behind the header, up to the end of this tensor: what the system lost is written again."""
+    """The SHA-256 of all bytes from the end of the header to the end of this tensor.
+
+    It shows whether the disk has lost bytes, which are then written again.
+    """
 
 
 class Journal:
-    """A file beside the temporary one, with a line of JSON for each tensor."""
+    """A file beside the unfinished one, with a line of JSON for each tensor."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[JournalEntry]:
-        """The entries up to the first that is cut or damaged; none without a file."""
+        """Return the entries up to the first that is cut off or damaged; none if there is no file."""
         entries: list[JournalEntry] = []
         with suppress(OSError, ValueError, TypeError):
             for line in self.path.read_text().splitlines():
@@ -34,7 +37,7 @@ class Journal:
         return entries
 
     def restart(self, entries: Iterable[JournalEntry]) -> None:
-        """Keeps these entries only."""
+        """Replace all entries by these."""
         self._write("w", entries)
 
     def append(self, entry: JournalEntry) -> None:
@@ -49,4 +52,4 @@ class Journal:
             with open(self.path, mode) as file:
                 file.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)
         except OSError as error:
-            raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder") from None
+            raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder and disk") from None

@@ -1,4 +1,4 @@
-"""SafetensorsContent: what a safetensors file will hold, with its size known before it is written.
+"""SafetensorsContent, the content of a safetensors file, whose size is known before it is written.
 
 Source: github.com/huggingface/safetensors README, "Format".
 """
@@ -34,17 +34,17 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that is written piece by piece."""
+    """A tensor that is written in pieces."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[Tensor]]
-    """Returns its elements in order, of `dtype`, in tensors of any shape on the CPU."""
+    """Returns the elements in order, as tensors of `dtype` and any shape on the CPU."""
 
     @classmethod
     def whole(cls, name: str, tensor: Tensor) -> StreamedTensor:
-        """Return a tensor of any dtype and shape as a single piece."""
+        """Return a tensor, of any dtype and shape, as a single piece."""
         return cls(name, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
 
     @property
@@ -53,20 +53,24 @@ class StreamedTensor:
 
 
 class SafetensorsContent:
-    """The tensors and the metadata of a file, in the order in which they are written.
+    """The tensors of a file, in the order in which they are written, and its metadata.
 
     Raises:
-        QuantError: a dtype that the format does not have.
+        QuantError: the format cannot store the dtype of a tensor.
     """
 
     def __init__(self, tensors: Iterable[StreamedTensor], metadata: Mapping[str, str]) -> None:
         self.tensors = tuple(tensors)
         self.header = self._pack_header(metadata)
         self.nbytes = len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
-        """Size of the file."""
+        """The size of the file in bytes."""
 
     def write(self, file: AtomicFile, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Write everything; `progress` is called with bytes done, bytes in all and the tensor's name."""
+        """Write the whole file.
+
+        Args:
+            progress: called with the bytes written, the bytes of the file and the tensor's name.
+        """
         file.write(self.header)
         done = len(self.header)
         for tensor in self.tensors:
@@ -81,7 +85,9 @@ class SafetensorsContent:
         end = 0
         for tensor in self.tensors:
             if tensor.dtype not in _DTYPES:
-                raise QuantError(f"tensor {tensor.name}: safetensors cannot hold {tensor.dtype}; convert it first")
+                raise QuantError(
+                    f"tensor {tensor.name}: {tensor.dtype}, expected a dtype of safetensors; convert it first"
+                )
             begin, end = end, end + tensor.nbytes
             entries[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: written, and parsed with bounds on everything it says."""
+"""The header of a safetensors file, read with checks of every number in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from ..errors import QuantError
 
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""The limit that the format itself sets."""
+
+_DAMAGED = "the file is cut off, damaged or not safetensors, download or save it again"
 
 _ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
@@ -19,7 +21,7 @@ _ITEM_BYTES = {
 
 
 class TensorEntry(NamedTuple):
-    """A tensor as a file's header describes it; `begin` and `end` are bytes from the start of the file."""
+    """A tensor as a header describes it; `begin` and `end` are offsets in bytes from the start of the file."""
 
     name: str
     dtype: str
@@ -29,10 +31,10 @@ class TensorEntry(NamedTuple):
 
 
 def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntry]]:
-    """The `__metadata__` of a file and its tensors in file order.
+    """Return the `__metadata__` of a file, and its tensors in the order of their data.
 
     Raises:
-        QuantError: a header that is cut, not JSON or says impossible things.
+        QuantError: the header is cut off, is not JSON or contradicts itself or the size of the file.
 
     Source: "Format" of https://github.com/huggingface/safetensors, README.md
     """
@@ -44,13 +46,13 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntr
         header_bytes = int.from_bytes(start, "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
             raise QuantError(
-                f"{path}: header length {header_bytes} in a file of {file_bytes} bytes, at most {MAX_HEADER_BYTES}"
-                " allowed; the file is cut or not safetensors"
+                f"{path}: header length {header_bytes} in a file of {file_bytes} bytes, expected at most"
+                f" {min(MAX_HEADER_BYTES, max(file_bytes - 8, 0))}; {_DAMAGED}"
             )
         header = _parse_json(path, file.read(header_bytes))
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise QuantError(f"{path}: __metadata__ is not a table of strings; the file is damaged")
+        raise QuantError(f"{path}: __metadata__ is not a table of strings; {_DAMAGED}")
     data_start = 8 + header_bytes
     entries = sorted(
         (_entry(path, name, info, data_start) for name, info in header.items()), key=lambda e: (e.begin, e.end)
@@ -69,9 +71,9 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         header = json.loads(data, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise QuantError(f"{path}: header is not JSON ({error}); the file is damaged or not safetensors") from error
+        raise QuantError(f"{path}: header is not JSON ({error}); {_DAMAGED}") from error
     if not isinstance(header, dict):
-        raise QuantError(f"{path}: header is a JSON {type(header).__name__}, not a table; the file is damaged")
+        raise QuantError(f"{path}: header is a JSON {type(header).__name__}, expected a table; {_DAMAGED}")
     return header
 
 
@@ -82,25 +84,29 @@ def _entry(path: Path, name: str, info: object, data_start: int) -> TensorEntry:
         ):
             pass
         case _:
-            raise QuantError(f"{path}: tensor {name}: malformed entry {str(info)[:120]}; the file is damaged")
+            raise QuantError(
+                f"{path}: tensor {name}: malformed entry {str(info)[:120]}, expected dtype, shape and data_offsets;"
+                f" {_DAMAGED}"
+            )
     expected = math.prod(shape) * _ITEM_BYTES.get(dtype, 0)
     if dtype in _ITEM_BYTES and end - begin != expected:
         raise QuantError(
-            f"{path}: tensor {name}: {end - begin} bytes for {dtype} {tuple(shape)}, expected {expected};"
-            " the file is damaged"
+            f"{path}: tensor {name}: {end - begin} bytes for {dtype} {tuple(shape)}, expected {expected}; {_DAMAGED}"
         )
     return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
 
 
 def _check_coverage(path: Path, entries: list[TensorEntry], data_start: int, file_bytes: int) -> None:
-    """The format allows neither overlaps nor holes, so each tensor starts where the one before ended."""
+    """Check that each tensor starts where the one before ends, since the format allows neither overlaps nor gaps."""
     position = data_start
     for entry in entries:
         if entry.begin != position:
             raise QuantError(
-                f"{path}: tensor {entry.name}: starts at byte {entry.begin}, expected {position};"
-                " tensors overlap or leave a hole, the file is damaged"
+                f"{path}: tensor {entry.name}: starts at byte {entry.begin}, expected {position}, so that tensors"
+                f" neither overlap nor leave a gap; {_DAMAGED}"
             )
         position = entry.end
     if position != file_bytes:
-        raise QuantError(f"{path}: tensors end at byte {position} of {file_bytes}; the file is cut or has a tail")
+        raise QuantError(
+            f"{path}: tensors end at byte {position}, expected {file_bytes}, the end of the file; {_DAMAGED}"
+        )

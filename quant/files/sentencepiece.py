@@ -1,4 +1,8 @@
-"""Sentencepiece models and GGUF vocabularies, each made from the other.
+"""Conversion between SentencePiece models and the vocabularies of GGUF files.
+
+The package sentencepiece, on which ComfyUI depends, is not used: it can load a model, but not write one. ComfyUI's
+tokenizer needs a model, which is made from the vocabulary of a GGUF here. The package's own Python classes for models
+(`sentencepiece_model_pb2`) need protobuf, on which neither the package nor ComfyUI depends.
 
 Source: google/sentencepiece src/sentencepiece_model.proto @ v0.2.0; protobuf.dev/programming-guides/encoding.
 """
@@ -14,15 +18,17 @@ import numpy as np
 from ..errors import QuantError
 
 SPIECE_KEY = "tokenizer.ggml.spiece_model"
-"""UINT8 array: the sentencepiece model as the host's tokenizer takes it."""
+"""UINT8 array: the serialized SentencePiece model, as ComfyUI's tokenizer takes it."""
 
+# Field numbers of ModelProto, then of its SentencePiece, TrainerSpec and NormalizerSpec messages.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE, _SCORE, _TYPE = 1, 2, 3
 _SPECIAL_IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (43, -1)}
-"""Fields of the trainer's part and their defaults."""
+"""Field numbers in the TrainerSpec, and their default values."""
 _MODEL_TYPE, _VOCABULARY_SIZE = 3, 4
 _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES = 2, 3, 4
 
+# Types of pieces.
 _NORMAL, _UNUSED = 1, 5
 _UNUSED_SCORE = -10000.0
 _ID_MASK = 0xFFFFFFFF
@@ -30,13 +36,14 @@ _UNIGRAM = 1
 
 
 def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
-    """`tokenizer.ggml.*` of a sentencepiece model, as llama.cpp's converter writes it.
+    """Return the `tokenizer.ggml.*` metadata for a SentencePiece model, as llama.cpp's converter writes it.
 
     Args:
-        n_rows: of the embedding; rows beyond the vocabulary get unused tokens.
+        model: the serialized model.
+        n_rows: the number of rows of the embedding. Rows beyond the vocabulary get unused tokens.
 
     Raises:
-        QuantError: not a sentencepiece model, or one with more pieces than rows.
+        QuantError: `model` is not a SentencePiece model, or has more pieces than the embedding has rows.
     """
     try:
         pieces, trainer, normalizer = _parts(model)
@@ -45,10 +52,16 @@ def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
         types = [int(piece.get(_TYPE, _NORMAL)) for piece in pieces]
         ids = {name: _signed(trainer.get(field, default)) for name, (field, default) in _SPECIAL_IDS.items()}
     except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
-        raise QuantError("its tokenizer is no sentencepiece model; the file is damaged") from error
+        raise QuantError(
+            f"tokenizer: {len(model)} bytes of something else, expected a SentencePiece model; use the spiece.model of this"
+            " text encoder"
+        ) from error
     n_unused = n_rows - len(tokens)
     if not tokens or n_unused < 0:
-        raise QuantError(f"its tokenizer has {len(tokens)} pieces, its embedding {n_rows} rows; they do not belong")
+        raise QuantError(
+            f"tokenizer: {len(tokens)} pieces, expected 1 to {n_rows}, the rows of the embedding; use the spiece.model"
+            " of this text encoder"
+        )
     return {
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.pre": "default",
@@ -65,18 +78,18 @@ def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
 
 
 def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
-    """The serialized ModelProto of a GGUF's tokenizer.
+    """Return the serialized SentencePiece model (ModelProto) of a GGUF's tokenizer.
 
     Raises:
-        QuantError: no unigram tokenizer in the metadata.
+        QuantError: the metadata has no unigram tokenizer.
     """
     if SPIECE_KEY in metadata:
         return bytes(metadata[SPIECE_KEY])
     tokens = metadata.get("tokenizer.ggml.tokens")
     if tokens is None or metadata.get("tokenizer.ggml.model") != "t5":
         raise QuantError(
-            f"tokenizer.ggml.model is {metadata.get('tokenizer.ggml.model', 'not given')}: expected t5 with its tokens;"
-            " the file is not a T5 text encoder, or was made without its tokenizer"
+            f"tokenizer.ggml.model: {metadata.get('tokenizer.ggml.model', 'missing')}, expected t5 with its tokens;"
+            " choose a T5 or umT5 text encoder that was converted with its tokenizer"
         )
     scores, types = metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]
     pieces = (
@@ -103,7 +116,7 @@ def _normalizer(metadata: Mapping[str, Any]) -> bytes:
 
 
 def _parts(model: bytes) -> tuple[list[dict[int, Any]], dict[int, Any], dict[int, Any]]:
-    """The pieces, the trainer's settings and the normalizer's."""
+    """Return the fields of each piece, of the TrainerSpec and of the NormalizerSpec."""
     fields = list(_fields(model))
     parts = {part: b"".join(value for field, value in fields if field == part) for part in (_TRAINER, _NORMALIZER)}
     pieces = [dict(_fields(value)) for field, value in fields if field == _PIECES]
@@ -111,7 +124,7 @@ def _parts(model: bytes) -> tuple[list[dict[int, Any]], dict[int, Any], dict[int
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Numbers and values: int for a varint, bytes for everything else."""
+    """Yield the number and the value of each field of a protobuf message: int for a varint, else bytes."""
     position = 0
     while position < len(message):
         key, position = _read_varint(message, position)
@@ -125,7 +138,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         else:
             size = {1: 8, 5: 4}[wire]
         if position + size > len(message):
-            raise ValueError("a field ends past the end")
+            raise ValueError("a field ends past the end of the message")
         yield field, message[position : position + size]
         position += size
 
@@ -138,11 +151,11 @@ def _read_varint(message: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise ValueError("a number is too long")
+    raise ValueError("a varint has more than 10 bytes")
 
 
 def _signed(value: int) -> int:
-    """Negative numbers are stored in 64 bits."""
+    """Return the int32 that is stored as a varint; a negative one is stored with 64 bits."""
     value &= _ID_MASK
     return value - (1 << 32) if value >> 31 else value
 
@@ -160,7 +173,7 @@ def _message(field: int, content: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1  # negative numbers take all 64 bits
+    value &= (1 << 64) - 1  # negative numbers are stored with all 64 bits
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)

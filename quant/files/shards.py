@@ -1,4 +1,4 @@
-"""Shard: the name of one of the files that a checkpoint is split into, such as `wan-00001-of-00003.safetensors`."""
+"""Shard, the name of one of the files that a checkpoint is split into, such as `wan-00001-of-00003.safetensors`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ _NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffi
 
 
 class Shard(NamedTuple):
-    """What the name says."""
+    """The parts of the name of a shard."""
 
     stem: str
     number: int
-    """From 1."""
+    """The number of this shard, counted from 1."""
     total: int
     suffix: str
 
     @classmethod
     def parse(cls, name: str) -> Shard | None:
-        """Return the parts of a file name with or without its suffix; None if it does not name a shard."""
+        """Return the parts of a file name, with or without its suffix, or None if it is not that of a shard."""
         match = _NAME.fullmatch(name)
         return match and cls(match["stem"], int(match["number"]), int(match["count"]), match["suffix"])
 
     def series(self, folder: Path) -> list[Path]:
-        """Return the paths of all shards in the folder, which need not exist."""
+        """Return the paths that all shards have in a folder, whether they exist or not."""
         numbers = range(1, self.total + 1)
         return [folder / f"{self.stem}-{number:05}-of-{self.total:05}{self.suffix}" for number in numbers]

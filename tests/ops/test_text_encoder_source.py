@@ -177,9 +177,9 @@ def test_requantizing_keeps_the_tokenizer(source, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"spiece_model": torch.arange(99, dtype=torch.uint8)}, "tokenizer is no sentencepiece model"),
-        ({"spiece_model": torch.zeros(0, dtype=torch.uint8)}, "0 pieces"),
-        ({"shared.weight": torch.zeros(100, 256)}, "pieces, its embedding 100 rows; they do not belong"),
+        ({"spiece_model": torch.arange(99, dtype=torch.uint8)}, "tokenizer: 99 bytes .*expected a SentencePiece model"),
+        ({"spiece_model": torch.zeros(0, dtype=torch.uint8)}, "tokenizer: 0 pieces, expected 1 to"),
+        ({"shared.weight": torch.zeros(100, 256)}, "pieces, expected 1 to 100, the rows of the embedding"),
         ({"encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": None}, "attn_rel_b.weight: missing"),
     ],
 )

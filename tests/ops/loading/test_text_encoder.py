@@ -242,7 +242,7 @@ def test_other_files_are_refused(tmp_path, weights, t2v, spiece, write_gguf):
 
 def test_file_without_a_tokenizer(tmp_path, weights):
     bare = write(tmp_path / "bare.gguf", first_blocks(weights, 1), {}, lambda host, llama: llama)
-    with pytest.raises(QuantError, match=r"bare\.gguf: tokenizer\.ggml\.model is not given"):
+    with pytest.raises(QuantError, match=r"bare\.gguf: tokenizer\.ggml\.model: missing, expected t5"):
         load_text_encoder(bare, comfy.sd.CLIPType.WAN)
 
 

@@ -1,4 +1,4 @@
-"""The destination appears complete or not at all, whatever ends the writer."""
+"""The destination appears complete or not at all, no matter how the writer ends."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def write(path: Path, content: bytes = b"new", *, overwrite: bool = False) -> Pa
         return file.commit()
 
 
-def test_commit(tmp_path: Path):
+def test_commit_leaves_only_the_complete_file(tmp_path: Path):
     assert write(tmp_path / "a") == tmp_path / "a"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"new"}
 
 
-def test_nothing_without_commit(tmp_path: Path):
+def test_nothing_is_left_without_commit(tmp_path: Path):
     with AtomicFile(tmp_path / "a", 3) as file:
         file.write(b"new")
         assert [path.name for path in tmp_path.iterdir()] == [".a.tmp"]
     assert not any(tmp_path.iterdir())
 
 
-def test_rewind(tmp_path: Path):
+def test_rewind_moves_to_the_beginning(tmp_path: Path):
     with AtomicFile(tmp_path / "a", 4) as file:
         file.write(b"0000")
         file.rewind()
@@ -45,7 +45,7 @@ def test_rewind(tmp_path: Path):
         assert file.commit().read_bytes() == b"1200"
 
 
-def test_existing_destination(tmp_path: Path):
+def test_an_existing_destination_is_replaced_only_with_overwrite(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"old")
     with pytest.raises(QuantError, match="exists already"):
         write(tmp_path / "a")
@@ -54,7 +54,7 @@ def test_existing_destination(tmp_path: Path):
     assert (tmp_path / "a").read_bytes() == b"new"
 
 
-def test_unusable_destinations(tmp_path: Path):
+def test_unusable_destinations_are_refused(tmp_path: Path):
     with pytest.raises(QuantError, match="folder does not exist"):
         write(tmp_path / "missing" / "a")
     with pytest.raises(QuantError, match="exists already"):
@@ -63,7 +63,7 @@ def test_unusable_destinations(tmp_path: Path):
         write(tmp_path / ("n" * 253))
 
 
-def test_unwritable_folder(tmp_path: Path):
+def test_an_unwritable_folder_is_refused(tmp_path: Path):
     tmp_path.chmod(0o500)
     try:
         if os.access(tmp_path, os.W_OK):
@@ -74,14 +74,14 @@ def test_unwritable_folder(tmp_path: Path):
         tmp_path.chmod(0o700)
 
 
-def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_larger_than_the_free_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
     with pytest.raises(QuantError, match=r"3\.00 GiB needed, 1\.00 GiB free"), AtomicFile(tmp_path / "a", 3 << 30):
         pass
     assert not any(tmp_path.iterdir())
 
 
-def test_disk_that_fills_up_meanwhile(tmp_path: Path):
+def test_a_disk_that_fills_up_while_writing_leaves_nothing(tmp_path: Path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with pytest.raises(QuantError, match="No space left"), AtomicFile(tmp_path / "a", 0) as file:
@@ -90,7 +90,7 @@ def test_disk_that_fills_up_meanwhile(tmp_path: Path):
     assert not any(tmp_path.iterdir())
 
 
-def test_destination_taken_or_in_use_meanwhile_gets_a_name_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_destination_that_appears_or_is_in_use_gets_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with AtomicFile(tmp_path / "a.gguf", 3) as file:
         (tmp_path / "a.gguf").write_bytes(b"theirs")
         file.write(b"one")
@@ -122,7 +122,7 @@ with AtomicFile(Path(sys.argv[1]), 0) as file:
 
 @pytest.fixture
 def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process that has the temporary file of `a` open, with 5 bytes in it."""
+    """A process that is writing `a` and has written 5 bytes to its temporary file."""
     with subprocess.Popen([sys.executable, "-c", HANG, tmp_path / "a"], cwd=ROOT, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
@@ -133,10 +133,10 @@ def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_second_writer_of_a_destination_is_refused(tmp_path: Path, writer: subprocess.Popen[bytes]):
-    with pytest.raises(QuantError, match="another job writes it; wait"):
+    with pytest.raises(QuantError, match="another process is writing it; wait"):
         write(tmp_path / "a")
     assert (tmp_path / ".a.tmp").read_bytes() == b"first"
-    with AtomicFile(tmp_path / "b", 0), pytest.raises(QuantError, match="another job writes it; wait"):
+    with AtomicFile(tmp_path / "b", 0), pytest.raises(QuantError, match="another process is writing it; wait"):
         write(tmp_path / "b")
 
 
@@ -159,12 +159,12 @@ def test_a_temporary_file_that_is_gone_once_it_is_locked_is_not_written(tmp_path
 
     monkeypatch.setattr(atomic_file, "try_lock", committed_meanwhile)
     (tmp_path / ".a.tmp").write_bytes(b"theirs")
-    with pytest.raises(QuantError, match="another job writes it"):
+    with pytest.raises(QuantError, match="another process is writing it"):
         write(tmp_path / "a")
     assert (tmp_path / "a").read_bytes() == b"theirs"
 
 
-def test_space_of_what_is_left_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_space_of_an_unfinished_file_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / ".a.tmp").write_bytes(bytes(100))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=50))
     with AtomicFile(tmp_path / "a", 150):

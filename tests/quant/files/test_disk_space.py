@@ -1,4 +1,4 @@
-"""Room for a file, and what killed jobs left, is told before anything is written."""
+"""Missing disk space, and the unfinished files of killed processes, are reported before anything is written."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from wanquant.quant.files.atomic_file import AtomicFile
 from wanquant.quant.files.disk_space import check_space, leftovers
 
 
-def told(folder, name, gib):
-    return f"{folder / f'.{name}.tmp'}: {gib} GiB of a job that was killed; make {name} again or delete this file"
+def sentence(folder, name, gib):
+    return (
+        f"{folder / f'.{name}.tmp'}: {gib} GiB left by a process that was killed;"
+        f" write {name} again to complete it, or delete this file"
+    )
 
 
-def test_what_a_killed_job_left_is_room_for_the_same_file(tmp_path, monkeypatch):
+def test_an_unfinished_file_counts_as_room_for_the_same_file(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=90))
     (tmp_path / ".a.gguf.tmp").write_bytes(bytes(10))
     check_space({tmp_path / "a.gguf": 60, tmp_path / "b.gguf": 40})
@@ -25,7 +28,7 @@ def test_what_a_killed_job_left_is_room_for_the_same_file(tmp_path, monkeypatch)
         check_space({tmp_path / "a.gguf": 60, tmp_path / "b.gguf": 41})
 
 
-def test_what_killed_jobs_left_of_other_files_is_told_where_space_is_short(tmp_path, monkeypatch):
+def test_unfinished_files_are_listed_if_space_is_short(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=90))
     for name in ("b.gguf", "c.safetensors"):
         with open(tmp_path / f".{name}.tmp", "wb") as file:
@@ -34,20 +37,20 @@ def test_what_killed_jobs_left_of_other_files_is_told_where_space_is_short(tmp_p
         check_space({tmp_path / "a.gguf": 91})
     advice, *files = str(error.value).split("; ", 1)[1].split("; ", 1)
     assert advice == "free some space or choose another folder"
-    assert files == ["; ".join(told(tmp_path, name, "0.75") for name in ("b.gguf", "c.safetensors"))]
+    assert files == ["; ".join(sentence(tmp_path, name, "0.75") for name in ("b.gguf", "c.safetensors"))]
 
 
-def test_only_what_killed_jobs_left_is_told(tmp_path):
+def test_only_files_of_killed_processes_are_listed(tmp_path):
     for name in (".draft.tmp", "a.gguf.tmp", ".own.gguf.tmp", "done.gguf"):
         (tmp_path / name).touch()
     with AtomicFile(tmp_path / "running.gguf", 0):
         assert leftovers([tmp_path / "own.gguf", tmp_path / "missing" / "b.gguf"]) == []
-        assert leftovers([tmp_path / "b.gguf"]) == [told(tmp_path, "own.gguf", "0.00")]
+        assert leftovers([tmp_path / "b.gguf"]) == [sentence(tmp_path, "own.gguf", "0.00")]
 
 
-def test_a_conversion_tells_it(tmp_path, source, caplog):
+def test_a_conversion_warns_of_them(tmp_path, source, caplog):
     (tmp_path / ".b.gguf.tmp").touch()
     report = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
-    assert report.warnings == (told(tmp_path, "b.gguf", "0.00"),)
+    assert report.warnings == (sentence(tmp_path, "b.gguf", "0.00"),)
     assert report.warnings[0] in report.text()
     assert report.warnings[0] in caplog.text

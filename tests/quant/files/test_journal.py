@@ -1,4 +1,4 @@
-"""Jobs that are killed midway and started again, in processes of their own."""
+"""Conversions that are killed midway, in their own processes, and resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
 
 RECIPES = ("Q8_0", "Q4_0")
-# Converts, and stops for good once it has reported so many tensors.
+# A program that converts, and kills itself once it has reported a number of tensors.
 STOP = """
 import os, signal, sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 def killed(source: Path, folder: Path, tensors: int, *recipes: str) -> None:
     command = [sys.executable, "-c", STOP, source, folder, str(tensors), *recipes]
-    # Windows has one way to end a process, and tells the number as its exit code.
+    # Windows has one way to end a process, and returns the signal's number as the exit code.
     assert subprocess.run(command, cwd=ROOT).returncode in (-getattr(signal, "SIGKILL", 0), signal.SIGTERM)
 
 
@@ -52,19 +52,19 @@ def names(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """The bytes of uninterrupted files."""
+    """The bytes of the files of uninterrupted conversions."""
     folder = tmp_path_factory.mktemp("whole")
     targets = [Target(folder / f"{recipe}.gguf", recipe) for recipe in RECIPES]
     reports = convert_all(source, targets, Settings(effort="fast"))
     return {report.path.stem: report.path.read_bytes() for report in reports}
 
 
-def test_killed_job_goes_on_to_the_same_bytes(tmp_path, source, whole, caplog):
+def test_a_killed_conversion_resumes_to_the_same_bytes(tmp_path, source, whole, caplog):
     killed(source, tmp_path, 30, *RECIPES)
     assert names(tmp_path) == {f".{recipe}.gguf.{end}" for recipe in RECIPES for end in ("tmp", "journal")}
     done = [len(Journal(tmp_path / f".{recipe}.gguf.journal").read()) for recipe in RECIPES]
     assert min(done) >= 20
-    # One of the two lacks its last tensors, and one journal ends in a line that was cut.
+    # The journal of one file lacks its last tensors and ends in a line that was cut off.
     journal = tmp_path / ".Q4_0.gguf.journal"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:9]) + '{"relative_er')
     calls = []
@@ -87,7 +87,7 @@ def test_bytes_that_the_disk_lost_are_written_again(tmp_path, source, whole, cap
     assert (tmp_path / "Q8_0.gguf").read_bytes() == whole["Q8_0"]
 
 
-def test_another_job_starts_anew_and_says_so(tmp_path, source, whole, caplog):
+def test_another_conversion_starts_anew_and_says_so(tmp_path, source, whole, caplog):
     killed(source, tmp_path, 30, "Q8_0")
     (tmp_path / ".Q8_0.gguf.tmp").rename(tmp_path / ".Q4_0.gguf.tmp")
     (tmp_path / ".Q8_0.gguf.journal").rename(tmp_path / ".Q4_0.gguf.journal")
@@ -96,8 +96,8 @@ def test_another_job_starts_anew_and_says_so(tmp_path, source, whole, caplog):
     assert {path.stem: path.read_bytes() for path in tmp_path.iterdir()} == {"Q4_0": whole["Q4_0"]}
 
 
-def test_full_disk_leaves_nothing_and_says_so(tmp_path, source):
-    """A real limit of the system: no file may grow beyond 1 MB."""
+def test_a_full_disk_leaves_nothing_and_is_reported(tmp_path, source):
+    """The system's own limit on the size of files is set to 1 MB."""
     resource = pytest.importorskip("resource", reason="this system has no limit for files")
 
     def limit() -> None:

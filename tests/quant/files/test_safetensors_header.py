@@ -1,4 +1,4 @@
-"""Headers of safetensors files, sound and damaged."""
+"""Damaged headers of safetensors files are refused, with one line that names the file and the tensor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = {"dtype": "F32", "shape": [1, 2, 2], "data_offsets": [0, 16]}
 
 
 def write_raw(path, header, data=bytes(16)):
-    """A safetensors file with any header: bytes as they are, else JSON."""
+    """Write a safetensors file with any header, either bytes or a value that becomes JSON."""
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data)
     return path
@@ -24,7 +24,7 @@ DEEP = b"[" * 1_000_000
 TWICE = b'{"head.modulation": %b, "head.modulation": %b}' % (json.dumps(HEAD).encode(), json.dumps(HEAD).encode())
 
 
-def test_header_length_that_looks_like_a_pickle_is_none(tmp_path):
+def test_a_header_length_that_looks_like_a_pickle_is_accepted(tmp_path):
     header = json.dumps({"head.modulation": HEAD}).encode().ljust(0x0280)  # bytes 80 02, as a pickle of protocol 2
     with open_checkpoint(write_raw(tmp_path / "a.safetensors", header)) as checkpoint:
         assert checkpoint.tensors["head.modulation"].shape == (1, 2, 2)
@@ -50,12 +50,12 @@ def test_header_length_that_looks_like_a_pickle_is_none(tmp_path):
         ({"a": HEAD | {"shape": [3]}}, "tensor a: 16 bytes for F32"),
         ({"a": HEAD | {"data_offsets": [2**63, 2**63 + 16]}}, "tensor a: starts at byte 9223372036854775"),
         ({"a": HEAD, "b": HEAD}, "tensor b: starts at byte"),
-        ({"a": HEAD | {"shape": [2], "data_offsets": [8, 16]}}, "tensors overlap or leave a hole"),
-        ({"a": HEAD | {"shape": [8], "data_offsets": [0, 32]}}, "the file is cut or has a tail"),
-        ({"a": HEAD | {"shape": [2], "data_offsets": [0, 8]}}, "the file is cut or has a tail"),
+        ({"a": HEAD | {"shape": [2], "data_offsets": [8, 16]}}, "tensors neither overlap nor leave a gap"),
+        ({"a": HEAD | {"shape": [8], "data_offsets": [0, 32]}}, "the end of the file; the file is cut off"),
+        ({"a": HEAD | {"shape": [2], "data_offsets": [0, 8]}}, "the end of the file; the file is cut off"),
     ],
 )
-def test_damaged_headers(tmp_path, header, message):
+def test_damaged_headers_are_refused(tmp_path, header, message):
     path = write_raw(tmp_path / "a.safetensors", header)
     with pytest.raises(QuantError, match=message) as error:
         open_checkpoint(path)
@@ -66,13 +66,13 @@ def test_damaged_headers(tmp_path, header, message):
 @pytest.mark.parametrize(
     "content", [b"", b"\x10", b"\xff" * 8, bytes(8), (100_000_001).to_bytes(8, "little"), b"<html>.."]
 )
-def test_impossible_header_lengths(tmp_path, content):
+def test_impossible_header_lengths_are_refused(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(QuantError, match=r"header length \d+ in a file of \d+ bytes"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
-def test_gguf_is_told(tmp_path):
+def test_a_gguf_is_recognized(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"GGUF" + bytes(99))
     with pytest.raises(QuantError, match=r"a\.safetensors: a GGUF file, expected safetensors"):
         read_safetensors_header(tmp_path / "a.safetensors")
