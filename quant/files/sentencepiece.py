@@ -53,8 +53,8 @@ def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
         ids = {name: _signed(trainer.get(field, default)) for name, (field, default) in _SPECIAL_IDS.items()}
     except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
         raise QuantError(
-            f"tokenizer: {len(model)} bytes of something else, expected a SentencePiece model; use the spiece.model of this"
-            " text encoder"
+            f"tokenizer: {len(model)} bytes of something else, expected a SentencePiece model; use the spiece.model of"
+            " this text encoder"
         ) from error
     n_unused = n_rows - len(tokens)
     if not tokens or n_unused < 0:
