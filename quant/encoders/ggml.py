@@ -3,8 +3,8 @@
 `encode_*` takes blocks, float32 (n, block_size), and returns uint8 (n, type_size). The bytes are those that ggml writes
 without an importance matrix; `importance` is ignored.
 
-Below, n sub-blocks of `size` weights are the columns of a matrix `x`, float32 (size, n), and `w` are the weights of the
-squared errors, of the same shape. `q` are codes as float32, and a `unit` is the reciprocal of a scale: q ~ x * unit.
+Below, n sub-blocks of `size` weights are the columns of a matrix `x`, float32 (size, n). `w`, of the same shape, is how
+much each weight's error counts. `q` are codes as float32. A `unit` is the reciprocal of a scale: q ~ x * unit.
 
 ggml's loops add the elements of a sub-block one after the other, without fused arithmetic. So here sums run from the
 first row to the last, and each product, sum and quotient is rounded on its own.

@@ -28,8 +28,8 @@ class AtomicFile:
             is emptied.
 
     Raises:
-        QuantError: on entering, if `path` exists and `overwrite` is off, if its folder is missing, unwritable or has
-            less than `nbytes` bytes free, or if another process is writing the file. Later, if a write fails.
+        QuantError: on entering, `path` exists and `overwrite` is off, another process is writing the file, or its
+            folder is missing, unwritable or has too little space. Later, a write fails.
     """
 
     def __init__(self, path: Path, nbytes: int, *, overwrite: bool = False, resume: bool = False) -> None:

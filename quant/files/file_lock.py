@@ -1,8 +1,8 @@
 """A lock on an open file, which the operating system releases when the file is closed or its process ends.
 
 The package filelock is not used because it locks a second file, by its path. Here the temporary file itself is locked,
-through its open descriptor. So renaming it or dying leaves no lock file behind, and to take over the file of a killed
-process and to lock it is one step.
+through its open descriptor. Renaming it, or the death of the process, therefore leaves no lock file behind. Taking over
+the file of a killed process and locking it is a single step.
 """
 
 from __future__ import annotations

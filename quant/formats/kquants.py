@@ -109,7 +109,7 @@ def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """Read 8 scales and 8 mins of 6 bits from uint8 (n, 12), each as uint8 (n, 8).
 
     The first eight bytes hold four scales and four mins in their lower six bits. The other scales and mins have their
-    lower four bits in the last four bytes, and their upper two bits on top of the first eight.
+    lower four bits in the last four bytes. Their upper two bits are the upper bits of the first eight bytes.
 
     Source: ggml-quants.c get_scale_min_k4.
     """

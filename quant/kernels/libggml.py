@@ -158,7 +158,7 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
 
 
 def _run(convert: CFunction, source: Tensor, out: Tensor, block_size: int) -> None:
-    """CFunction blocks on as many threads as torch uses; ctypes releases the GIL during a call."""
+    """Convert blocks on as many threads as torch uses; ctypes releases the GIL during a call."""
     threads = torch.get_num_threads()
     if threads == 1:
         convert(source.data_ptr(), out.data_ptr(), len(source) * block_size)

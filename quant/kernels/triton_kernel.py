@@ -2,7 +2,7 @@
 
 A program dequantizes TILE weights. A thread dequantizes eight neighboring weights at a time, so that it stores 16 bytes
 of float16. Offsets within a program are int32, and the offset of a program is int64. On a fast GPU, the integer units
-are the first to limit the speed, so codes become floats by their bit pattern instead of by conversion instructions.
+are the first to limit the speed. So codes become floats by their bit pattern instead of by conversion instructions.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 

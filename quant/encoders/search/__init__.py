@@ -13,8 +13,8 @@ The search has three stages:
 1. `scale.py` finds a real-valued scale and min for each sub-block on its own. It rounds the weights for each of several
    anchors, solves each rounding by least squares, and keeps the best.
 2. `fit.py` makes them storable. It tries several starts: integers that the largest scale of a block may get, each of
-   which determines `d`. Then it runs rounds. A round tries the neighbors of all integers for fixed `d` and `dmin`, and
-   the next one first fits `d` and `dmin` to all codes by least squares.
+   which determines `d`. Then it runs rounds. A round keeps `d` and `dmin` and tries the neighbors of all integers.
+   Between two rounds, `d` and `dmin` are fitted to the codes by least squares.
 3. `refine` in `fit.py` tries more starts for the few blocks whose error depends most on how scales are rounded.
 
 Every encoder takes blocks, float32 (n, block_size), and importance of the same shape or None, on any device. It returns

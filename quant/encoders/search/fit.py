@@ -149,7 +149,7 @@ def refine(
 def _is_hard(sub_blocks: SubBlocks, error: Tensor, shape: torch.Size, settings: SearchSettings) -> Tensor:
     """Return which blocks `refine` takes, bool (n,), for n blocks of k sub-blocks, `shape` (n, k).
 
-    These are the blocks whose error is no larger than what storing a scale causes, and those with a sub-block whose
+    One kind are blocks whose error is no larger than what storing a scale causes. The other kind have a sub-block whose
     energy is nearly all in its mean or in its largest weight. Blocks with many zeros are left out: the weights that
     remain have scales to choose from.
     """

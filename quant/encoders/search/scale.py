@@ -88,8 +88,8 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """Solve x ~ s * q - m for s and m by weighted least squares, where m is at least `lowest`.
 
-    Where that has no unique solution, or none within the bound, m is fixed at `lowest` (0 without a bound) and only s
-    is solved for. Where all q are 0, only m is solved for.
+    Where that has no unique solution, or none within the bound, only s is solved for. m is then `lowest`, or 0 without
+    a bound. Where all q are 0, only m is solved for.
 
     Args:
         sw, sx, sq, xq, qq: the sums of w, w * x, w * q, w * x * q and w * q * q, float32 (n,).
