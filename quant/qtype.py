@@ -87,7 +87,7 @@ class QuantType:
         if not shape or shape[-1] % self.type_size:
             raise QuantError(
                 f"shape {shape} in bytes: the last axis is not a multiple of the {self.name} type size"
-                f" {self.type_size}; the data is cut or of another type"
+                f" {self.type_size}; the data is cut off or of another type, get the file again"
             )
         return (*shape[:-1], shape[-1] // self.type_size * self.block_size)
 

@@ -18,7 +18,7 @@ from .scale import search_scale, search_scale_and_min
 from .sub_blocks import SubBlocks
 
 Pack = Callable[[BlockScales, Tensor], Tensor]
-"""Write blocks from their scales and their codes, float32 (n, block_size): returns uint8 (n, type_size)."""
+"""Writes blocks from their scales and their codes, float32 (n, block_size): returns uint8 (n, type_size)."""
 
 # Ranges of a single integer, for types that store no integer scale or min: d or dmin then counts alone, or there is no
 # min at all.
@@ -27,7 +27,7 @@ _IQ4 = Codebook(KVALUES)
 
 
 @dataclass(frozen=True)
-class _Effort:
+class _Counts:
     """How many anchors (for each sign of the scale), starts and rounds an encoder tries."""
 
     anchors: int
@@ -35,14 +35,14 @@ class _Effort:
     rounds: int
 
 
-_WITH_SCALES = _Effort(anchors=13, starts=3, rounds=3)
-_WITH_SCALES_AND_MINS = _Effort(anchors=17, starts=3, rounds=3)
+_WITH_SCALES = _Counts(anchors=13, starts=3, rounds=3)
+_WITH_SCALES_AND_MINS = _Counts(anchors=17, starts=3, rounds=3)
 # Eight levels need no finer grid of anchors.
-_EIGHT_LEVELS = _Effort(anchors=5, starts=3, rounds=3)
-_ONE_SCALE = _Effort(anchors=16, starts=1, rounds=3)
+_EIGHT_LEVELS = _Counts(anchors=5, starts=3, rounds=3)
+_ONE_SCALE = _Counts(anchors=16, starts=1, rounds=3)
 # With more levels, good anchors lie closer together.
-_256_LEVELS = _Effort(anchors=24, starts=1, rounds=3)
-_ONE_SCALE_AND_MIN = _Effort(anchors=20, starts=1, rounds=3)
+_256_LEVELS = _Counts(anchors=24, starts=1, rounds=3)
+_ONE_SCALE_AND_MIN = _Counts(anchors=20, starts=1, rounds=3)
 
 
 @dataclass(frozen=True)
@@ -114,19 +114,19 @@ class EncoderWithMin(Encoder):
         return [((high - low) / self.anchor, -low), self._real_scales(sub_blocks, fine, through_zero=True)]
 
 
-def _with_min(size: int, largest: int, integers: Integers, effort: _Effort, pack: Pack) -> Encoder:
+def _with_min(size: int, largest: int, integers: Integers, counts: _Counts, pack: Pack) -> Encoder:
     """Return the encoder of a type with codes 0 to `largest`, whose integer scales and mins are `integers`."""
-    anchors = [largest, *_anchors(largest, effort.anchors, max(1.0, largest / 10))]
-    starts = range(integers.high, integers.high - effort.starts, -1)
-    search = SearchSettings(integers, integers, starts, effort.rounds)
+    anchors = [largest, *_anchors(largest, counts.anchors, max(1.0, largest / 10))]
+    starts = range(integers.high, integers.high - counts.starts, -1)
+    search = SearchSettings(integers, integers, starts, counts.rounds)
     return EncoderWithMin(size, Integers(0, largest), largest, anchors, search, pack)
 
 
-def _without_min(size: int, levels: Levels, anchor: int, integers: Integers, effort: _Effort, pack: Pack) -> Encoder:
+def _without_min(size: int, levels: Levels, anchor: int, integers: Integers, counts: _Counts, pack: Pack) -> Encoder:
     """Return the encoder of a type whose sub-blocks have integer scales in `integers` and no min."""
-    anchors = _anchors(anchor, effort.anchors, max(1.0, anchor / 5))
+    anchors = _anchors(anchor, counts.anchors, max(1.0, anchor / 5))
     both_signs = [-anchor, *anchors, *(-value for value in anchors)]
-    search = SearchSettings(integers, _ZERO, (integers.low, integers.high)[: effort.starts], effort.rounds)
+    search = SearchSettings(integers, _ZERO, (integers.low, integers.high)[: counts.starts], counts.rounds)
     return Encoder(size, levels, anchor, both_signs, search, pack)
 
 
