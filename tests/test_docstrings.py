@@ -17,7 +17,7 @@ FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.
 NOT_A_BEGINNING = {
     *("Of", "To", "With", "In", "For", "From", "By", "As", "On", "At", "Where", "Whose", "Whether"),
 }
-SHAPE = re.compile(r"\([^()]*,[^()]*\)|\(n\)|\bshape|\bscalar|\bflat\b|\b[0-5]-D\b")
+SHAPE = re.compile(r"\([^()]*[,*][^()]*\)|\(n\)|\belements\b|\bshape|\bscalar|\bflat\b|\b[0-5]-D\b")
 DTYPE = re.compile(r"u?int\d|b?float|\bdtype|\bbool|\bbytes\b")
 
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -62,7 +62,7 @@ class OpenFile:
         return name in self._kept
 
     def quantize(self, part: Slice, qtype: QuantType, encoder: LayerEncoder, effort: Effort) -> Tensor:
-        """Return the bytes of the slice as uint8; they are copied if the source has the same type."""
+        """Return the bytes of the slice, uint8 (rows, bytes per row): the source's own if it has the same type."""
         if part.packed is not None and part.tensor.stored == qtype.name:
             return part.packed
         packed = encoder.quantize(qtype, part.weight, effort)
@@ -70,7 +70,7 @@ class OpenFile:
         return packed.cpu()
 
     def write(self, pool: ThreadPoolExecutor, name: str, packed: Tensor) -> None:
-        """Write on the thread of the pool, after the previous write has finished."""
+        """Write `packed`, uint8 of any shape, on the thread of the pool, after the previous write has finished."""
         self.wait()
         self._pending = pool.submit(self.writer.write_part, name, packed)
 
@@ -99,6 +99,7 @@ class Stream:
 
     @property
     def importance(self) -> Mapping[str, Tensor]:
+        """The importance of the settings: float32, (in_features,), by the name of the weight; empty without one."""
         return self.settings.importance or {}
 
     def write(self, writers: Iterable[GGUFWriter]) -> list[Path]:

@@ -48,7 +48,10 @@ def half_bytes(values: Tensor) -> Tensor:
 
 
 def quotient(values: Tensor, divisor: float) -> Tensor:
-    """Divide a float tensor by a number, rounding once; CUDA's division by a number multiplies with its reciprocal."""
+    """Divide a float tensor of any shape by a number and round once.
+
+    CUDA's division by a number multiplies with its reciprocal instead, which rounds twice.
+    """
     return values / torch.full_like(values, divisor)
 
 

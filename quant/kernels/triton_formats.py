@@ -33,7 +33,7 @@ _SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """Where the codes of a format are, and what they stand for."""
+    """The places of the codes of a format, and what they stand for."""
 
     bits: int
     """The bits of a code."""

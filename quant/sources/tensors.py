@@ -43,7 +43,7 @@ class StoredTensor:
         return self.file.read(self.offset + start, stop - start)
 
     def peek(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the same as `read`, without hashing: for small tensors that belong to another one."""
+        """Return what `read` does, uint8 (stop - start,), without hashing: for small tensors that belong to others."""
         stop = self.nbytes if stop is None else stop
         return self.file.peek(self.offset + start, stop - start)
 

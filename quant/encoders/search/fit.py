@@ -43,7 +43,7 @@ class BlockScales:
         return BlockScales(*(field[indices] for field in self.fields()))
 
     def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return d, dmin, scales and mins."""
+        """Return d and dmin, float32 (n,), and scales and mins, float32 (n, k)."""
         return self.d, self.dmin, self.scales, self.mins
 
     def effective(self) -> tuple[Tensor, Tensor]:

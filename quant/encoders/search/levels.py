@@ -27,7 +27,7 @@ class Levels(Protocol):
 
 
 @dataclass(frozen=True)
-class Integers:
+class Integers(Levels):
     """The integers from `low` to `high`; each is its own code."""
 
     low: int
@@ -44,7 +44,7 @@ class Integers:
 
 
 @dataclass(frozen=True)
-class Codebook:
+class Codebook(Levels):
     """A table of rising integers in [-128, 127]; the code of an entry is its index."""
 
     values: tuple[int, ...]

@@ -87,7 +87,7 @@ def pairwise_sum(values: Tensor) -> Tensor:
 
 
 def reciprocal_or_zero(values: Tensor) -> Tensor:
-    """Return 1 / values, and 0 where that is infinite, float32: the weights of an empty sub-block get the level 0."""
+    """Return 1 / values, float32 of the same shape, and 0 where that is infinite: an empty sub-block gets level 0."""
     return values.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
 
 
@@ -104,6 +104,6 @@ def select_best(errors: Sequence[Tensor], *options: Sequence[Tensor]) -> tuple[T
 
 
 def round_to_float16(values: Tensor) -> Tensor:
-    """Round float32 values to the nearest finite float16, still as float32; -0 becomes +0."""
+    """Round float32 values of any shape to the nearest finite float16, still as float32; -0 becomes +0."""
     # Torch may compute a value in a vector register or alone, and the sign of a zero may depend on which.
     return values.clamp(-65504.0, 65504.0).half().float().add_(0.0)
