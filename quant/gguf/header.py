@@ -86,7 +86,7 @@ class FileIdentity:
     def check_unchanged(self) -> None:
         """Raise QuantError if the path leads to another or a changed file."""
         if FileIdentity.of(self.path) != self:
-            raise QuantError(f"{self.path}: the file was changed or replaced after it was loaded; load the model again")
+            raise QuantError(f"{self.path}: the file was changed or replaced since it was loaded; load the model again")
 
     def displaced(self) -> str | None:
         """Return what happened to the path, "deleted" or "replaced by another", or None.
