@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import printable
 from ..gguf.header import ORIG_SHAPE_KEY, read_header
 from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
@@ -74,7 +75,7 @@ class FileReport:
             return "add-on for a Wan diffusion model"
         if architecture == "t5encoder":
             return "T5 text encoder"
-        return f"not a Wan diffusion model: general.architecture is {architecture}"
+        return f"not a Wan diffusion model: general.architecture is {printable(str(architecture), _MAX_VALUE_CHARS)}"
 
     @property
     def bits_per_weight(self) -> float:
@@ -155,6 +156,7 @@ def _readable(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | int | fl
             yield key, value
         elif isinstance(value, str):
             cut = len(value) > _MAX_VALUE_CHARS
-            yield key, f"{value[:_MAX_VALUE_CHARS]}... ({len(value)} characters)" if cut else value
+            shown = printable(value[:_MAX_VALUE_CHARS])
+            yield key, f"{shown}... ({len(value)} characters)" if cut else shown
         else:
             yield key, f"array of {len(value)}" + (f" {value.dtype}" if isinstance(value, np.ndarray) else "")

@@ -13,10 +13,12 @@ from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
+from ..errors import printable
 from ..units import GIB, MIB
 from .report import FileReport, TensorSummary, sqnr_db
 
@@ -29,7 +31,10 @@ _LEGEND_COLUMNS = 5
 # The palette of Okabe and Ito, whose colors can be distinguished with any color vision.
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 _ROLES = ("self_attn", "cross_attn", "ffn", "embedding", "head", "other")
-_LAYER = re.compile(r"(?:(\w+)_)?blocks\.(\d+)\.(.+)\.weight")
+_LAYER = re.compile(r"(?:(\w{1,20})_)?blocks\.(\d{1,9})\.(.{1,60})\.weight")
+# A hostile file may have any number of layers and blocks; those of a Wan model are far fewer.
+_MAX_LAYERS, _MAX_BLOCKS = 60, 400
+_NAME_CHARS = 90
 
 Layers = Mapping[str, Mapping[int, TensorSummary]]
 """The matrix of each layer of a block (such as `self_attn.q`), by the number of the block."""
@@ -37,6 +42,12 @@ Layers = Mapping[str, Mapping[int, TensorSummary]]
 
 def draw(report: FileReport) -> Image.Image:
     """Return the chart as an RGB image, 720 pixels wide."""
+    # Names from a file are text, not TeX.
+    with rc_context({"text.parse_math": False}):
+        return _draw(report)
+
+
+def _draw(report: FileReport) -> Image.Image:
     roles = [role for role in _ROLES if any(tensor.role == role for tensor in report.tensors)]
     layers = _layers(report)
     maps: list[tuple[str, Callable[[TensorSummary], float]]] = []
@@ -54,7 +65,7 @@ def draw(report: FileReport) -> Image.Image:
         """Return new axes at a position in inches from the upper left corner."""
         return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
 
-    name = report.path.name
+    name = printable(report.path.name, _NAME_CHARS)
     figure.text(0.02, 1 - 0.25 / height, name, fontsize=min(14, 900 / len(name)), va="center")
     figure.text(0.02, 1 - 0.53 / height, _summary(report), fontsize=10, va="center", color="#667085")
     _draw_bytes(axes(_LABELS, _HEAD, _WIDTH - _LABELS - 0.1, bars), report, roles)
@@ -73,7 +84,7 @@ def draw(report: FileReport) -> Image.Image:
 
 def _summary(report: FileReport) -> str:
     size = f"{report.nbytes / GIB:.3f} GiB, {report.bits_per_weight:.2f} bits per weight"
-    return f"{size}, {len(report.tensors)} tensors - {report.kind}"
+    return printable(f"{size}, {len(report.tensors)} tensors - {report.kind}", _NAME_CHARS)
 
 
 def _layers(report: FileReport) -> Layers:
@@ -82,7 +93,9 @@ def _layers(report: FileReport) -> Layers:
         match = _LAYER.fullmatch(tensor.name)
         if match and len(tensor.shape) == 2:
             prefix, block, role = match.groups()
-            layers.setdefault(f"{prefix} {role}" if prefix else role, {})[int(block)] = tensor
+            layer = printable(f"{prefix} {role}" if prefix else role)
+            if layer in layers or len(layers) < _MAX_LAYERS:
+                layers.setdefault(layer, {})[int(block)] = tensor
     return layers
 
 
@@ -117,15 +130,18 @@ def _draw_bytes(axis: Axes, report: FileReport, roles: list[str]) -> None:
 
 def _draw_map(axis: Axes, scale: Axes, layers: Layers, title: str, value: Callable[[TensorSummary], float]) -> None:
     """Draw a map with a row per layer and a column per block; layers without a value stay white."""
-    blocks = 1 + max(block for layer in layers.values() for block in layer)
-    values = np.full((len(layers), blocks), math.nan)
+    blocks = sorted({block for layer in layers.values() for block in layer})[:_MAX_BLOCKS]
+    columns = {block: column for column, block in enumerate(blocks)}
+    values = np.full((len(layers), len(blocks)), math.nan)
     for row, layer in enumerate(layers.values()):
         for block, tensor in layer.items():
-            values[row, block] = value(tensor)
+            if block in columns:
+                values[row, columns[block]] = value(tensor)
     image = axis.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
     axis.set_title(title, fontsize=11, loc="left")
     axis.set_yticks(range(len(layers)), list(layers))
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(blocks[int(x)]) if 0 <= x < len(blocks) else ""))
     axis.tick_params(left=False)
     axis.spines[:].set_visible(False)
     scale.figure.colorbar(image, cax=scale)
