@@ -22,9 +22,11 @@ def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
         out: any float dtype, n_blocks * block_size elements, contiguous; written to.
 
     Raises:
-        QuantError: a dtype, a size or strides differ from that. Compiled code would then access memory out of bounds.
+        QuantError: a dtype, size, strides or device differs from that. Compiled code would access memory out of bounds.
     """
     n_elements = QTYPES[qtype].unpacked_shape((packed.numel(),))[0]
+    if packed.device != out.device:
+        raise QuantError(f"{qtype}: packed data on {packed.device}, output on {out.device}; put both on one device")
     if packed.dtype is not torch.uint8 or out.numel() != n_elements or not out.is_contiguous():
         raise QuantError(
             f"{qtype}: got {packed.numel()} elements of {packed.dtype} and an output of {out.numel()} elements with"

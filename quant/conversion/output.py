@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import QuantError
+from ..files.disk_space import temporary_of
+from ..files.regular_file import check_path
 from ..gguf.header import read_header
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import (
@@ -128,6 +130,7 @@ def _is_up_to_date(destination: Path, metadata: Mapping[str, Any], checkpoint: C
 
 
 def _check_paths(source: Path, destination: Path) -> None:
+    check_path(destination, temporary_of(destination))
     if destination.suffix.lower() != ".gguf":
         raise QuantError(f"{destination}: not a .gguf name; choose a destination that ends in .gguf")
     if source.exists() and destination.exists() and source.samefile(destination):

@@ -13,6 +13,7 @@ from typing import BinaryIO
 from ..errors import QuantError
 from .disk_space import check_space, temporary_of
 from .file_lock import try_lock
+from .regular_file import check_path, create_or_open
 
 
 class AtomicFile:
@@ -42,7 +43,7 @@ class AtomicFile:
         self._check_destination()
         with self._reporting():
             check_space({self.path: self.nbytes})
-            self._file = open(self._temporary, "r+b", opener=_open_or_create)
+            self._file = create_or_open(self._temporary)
             if not (try_lock(self._file) and self._is_in_place()):
                 self._file.close()
                 raise QuantError(
@@ -101,9 +102,7 @@ class AtomicFile:
         with self._reporting():
             self._file.flush()
             os.fsync(self._file.fileno())
-            if (
-                sys.platform == "win32"
-            ):  # Windows renames only closed files; elsewhere the lock is held until the file is renamed
+            if sys.platform == "win32":  # renames only closed files; elsewhere the lock is held until then
                 self._file.close()
             placed = self._rename()
             self._is_committed = True
@@ -129,8 +128,13 @@ class AtomicFile:
         return (self.path.with_stem(f"{self.path.stem}-{number}") for number in range(1, 1000))
 
     def _check_destination(self) -> None:
+        check_path(self.path, self._temporary)
+        if self.path.is_symlink():
+            raise QuantError(f"{self.path}: is a link, which is not replaced; delete it, or choose another name")
         if not self.path.parent.is_dir():
             raise QuantError(f"{self.path}: its folder does not exist; create the folder or choose another")
+        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+            raise QuantError(f"{self.path}: is a pipe or a device, expected a file; choose another name")
         if self.path.is_dir() or (self.path.exists() and not self.overwrite):
             raise QuantError(
                 f"{self.path}: exists already, expected a new name; choose another name or allow overwriting"
@@ -142,7 +146,3 @@ class AtomicFile:
             yield
         except OSError as error:
             raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder and disk") from None
-
-
-def _open_or_create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)

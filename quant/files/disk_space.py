@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import QuantError
 from ..units import GIB
 from .file_lock import try_lock
+from .regular_file import open_regular
 
 # The suffixes of all files that this package writes. Other programs leave temporary files of other names.
 _SUFFIXES = (".gguf", ".safetensors")
@@ -44,25 +45,33 @@ def check_space(nbytes: Mapping[Path, int]) -> None:
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             raise QuantError(
                 f"{paths[0]}{more}: {needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free in the folder;"
-                + "; ".join((" free some space or choose another folder", *leftovers(paths)))
+                + "; ".join((" free some space or choose another folder", *_left(paths)))
             )
 
 
 def leftovers(paths: Collection[Path]) -> list[str]:
     """Return a sentence about each unfinished file of another name that a killed process left in these folders."""
+    return [
+        f"{path}: {size / GIB:.2f} GiB left by a process that was killed;"
+        f" write {path.stem[1:]} again to complete it, or delete this file"
+        for path, size in _unfinished(paths)
+    ]
+
+
+def _left(paths: Collection[Path]) -> list[str]:
+    """Return a short text about all such files, or nothing."""
+    found = list(_unfinished(paths))
+    total = sum(size for _, size in found) / GIB
+    first = "".join(f", the first is {path.name}" for path, _ in found[:1])
+    return [f"{total:.2f} GiB are in {len(found)} files that killed processes left unfinished{first}"] if found else []
+
+
+def _unfinished(paths: Collection[Path]) -> Iterator[tuple[Path, int]]:
+    """Yield the unfinished files, and their sizes in bytes, that no process is writing."""
     own = set(map(temporary_of, paths))
     found = {path for folder in {path.parent for path in paths} for path in folder.glob(".*.tmp")} - own
-    abandoned = [path for path in sorted(found) if path.stem.endswith(_SUFFIXES)]
-    return [sentence for path in abandoned if (sentence := _describe(path))]
-
-
-def _describe(temporary: Path) -> str:
-    """Return a sentence about an unfinished file, or an empty string if a process is writing it."""
-    with suppress(OSError), open(temporary, "rb") as file:
-        if try_lock(file):
-            name, size = temporary.stem[1:], os.fstat(file.fileno()).st_size
-            return (
-                f"{temporary}: {size / GIB:.2f} GiB left by a process that was killed;"
-                f" write {name} again to complete it, or delete this file"
-            )
-    return ""
+    for path in sorted(found):
+        if path.stem.endswith(_SUFFIXES):
+            with suppress(OSError, QuantError), open_regular(path) as file:
+                if try_lock(file):
+                    yield path, os.fstat(file.fileno()).st_size

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import QuantError
+from .regular_file import create_or_open, open_regular
+from .strict_json import parse_json
+
+# Far more than the lines of all tensors of a model.
+_MAX_BYTES = 1 << 24
 
 
 class JournalEntry(NamedTuple):
@@ -31,25 +38,31 @@ class Journal:
     def read(self) -> list[JournalEntry]:
         """Return the entries up to the first that is cut off or damaged; none if there is no file."""
         entries: list[JournalEntry] = []
-        with suppress(OSError, ValueError, TypeError):
-            for line in self.path.read_text().splitlines():
-                entries.append(JournalEntry(**json.loads(line)))
+        with suppress(QuantError), open_regular(self.path) as file:
+            for line in file.read(_MAX_BYTES).splitlines():
+                match parse_json(line, str(self.path), "it is not used"):
+                    case {"relative_error": float(error), "sha256": str(sha256)} if math.isfinite(error):
+                        entries.append(JournalEntry(error, sha256))
+                    case _:
+                        break
         return entries
 
     def restart(self, entries: Iterable[JournalEntry]) -> None:
         """Replace all entries by these."""
-        self._write("w", entries)
+        self._write(entries, keep=False)
 
     def append(self, entry: JournalEntry) -> None:
-        self._write("a", [entry])
+        self._write([entry], keep=True)
 
     def delete(self) -> None:
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
-    def _write(self, mode: str, entries: Iterable[JournalEntry]) -> None:
+    def _write(self, entries: Iterable[JournalEntry], *, keep: bool) -> None:
         try:
-            with open(self.path, mode) as file:
-                file.writelines(json.dumps(entry._asdict()) + "\n" for entry in entries)
+            with create_or_open(self.path) as file:
+                file.seek(0, os.SEEK_END if keep else os.SEEK_SET)
+                file.truncate()
+                file.writelines(json.dumps(entry._asdict()).encode() + b"\n" for entry in entries)
         except OSError as error:
             raise QuantError(f"{self.path}: cannot be written: {error.strerror}; check its folder and disk") from None

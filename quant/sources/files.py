@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..files.regular_file import open_regular
 from ..gguf.header import FileIdentity
 
 _HASH_CHUNK_BYTES = 16 << 20
@@ -23,10 +24,7 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.identity = FileIdentity.of(path)
-        try:
-            self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
-        except OSError as error:
-            raise QuantError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+        self._file = open_regular(path)
         self._hash = hashlib.sha256()
         self._hashed = 0
         self.is_hashing = True

@@ -59,7 +59,7 @@ def test_unusable_destinations_are_refused(tmp_path: Path):
         write(tmp_path / "missing" / "a")
     with pytest.raises(QuantError, match="exists already"):
         write(tmp_path, overwrite=True)
-    with pytest.raises(QuantError, match="cannot be written: File name too long"):
+    with pytest.raises(QuantError, match=r"not a usable path \(File name too long"):
         write(tmp_path / ("n" * 253))
 
 
