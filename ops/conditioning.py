@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from ..quant import QuantError
 from ..quant.files.atomic_file import AtomicFile
 from ..quant.files.safetensors_content import SafetensorsContent, StreamedTensor
+from ..quant.files.safetensors_header import read_safetensors_header
+from ..quant.files.strict_json import parse_json
 
 Conditioning = list[list[Any]]
 """The host's type: a list of [prompt embedding, floating point, (batch, tokens, width); dict of further fields]."""
@@ -42,15 +44,19 @@ def load_conditioning(path: str) -> Conditioning:
     Raises:
         QuantError: the file is not a safetensors file, or has no conditioning.
     """
+    metadata, _ = read_safetensors_header(Path(path))
+    if _KEY not in metadata:
+        raise QuantError(f"{path}: no saved conditioning in this file; write one with Save Conditioning")
+    fields = parse_json(metadata[_KEY], f"{path}: {_KEY}", "save the conditioning again")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if _KEY not in metadata:
-                raise QuantError(f"{path}: no saved conditioning in this file; write one with Save Conditioning")
-            loaded: Conditioning = _restore(json.loads(metadata[_KEY]), file)
-            return loaded
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise QuantError(f"{path}: not a readable safetensors file ({error}); save the conditioning again") from error
+            loaded = _restore(fields, file)
+    except (SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise QuantError(f"{path}: not the fields of a conditioning ({error}); save the conditioning again") from None
+    match loaded:
+        case [*prompts] if prompts and all(isinstance(prompt, list) and len(prompt) == 2 for prompt in prompts):
+            return prompts
+    raise QuantError(f"{path}: not a list of prompts with their fields; save the conditioning again")
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401

@@ -17,6 +17,7 @@ from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.sentencepiece import SPIECE_KEY
+from ..files.typed_metadata import TypedMetadata
 from ..gguf.provenance import source_metadata
 from ..progress import Progress
 from ..sources.attention import preference_tensors, without_preferences
@@ -104,8 +105,8 @@ def restore(
 
 def _content(weights: Sequence[StreamedTensor], gguf_metadata: Mapping[str, Any]) -> SafetensorsContent:
     """Return the content of the file: the weights, then the tokenizer and the attention preferences."""
-    spiece, metadata = gguf_metadata.get(SPIECE_KEY), source_metadata(gguf_metadata)
-    tokenizer = {} if spiece is None else {SPIECE_TENSOR: torch.from_numpy(np.array(spiece, np.uint8))}
+    spiece, metadata = TypedMetadata(gguf_metadata, "tokenizer").raw(SPIECE_KEY), source_metadata(gguf_metadata)
+    tokenizer = {SPIECE_TENSOR: torch.from_numpy(np.frombuffer(spiece, np.uint8).copy())} if spiece else {}
     extras = (tokenizer | preference_tensors(metadata)).items()
     return SafetensorsContent(
         (*weights, *(StreamedTensor.whole(*extra) for extra in extras)), without_preferences(metadata)

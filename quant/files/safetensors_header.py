@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import QuantError
+from .regular_file import open_regular
+from .strict_json import parse_json
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit that the format itself sets."""
+MAX_HEADER_BYTES = 16 << 20
+"""Far above real headers: Wan 14B has 100 KiB. The format allows 100 MB, which would need gigabytes to parse."""
 
 _DAMAGED = "the file is cut off, damaged or not safetensors, download or save it again"
 
+_MAX_SIZE, _MAX_DIMS = 1 << 63, 64
 _ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
     **{"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
@@ -38,8 +41,8 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntr
 
     Source: "Format" of https://github.com/huggingface/safetensors, README.md
     """
-    file_bytes = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if start.startswith(b"GGUF"):
             raise QuantError(f"{path}: a GGUF file, expected safetensors; choose another file")
@@ -49,7 +52,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntr
                 f"{path}: header length {header_bytes} in a file of {file_bytes} bytes, expected at most"
                 f" {min(MAX_HEADER_BYTES, max(file_bytes - 8, 0))}; {_DAMAGED}"
             )
-        header = _parse_json(path, file.read(header_bytes))
+        header = parse_json(file.read(header_bytes), f"{path}: header", _DAMAGED)
+    if not isinstance(header, dict):
+        raise QuantError(f"{path}: header is a JSON {type(header).__name__}, expected a table; {_DAMAGED}")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise QuantError(f"{path}: __metadata__ is not a table of strings; {_DAMAGED}")
@@ -61,26 +66,12 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntr
     return metadata, entries
 
 
-def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            raise ValueError("a name occurs twice")
-        return table
-
-    try:
-        header = json.loads(data, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise QuantError(f"{path}: header is not JSON ({error}); {_DAMAGED}") from error
-    if not isinstance(header, dict):
-        raise QuantError(f"{path}: header is a JSON {type(header).__name__}, expected a table; {_DAMAGED}")
-    return header
-
-
 def _entry(path: Path, name: str, info: object, data_start: int) -> TensorEntry:
     match info:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
-            all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end
+            all(type(size) is int and 0 <= size < _MAX_SIZE for size in shape)
+            and len(shape) <= _MAX_DIMS
+            and 0 <= begin <= end
         ):
             pass
         case _:

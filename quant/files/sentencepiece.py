@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import QuantError
+from .typed_metadata import TypedMetadata
 
 SPIECE_KEY = "tokenizer.ggml.spiece_model"
 """UINT8 array: the serialized SentencePiece model, as ComfyUI's tokenizer takes it."""
@@ -83,35 +84,42 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     Raises:
         QuantError: the metadata has no unigram tokenizer.
     """
+    values = TypedMetadata(metadata, "tokenizer")
     if SPIECE_KEY in metadata:
-        return bytes(metadata[SPIECE_KEY])
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if tokens is None or metadata.get("tokenizer.ggml.model") != "t5":
+        return values.raw(SPIECE_KEY)
+    tokens, model = values.texts("tokenizer.ggml.tokens"), values.text("tokenizer.ggml.model", "missing")
+    if not tokens or model != "t5":
         raise QuantError(
-            f"tokenizer.ggml.model: {metadata.get('tokenizer.ggml.model', 'missing')}, expected t5 with its tokens;"
+            f"tokenizer.ggml.model: {model}, expected t5 with its tokens;"
             " choose a T5 or umT5 text encoder that was converted with its tokenizer"
         )
-    scores, types = metadata["tokenizer.ggml.scores"], metadata["tokenizer.ggml.token_type"]
+    scores = values.numbers("tokenizer.ggml.scores", np.float32)
+    types = values.numbers("tokenizer.ggml.token_type", np.int32)
+    if not len(tokens) == len(scores) == len(types):
+        raise QuantError(
+            f"tokenizer: {len(tokens)} tokens, {len(scores)} scores and {len(types)} types, expected as many of each;"
+            " the file is damaged, convert the text encoder again"
+        )
     pieces = (
         _message(_PIECES, _message(_PIECE, token.encode()) + _float(_SCORE, score) + _integer(_TYPE, kind))
-        for token, score, kind in zip(tokens, np.asarray(scores).tolist(), np.asarray(types).tolist(), strict=True)
+        for token, score, kind in zip(tokens, scores.tolist(), types.tolist(), strict=True)
     )
-    settings = (_message(_TRAINER, _trainer(metadata, len(tokens))), _message(_NORMALIZER, _normalizer(metadata)))
+    settings = (_message(_TRAINER, _trainer(values, len(tokens))), _message(_NORMALIZER, _normalizer(values)))
     return b"".join((*pieces, *settings))
 
 
-def _trainer(metadata: Mapping[str, Any], n_tokens: int) -> bytes:
+def _trainer(metadata: TypedMetadata, n_tokens: int) -> bytes:
     ids = (
-        _integer(field, metadata.get(f"tokenizer.ggml.{name}_token_id", -1))
+        _integer(field, metadata.integer(f"tokenizer.ggml.{name}_token_id", -1))
         for name, (field, _) in _SPECIAL_IDS.items()
     )
     return _integer(_MODEL_TYPE, _UNIGRAM) + _integer(_VOCABULARY_SIZE, n_tokens) + b"".join(ids)
 
 
-def _normalizer(metadata: Mapping[str, Any]) -> bytes:
-    charsmap = bytes(metadata.get("tokenizer.ggml.precompiled_charsmap", b""))
-    add_prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    remove_spaces = metadata.get("tokenizer.ggml.remove_extra_whitespaces", True)
+def _normalizer(metadata: TypedMetadata) -> bytes:
+    charsmap = metadata.raw("tokenizer.ggml.precompiled_charsmap")
+    add_prefix = metadata.flag("tokenizer.ggml.add_space_prefix", default=True)
+    remove_spaces = metadata.flag("tokenizer.ggml.remove_extra_whitespaces", default=True)
     return _message(_CHARSMAP, charsmap) + _integer(_DUMMY_PREFIX, add_prefix) + _integer(_REMOVE_SPACES, remove_spaces)
 
 

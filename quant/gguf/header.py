@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import QuantError
+from ..files.regular_file import check_path, open_regular
 from ..files.shards import Shard
 from ..qtype import QuantType, qtype_of
 from .values import DAMAGED, HeaderReader
@@ -77,8 +78,9 @@ class FileIdentity:
         """
         try:
             status = path.stat()
-        except OSError as error:
-            raise QuantError(f"{path}: cannot be read: {error.strerror}; check the path and load again") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise QuantError(f"{path}: cannot be read: {reason}; check the path and load again") from None
         if not stat.S_ISREG(status.st_mode):
             raise QuantError(f"{path}: not a file, expected a .gguf file; choose a file")
         return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -136,6 +138,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         QuantError: the file is not a well-formed GGUF of known types; the message is one line with the file and field.
     """
     path = Path(path)
+    check_path(path)
     parts = [_read_part(part_path) for part_path in _part_paths(path)]
     if len(parts) > 1 or "split.count" in parts[0].metadata:
         _check_split(parts)
@@ -193,7 +196,7 @@ def _check_split(parts: Sequence[_Part]) -> None:
 def _read_part(path: Path) -> _Part:
     identity = FileIdentity.of(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _parse(HeaderReader(path, file, identity.size), identity)
     except OSError as error:
         raise QuantError(f"{path}: cannot be read: {error.strerror}; check its permissions") from None
@@ -259,7 +262,7 @@ def _place(records: Sequence[TensorRecord], data_offset: int, alignment: int, si
             raise _tensor_error(
                 record,
                 f"{record.nbytes} bytes of data at offset {record.offset} end past the end of the file ({size} bytes);"
-                f" {DAMAGED}",
+                " the file is cut off, download or convert it again",
             )
     for before, after in pairwise(sorted(placed, key=lambda record: record.offset)):
         if before.offset + before.nbytes > after.offset:

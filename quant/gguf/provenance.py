@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,9 @@ _IDENTIFYING = ("version", "recipe", "target_size", "effort", "importance", "fiv
 def source_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Return the `__metadata__` of the safetensors file that a GGUF was made from, for the host's model detection."""
     return {
-        key.removeprefix(_SOURCE_METADATA): value for key, value in metadata.items() if key.startswith(_SOURCE_METADATA)
+        key.removeprefix(_SOURCE_METADATA): value
+        for key, value in metadata.items()
+        if key.startswith(_SOURCE_METADATA) and isinstance(value, str)
     }
 
 
@@ -66,5 +69,7 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
 
 def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     """Return the relative error that the file records for each tensor; nothing for a file of another program."""
-    errors = np.asarray(metadata.get(RELATIVE_ERROR, ()))
-    return dict(zip(names, errors.tolist(), strict=True)) if errors.size == len(names) else {}
+    errors = metadata.get(RELATIVE_ERROR)
+    if not isinstance(errors, np.ndarray) or errors.dtype.kind != "f" or len(errors) != len(names):
+        return {}
+    return {name: error for name, error in zip(names, errors.tolist(), strict=True) if 0 <= error < math.inf}

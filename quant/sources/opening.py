@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import QuantError
+from ..files.regular_file import check_path, open_regular
 from ..files.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
 from ..files.shards import Shard
+from ..files.strict_json import parse_json
 from ..gguf.header import read_header
 from .files import HashedFile
 from .tensors import StoredTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_MAX_NAME_BYTES = 255
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 _PICKLE_MAGICS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -45,6 +47,7 @@ def open_files(path: Path) -> OpenedFiles:
     Raises:
         QuantError: no such file, a pickle, a damaged header, a missing shard, or a tensor in two shards.
     """
+    check_path(path)
     shard = _shard(path)
     index = path.with_name(shard.stem + INDEX_SUFFIX) if shard else path
     path = index if index.is_file() else path
@@ -64,7 +67,7 @@ def open_files(path: Path) -> OpenedFiles:
 
 
 def _magic(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         magic = file.read(8)
     # The length of a small safetensors header can look like the first bytes of a pickle.
     is_pickle = magic.startswith(_PICKLE_MAGICS) and int.from_bytes(magic, "little") > MAX_HEADER_BYTES
@@ -153,21 +156,23 @@ def _open_shards(index: Path) -> OpenedFiles:
 def _read_index(index: Path) -> dict[str, str]:
     """Return the name of the shard of each tensor."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-        if twice is not None:
-            raise ValueError(f"{twice} is listed twice")
-        return dict(pairs)
-
-    try:
-        listed = json.loads(index.read_bytes(), object_pairs_hook=unique)["weight_map"]
-        shards = {str(name): str(shard) for name, shard in listed.items()}
-    except OSError as error:
-        raise QuantError(f"{index}: cannot be read ({error.strerror}); check its permissions") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise QuantError(f"{index}: not an index of shards ({error}); download it again") from error
-    outside = next((shard for shard in shards.values() if Path(shard).name != shard), None)
+    advice = "download it again"
+    with open_regular(index) as file:
+        content = file.read(MAX_HEADER_BYTES + 1)
+    if len(content) > MAX_HEADER_BYTES:
+        raise QuantError(f"{index}: more than {MAX_HEADER_BYTES} bytes, expected an index of shards; {advice}")
+    match parse_json(content, f"{index}: the index", advice):
+        case {"weight_map": dict(shards)} if all(isinstance(shard, str) for shard in shards.values()):
+            pass
+        case _:
+            raise QuantError(f"{index}: no weight_map with the file of each tensor, expected an index; {advice}")
+    outside = next((shard for shard in shards.values() if not _is_name(shard)), None)
     if outside is not None or not shards:
-        raise QuantError(f"{index}: shard {outside!r:.80}, expected names of files beside the index; download it again")
+        raise QuantError(f"{index}: shard {outside!r:.80}, expected names of files beside the index; {advice}")
     return shards
+
+
+def _is_name(shard: str) -> bool:
+    return (
+        0 < len(shard.encode(errors="replace")) <= _MAX_NAME_BYTES and "\0" not in shard and Path(shard).name == shard
+    )

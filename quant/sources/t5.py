@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
+from ..files.regular_file import open_regular
 from ..files.sentencepiece import SPIECE_KEY, parse_vocabulary
 from .renaming import rename, rules
 
@@ -68,6 +69,9 @@ NAMINGS: Mapping[str, Callable[[str], str | None]] = {
 They return None for the tensors of a decoder, which are left out.
 """
 
+# The tokenizer of umT5 has 4.5 MB.
+_MAX_TOKENIZER_BYTES = 1 << 26
+
 
 def t5_metadata(path: Path, shapes: Mapping[str, tuple[int, ...]], spiece: bytes | None) -> dict[str, Any]:
     """Return the GGUF metadata of a text encoder.
@@ -82,7 +86,8 @@ def t5_metadata(path: Path, shapes: Mapping[str, tuple[int, ...]], spiece: bytes
     """
     beside = path.with_name("spiece.model")
     if spiece is None and beside.is_file():
-        spiece = beside.read_bytes()
+        with open_regular(beside) as file:
+            spiece = file.read(_MAX_TOKENIZER_BYTES)
     if spiece is None:
         raise QuantError(
             f"{path}: has no tokenizer (tensor {SPIECE_TENSOR}), which the text encoder needs;"

@@ -18,6 +18,7 @@ from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.safetensors_header import TensorEntry, read_safetensors_header
+from ..files.strict_json import parse_json
 from ..sources.files import HashedFile
 from .calibration import SPAN, Calibration
 
@@ -85,10 +86,12 @@ def read_calibration(path: str | Path) -> Calibration:
 
 def _description(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str, float], dict[str, str]]:
     """Return `samples`, `counts` and `same` of the metadata."""
-    described: Any = json.loads(metadata.get(_KEY, "null"))
+    described: Any = parse_json(metadata.get(_KEY, "null"), f"{path}: {_KEY}", "collect the calibration again")
     match described:
-        case {"samples": int(samples), "counts": dict(), "same": dict()}:
-            return samples, described["counts"], described["same"]
+        case {"samples": int(samples), "counts": dict(counts), "same": dict(same)} if all(
+            type(count) in (int, float) for count in counts.values()
+        ) and all(isinstance(other, str) for other in same.values()):
+            return samples, counts, same
     raise QuantError(
         f"{path}: not a calibration (no valid {_KEY} in its metadata); collect one with"
         " Collect Importance Matrix and its option calibrate"

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..files.regular_file import open_regular
+from ..files.typed_metadata import TypedMetadata
 from ..gguf.layout import TensorSpec
 from ..gguf.reader import GGUFTensor, open_gguf
 from ..gguf.writer import GGUFWriter
@@ -63,7 +65,7 @@ def read_importance(path: str | Path) -> Importance:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             content = file.read(4)
             is_gguf = content == b"GGUF"
             content += b"" if is_gguf else file.read(_MAX_LEGACY_BYTES)
@@ -86,6 +88,7 @@ def read_importance(path: str | Path) -> Importance:
 
 def _read_gguf(path: Path) -> Importance:
     file = open_gguf(path)
+    metadata = TypedMetadata(file.metadata, str(path))
     sums = {_weight(name, _SUMS): tensor for name, tensor in file.tensors.items() if name.endswith(_SUMS)}
     counts = {_weight(name, _COUNTS): tensor for name, tensor in file.tensors.items() if name.endswith(_COUNTS)}
     if not sums:
@@ -102,9 +105,9 @@ def _read_gguf(path: Path) -> Importance:
     return Importance(
         {name: tensor.dequantize().flatten() for name, tensor in sums.items()},
         {name: tensor.dequantize().item() for name, tensor in counts.items()},
-        int(file.metadata.get("imatrix.chunk_count", 0)),
+        metadata.integer("imatrix.chunk_count", 0),
         path.name,
-        tuple(file.metadata.get("imatrix.datasets", ())),
+        metadata.texts("imatrix.datasets"),
     )
 
 

@@ -92,7 +92,7 @@ def target(name: str) -> Graph:
         (model("encoder.gguf"), "a T5 text encoder .*load it with Load Text Encoder"),
         (model("mmproj.gguf"), "a vision projector .*choose another file"),
         (model("llm.gguf"), "a language model or text encoder .*choose another file"),
-        (model("cut.gguf"), "the file is cut off or damaged, download or convert it again"),
+        (model("cut.gguf"), "the file is cut off, download or convert it again"),
         (model("page.gguf"), "a web page, so the download failed; download it again"),
         (model("absent.gguf"), "choose a file, or put this one there and press R"),
         (encoder("video.gguf"), "not a T5 text encoder .*load it with Load Diffusion Model"),

@@ -36,7 +36,7 @@ def test_a_header_length_that_looks_like_a_pickle_is_accepted(tmp_path):
         (b"{ ", "header is not JSON"),
         (b"\xff\xfe", "header is not JSON"),
         pytest.param(DEEP, "header is not JSON", id="nested a million times"),
-        pytest.param(TWICE, "a name occurs twice", id="duplicate name"),
+        pytest.param(TWICE, "occurs twice", id="duplicate name"),
         ([1], "header is a JSON list"),
         ({"__metadata__": {"a": 1}, "a": HEAD}, "__metadata__ is not a table of strings"),
         ({"a": 3}, "tensor a: malformed entry"),

@@ -90,7 +90,7 @@ def test_index_that_lists_a_tensor_twice_is_refused(tmp_path, state):
     text = (folder / INDEX).read_text()
     name = "diffusion_pytorch_model-00001-of-00003.safetensors"
     (folder / INDEX).write_text(text.replace('"weight_map": {', f'"weight_map": {{"head.modulation": "{name}", '))
-    with pytest.raises(QuantError, match=r"not an index of shards \(head\.modulation is listed twice\)"):
+    with pytest.raises(QuantError, match=r"the name head\.modulation occurs twice"):
         open_checkpoint(folder)
 
 
@@ -104,7 +104,7 @@ def test_index_that_does_not_match_the_shards_is_refused(tmp_path, state):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {}}'])
 def test_damaged_index_is_refused(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(QuantError, match=r"index\.json: (not an index|shard None)"):
+    with pytest.raises(QuantError, match=r"index\.json: (the index is not JSON|no weight_map|shard None)"):
         open_checkpoint(tmp_path)
 
 
