@@ -13,7 +13,7 @@ from torch import Tensor
 from .encoders import ggml
 from .encoders.search import encoders as search
 from .errors import QuantError
-from .formats import iq4, iquants, kquants, legacy, microscaling, ternary
+from .formats import iq4, iquants, kquants, legacy, low_bits, microscaling, plain, ternary
 from .formats.bits import BlockLayout
 from .kernels.optional import GGML
 
@@ -245,6 +245,13 @@ _TYPES = (
     _type("TQ2_0", 35, ternary, fast=ternary.encode_tq2_0),
     _type("MXFP4", 39, microscaling, fast=microscaling.encode_mxfp4),
     _type("NVFP4", 40, microscaling),
+    _type("Q1_0", 41, low_bits),
+    _type("Q2_0", 42, low_bits),
+    _type("I8", 24, plain, slower_in_c=_BOTH),
+    _type("I16", 25, plain, slower_in_c=_BOTH),
+    _type("I32", 26, plain, slower_in_c=_BOTH),
+    _type("I64", 27, plain, slower_in_c=_BOTH),
+    _type("F64", 28, plain, slower_in_c=_BOTH),
 )
 QTYPES: dict[str, QuantType] = {qtype.name: qtype for qtype in _TYPES}
 QTYPES_BY_ID: dict[int, QuantType] = {qtype.ggml_type: qtype for qtype in _TYPES}

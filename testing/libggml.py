@@ -25,6 +25,9 @@ class _TypeTraits(ctypes.Structure):
     ]
 
 
+# The package gguf 0.19 does not have the last type yet.
+NUMBERS = {**{qtype.name: qtype.value for qtype in GGMLQuantizationType}, "Q2_0": 42}
+
 _ToFloat = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -45,7 +48,7 @@ class LibGGML:
 
     def sizes(self, name: str) -> tuple[int, int]:
         """Return the block size in elements and in bytes, as compiled into the library."""
-        traits = self._lib.ggml_get_type_traits(int(GGMLQuantizationType[name])).contents
+        traits = self._lib.ggml_get_type_traits(NUMBERS[name]).contents
         return traits.blck_size, traits.type_size
 
     def dequantize(self, name: str, packed: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -60,7 +63,7 @@ class LibGGML:
         if name == "F32":  # the only type without a to_float
             plain: NDArray[np.float32] = packed.view(np.float32).copy()
             return plain
-        to_float = self._lib.ggml_get_type_traits(int(GGMLQuantizationType[name])).contents.to_float
+        to_float = self._lib.ggml_get_type_traits(NUMBERS[name]).contents.to_float
         _ToFloat(to_float)(packed.ctypes.data, out.ctypes.data, out.size)
         return out
 
@@ -91,7 +94,7 @@ class LibGGML:
                     f"{name}: importance of shape {importance.shape}, expected {(columns,)}: libggml would read past it"
                 )
         written = self._lib.ggml_quantize_chunk(
-            int(GGMLQuantizationType[name]),
+            NUMBERS[name],
             weight.ctypes.data,
             out.ctypes.data,
             0,

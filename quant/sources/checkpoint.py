@@ -20,7 +20,7 @@ from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source
 from .names import T5, Naming, find_naming
 from .opening import OpenedFiles, open_files
 from .t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
-from .tensors import FiniteTensor, SourceTensor, StoredTensor
+from .tensors import NUMBERS, FiniteTensor, SourceTensor, StoredTensor
 
 __all__ = ["Checkpoint", "SourceTensor", "open_checkpoint"]
 
@@ -66,7 +66,7 @@ class Checkpoint:
     @property
     def quantized_formats(self) -> tuple[str, ...]:
         """The storage formats of tensors that are quantized already; quantizing them again adds a second error."""
-        return tuple(sorted({tensor.stored for tensor in self.tensors.values()} - {"F32", "F16", "BF16"}))
+        return tuple(sorted({tensor.stored for tensor in self.tensors.values()} - {"F32", "F16", "BF16", *NUMBERS}))
 
     def allowing_non_finite(self) -> Checkpoint:
         """Return this checkpoint with 0 in place of NaN and infinity."""

@@ -15,7 +15,7 @@ from ..errors import QuantError
 from ..qtype import QTYPES
 from .kitchen import fold_blocks, fold_int4
 from .scaled import Layer, fold_floats, fold_int8
-from .tensors import DTYPES, PackedTensor, PlainTensor, SourceTensor, StoredTensor
+from .tensors import DTYPES, NUMBERS, PackedTensor, PlainTensor, SourceTensor, StoredTensor
 
 QUANTIZATION_METADATA = "_quantization_metadata"
 
@@ -88,9 +88,10 @@ def _unscaled(tensor: StoredTensor) -> SourceTensor:
             f"shape {tensor.shape} has a dimension of size 0, expected a size of at least 1;"
             " the file is damaged, download it again",
         )
-    if tensor.dtype in DTYPES:
+    # Integers of a weight are codes of a format that is unknown here.
+    if tensor.dtype in DTYPES or tensor.dtype == "F64" or (tensor.dtype in NUMBERS and tensor.name[-7:] != ".weight"):
         return PlainTensor.of(tensor)
-    if tensor.dtype in QTYPES:
+    if tensor.dtype in QTYPES and tensor.dtype not in NUMBERS:
         return PackedTensor.of(tensor, QTYPES[tensor.dtype])
     raise _error(
         tensor,

@@ -23,7 +23,17 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""The dtypes of plain numbers, by their names in safetensors."""
+"""The dtypes of weights, by their names in safetensors."""
+NUMBERS = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+}
+"""The dtypes of what lies beside the weights, such as position ids; a matrix of integers may be packed codes."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +88,17 @@ class SourceTensor(ABC):
 
 @dataclass(frozen=True)
 class PlainTensor(SourceTensor):
-    """A tensor of plain numbers; FP8 is read as BF16, which represents every FP8 value."""
+    """A tensor of plain numbers; FP8 is read as BF16, which represents every FP8 value, and `NUMBERS` as F32."""
 
     data: StoredTensor
 
     @classmethod
     def of(cls, data: StoredTensor) -> PlainTensor:
-        dtype = DTYPES[data.dtype]
+        dtype = torch.float32 if data.dtype in NUMBERS else DTYPES[data.dtype]
         return cls(data.name, torch.bfloat16 if dtype.itemsize == 1 else dtype, data.shape or (1,), data.dtype, data)
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
-        dtype = DTYPES[self.data.dtype]
+        dtype = (DTYPES | NUMBERS)[self.data.dtype]
         return self.data.read(start * dtype.itemsize, self._stop(stop) * dtype.itemsize).view(dtype).to(self.dtype)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanquant.quant import QTYPES, QuantError
+from wanquant.quant import QTYPES, QuantError, convert, open_gguf
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.sources.checkpoint import open_checkpoint
@@ -60,6 +60,25 @@ def test_quantized_gguf_is_a_source_and_reports_its_format(tmp_path):
         assert torch.equal(tensor.read(), expected)
         assert torch.equal(tensor.read(5, 41), expected[5:41])
         assert checkpoint.quantized_formats == ("Q8_0",)
+
+
+def test_numbers_beside_the_weights_are_converted(tmp_path, source):
+    beside = {
+        "position_ids": torch.arange(5),
+        "steps": torch.tensor([7], dtype=torch.int32),
+        "flags": torch.tensor([True, False]),
+        "blocks.0.norm3.weight": torch.full((256,), 1.5, dtype=torch.float64),
+    }
+    save_file(
+        {**load_file(source), **{f"model.diffusion_model.{n}": t for n, t in beside.items()}},
+        tmp_path / "a.safetensors",
+    )
+    converted = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "Q8_0", effort="fast").path
+    file = open_gguf(converted)
+    for name, tensor in beside.items():
+        assert torch.equal(file.tensors[name].dequantize(), tensor.float())
+    with open_checkpoint(converted) as checkpoint:
+        assert torch.equal(checkpoint.tensors["position_ids"].read(), torch.arange(5.0))
 
 
 def test_unsupported_dtype_is_refused_with_its_tensor_and_dtype(tmp_path):
