@@ -26,6 +26,7 @@ from ..quant.sources.files import SourceFiles, SourceIdentity
 from ..quant.sources.names import find_naming
 from ..quant.sources.tensors import DTYPES
 from . import host
+from .packed.foreign import understood
 from .packed.layout import dense, is_packed
 from .packed.patch_rows import Patch
 
@@ -153,39 +154,41 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
         device: the device that merges LoRAs and other patches.
 
     Raises:
-        QuantError: not a Wan model.
+        QuantError: not a Wan model, or a weight of another pack whose values are unknown.
     """
     model = patcher.model.diffusion_model
     weights = dict(model.named_parameters())
-    name = Path("MODEL")
-    architecture = find_naming(name, weights.keys()).architecture
+    path = Path("MODEL")
+    architecture = find_naming(path, weights.keys()).architecture
     memory = _Memory(device)
-    memory.tensors += [_parameter(patcher, name, weight, memory) for name, weight in weights.items()]
+    for name, weight in weights.items():
+        unpatched = host.unpatched_weight(patcher, _PREFIX + name, weight)
+        known = understood(model.get_submodule(name.rpartition(".")[0]), name, unpatched)
+        memory.tensors.append(_parameter(name, known, patcher.patches.get(_PREFIX + name, []), memory))
     tensors: Mapping[str, SourceTensor] = {tensor.name: tensor for tensor in memory.tensors}
-    identity = _Identity(name, (), sum(tensor.nbytes for tensor in memory.tensors))
+    identity = _Identity(path, (), sum(tensor.nbytes for tensor in memory.tensors))
     on_cpu = (tensor for tensor in memory.tensors if tensor.patches and device.type == "cpu")
     held = max((_MERGING_COPIES * 4 * math.prod(tensor.shape) for tensor in on_cpu), default=0)
-    metadata = _detection_metadata(patcher.model) | preference_metadata(host.attention_preferences(model))
-    return Checkpoint(identity, str(name), metadata, architecture, {}, tensors, memory, held)
+    metadata = _detection_metadata(patcher.model, memory.tensors) | preference_metadata(
+        host.attention_preferences(model)
+    )
+    return Checkpoint(identity, str(path), metadata, architecture, {}, tensors, memory, held)
 
 
-def _detection_metadata(model: BaseModel) -> dict[str, str]:
+def _detection_metadata(model: BaseModel, parameters: list[_Parameter]) -> dict[str, str]:
     """Return the `config` metadata that the host needs to detect the model, if names and shapes do not suffice.
 
     Wan Animate 2 has the shapes of image to video.
 
     Source: comfy/model_detection.py detect_unet_config, ComfyUI 0.33.0.
     """
-    detected = comfy.model_detection.detect_unet_config(dict(model.diffusion_model.named_parameters()), "")
+    detected = comfy.model_detection.detect_unet_config({each.name: each.weight for each in parameters}, "")
     own = {key: value for key, value in model.model_config.unet_config.items() if isinstance(value, str)}
     more = {key: value for key, value in own.items() if detected.get(key) != value}
     return {"config": json.dumps({"transformer": more})} if more else {}
 
 
-def _parameter(patcher: ModelPatcher, name: str, weight: Tensor, memory: _Memory) -> _Parameter:
-    key = _PREFIX + name
-    patches = patcher.patches.get(key, [])
-    weight = host.unpatched_weight(patcher, key, weight)
+def _parameter(name: str, weight: Tensor, patches: list[Patch], memory: _Memory) -> _Parameter:
     if isinstance(weight, QuantizedTensor):
         packed = is_packed(weight)
         stored, dtype = (weight.params.qtype, torch.float32) if packed else (host.layout_name(weight), weight.dtype)

@@ -17,6 +17,7 @@ from wanquant.quant import QuantError
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.plan import target_size as budget
+from wanquant.tests.ops.packed.foreign_tensors import StandInGGMLTensor, with_foreign_weights
 from wanquant.tests.ops.packed.test_patcher import forward, load, lora, with_lora
 
 CPU = torch.device("cpu")
@@ -151,3 +152,29 @@ def test_memory_is_a_few_times_the_weight_at_hand(t2v, state, name, times):
             merged.tensors[name].read(row * columns, (row + rows // 4) * columns)
     assert live.peak.nbytes <= times * 4 * rows * columns
     assert live.peak.nbytes <= 1.03 * merged.held_bytes, "what a conversion asks for before it begins"
+
+
+@pytest.mark.parametrize("recipe", ["Q4_K_M", "Q8_0"])
+def test_weights_of_another_pack_are_saved_by_value(t2v, state, tmp_path, recipe):
+    gguf = convert(t2v[0], tmp_path / "source.gguf", recipe, effort="fast").path
+    host_model = comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.float32})
+    foreign = with_foreign_weights(host_model, gguf)
+    expected = {name: t.qtype.dequantize(t.data).flatten() for name, t in open_gguf(gguf).tensors.items()}
+    with merged_checkpoint(foreign, CPU) as merged:
+        assert merged.tensors[PLAIN].stored == open_gguf(gguf).tensors[PLAIN].qtype.name
+        assert all(torch.equal(tensor.read().float(), expected[name]) for name, tensor in merged.tensors.items())
+    tensors = lora(state)
+    with merged_checkpoint(with_lora(foreign, tensors), CPU) as merged:
+        patched = merged.tensors[PATCHED].read().clone()
+    with merged_checkpoint(with_lora(load_diffusion_model(gguf), tensors), CPU) as ours:
+        assert torch.equal(patched, ours.tensors[PATCHED].read())
+
+
+def test_weights_of_another_pack_without_a_known_type_are_refused(t2v, tmp_path):
+    def nameless(data, **claims):
+        return StandInGGMLTensor(data, **claims | {"tensor_type": None})
+
+    host_model = comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.float32})
+    with pytest.raises(QuantError, match=r"MODEL: tensor .*StandInGGMLTensor with torch.uint8 data is not understood"):
+        save(with_foreign_weights(host_model, t2v[1], nameless), tmp_path / "a.gguf")
+    assert list(tmp_path.iterdir()) == []
