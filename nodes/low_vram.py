@@ -56,6 +56,7 @@ class WanQuantLowVRAM(io.ComfyNode):
             text = f"{type(model.model).__name__} is not a Wan model, so it passes through unchanged"
             logger.warning("Wan Low VRAM: %s", text)
             return io.NodeOutput(model, text, *HOST_TILES)
+        budgeted = with_budget(model, budget)
         job = expected_job(model, width, height, frames)
         try:
             text = str(choose_plan(simulator_for(model), job, budget))
@@ -65,4 +66,4 @@ class WanQuantLowVRAM(io.ComfyNode):
             logger.warning("Wan Low VRAM: %s", text)
         tiles = tiles_within(job, budget)
         text = f"{text}; {tiles}"
-        return io.NodeOutput(with_budget(model, budget), text, tiles.size, tiles.overlap, ui={"text": (text,)})
+        return io.NodeOutput(budgeted, text, tiles.size, tiles.overlap, ui={"text": (text,)})

@@ -42,7 +42,7 @@ from ..packed.patcher import PackedPatcher
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
-from .simulator import Simulator
+from .simulator import Simulator, check_predictable
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,11 @@ def with_budget(model: ModelPatcher, budget: int) -> ModelPatcher:
 
     Args:
         budget: bytes of accelerator memory, including CUDA's context.
+
+    Raises:
+        QuantError: the weights are tensors of another pack, whose memory use is unknown.
     """
+    check_predictable(model)
     sampling = _BudgetedSampling(budget)
     patched = _without_prefetch(apply_lean(model, sampling.plan))
     for kind, wrapper in (

@@ -13,9 +13,11 @@ from comfy.samplers import cond_cat
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ...quant import QuantError
 from ...quant.units import GIB
 from .. import host
 from ..lean import MemoryPlan, apply_lean
+from ..packed.foreign import foreign_class
 from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
@@ -90,7 +92,12 @@ class Simulator:
 
     @classmethod
     def from_patcher(cls, patcher: ModelPatcher) -> Simulator:
-        """Return a simulator of a loaded MODEL with its LoRAs."""
+        """Return a simulator of a loaded MODEL with its LoRAs.
+
+        Raises:
+            QuantError: as `check_predictable` raises it.
+        """
+        check_predictable(patcher)
         model = meta_twin(patcher.model)
         _attach_patches(model, patcher)
         return cls(model, weight_bytes=streamed_bytes(patcher.model))
@@ -130,6 +137,20 @@ class Simulator:
     def _prompt(self) -> dict[str, Any]:
         """Return the encoded prompt as ComfyUI pads it, for a prompt that is not longer."""
         return {"cross_attn": torch.empty(()).expand(1, _PROMPT_TOKENS, self._model.diffusion_model.text_dim)}
+
+
+def check_predictable(patcher: ModelPatcher) -> None:
+    """Refuse a MODEL with weights of another pack, whose layers dequantize in ways that cannot be predicted.
+
+    Raises:
+        QuantError: the class of such a weight, and which loader to use.
+    """
+    found = foreign_class(patcher.model.diffusion_model)
+    if found:
+        raise QuantError(
+            f"the weights of this MODEL are of another pack's class {found}, whose memory use cannot be predicted; load"
+            " the file with Load Diffusion Model (GGUF) instead"
+        )
 
 
 def run_forwards(

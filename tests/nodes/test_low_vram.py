@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import comfy.sd
 import pytest
 import torch
 
 from wanquant.nodes.low_vram import WanQuantLowVRAM
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError
+from wanquant.tests.ops.packed.foreign_tensors import with_foreign_weights
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +49,9 @@ def test_other_models_pass_through(model, monkeypatch):
     assert passed is model
     assert "not a Wan model" in text
     assert tiles == [256, 64]
+
+
+def test_weights_of_another_pack_are_refused_in_one_sentence(t2v):
+    foreign = with_foreign_weights(comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.float32}), t2v[1])
+    with pytest.raises(QuantError, match=r"StandInGGMLTensor.*; load the file with Load Diffusion Model \(GGUF\)"):
+        WanQuantLowVRAM.execute(foreign, 3.5, 256, 256, 5)
