@@ -31,6 +31,8 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy.model_patcher.ModelPatcherDynamic.restore_loaded_backups": (1, ""),
     "comfy.model_management.cast_to": (1, "dtype device"),
     "comfy.model_management.cast_to_device": (3, ""),
+    "comfy.model_management.unet_dtype": (0, "supported_dtypes"),
+    "comfy.model_management.unet_manual_cast": (3, ""),
     "comfy.model_management.free_memory": (2, "keep_loaded"),
     "comfy.model_management.unload_model_and_clones": (1, "all_devices"),
     "comfy.model_detection.detect_unet_config": (2, ""),

@@ -26,6 +26,7 @@ from ..packed.layout import pack, with_dtype
 from ..packed.linear import GGUFOps, packed_modules
 from ..packed.patcher import with_packed_patches
 from .add_on import with_add_on
+from .dtypes import LOSSLESS, compute_dtype, flagged_model_dtype
 from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
 from .prefetch import prefetch_blocks
@@ -82,15 +83,17 @@ def load_diffusion_model(
     if host.knows_preferences():
         preferences = preference_tensors(metadata)
         state_dict |= {name: host.annotate_source(tensor, header.path) for name, tensor in preferences.items()}
+    flagged = None if dtype else flagged_model_dtype()
+    stored = LOSSLESS if flagged else dtype
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
-        {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": dtype} if dtype else {}),
+        {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": stored} if stored else {}),
         metadata=metadata,
         disable_dynamic=disable_dynamic,
     )
     if patcher is None:
         raise _not_a_model(header, "not a diffusion model that this version of ComfyUI knows")
-    _set_dtype(patcher.model, dtype or patcher.model.get_dtype_inference())
+    _set_dtype(patcher.model, dtype or compute_dtype(patcher, flagged))
     host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, add_on=add_on, int8=int8))
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)

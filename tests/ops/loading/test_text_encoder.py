@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from comfy.cli_args import args
 
 from wanquant.ops.loading.text_encoder import load_text_encoder
 from wanquant.ops.packed.layout import is_packed
@@ -253,3 +254,17 @@ def test_type_of_another_model_family(tmp_path, own_file, weights):
     t5 = write(tmp_path / "t5.gguf", shared_bias, {}, lambda host, llama: host)
     with pytest.raises(QuantError, match="T5, but Wan's text encoder is umT5; choose umt5-xxl"):
         load_text_encoder(t5, comfy.sd.CLIPType.WAN)
+
+
+@pytest.mark.parametrize("flag", ["fp8_e4m3fn", "fp8_e5m2", "fp16", "bf16", "fp32"])
+def test_flags_of_the_host_round_no_unquantized_tensor(tmp_path, weights, spiece, sqnr, monkeypatch, flag):
+    generator = torch.Generator().manual_seed(1)
+    norms = {n: (o, torch.rand(w.shape, generator=generator)) for n, (o, w) in weights.items() if w.ndim == 1}
+    metadata = {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
+    path = write(tmp_path / "umt5.gguf", weights | norms, metadata, lambda host, llama: host)
+    expected = load_text_encoder(path, comfy.sd.CLIPType.WAN).encode(TEXTS[0])
+    monkeypatch.setattr(args, f"{flag}_text_enc", True)
+    clip = load_text_encoder(path, comfy.sd.CLIPType.WAN)
+    assert sqnr(expected, clip.encode(TEXTS[0])) > 60
+    loaded = clip.cond_stage_model.umt5xxl.transformer.state_dict()
+    assert all(torch.equal(loaded[name].float(), weight) for name, (_, weight) in norms.items())
