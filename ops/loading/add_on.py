@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from ...quant import QTYPES, QuantError
 from ...quant.gguf.header import Header, TensorRecord
-from ...quant.sources.add_ons import check_add_on
+from ...quant.sources.add_ons import check_add_on, find_without_layers, part_of_add_on
 from ...quant.sources.checkpoint import open_checkpoint
 from ...quant.sources.names import find_naming
 from ...quant.sources.tensors import PackedTensor, PlainTensor, SourceTensor
+
+logger = logging.getLogger(__name__)
 
 
 def with_add_on(base: Header, path: str | os.PathLike[str]) -> Header:
@@ -33,6 +39,51 @@ def with_add_on(base: Header, path: str | os.PathLike[str]) -> Header:
         added = [_record(add_on.path, tensor, prefix) for tensor in add_on.tensors.values()]
     tensors = {**base.tensors, **{record.name: record for record in added}}
     return replace(base, tensors=tensors, parts=base.parts + add_on.identity.parts)
+
+
+def check_effect(model: torch.nn.Module, base: Header, whole: Header, path: str | os.PathLike[str]) -> None:
+    """Refuse an add-on of which the host's model takes no tensor, or none of a part.
+
+    Args:
+        model: the transformer that the host built for `whole`.
+        base: the header of the transformer's GGUF.
+        whole: what `with_add_on` returned.
+        path: the path of the add-on, for the message.
+
+    Raises:
+        QuantError: the part, how many tensors have no effect, and what takes such a file if it is known.
+    """
+    prefix = find_naming(base.path, base.tensors).prefix
+    added = [name.removeprefix(prefix) for name in whole.tensors if name not in base.tensors]
+    taken = model.state_dict().keys()
+    unused = [name for name in added if name not in taken]
+    tensors, without_effect = Counter(map(part_of_add_on, added)), Counter(map(part_of_add_on, unused))
+    ignored = [part for part, count in without_effect.items() if count == tensors[part]]
+    if ignored:
+        known = find_without_layers(unused)
+        remedy = f"this is {known.whose}: {known.remedy}" if known else "choose an add-on for the variant of this model"
+        raise QuantError(
+            f"{os.fspath(path)}: {len(unused)} of {len(added)} tensors have no effect: ComfyUI's"
+            f" {type(model).__name__} has no layers {', '.join(ignored)}; {remedy}"
+        )
+    if unused:
+        logger.warning(
+            "%s: %d of %d tensors have no effect, because ComfyUI's %s has no such layers (%s, ...)",
+            os.fspath(path),
+            len(unused),
+            len(added),
+            type(model).__name__,
+            unused[0],
+        )
+
+
+def warn_of_unused(model: torch.nn.Module, header: Header) -> None:
+    """Log the tensors of a GGUF for which the host's model has no layers, if they come from an add-on."""
+    prefix = find_naming(header.path, header.tensors).prefix
+    names = {name.removeprefix(prefix) for name in header.tensors} - model.state_dict().keys()
+    useless = find_without_layers(sorted(names))
+    if useless:
+        logger.warning("%s: %s", header.path, useless)
 
 
 def _record(path: Path, tensor: SourceTensor, prefix: str) -> TensorRecord:

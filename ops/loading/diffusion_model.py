@@ -17,7 +17,7 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.gguf.header import Header, TensorRecord, read_header
 from ...quant.gguf.provenance import source_metadata
-from ...quant.sources.add_ons import is_add_on
+from ...quant.sources.add_ons import find_without_layers, is_add_on
 from ...quant.sources.attention import preference_tensors
 from .. import host
 from ..host_check import check_host
@@ -25,7 +25,7 @@ from ..packed.int8 import int8_ops
 from ..packed.layout import pack, with_dtype
 from ..packed.linear import GGUFOps, packed_modules
 from ..packed.patcher import with_packed_patches
-from .add_on import with_add_on
+from .add_on import check_effect, warn_of_unused, with_add_on
 from .dtypes import LOSSLESS, compute_dtype, flagged_model_dtype
 from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
@@ -67,13 +67,12 @@ def load_diffusion_model(
 
     Raises:
         QuantError: an incompatible host, a malformed GGUF, a model that this host does not know, an add-on for another
-            model, too little main memory, or `int8` in a host without it.
+            model or without effect, too little main memory, or `int8` in a host without it.
     """
     check_host()
-    header = read_header(path)
-    _refuse_other_files(header)
-    if add_on is not None:
-        header = with_add_on(header, add_on)
+    base = read_header(path)
+    _refuse_other_files(base)
+    header = base if add_on is None else with_add_on(base, add_on)
     # Wan was trained in bfloat16. The host chooses the final dtype below.
     provisional = dtype or torch.bfloat16
     check_memory(header, dequantized_bytes(header, provisional))
@@ -93,11 +92,15 @@ def load_diffusion_model(
     )
     if patcher is None:
         raise _not_a_model(header, "not a diffusion model that this version of ComfyUI knows")
+    if add_on is not None:
+        check_effect(patcher.model.diffusion_model, base, header, add_on)
     _set_dtype(patcher.model, dtype or compute_dtype(patcher, flagged))
     host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, add_on=add_on, int8=int8))
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
-    if patcher.model.model_config.unet_config.get("image_model") != "wan2.1":
+    if patcher.model.model_config.unet_config.get("image_model") == "wan2.1":
+        warn_of_unused(patcher.model.diffusion_model, base)
+    else:
         logger.warning("%s: loaded, but not a Wan model; WanQuant is tested with Wan models only", header.path)
     return with_packed_patches(patcher)
 
@@ -151,7 +154,9 @@ def _refuse_other_files(header: Header) -> None:
     if header.metadata.get("general.type") == "adapter":
         raise _not_a_model(header, "a LoRA")
     if is_add_on(header.tensors, ""):
-        raise _not_a_model(header, "an add-on for a Wan model", "choose it as module_name, with the model it is for")
+        useless = find_without_layers(header.tensors.keys())
+        remedy = f"as an add-on, {useless}" if useless else "choose it as module_name, with the model it is for"
+        raise _not_a_model(header, "an add-on for a Wan model", remedy)
     for prefixes, what, remedy in _OTHER_FILES:
         if any(name.startswith(prefixes) for name in header.tensors):
             raise _not_a_model(header, what, remedy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..errors import QuantError
 from .layers import MARKER
@@ -20,6 +20,32 @@ _ADD_ON_NAME = re.compile(
     r"|proj_model|blocks\.\d+\.(audio_cross_attn|norm_x|motion_attn|self_attn\.ref_adapter"
     r"|cross_attn\.(ip_adapter|k_proj|v_proj)))\..+"
 )
+
+_TALKING_REMEDY = (
+    "ComfyUI takes it as a MODEL_PATCH: put the .safetensors file into models/model_patches, and connect"
+    " ModelPatchLoader to WanInfiniteTalkToVideo"
+)
+_OTHER_SOFTWARE = "it works in software that has these layers, such as ComfyUI-WanVideoWrapper"
+_WITHOUT_LAYERS = (
+    (
+        re.compile(r"audio_proj\.(proj1|proj1_vf|proj2|proj3|norm)\..+|blocks\.\d+\.(audio_cross_attn|norm_x)\..+"),
+        "InfiniteTalk or MultiTalk",
+        _TALKING_REMEDY,
+    ),
+    (re.compile(r"proj_model\..+|blocks\.\d+\.cross_attn\.[kv]_proj\..+"), "FantasyTalking", _OTHER_SOFTWARE),
+    (re.compile(r"blocks\.\d+\.(self_attn\.ref|cross_attn\.ip)_adapter\..+"), "Lynx", _OTHER_SOFTWARE),
+    (re.compile(r"blocks\.\d+\.motion_attn\..+"), "MTV Crafter", _OTHER_SOFTWARE),
+)
+"""The tensors for which ComfyUI's Wan models have no layers, whose they are, and what takes them."""
+
+# ComfyUI builds the model of one variant, and ignores the tensors of the others.
+# Source: comfy/model_detection.py detect_unet_config, ComfyUI 0.30.0.
+_VARIANTS = {
+    "VACE": ("vace_blocks.", "vace_patch_embedding."),
+    "camera control": ("control_adapter.",),
+    "speech to video": ("casual_audio_encoder.", "audio_injector.", "cond_encoder.", "trainable_cond_mask."),
+    "Animate": ("face_adapter.", "face_encoder.", "motion_encoder.", "pose_patch_embedding."),
+}
 
 
 class _Shaped(Protocol):
@@ -60,6 +86,56 @@ def check_add_on(base: _Source, add_on: _Source) -> None:
                 f"{add_on.path}: tensor {name}: shape {tensor.shape}, expected {twin.shape} as in the blocks of"
                 f" {base.path.name}; choose the add-on for this size of model"
             )
+
+
+def check_has_layers(base: _Source, add_on: _Source) -> None:
+    """Refuse an add-on that ComfyUI would ignore, wholly or in part, when it loads the merged model.
+
+    Raises:
+        QuantError: tensors for which ComfyUI has no layers, or an add-on for another variant than the base's.
+    """
+    useless = find_without_layers(add_on.tensors.keys())
+    if useless is not None:
+        raise QuantError(f"{add_on.path}: {useless}")
+    variants = [variant for variant in _VARIANTS if _has_variant(variant, (*base.tensors, *add_on.tensors))]
+    if len(variants) > 1:
+        raise QuantError(
+            f"{add_on.path}: {base.path.name} would have the layers of {' and '.join(variants)}, but ComfyUI builds a"
+            " model with those of one only; choose one add-on"
+        )
+
+
+class WithoutLayers(NamedTuple):
+    """Tensors for which ComfyUI's Wan models have no layers."""
+
+    names: list[str]
+    whose: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.names)} tensors of {self.whose} ({self.names[0]}, ...) would have no effect, because ComfyUI's"
+            f" Wan models have no such layers; {self.remedy}"
+        )
+
+
+def find_without_layers(names: Collection[str]) -> WithoutLayers | None:
+    """Return the tensors for which ComfyUI's Wan models have no layers, or None if there are none."""
+    for pattern, whose, remedy in _WITHOUT_LAYERS:
+        found = [name for name in names if pattern.fullmatch(name)]
+        if found:
+            return WithoutLayers(found, whose, remedy)
+    return None
+
+
+def part_of_add_on(name: str) -> str:
+    """Return the part of an add-on that a tensor belongs to, with the same name in all blocks."""
+    match = _ADD_ON_NAME.fullmatch(name)
+    return re.sub(r"\d+", "*", match[1]) if match else name
+
+
+def _has_variant(variant: str, names: Collection[str]) -> bool:
+    return any(name.startswith(_VARIANTS[variant]) for name in names)
 
 
 def _is_of_add_on(name: str, prefix: str) -> bool:

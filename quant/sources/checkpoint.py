@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import QuantError
 from ..gguf.provenance import source_metadata
-from .add_ons import check_add_on
+from .add_ons import check_add_on, check_has_layers
 from .animate import host_tensors
 from .attention import take_preferences
 from .files import SourceFiles, SourceIdentity
@@ -123,6 +123,7 @@ def _open(path: Path) -> Checkpoint:
 def _merged(base: Checkpoint, add_on: Checkpoint) -> Checkpoint:
     try:
         check_add_on(base, add_on)
+        check_has_layers(base, add_on)
     except QuantError:
         add_on.files.close()
         raise
