@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import folder_paths
 from comfy_api.latest import io
 
-from ..ops.budget.experts import share_memory
-from ..ops.loading.diffusion_model import load_diffusion_model
+from ..ops.budget.expert_pair import load_expert_pair
+from .encoding import show_on_node
 from .folders import GGUF, check_names, model_path, stat_token
 from .load_diffusion_model import DTYPES, dtype_input
+
+logger = logging.getLogger(__name__)
 
 
 class WanQuantExpertPairLoader(io.ComfyNode):
@@ -39,7 +43,9 @@ class WanQuantExpertPairLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, high_noise_name: str, low_noise_name: str, compute_dtype: str) -> io.NodeOutput:
-        paths = (model_path(GGUF, name) for name in (high_noise_name, low_noise_name))
-        experts = [load_diffusion_model(path, dtype=DTYPES[compute_dtype]) for path in paths]
-        share_memory(*experts)
-        return io.NodeOutput(*experts)
+        paths = model_path(GGUF, high_noise_name), model_path(GGUF, low_noise_name)
+        high, low, warning = load_expert_pair(*paths, DTYPES[compute_dtype])
+        if warning:
+            logger.warning("Load Wan 2.2 Experts: %s", warning)
+            show_on_node(warning)
+        return io.NodeOutput(high, low)

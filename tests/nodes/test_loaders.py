@@ -60,3 +60,9 @@ def test_bfloat16_text_encoder_warns_where_the_host_would_not_use_it(models, mon
         load_text_encoder.WanQuantTextEncoderLoader.execute("umt5.gguf", "wan", choice)
     assert calls == [None, torch.bfloat16]
     assert "itself would not use bfloat16 on cpu: compute_dtype default may be faster" in caplog.text
+
+
+def test_pair_of_one_expert_is_logged(models, t2v, caplog):
+    shutil.copy(t2v[1], models / "diffusion_models" / "high.gguf")
+    WanQuantExpertPairLoader.execute("high.gguf", "high.gguf", "default")
+    assert "Load Wan 2.2 Experts: high.gguf is chosen twice" in caplog.text
