@@ -71,17 +71,16 @@ def test_add_on_becomes_part_of_the_file(folder):
 
 def test_several_add_ons(folder):
     state = load_file(folder / "wan.safetensors")
-    for module, source in (("vace", "blocks.0.ffn.0.weight"), ("audio", "blocks.0.cross_attn.k.weight")):
-        name = {"vace": "vace_blocks.0.ffn.0.weight", "audio": "blocks.0.audio_cross_attn.k.weight"}[module]
-        save_file({name: state[source].clone()}, folder / f"{module}.safetensors")
-    more = ["audio.safetensors"]
+    save_file({"vace_blocks.0.ffn.0.weight": state["blocks.0.ffn.0.weight"]}, folder / "vace.safetensors")
+    save_file({"ref_conv.weight": state["patch_embedding.weight"][:, :, 0].clone()}, folder / "reference.safetensors")
+    more = ["reference.safetensors"]
     assert WanQuantConvert.validate_inputs("wan.safetensors", module="vace.safetensors", more_modules=more) is True
     refusal = WanQuantConvert.validate_inputs("wan.safetensors", more_modules=[*more, "vaze.safetensors"])
     assert "vace.safetensors" in refusal
     path, _, _ = convert("wan.safetensors", module="vace.safetensors", more_modules=more)
-    assert path.endswith("wan-vace-audio-Q4_0.gguf")
+    assert path.endswith("wan-vace-reference-Q4_0.gguf")
     added = open_gguf(path).tensors.keys() - state.keys()
-    assert added == {"vace_blocks.0.ffn.0.weight", "blocks.0.audio_cross_attn.k.weight"}
+    assert added == {"vace_blocks.0.ffn.0.weight", "ref_conv.weight"}
     again, _, summary = convert("wan.safetensors", more_modules=["vace.safetensors", *more])
     assert again == path and "up to date already" in summary
 
