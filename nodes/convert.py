@@ -17,7 +17,9 @@ from .folders import (
     destinations,
     model_path,
     output_path,
+    path_token,
     portable,
+    read_path,
     source_folder,
     source_names,
     source_stem,
@@ -121,6 +123,7 @@ class WanQuantConvert(io.ComfyNode):
         output_name: str,
         target_size: float = 0.0,
         importance: str = NONE,
+        importance_path: str | None = "",
         module: str = NONE,
         more_modules: Sequence[str] = (),
         **_: object,
@@ -129,7 +132,8 @@ class WanQuantConvert(io.ComfyNode):
         name = _file_name(output_name, source, add_ons, recipe, target_size)
         target = os.path.join(destinations().get(folder, folder), name)
         read = [*((source_folder(file), file) for file in (source, *add_ons)), (IMPORTANCE, importance)]
-        return " ".join((*(stat_token(where, what) for where, what in read), written_token(target)))
+        tokens = [stat_token(where, what) for where, what in read]
+        return " ".join((*tokens, path_token(importance_path) if importance_path != "" else "", written_token(target)))
 
     @classmethod
     def execute(
@@ -159,7 +163,7 @@ class WanQuantConvert(io.ComfyNode):
             recipe,
             target_size=target_size or None,
             effort=effort,
-            importance=encoding.read_importance(importance_path) if importance_path else None,
+            importance=encoding.read_importance(read_path(importance_path)) if importance_path else None,
             device=encoding.encoder_device(device),
             overwrite=overwrite,
             five_d=patch_embedding == _FIVE_D,

@@ -69,7 +69,7 @@ def model_path(folder: str, name: str) -> str:
     path = _find(folder, name)
     if path is None:
         raise QuantError(_absence(folder, name))
-    return path
+    return read_path(path)
 
 
 def check_names(*named: tuple[str, str | None]) -> bool | str:
@@ -106,13 +106,61 @@ def _absence(folder: str, name: str) -> str:
     return f"{name!r} is not in {where}, and {hint}: choose a file, or put this one there and press R to refresh"
 
 
-def stat_token(folder: str, name: str) -> str:
-    """Return a cache key for a node that reads a file. It changes whenever the file does."""
+def stat_token(folder: str, name: str | None) -> str:
+    """Return a cache key for a node that reads a file. It changes whenever the file does.
+
+    A name is None while it is linked. Its key changes whenever a file changes that any node has read.
+    """
+    if name is None:
+        return _READS.token()
     path = _find(folder, name)
+    return "missing" if path is None else path_token(path)
+
+
+def path_token(path: str | None) -> str:
+    """Return a cache key like `stat_token` for a path, which is None while it is linked."""
     if path is None:
+        return _READS.token()
+    shard = Shard.parse(os.path.basename(path))
+    parts = shard.series(Path(path).parent) if shard else [Path(path)]
+    return " ".join((path, *map(_status, parts)))
+
+
+def read_path(path: str) -> str:
+    """Return a path that a node is about to read, and remember the state of its file for nodes with linked inputs."""
+    _READS.add(path)
+    return path
+
+
+def _status(part: Path) -> str:
+    try:
+        status = part.stat()
+    except (OSError, ValueError):
         return "missing"
-    stat = os.stat(path)
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{status.st_ino} {status.st_size} {status.st_mtime_ns}"
+
+
+class _Reads:
+    """The state of each file that a node has read, and how often any of them was found changed.
+
+    The host asks a node for its cache key before the values of linked inputs are known.
+    """
+
+    def __init__(self) -> None:
+        self._states: dict[str, str] = {}
+        self._changes = 0
+
+    def add(self, path: str) -> None:
+        self._states[path] = path_token(path)
+
+    def token(self) -> str:
+        now = {path: path_token(path) for path in self._states}
+        self._changes += now != self._states
+        self._states = now
+        return f"linked {self._changes}"
+
+
+_READS = _Reads()
 
 
 def written_token(path: str) -> str:

@@ -35,7 +35,7 @@ class WanQuantInspect(io.ComfyNode):
         return check_names((GGUF, model_name))
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str) -> str:
+    def fingerprint_inputs(cls, model_name: str | None) -> str:
         return stat_token(GGUF, model_name)
 
     @classmethod

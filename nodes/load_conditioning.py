@@ -33,7 +33,7 @@ class WanQuantLoadConditioning(io.ComfyNode):
         return check_names((CONDITIONING, name))
 
     @classmethod
-    def fingerprint_inputs(cls, name: str) -> str:
+    def fingerprint_inputs(cls, name: str | None) -> str:
         return stat_token(CONDITIONING, name)
 
     @classmethod

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loading.diffusion_model import load_diffusion_model
-from .folders import GGUF, MODELS, NONE, check_names, model_path, source_names, stat_token
+from .folders import GGUF, MODELS, NONE, check_names, model_path, path_token, read_path, source_names, stat_token
 
 DTYPES = {"default": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -77,15 +77,16 @@ class WanQuantLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(
-        cls, model_name: str = "", path: str | None = "", module_name: str = NONE, **_: object
+        cls, model_name: str | None = "", path: str | None = "", module_name: str | None = NONE, **_: object
     ) -> str:
-        return f"{path or stat_token(GGUF, model_name)} {stat_token(_folder(module_name), module_name)}"
+        base = stat_token(GGUF, model_name) if path == "" else path_token(path)
+        return f"{base} {stat_token(_folder(module_name), module_name)}"
 
     @classmethod
     def execute(
         cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NONE, int8: bool = False
     ) -> io.NodeOutput:
-        path = path or model_path(GGUF, model_name)
+        path = read_path(path) if path else model_path(GGUF, model_name)
         add_on = None if module_name == NONE else model_path(_folder(module_name), module_name)
         return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], add_on=add_on, int8=int8))
 

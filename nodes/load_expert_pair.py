@@ -38,7 +38,7 @@ class WanQuantExpertPairLoader(io.ComfyNode):
         return check_names((GGUF, high_noise_name), (GGUF, low_noise_name))
 
     @classmethod
-    def fingerprint_inputs(cls, high_noise_name: str, low_noise_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, high_noise_name: str | None, low_noise_name: str | None, **_: object) -> str:
         return f"{stat_token(GGUF, high_noise_name)} {stat_token(GGUF, low_noise_name)}"
 
     @classmethod

@@ -57,7 +57,7 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
         return check_names((GGUF_ENCODERS, encoder_name))
 
     @classmethod
-    def fingerprint_inputs(cls, encoder_name: str, **_: object) -> str:
+    def fingerprint_inputs(cls, encoder_name: str | None, **_: object) -> str:
         return stat_token(GGUF_ENCODERS, encoder_name)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,31 @@ def test_converted_again_under_the_same_name_reloads(server: HostServer, target:
     assert not runs_loader()
     server.run(conversion("Q8_0", source=NAME, output_name=target.name, overwrite=True))
     assert runs_loader()
+
+
+@pytest.mark.parametrize("source", ["typed", "constant"])
+def test_changed_file_at_a_path_reloads(server: HostServer, target: Path, source: str):
+    convert(server, overwrite=True)
+    moved = target.rename(server.models / f"{source}.gguf")
+    path = {"typed": str(moved), "constant": ["path", 0]}[source]
+    graph = {
+        "loader": node("WanQuantLoader", model_name=NAME, compute_dtype="default", path=path),
+        "sigmas": node("BasicScheduler", model=["loader", 0], scheduler="simple", steps=2, denoise=1.0),
+        "show": node("PreviewAny", source=["sigmas", 0]),
+    }
+    if source == "constant":
+        graph["path"] = node("PrimitiveString", value=str(moved))
+
+    def runs_loader() -> bool:
+        events: list[Event] = []
+        server.run(graph, events.append)
+        return any(event["type"] == "executing" and event["data"]["node"] == "loader" for event in events)
+
+    assert runs_loader()
+    assert not runs_loader()
+    os.utime(moved, (0, 0))
+    assert runs_loader()
+    assert not runs_loader()
 
 
 def test_other_file_is_kept_unless_overwrite_is_set(server: HostServer, target: Path):

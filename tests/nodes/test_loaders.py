@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import folder_paths
+import pytest
 import torch
 
 from wanquant.nodes import load_text_encoder
+from wanquant.nodes.folders import model_path
+from wanquant.nodes.inspect import WanQuantInspect
+from wanquant.nodes.load_conditioning import WanQuantLoadConditioning
 from wanquant.nodes.load_diffusion_model import WanQuantLoader
 from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
+from wanquant.quant import QuantError
 
 
 def test_linked_path_makes_the_name_irrelevant(models):
@@ -66,3 +72,87 @@ def test_pair_of_one_expert_is_logged(models, t2v, caplog):
     shutil.copy(t2v[1], models / "diffusion_models" / "high.gguf")
     WanQuantExpertPairLoader.execute("high.gguf", "high.gguf", "default")
     assert "Load Wan 2.2 Experts: high.gguf is chosen twice" in caplog.text
+
+
+def _touched(path):
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def test_typed_path_is_read_again_after_the_file_changed(models, tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(b"1")
+
+    def token():
+        return WanQuantLoader.fingerprint_inputs(model_name="", path=str(path))
+
+    before = token()
+    assert token() == before
+    path.write_bytes(b"22")
+    changed = token()
+    assert changed != before
+    _touched(path)
+    assert token() != changed
+    path.unlink()
+    assert "missing" in token()
+
+
+def test_linked_path_is_read_again_after_the_file_changed(models, t2v, tmp_path):
+    path = shutil.copy(t2v[1], tmp_path / "a.gguf")
+
+    def token():
+        return WanQuantLoader.fingerprint_inputs(model_name="", path=None)
+
+    before = token()
+    WanQuantLoader.execute("", "default", path=str(path))
+    assert token() == before, "an unchanged file stays loaded"
+    _touched(path)
+    changed = token()
+    assert changed != before
+    assert token() == changed
+    WanQuantLoader.execute("", "default", path=str(path))
+    assert token() == changed
+
+
+@pytest.mark.parametrize(
+    ("node", "linked"),
+    [
+        (WanQuantLoader, {"model_name": None}),
+        (WanQuantLoader, {"model_name": "a.gguf", "module_name": None}),
+        (WanQuantExpertPairLoader, {"high_noise_name": "a.gguf", "low_noise_name": None}),
+        (load_text_encoder.WanQuantTextEncoderLoader, {"encoder_name": None}),
+        (WanQuantInspect, {"model_name": None}),
+        (WanQuantLoadConditioning, {"name": None}),
+    ],
+)
+def test_linked_name_is_read_again_after_the_file_changed(models, node, linked):
+    path = models / "diffusion_models" / "a.gguf"
+    path.write_bytes(b"1")
+    model_path("unet_gguf", "a.gguf")
+    before = node.fingerprint_inputs(**linked)
+    assert node.fingerprint_inputs(**linked) == before
+    _touched(path)
+    assert node.fingerprint_inputs(**linked) != before
+
+
+def test_every_part_of_a_split_file_counts(models):
+    parts = [models / "diffusion_models" / f"a-{number:05}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"1")
+    before = WanQuantLoader.fingerprint_inputs(model_name=parts[0].name)
+    _touched(parts[1])
+    assert WanQuantLoader.fingerprint_inputs(model_name=parts[0].name) != before
+
+
+def test_file_written_in_place_works_once_it_is_loaded_again(models, t2v, tmp_path):
+    path = shutil.copy(t2v[1], tmp_path / "a.gguf")
+    patcher = WanQuantLoader.execute("", "default", path=str(path)).args[0]
+    before = WanQuantLoader.fingerprint_inputs(model_name="", path=None)
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    _touched(path)
+    with pytest.raises(QuantError, match="was changed or replaced"):
+        patcher.pre_run()
+    assert WanQuantLoader.fingerprint_inputs(model_name="", path=None) != before, "so the host loads it again"
+    WanQuantLoader.execute("", "default", path=str(path)).args[0].pre_run()
