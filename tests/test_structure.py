@@ -52,7 +52,19 @@ def test_dependencies_point_one_way(path):
 # From the ground up: each imports what stands before it.
 FLOORS = {
     "quant": (
-        *("errors", "units", "progress", "device", "formats", "encoders", "kernels", "qtype", "torch_op", "files"),
+        *(
+            "errors",
+            "units",
+            "progress",
+            "squares",
+            "device",
+            "formats",
+            "encoders",
+            "kernels",
+            "qtype",
+            "torch_op",
+            "files",
+        ),
         *("gguf", "sources", "plan", "statistics", "inspection", "conversion", "recovery", "__init__", "__main__"),
     ),
     "ops": (

@@ -24,6 +24,7 @@ from ..gguf.writer import GGUFWriter
 from ..progress import Progress
 from ..qtype import Effort, QuantType
 from ..sources.checkpoint import Checkpoint, SourceTensor
+from ..squares import sum_of_squares
 from .layer_encoder import LayerEncoder
 from .settings import Settings
 
@@ -31,6 +32,8 @@ from .settings import Settings
 # slices because they prefer few launches.
 _SLICE_ELEMENTS = {"cpu": 1 << 20}
 _SLICE_ELEMENTS_DEFAULT = 1 << 23
+_UNSUSPICIOUS = torch.finfo(torch.float16).max ** 2
+"""A squared error that a slice within the range of every type may have; types have factors in float16."""
 
 
 class Slice(NamedTuple):
@@ -66,8 +69,23 @@ class OpenFile:
         if part.packed is not None and part.tensor.stored == qtype.name:
             return part.packed
         packed = encoder.quantize(qtype, part.weight, effort)
-        self.noise += qtype.dequantize(packed).sub_(part.weight).square_().sum().item()
+        noise = qtype.dequantize(packed).sub_(part.weight).square_().sum().item()
+        if not noise <= _UNSUSPICIOUS:
+            noise = self._noise_within_range(part, qtype, packed)
+        self.noise += noise
         return packed.cpu()
+
+    def _noise_within_range(self, part: Slice, qtype: QuantType, packed: Tensor) -> float:
+        """Return the squared error of a slice, and refuse values beyond the range of the type."""
+        stored, largest = qtype.dequantize(packed), part.weight.abs().amax()
+        # The fewer bits, the farther the nearest value may lie from a value within the range.
+        tolerance = 2.0 ** (2 - min(8, max(3, int(qtype.bits_per_weight))))
+        if not bool(stored.isfinite().all()) or stored.abs().amax() < (1 - tolerance) * largest:
+            raise QuantError(
+                f"{self.writer.path}: tensor {part.tensor.name}: the value {largest.item():g} is beyond the range of"
+                f" {qtype.name}; choose a recipe that stores this tensor in BF16, such as BF16"
+            )
+        return sum_of_squares(stored.sub_(part.weight))
 
     def write(self, pool: ThreadPoolExecutor, name: str, packed: Tensor) -> None:
         """Write `packed`, uint8 of any shape, on the thread of the pool, after the previous write has finished."""
@@ -169,7 +187,7 @@ class Stream:
         return LayerEncoder.of(self.importance, name).to(self.device)
 
     def _sum_of_squares(self, part: Slice) -> float:
-        signal = part.weight.square().sum().item()
+        signal = sum_of_squares(part.weight)
         if not math.isfinite(signal):
             raise QuantError(
                 f"{self.checkpoint.path}: tensor {part.tensor.name}: holds NaN or infinity, expected finite"

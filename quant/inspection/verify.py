@@ -14,6 +14,7 @@ from ..gguf.provenance import DATA_SHA256, NON_FINITE
 from ..gguf.reader import GGUFFile, GGUFTensor, open_gguf
 from ..plan.wan_shapes import role
 from ..sources.checkpoint import SourceTensor, open_checkpoint
+from ..squares import sum_of_squares
 from .report import sqnr_db
 
 _SLICE_ELEMENTS = 1 << 22
@@ -135,8 +136,8 @@ def _compare(packed: GGUFTensor, source: SourceTensor) -> TensorError:
     for start in range(0, len(rows), step):
         weight = packed.qtype.dequantize(rows[start : start + step])
         expected = source.read(start * row_elements, start * row_elements + weight.numel()).float().view_as(weight)
-        signal += expected.square().sum().item()
-        noise += weight.sub_(expected).square_().sum().item()
+        signal += sum_of_squares(expected)
+        noise += sum_of_squares(weight.sub_(expected))
     return TensorError(packed.name, packed.qtype.name, signal, noise)
 
 

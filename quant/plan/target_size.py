@@ -202,6 +202,10 @@ def relative_error(qtype: QuantType, weight: Tensor, importance: Tensor | None, 
     mean_squares = (torch.ones(()) if importance is None else importance).to(weight.device)
     error = qtype.dequantize(qtype.quantize(weight, importance, effort)).sub_(weight)
     output = (weight.square() * mean_squares).sum().clamp_(min=torch.finfo(torch.float32).tiny)
+    if not output.isfinite() and (largest := weight.abs().amax()).isfinite():
+        if not error.isfinite().all():
+            return math.inf
+        error, output = error / largest, ((weight / largest).square() * mean_squares).sum()
     return float((error.square_() * mean_squares).sum() / output)
 
 

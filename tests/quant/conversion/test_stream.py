@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -146,3 +147,59 @@ def test_allowing_non_finite_does_not_change_finite_tensors(tmp_path, source):
     assert allowed.warnings == ()
     tensors = [open_gguf(report.path).tensors for report in (plain, allowed)]
     assert all(torch.equal(tensor.data, tensors[1][name].data) for name, tensor in tensors[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [1e20, -3e38])
+@pytest.mark.parametrize("recipe", ["BF16", "F16"])
+def test_large_finite_value_is_stored(tmp_path, value, dtype, recipe, state):
+    state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    for name in (FFN, "blocks.0.ffn.0.bias"):
+        state[name].view(-1)[7] = value
+    save_file(state, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", recipe, effort="fast")
+    assert report.warnings == ()
+    for name in (FFN, "blocks.0.ffn.0.bias"):
+        stored = open_gguf(report.path).tensors[name].dequantize().view(-1)
+        assert stored[7].item() == pytest.approx(value, rel=2**-8)
+        assert stored.isfinite().all()
+    assert all(math.isfinite(tensor.relative_error) for tensor in report.tensors)
+    assert all(math.isfinite(tensor.noise) for tensor in verify(report.path, tmp_path / "a.safetensors").tensors)
+
+
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize(
+    ("recipe", "value"),
+    [
+        *itertools.product(["Q8_0", "Q4_0", "Q5_1", "Q4_K_M", "Q6_K", "Q3_K_M", "Q2_K"], [1e20, 3e38]),
+        *itertools.product(["Q8_0", "Q4_0", "Q5_1", "Q2_K"], [2e7]),
+    ],
+)
+def test_value_beyond_the_range_of_a_type_is_refused_as_that(tmp_path, recipe, value, effort, state):
+    state[FFN].view(-1)[7] = value
+    save_file(state, tmp_path / "a.safetensors")
+    message = (
+        r"a\.gguf: tensor blocks\.0\.ffn\.0\.weight: the value \S+ is beyond the range of Q\d_\w+; choose a recipe"
+    )
+    with pytest.raises(QuantError, match=message):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", recipe, effort=effort)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("recipe", ["Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "Q2_K"])
+@pytest.mark.parametrize("effort", ["fast", "best"])
+def test_outlier_within_the_range_of_a_type_is_stored(tmp_path, recipe, effort, state):
+    state[FFN].view(-1)[7] = 3e5
+    save_file(state, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", recipe, effort=effort)
+    assert open_gguf(report.path).tensors[FFN].dequantize().view(-1)[7].item() == pytest.approx(3e5, rel=0.05)
+
+
+def test_target_size_chooses_a_type_that_holds_a_large_value(tmp_path, monkeypatch, state):
+    monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 20)
+    state[FFN].view(-1)[7] = 1e20
+    save_file(state, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", target_size=0.0045, effort="fast")
+    tensor = open_gguf(report.path).tensors[FFN]
+    assert tensor.qtype.name == "BF16"
+    assert tensor.dequantize().view(-1)[7].item() == pytest.approx(1e20, rel=2**-8)
