@@ -35,10 +35,51 @@ def test_name_saved_on_windows(server: HostServer, model: str):
     assert "tensor" in str(run(server, node("WanQuantLoader", model_name=model, compute_dtype="default")))
 
 
-@pytest.mark.parametrize("loader", [node(UNET), node(ADVANCED, **ADVANCED_WIDGETS)], ids=[UNET, ADVANCED])
-def test_prompt_made_with_comfyui_gguf_runs(server: HostServer, model: str, loader: Graph):
-    loader = {**loader, "inputs": {**loader["inputs"], "unet_name": model}}
-    assert "tensor" in str(run(server, loader))
+# The widgets of each loader of another pack, in its order, beside the file.
+DISTORCH_2 = {"virtual_vram_gb": 4.0, "donor_device": "cpu", "expert_mode_allocations": "", "eject_models": True}
+LOADERS: dict[str, tuple[str, dict[str, object]]] = {
+    UNET: ("unet_name", {}),
+    ADVANCED: ("unet_name", ADVANCED_WIDGETS),
+    "UnetLoaderGGUFDynamicVRAM": ("unet_name", {}),
+    "LoaderGGUF": ("gguf_name", {}),
+    "LoaderGGUFAdvanced": ("gguf_name", ADVANCED_WIDGETS),
+    "GGUFLoaderKJ": (
+        "model_name",
+        {
+            "extra_model_name": "none",
+            **ADVANCED_WIDGETS,
+            "enable_fp16_accumulation": False,
+            "attention_override": "none",
+        },
+    ),
+    "UnetLoaderGGUFMultiGPU": ("unet_name", {"device": "cuda:0"}),
+    "UnetLoaderGGUFAdvancedMultiGPU": ("unet_name", {**ADVANCED_WIDGETS, "device": "cuda:0"}),
+    "UnetLoaderGGUFDisTorch2MultiGPU": ("unet_name", {"compute_device": "cuda:0", **DISTORCH_2}),
+}
+ENCODERS: dict[str, dict[str, object]] = {
+    CLIP: {},
+    "CLIPLoaderGGUFDynamicVRAM": {},
+    "ClipLoaderGGUF": {"device": "default"},
+    "CLIPLoaderGGUFMultiGPU": {"device": "cpu"},
+    "CLIPLoaderGGUFDisTorch2MultiGPU": {"device": "cpu", **DISTORCH_2},
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_prompt_made_with_another_pack_runs(server: HostServer, model: str, loader: str):
+    name, widgets = LOADERS[loader]
+    assert "tensor" in str(run(server, node(loader, **{name: model}, **widgets)))
+
+
+def test_optional_widgets_may_be_missing(server: HostServer, model: str):
+    assert "tensor" in str(run(server, node("UnetLoaderGGUFDisTorch2MultiGPU", unet_name=model)))
+
+
+def test_extra_model_of_kjnodes_becomes_the_add_on(server: HostServer, model: str):
+    widgets = LOADERS["GGUFLoaderKJ"][1] | {"extra_model_name": "vace.gguf"}
+    with pytest.raises(GraphError, match="refused") as refusal:
+        run(server, node("GGUFLoaderKJ", model_name=model, **widgets))
+    assert "'vace.gguf' is not in" in str(refusal.value.details["node_errors"]["loader"]["errors"])
 
 
 def test_missing_file_is_told_with_the_nearest(server: HostServer, model: str):
@@ -49,8 +90,9 @@ def test_missing_file_is_told_with_the_nearest(server: HostServer, model: str):
     assert str(server.models / "diffusion_models") in error["details"]
 
 
-def test_text_encoder_of_comfyui_gguf_is_replaced(server: HostServer):
-    loader = {**node(CLIP, clip_name="umt5.gguf", type="wan"), "_meta": {"title": ""}}
+@pytest.mark.parametrize("old", ENCODERS)
+def test_text_encoder_of_another_pack_is_replaced(server: HostServer, old: str):
+    loader = {**node(old, clip_name="umt5.gguf", type="wan", **ENCODERS[old]), "_meta": {"title": ""}}
     prompt = node("CLIPTextEncode", clip=["loader", 0], text="a red ball")
     with pytest.raises(GraphError, match="refused") as refusal:
         server.run({"loader": loader, "prompt": prompt, "show": node("PreviewAny", source=["prompt", 0])})
@@ -61,9 +103,8 @@ def test_text_encoder_of_comfyui_gguf_is_replaced(server: HostServer):
 
 def test_canvas_is_told_every_old_widget(server: HostServer):
     offered = server.get("/node_replacements")
-    widgets = {old: offered[old][0]["old_widget_ids"] for old in (UNET, ADVANCED, CLIP)}
+    widgets = {old: entries[0]["old_widget_ids"] for old, entries in offered.items() if old in LOADERS | ENCODERS}
     assert widgets == {
-        UNET: ["unet_name"],
-        ADVANCED: ["unet_name", *ADVANCED_WIDGETS],
-        CLIP: ["clip_name", "type"],
+        **{old: [name, *others] for old, (name, others) in LOADERS.items()},
+        **{old: ["clip_name", "type", *others] for old, others in ENCODERS.items()},
     }
