@@ -47,6 +47,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         from .collect_importance import WanQuantCollectImportance
         from .load_diffusion_model import WanQuantLoader
         from .load_expert_pair import WanQuantExpertPairLoader
+        from .load_model_patch import WanQuantModelPatchLoader
         from .load_text_encoder import WanQuantTextEncoderLoader
         from .low_vram import WanQuantLowVRAM
         from .save_model import WanQuantSaveModel
@@ -65,6 +66,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         WanQuantLoader,
         WanQuantExpertPairLoader,
         WanQuantTextEncoderLoader,
+        WanQuantModelPatchLoader,
         WanQuantCollectImportance,
         WanQuantSaveModel,
         WanQuantLowVRAM,

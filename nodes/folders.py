@@ -19,6 +19,8 @@ ENCODERS = "text_encoders"
 # Other GGUF packs use the same names, so that an entry in extra_model_paths.yaml works for all of them.
 GGUF = "unet_gguf"
 GGUF_ENCODERS = "clip_gguf"
+PATCHES = "model_patches"
+GGUF_PATCHES = "model_patches_gguf"
 CONDITIONING = "conditioning"
 IMPORTANCE = "importance"
 LORAS = "loras"
@@ -36,6 +38,10 @@ def register_folders() -> None:
             # The user or another pack configured these folders: keep them, ahead of the host's.
             shared = [*paths, *(path for path in shared if path not in paths)]
         folder_paths.folder_names_and_paths[gguf_name] = (shared, {*extensions, ".gguf"})
+    # Many people keep them among the models, because other packs load them from there.
+    patches, _ = folder_paths.folder_names_and_paths.get(PATCHES, ([], set()))
+    models, _ = folder_paths.folder_names_and_paths[GGUF]
+    folder_paths.folder_names_and_paths[GGUF_PATCHES] = ([*patches, *models], {".gguf"})
     parents = (folder_paths.models_dir, folder_paths.get_output_directory())
     for name, suffixes in ((CONDITIONING, {".safetensors"}), (IMPORTANCE, {".gguf", ".dat", ".safetensors"})):
         folder_paths.folder_names_and_paths[name] = ([os.path.join(p, name) for p in parents], suffixes)

@@ -22,8 +22,8 @@ _ADD_ON_NAME = re.compile(
 )
 
 _TALKING_REMEDY = (
-    "ComfyUI takes it as a MODEL_PATCH: put the .safetensors file into models/model_patches, and connect"
-    " ModelPatchLoader to WanInfiniteTalkToVideo"
+    "ComfyUI takes it as a MODEL_PATCH: load a GGUF of it with Load Model Patch (GGUF), or its safetensors file in"
+    " models/model_patches with ModelPatchLoader, and connect it to WanInfiniteTalkToVideo"
 )
 _OTHER_SOFTWARE = "it works in software that has these layers, such as ComfyUI-WanVideoWrapper"
 _WITHOUT_LAYERS = (

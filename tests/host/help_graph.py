@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from wanquant.ops.conditioning import load_conditioning, save_conditioning
 from wanquant.quant import convert
@@ -16,6 +18,7 @@ from wanquant.workflow_generators.canvas import Box, Columns, Node, node
 
 TINYWAN = ROOT / "bench" / "tinywan"
 SOURCE, QUANTIZED, PROMPT = "TinyWan.safetensors", "TinyWan-Q4_K_M.gguf", "a red ball.safetensors"
+PATCH = "InfiniteTalk-Single-Q8_0.gguf"
 # A page shows its own node, if not more.
 SHOWN = {
     "WanQuantLowVRAM": ("WanQuantLowVRAM", "PreviewAny"),
@@ -25,10 +28,13 @@ _SIZE = {"width": 128, "height": 128}
 
 
 def prepare(server: HostServer) -> None:
-    """Put TinyWan, a GGUF of it and its prompt where the graph looks for them."""
+    """Put TinyWan, a GGUF of it, its prompt and an add-on where the graph looks for them."""
     folder = server.models / "diffusion_models"
     shutil.copy(TINYWAN / "tinywan.safetensors", folder / SOURCE)
     convert(folder / SOURCE, folder / QUANTIZED, "Q4_K_M", overwrite=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        save_file({"audio_proj.proj1.weight": torch.zeros(32, 32)}, f"{temporary}/patch.safetensors")
+        convert(f"{temporary}/patch.safetensors", folder / PATCH, "Q8_0", overwrite=True)
     words = [
         load_conditioning(str(TINYWAN / "words" / f"{word}.safetensors"))[0][0] for word in ("red", "ball", "right")
     ]
@@ -43,6 +49,7 @@ def columns() -> Columns:
         "model": node("WanQuantLoader", model_name=QUANTIZED),
         "pair": node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low),
         "clip": node("WanQuantTextEncoderLoader", encoder_name=models.UMT5.name, type="wan"),
+        "patch": node("WanQuantModelPatchLoader", name=PATCH),
         "prompt": node("WanQuantLoadConditioning", name=PROMPT),
     }
     files = {
@@ -83,6 +90,7 @@ def readme_columns() -> Columns:
     models = {
         "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
         "dense": node("UNETLoader", unet_name=SOURCE, weight_dtype="default"),
+        "patch": node("WanQuantModelPatchLoader", name=PATCH),
         "prompt": node("WanQuantLoadConditioning", name=PROMPT),
         "empty": node("EmptyHunyuanLatentVideo", length=17, batch_size=1, **_SIZE),
     }

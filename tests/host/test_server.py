@@ -21,6 +21,7 @@ NODES = [
     "WanQuantLoadConditioning",
     "WanQuantLoader",
     "WanQuantLowVRAM",
+    "WanQuantModelPatchLoader",
     "WanQuantPreviewDecode",
     "WanQuantSaveConditioning",
     "WanQuantSaveImportance",

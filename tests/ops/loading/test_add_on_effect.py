@@ -66,7 +66,9 @@ def test_add_on_without_effect_is_not_merged(t2v, tmp_path, whose):
 
 def test_message_names_what_takes_infinitetalk(t2v, tmp_path):
     save_file(_talking(), tmp_path / "add-on.safetensors")
-    with pytest.raises(QuantError, match=r"MODEL_PATCH.*models/model_patches.*WanInfiniteTalkToVideo"):
+    with pytest.raises(
+        QuantError, match=r"MODEL_PATCH.*Load Model Patch \(GGUF\).*models/model_patches.*WanInfiniteTalkToVideo"
+    ):
         load_diffusion_model(t2v[1], add_on=tmp_path / "add-on.safetensors")
 
 
