@@ -9,9 +9,11 @@ from comfy_api.latest import io
 
 from ..quant.conversion.convert import convert
 from ..quant.qtype import Effort
+from ..quant.statistics.importance import Importance
 from . import encoding
 from .folders import (
     IMPORTANCE,
+    IMPORTANCE_SUFFIXES,
     NONE,
     check_names,
     destinations,
@@ -163,7 +165,7 @@ class WanQuantConvert(io.ComfyNode):
             recipe,
             target_size=target_size or None,
             effort=effort,
-            importance=encoding.read_importance(read_path(importance_path)) if importance_path else None,
+            importance=_read(importance_path) if importance_path else None,
             device=encoding.encoder_device(device),
             overwrite=overwrite,
             five_d=patch_embedding == _FIVE_D,
@@ -171,6 +173,10 @@ class WanQuantConvert(io.ComfyNode):
             progress=encoding.progress_bar(),
         )
         return encoding.report_output(report, cls)
+
+
+def _read(importance_path: str) -> Importance:
+    return encoding.read_importance(read_path(importance_path, *IMPORTANCE_SUFFIXES))
 
 
 def _add_ons(first: str | None, more: Sequence[str]) -> list[str]:

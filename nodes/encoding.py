@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from html import escape
 
 import comfy.model_management
 import comfy.utils
@@ -14,6 +15,7 @@ from server import PromptServer
 
 from .. import quant
 from ..quant.conversion.convert import ConversionReport
+from ..quant.errors import printable
 from ..quant.plan.recipe import RECIPES
 from ..quant.progress import Progress
 from ..quant.statistics.importance import Importance
@@ -136,7 +138,8 @@ def show_on_node(text: str) -> None:
 
 def _show(running: ExecutionContext | None, text: str) -> None:
     if running:
-        PromptServer.instance.send_progress_text(text, running.node_id)
+        # The page shows this text as HTML, and it may repeat names from a file.
+        PromptServer.instance.send_progress_text(escape(printable(text), quote=False), running.node_id)
 
 
 def report_output(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:

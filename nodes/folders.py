@@ -23,6 +23,7 @@ PATCHES = "model_patches"
 GGUF_PATCHES = "model_patches_gguf"
 CONDITIONING = "conditioning"
 IMPORTANCE = "importance"
+IMPORTANCE_SUFFIXES = (".gguf", ".dat", ".safetensors")
 LORAS = "loras"
 OUTPUT = "output"
 NONE = "none"
@@ -43,7 +44,7 @@ def register_folders() -> None:
     models, _ = folder_paths.folder_names_and_paths[GGUF]
     folder_paths.folder_names_and_paths[GGUF_PATCHES] = ([*patches, *models], {".gguf"})
     parents = (folder_paths.models_dir, folder_paths.get_output_directory())
-    for name, suffixes in ((CONDITIONING, {".safetensors"}), (IMPORTANCE, {".gguf", ".dat", ".safetensors"})):
+    for name, suffixes in ((CONDITIONING, {".safetensors"}), (IMPORTANCE, {*IMPORTANCE_SUFFIXES})):
         folder_paths.folder_names_and_paths[name] = ([os.path.join(p, name) for p in parents], suffixes)
 
 
@@ -132,8 +133,17 @@ def path_token(path: str | None) -> str:
     return " ".join((path, *map(_status, parts)))
 
 
-def read_path(path: str) -> str:
-    """Return a path that a node is about to read, and remember the state of its file for nodes with linked inputs."""
+def read_path(path: str, *suffixes: str) -> str:
+    """Return a path that a node is about to read, and remember the state of its file for nodes with linked inputs.
+
+    Args:
+        suffixes: those of the files that the node reads. A typed path must end in one, because it could be any file.
+
+    Raises:
+        QuantError: the path has another suffix.
+    """
+    if suffixes and not path.lower().endswith(suffixes):
+        raise QuantError(f"{path}: not a name that ends in {' or '.join(suffixes)}; connect the path of such a file")
     _READS.add(path)
     return path
 

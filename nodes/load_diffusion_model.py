@@ -86,7 +86,7 @@ class WanQuantLoader(io.ComfyNode):
     def execute(
         cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NONE, int8: bool = False
     ) -> io.NodeOutput:
-        path = read_path(path) if path else model_path(GGUF, model_name)
+        path = read_path(path, ".gguf") if path else model_path(GGUF, model_name)
         add_on = None if module_name == NONE else model_path(_folder(module_name), module_name)
         return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], add_on=add_on, int8=int8))
 

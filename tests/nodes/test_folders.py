@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import folder_paths
 import pytest
 
+from wanquant.nodes import encoding
 from wanquant.nodes.folders import (
+    IMPORTANCE_SUFFIXES,
     check_names,
     destinations,
     model_path,
     output_path,
+    read_path,
     register_folders,
     source_names,
     stat_token,
 )
+from wanquant.nodes.load_diffusion_model import WanQuantLoader
 from wanquant.quant import QuantError
 
 
@@ -184,3 +189,23 @@ def test_comfyui_gguf_beside_this_pack(models, monkeypatch, other_first):
     assert ".gguf" not in folder_paths.folder_names_and_paths["diffusion_models"][1], (
         "the host's loaders cannot read it"
     )
+
+
+def test_a_typed_path_is_opened_only_if_its_suffix_is_of_the_kind(tmp_path):
+    secret = tmp_path / "passwd"
+    secret.write_bytes(b"root:x:0:0")
+    for suffixes in ((".gguf",), IMPORTANCE_SUFFIXES):
+        with pytest.raises(QuantError, match=r"passwd: not a name that ends in \.gguf") as error:
+            read_path(str(secret), *suffixes)
+        assert "root:x" not in str(error.value)
+    with pytest.raises(QuantError, match="not a name that ends in"):
+        WanQuantLoader.execute("", "default", path=str(secret))
+
+
+def test_text_on_the_node_is_neither_html_nor_control_characters(monkeypatch):
+    shown = []
+    server = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append(text))
+    monkeypatch.setattr(encoding, "PromptServer", SimpleNamespace(instance=server))
+    monkeypatch.setattr(encoding, "get_executing_context", lambda: SimpleNamespace(node_id="1"))
+    encoding.show_on_node("<img src=x onerror=alert(1)>&\x1b")
+    assert shown == ["&lt;img src=x onerror=alert(1)&gt;&amp;\\x1b"]
