@@ -22,6 +22,7 @@ from ..gguf.provenance import (
     NON_FINITE,
     RELATIVE_ERROR,
     SOURCE_MTIME,
+    SOURCE_PARTS,
     SOURCE_SHA256,
     TARGET_SIZE,
     VERSION,
@@ -108,6 +109,7 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         **({} if checkpoint.zeroed is None else {NON_FINITE: True}),
         **(importance.metadata if isinstance(importance, Importance) else {}),
         SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
+        **({SOURCE_PARTS: parts} if (parts := checkpoint.identity.digest) else {}),
         SOURCE_SHA256: "0" * 64,
         DATA_SHA256: "0" * 64,
         RELATIVE_ERROR: np.zeros(len(checkpoint.tensors), np.float32),
@@ -122,11 +124,11 @@ def _is_up_to_date(destination: Path, metadata: Mapping[str, Any], checkpoint: C
         return False
     if not is_same_conversion(existing, metadata):
         return False
+    is_untouched = existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0 and existing.get(
+        SOURCE_PARTS
+    ) == metadata.get(SOURCE_PARTS)
     # A copied or touched source has another modification time but the same content; one in memory has none.
-    return (
-        existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0
-        or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
-    )
+    return is_untouched or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
 
 
 def _check_paths(source: Path, destination: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..files.sentencepiece import SPIECE_KEY
+
 VERSION = "0.1.0"
 """The version of the converter; a file made by another version is not reused."""
 
@@ -27,6 +29,8 @@ DATA_SHA256 = "wanquant.data_sha256"
 """STRING: SHA-256 of all bytes after the header, which `verify` compares."""
 SOURCE_SHA256 = "wanquant.source_sha256"
 SOURCE_MTIME = "wanquant.source_mtime_ns"
+SOURCE_PARTS = "wanquant.source_parts"
+"""STRING: a SHA-256 of the names, sizes and times of all files of the source; absent for a source of one file."""
 
 _SOURCE_METADATA = "wanquant.source_metadata."
 _IDENTIFYING = ("version", "recipe", "target_size", "effort", "importance", "five_d", "source_name", "source_size")
@@ -62,9 +66,19 @@ def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
 
 
 def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether a file's metadata has the same source name, source size and settings as `wanted`."""
+    """Return whether a file's metadata names the same source, settings and tokenizer as `wanted`.
+
+    The source is compared by its name and size only.
+    """
     same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED)
-    return all(existing.get(key) == wanted.get(key) for key in same)
+    is_same = all(existing.get(key) == wanted.get(key) for key in same)
+    # The tokenizer can come from a file beside the source.
+    return is_same and _bytes_at(existing, SPIECE_KEY) == _bytes_at(wanted, SPIECE_KEY)
+
+
+def _bytes_at(metadata: Mapping[str, Any], key: str) -> bytes:
+    value = metadata.get(key, b"")
+    return value.tobytes() if isinstance(value, np.ndarray) else value if isinstance(value, bytes) else repr(value).encode()
 
 
 def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,9 +22,15 @@ _HASH_CHUNK_BYTES = 16 << 20
 class HashedFile:
     """A file that is read at any offset, and its SHA-256, which is computed as the reads advance through the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, identity: FileIdentity | None = None) -> None:
+        """Open the file.
+
+        Args:
+            path: the path of the file.
+            identity: what the file was when its header was read, if that was before; it is compared at the end.
+        """
         self.path = path
-        self.identity = FileIdentity.of(path)
+        self.identity = identity or FileIdentity.of(path)
         self._file = open_regular(path)
         self._hash = hashlib.sha256()
         self._hashed = 0
@@ -111,6 +118,18 @@ class SourceIdentity:
     def mtime_ns(self) -> int:
         """The latest modification time of the files, in nanoseconds."""
         return max(part.mtime_ns for part in self.parts)
+
+    @property
+    def digest(self) -> str:
+        """A SHA-256 of the name, size and modification time of every file; empty for a single file.
+
+        The total size and the latest time alone do not change with a file whose replacement has its size and is older
+        than another file.
+        """
+        if len(self.parts) < 2:
+            return ""
+        parts = "".join(f"{part.path.name}\0{part.size}\0{part.mtime_ns}\0" for part in self.parts)
+        return hashlib.sha256(os.fsencode(parts)).hexdigest()
 
     def check_unchanged(self) -> None:
         """Raise QuantError if a file was changed since it was opened."""

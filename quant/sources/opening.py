@@ -81,7 +81,7 @@ def _magic(path: Path) -> bytes:
 
 def _open_gguf(path: Path) -> OpenedFiles:
     header = read_header(path)
-    files = {part.path: HashedFile(part.path) for part in header.parts}
+    files = {part.path: HashedFile(part.path, part) for part in header.parts}
     tensors = [
         StoredTensor(t.name, t.qtype.name, t.shape, t.offset, t.nbytes, files[t.path]) for t in header.tensors.values()
     ]
@@ -95,9 +95,9 @@ def _open_safetensors(paths: list[Path]) -> OpenedFiles:
     metadata: dict[str, str] = {}
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
+        files.append(HashedFile(path))  # Before its header is read, so that a file replaced meanwhile is noticed.
         of_file, entries = read_safetensors_header(path)
         metadata |= of_file
-        files.append(HashedFile(path))
         for e in entries:
             if e.name in tensors:
                 raise QuantError(

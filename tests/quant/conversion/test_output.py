@@ -7,9 +7,15 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from wanquant.quant import QuantError
+from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.conversion.convert import convert
+from wanquant.quant.files.atomic_file import AtomicFile
+from wanquant.quant.files.journal import Journal
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
+from wanquant.quant.sources import opening
 
 FFN = "blocks.0.ffn.0.weight"
 
@@ -45,3 +51,124 @@ def test_other_files_are_only_replaced_on_request(tmp_path, source):
     for change in ({"recipe": "Q4_0"}, {"effort": "best"}, {"importance": {FFN: torch.ones(256)}}):
         with pytest.raises(QuantError, match="exists, but is not this conversion"):
             convert(source, destination, **({"recipe": "Q8_0", "effort": "fast"} | change))
+
+
+def split(path, state, names, number):
+    """Write some tensors as a file of their own, or as one of the two parts of a split GGUF."""
+    if path.suffix == ".safetensors":
+        save_file({name: state[name] for name in names}, path)
+        return
+    specs = [TensorSpec(name, QTYPES["BF16"], tuple(state[name].shape)) for name in names]
+    metadata = {"split.no": number, "split.count": 2, "split.tensors.count": len(state)}
+    with GGUFWriter(path, {"general.architecture": "wan"} | metadata, specs, overwrite=True) as writer:
+        for spec in specs:
+            writer.write(spec.name, state[spec.name].contiguous().view(torch.uint8).flatten())
+
+
+def two_parts(folder, state, kind):
+    """Return the arguments of a conversion from two files, and a function that replaces the first with other values."""
+    names = [FFN, *sorted(state.keys() - {FFN})]
+    add_on = {"ref_conv.weight": torch.ones(256, 16, 2, 2).bfloat16(), "ref_conv.bias": torch.ones(256).bfloat16()}
+    if kind == "add-on":
+        paths = [folder / "base.safetensors", folder / "add-on.safetensors"]
+        parts = [state, add_on]
+    else:
+        paths = [folder / f"wan-0000{number}-of-00002.{kind}" for number in (1, 2)]
+        parts = [{n: state[n] for n in names[::2]}, {n: state[n] for n in names[1::2]}]
+    for number, (path, part) in enumerate(zip(paths, parts, strict=True)):
+        split(path, state | add_on if kind == "add-on" else state, list(part), number)
+    os.utime(paths[0], ns=(10**18, 10**18))
+    size = paths[0].stat().st_size
+
+    def replace_first():
+        other = state | {FFN: state[FFN].flip(0)}
+        split(paths[0], other, list(parts[0]), 0)
+        os.utime(paths[0], ns=(10**18 - 1, 10**18 - 1))
+        assert paths[0].stat().st_size == size
+
+    return {"source": paths[0], "modules": paths[1:] if kind == "add-on" else ()}, replace_first
+
+
+KINDS = ["safetensors", "gguf", "add-on"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_of_a_source_is_compared(tmp_path, state, kind):
+    arguments, replace_first = two_parts(tmp_path, state, kind)
+    settings = {"recipe": "Q8_0", "effort": "fast"}
+    first = convert(destination=tmp_path / "a.gguf", **arguments, **settings)
+    assert convert(destination=tmp_path / "a.gguf", **arguments, **settings).reused
+    replace_first()
+    with pytest.raises(QuantError, match="exists, but is not this conversion"):
+        convert(destination=tmp_path / "a.gguf", **arguments, **settings)
+    again = convert(destination=tmp_path / "a.gguf", **arguments, **settings, overwrite=True)
+    assert again.metadata["wanquant.data_sha256"] != first.metadata["wanquant.data_sha256"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_part_is_compared_by_its_content_if_only_its_time_differs(tmp_path, state, kind):
+    arguments, _ = two_parts(tmp_path, state, kind)
+    convert(destination=tmp_path / "a.gguf", **arguments, recipe="Q8_0", effort="fast")
+    os.utime(arguments["source"], (1, 1))
+    assert convert(destination=tmp_path / "a.gguf", **arguments, recipe="Q8_0", effort="fast").reused
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_conversion_does_not_continue_with_another_part(tmp_path, state, kind, caplog, monkeypatch):
+    arguments, replace_first = two_parts(tmp_path, state, kind)
+    settings = {"recipe": "Q8_0", "effort": "fast"}
+
+    def killed(self, *_):  # What a kill leaves: neither file is deleted.
+        self._file.close()
+
+    written = []
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicFile, "__exit__", killed)
+        patch.setattr(Journal, "delete", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert(destination=tmp_path / "a.gguf", **arguments, **settings, progress=stop_after(20, written))
+    assert len(Journal(tmp_path / ".a.gguf.journal").read()) > 10
+    replace_first()
+    resumed = convert(destination=tmp_path / "a.gguf", **arguments, **settings)
+    assert "starting anew" in caplog.text and "resumed after" not in caplog.text
+    whole = convert(destination=tmp_path / "b.gguf", **arguments, **settings)
+    assert resumed.path.read_bytes() == whole.path.read_bytes()
+
+
+def stop_after(n_tensors, seen):
+    def progress(_done, _total, name):
+        seen.append(name)
+        if len(set(seen)) > n_tensors:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_source_of_one_file_is_recorded_as_before(source, tmp_path):
+    assert "wanquant.source_parts" not in convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").metadata
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_a_source_that_is_replaced_while_it_is_opened_is_refused(tmp_path, state, suffix, monkeypatch):
+    """Its header describes a file that is no longer there."""
+    path, other = tmp_path / f"a.{suffix}", tmp_path / f"other.{suffix}"
+    for file in (path, other):
+        split(file, state, sorted(state), 0) if suffix == "safetensors" else convert_to_bf16(state, file)
+    module = opening
+    name = "read_safetensors_header" if suffix == "safetensors" else "read_header"
+    read = getattr(module, name)
+
+    def read_then_replace(given):
+        header = read(given)
+        os.replace(other, path)
+        return header
+
+    monkeypatch.setattr(module, name, read_then_replace)
+    with pytest.raises(QuantError, match="the file was changed or replaced"):
+        convert(path, tmp_path / "b.gguf", "Q8_0", effort="fast")
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def convert_to_bf16(state, path):
+    save_file(state, path.with_suffix(".safetensors"))
+    convert(path.with_suffix(".safetensors"), path, "BF16")
