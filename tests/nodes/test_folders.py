@@ -93,6 +93,15 @@ def test_token_follows_the_file(models):
     assert len(set(tokens)) == 3
 
 
+def test_token_follows_every_part_of_the_file(models):
+    parts = [models / "diffusion_models" / f"a-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"1234")
+    token = stat_token("unet_gguf", parts[0].name)
+    os.utime(parts[1], (1, 1))
+    assert stat_token("unet_gguf", parts[0].name) != token
+
+
 @pytest.fixture
 def library(models):
     """A models folder with a file in a subfolder, a file with accents in its name, and circular links."""
