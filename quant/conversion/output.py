@@ -120,9 +120,9 @@ def _is_up_to_date(destination: Path, metadata: Mapping[str, Any], checkpoint: C
     """Return whether the existing file is the result of the same conversion."""
     try:
         existing = read_header(destination).metadata
+        if not is_same_conversion(existing, metadata):
+            return False
     except QuantError:
-        return False
-    if not is_same_conversion(existing, metadata):
         return False
     is_untouched = existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0 and existing.get(
         SOURCE_PARTS

@@ -82,7 +82,7 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     """Return the serialized SentencePiece model (ModelProto) of a GGUF's tokenizer.
 
     Raises:
-        QuantError: the metadata has no unigram tokenizer.
+        QuantError: the metadata have no such tokenizer (see `has_tokenizer`), or values of another type.
     """
     values = TypedMetadata(metadata, "tokenizer")
     if SPIECE_KEY in metadata:
@@ -106,6 +106,12 @@ def sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     )
     settings = (_message(_TRAINER, _trainer(values, len(tokens))), _message(_NORMALIZER, _normalizer(values)))
     return b"".join((*pieces, *settings))
+
+
+def has_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Return whether the metadata of a GGUF have a sentencepiece model, or the tokens of one of T5's kind."""
+    is_t5 = isinstance(model := metadata.get("tokenizer.ggml.model"), str) and model == "t5"
+    return SPIECE_KEY in metadata or (is_t5 and "tokenizer.ggml.tokens" in metadata)
 
 
 def _trainer(metadata: TypedMetadata, n_tokens: int) -> bytes:

@@ -19,7 +19,7 @@ from .files import SourceFiles, SourceIdentity
 from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
 from .names import T5, Naming, find_naming
 from .opening import OpenedFiles, open_files
-from .t5 import SPIECE_TENSOR, kept_metadata, t5_metadata
+from .t5 import is_tokenizer, t5_metadata
 from .tensors import NUMBERS, FiniteTensor, SourceTensor, StoredTensor
 
 __all__ = ["Checkpoint", "SourceTensor", "open_checkpoint"]
@@ -151,10 +151,9 @@ def _named(naming: Naming, opened: OpenedFiles) -> dict[str, StoredTensor]:
 
 
 def _gguf_metadata(path: Path, opened: OpenedFiles, tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
-    if opened.is_gguf:
-        return kept_metadata(opened.metadata)
-    spiece = next((tensor.peek().numpy().tobytes() for tensor in opened.tensors if tensor.name == SPIECE_TENSOR), None)
-    return t5_metadata(path, {name: tensor.shape for name, tensor in tensors.items()}, spiece)
+    stored = next(((tensor.dtype, tensor.peek()) for tensor in opened.tensors if is_tokenizer(tensor.name)), None)
+    metadata = opened.metadata if opened.is_gguf else {}
+    return t5_metadata(path, {name: tensor.shape for name, tensor in tensors.items()}, metadata, stored)
 
 
 def _by_new_name(formats: Mapping[str, LayerFormat], stored: Mapping[str, StoredTensor]) -> dict[str, LayerFormat]:

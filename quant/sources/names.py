@@ -54,9 +54,8 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
         for prefix in PREFIXES:
             if prefix + key in names:
                 return Naming(prefix, rename)
-    for key, rename in t5.NAMINGS.items():
-        if key in names:
-            return Naming("", rename, T5)
+    if (encoder := t5.find_encoder(names)) is not None:
+        return Naming(encoder.prefix, encoder.rename, T5)
     for prefix in PREFIXES:
         if is_add_on(names, prefix):
             return Naming(prefix, str)

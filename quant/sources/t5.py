@@ -7,19 +7,22 @@ github.com/Wan-Video/Wan2.1 wan/modules/t5.py @ fc124fd.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from ..errors import QuantError
 from ..files.regular_file import open_regular
-from ..files.sentencepiece import SPIECE_KEY, parse_vocabulary
-from .renaming import rename, rules
+from ..files.sentencepiece import SPIECE_KEY, has_tokenizer, parse_vocabulary, sentencepiece_model
+from .renaming import Rule, rename, rules
 
 SPIECE_TENSOR = "spiece_model"
 
-_KEPT_KEYS = ("tokenizer.", "t5encoder.")
+_TOKENIZER_KEYS, _SIZE_KEYS = "tokenizer.", "t5encoder."
+_SPIECE_FILE = "spiece.model"
 _CONTEXT_LENGTH = 512
 _EPSILON = 1e-6
 
@@ -34,16 +37,17 @@ _TRANSFORMERS = rules(
     (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"enc.blk.\1.ffn_down."),
     (r"encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"enc.blk.\1.ffn_norm."),
 )
+# A checkpoint of the whole T5 has its encoder's blocks under `encoder.`.
 _WAN = rules(
-    (r"token_embedding\.", "token_embd."),
-    (r"norm\.", "enc.output_norm."),
-    (r"blocks\.(\d+)\.attn\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
-    (r"blocks\.(\d+)\.pos_embedding\.embedding\.", r"enc.blk.\1.attn_rel_b."),
-    (r"blocks\.(\d+)\.norm1\.", r"enc.blk.\1.attn_norm."),
-    (r"blocks\.(\d+)\.ffn\.gate\.0\.", r"enc.blk.\1.ffn_gate."),
-    (r"blocks\.(\d+)\.ffn\.fc1\.", r"enc.blk.\1.ffn_up."),
-    (r"blocks\.(\d+)\.ffn\.fc2\.", r"enc.blk.\1.ffn_down."),
-    (r"blocks\.(\d+)\.norm2\.", r"enc.blk.\1.ffn_norm."),
+    (r"(?:encoder\.)?token_embedding\.", "token_embd."),
+    (r"(?:encoder\.)?norm\.", "enc.output_norm."),
+    (r"(?:encoder\.)?blocks\.(\d+)\.attn\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
+    (r"(?:encoder\.)?blocks\.(\d+)\.pos_embedding\.embedding\.", r"enc.blk.\1.attn_rel_b."),
+    (r"(?:encoder\.)?blocks\.(\d+)\.norm1\.", r"enc.blk.\1.attn_norm."),
+    (r"(?:encoder\.)?blocks\.(\d+)\.ffn\.gate\.0\.", r"enc.blk.\1.ffn_gate."),
+    (r"(?:encoder\.)?blocks\.(\d+)\.ffn\.fc1\.", r"enc.blk.\1.ffn_up."),
+    (r"(?:encoder\.)?blocks\.(\d+)\.ffn\.fc2\.", r"enc.blk.\1.ffn_down."),
+    (r"(?:encoder\.)?blocks\.(\d+)\.norm2\.", r"enc.blk.\1.ffn_norm."),
 )
 _LLAMA = rules((r"(token_embd|enc)\.", r"\1."))
 
@@ -59,48 +63,158 @@ _TO_TRANSFORMERS = rules(
     (r"enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
 )
 
-NAMINGS: Mapping[str, Callable[[str], str | None]] = {
-    "encoder.block.0.layer.0.SelfAttention.q.weight": partial(rename, table=_TRANSFORMERS),
-    "blocks.0.attn.q.weight": partial(rename, table=_WAN),
-    "enc.blk.0.attn_q.weight": partial(rename, table=_LLAMA),
+_TABLES: Sequence[tuple[str, Sequence[Rule]]] = (
+    ("encoder.block.0.layer.0.SelfAttention.q.weight", _TRANSFORMERS),
+    ("enc.blk.0.attn_q.weight", _LLAMA),
+    ("encoder.blocks.0.attn.q.weight", _WAN),
+    ("blocks.0.attn.q.weight", _WAN),
+)
+"""The tables that rename to llama.cpp's names, with the name of a tensor that only this naming has."""
+
+_EMBEDDINGS = (
+    *("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"),
+    *("token_embedding.weight", "encoder.token_embedding.weight"),
+)
+_OF_EVERY_BLOCK = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_o", "ffn_norm", "ffn_up", "ffn_down")
+_DTYPES = {
+    **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
 }
-"""The functions that rename to llama.cpp's names, by the name of a tensor that only this naming has.
-
-They return None for the tensors of a decoder, which are left out.
-"""
-
 # The tokenizer of umT5 has 4.5 MB.
-_MAX_TOKENIZER_BYTES = 1 << 26
+_MAX_TOKENIZER_BYTES = 16 << 20
 
 
-def t5_metadata(path: Path, shapes: Mapping[str, tuple[int, ...]], spiece: bytes | None) -> dict[str, Any]:
-    """Return the GGUF metadata of a text encoder.
+class EncoderNaming(NamedTuple):
+    """The naming of the tensors of a T5 text encoder."""
+
+    prefix: str
+    table: Sequence[Rule]
+
+    def rename(self, name: str) -> str | None:
+        """Return llama.cpp's name for a name without prefix; None for a tensor of the decoder or another model."""
+        return rename(name, self.table)
+
+
+def find_encoder(names: Collection[str]) -> EncoderNaming | None:
+    """Return the naming of the T5 text encoder that has some of these tensors, or None if there is none.
+
+    Any prefix is accepted under which there is an embedding too.
+    """
+    known = set(names)
+    for key, table in _TABLES:
+        for prefix in sorted({name.removesuffix(key) for name in known if name.endswith(key)}, key=len):
+            if not prefix or (prefix.endswith(".") and any(prefix + name in known for name in _EMBEDDINGS)):
+                return EncoderNaming(prefix, table)
+    return None
+
+
+def encoder_names(names: Collection[str]) -> dict[str, str]:
+    """Return the names in the file of a text encoder's tensors, by llama.cpp's names.
+
+    Tensors of a decoder or another model, and further names of the same tensor, are left out.
+    """
+    naming = find_encoder(names)
+    if naming is None:
+        return {}
+    renamed: dict[str, str] = {}
+    for name in names:
+        new = naming.rename(name[len(naming.prefix) :]) if name.startswith(naming.prefix) else None
+        if new is not None:
+            renamed.setdefault(new, name)
+    return renamed
+
+
+def check_complete(path: Path, names: Collection[str]) -> None:
+    """Raise QuantError if a text encoder lacks one of its tensors.
+
+    Args:
+        path: the path of the file, for the message.
+        names: the names of its tensors in llama.cpp.
+    """
+    blocks = {int(match[1]) for name in names if (match := re.match(r"enc\.blk\.(\d{1,4})\.", name))}
+    parts = [*_OF_EVERY_BLOCK]
+    parts += ["ffn_gate"] if any(name.endswith(".ffn_gate.weight") for name in names) else []
+    # umT5 has a table of relative positions in every block, T5 in its first one.
+    parts += ["attn_rel_b"] if sum(name.endswith(".attn_rel_b.weight") for name in names) > 1 else []
+    expected = ["token_embd.weight", "enc.output_norm.weight", "enc.blk.0.attn_rel_b.weight"]
+    expected += [f"enc.blk.{block}.{part}.weight" for block in range(max(blocks, default=0) + 1) for part in parts]
+    missing = [name for name in expected if name not in names]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise QuantError(
+            f"{path}: tensor {missing[0]}{more}: missing, expected a complete text encoder; download it again"
+        )
+
+
+def tokenizer(path: Path, metadata: Mapping[str, Any], stored: tuple[str, Tensor] | None) -> bytes:
+    """Return the sentencepiece model of a text encoder.
+
+    Args:
+        path: the path of the file; its folder may contain spiece.model.
+        metadata: the metadata of a GGUF, or {}.
+        stored: the dtype and the bytes (uint8, flat) of the tensor that holds the sentencepiece model, if there is one.
+
+    Raises:
+        QuantError: no tokenizer, or a damaged one.
+    """
+    try:
+        if has_tokenizer(metadata):
+            return sentencepiece_model(metadata)
+        if stored is not None:
+            return _tensor_bytes(*stored)
+    except QuantError as error:
+        raise QuantError(f"{path}: {error}") from None
+    beside = path.with_name(_SPIECE_FILE)
+    if beside.is_file():
+        with open_regular(beside) as file:
+            return file.read(_MAX_TOKENIZER_BYTES)
+    raise QuantError(
+        f"{path}: has no tokenizer (tensor {SPIECE_TENSOR}), which the text encoder needs;"
+        f" use ComfyUI's file of the encoder, or put {_SPIECE_FILE} into the same folder"
+    )
+
+
+def check_tokenizer(path: Path, spiece: bytes, n_rows: int) -> dict[str, Any]:
+    """Return the metadata of a sentencepiece model for an embedding of `n_rows` rows.
+
+    Raises:
+        QuantError: a damaged tokenizer, or one with more pieces than rows.
+    """
+    try:
+        return parse_vocabulary(spiece, n_rows)
+    except QuantError as error:
+        raise QuantError(f"{path}: {error}") from None
+
+
+def is_tokenizer(name: str) -> bool:
+    """Return whether a tensor of this name, with or without a prefix, holds the sentencepiece model."""
+    return name.rpartition(".")[2] == SPIECE_TENSOR
+
+
+def t5_metadata(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    metadata: Mapping[str, Any],
+    stored: tuple[str, Tensor] | None,
+) -> dict[str, Any]:
+    """Return the GGUF metadata of a text encoder; what a GGUF source says about it is kept.
 
     Args:
         path: the path of the checkpoint.
         shapes: the shapes of its tensors by llama.cpp's names.
-        spiece: the sentencepiece model; if None, it is read from the file spiece.model in the same folder.
+        metadata: as for `tokenizer`.
+        stored: as for `tokenizer`.
 
     Raises:
-        QuantError: no tokenizer, or a missing tensor.
+        QuantError: no tokenizer or one of another encoder, or a missing tensor.
     """
-    beside = path.with_name("spiece.model")
-    if spiece is None and beside.is_file():
-        with open_regular(beside) as file:
-            spiece = file.read(_MAX_TOKENIZER_BYTES)
-    if spiece is None:
-        raise QuantError(
-            f"{path}: has no tokenizer (tensor {SPIECE_TENSOR}), which the text encoder needs;"
-            " use ComfyUI's file of the encoder, or put spiece.model into the same folder"
-        )
-    try:
-        return _dimensions(shapes) | parse_vocabulary(spiece, shapes["token_embd.weight"][0]) | {SPIECE_KEY: spiece}
-    except KeyError as error:
-        raise QuantError(
-            f"{path}: tensor {error.args[0]}: missing, expected a complete text encoder; download it again"
-        ) from None
-    except QuantError as error:
-        raise QuantError(f"{path}: {error}") from None
+    spiece = tokenizer(path, metadata, stored)
+    check_complete(path, shapes.keys())
+    kept = (_TOKENIZER_KEYS, _SIZE_KEYS) if has_tokenizer(metadata) else (_SIZE_KEYS,)
+    known = {key: value for key, value in metadata.items() if key.startswith(kept)}
+    vocabulary = check_tokenizer(path, spiece, shapes["token_embd.weight"][0]) | {SPIECE_KEY: spiece}
+    made = _dimensions(path, shapes) | ({} if has_tokenizer(metadata) else vocabulary)
+    return known | {key: value for key, value in made.items() if key not in known}
 
 
 def transformers_name(name: str) -> str:
@@ -108,12 +222,29 @@ def transformers_name(name: str) -> str:
     return rename(name, _TO_TRANSFORMERS) or name
 
 
-def kept_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata that a GGUF made from another GGUF keeps."""
-    return {key: value for key, value in metadata.items() if key.startswith(_KEPT_KEYS)}
+def _tensor_bytes(dtype: str, data: Tensor) -> bytes:
+    """Return the bytes that a tensor holds as numbers; negative ones are those of signed bytes."""
+    if dtype not in _DTYPES or data.numel() > _MAX_TOKENIZER_BYTES * _DTYPES[dtype].itemsize:
+        raise QuantError(
+            f"tensor {SPIECE_TENSOR}: {data.numel():,} bytes of {dtype}, expected up to {_MAX_TOKENIZER_BYTES:,}"
+            " numbers from 0 to 255; download the file again"
+        )
+    if _DTYPES[dtype].itemsize == 1:
+        return data.numpy().tobytes()
+    # A copy, because a tensor may begin anywhere in its file.
+    numbers = data.clone().view(_DTYPES[dtype]).double()
+    if not bool(((numbers >= -128) & (numbers <= 255) & (numbers == numbers.round())).all()):
+        raise QuantError(f"tensor {SPIECE_TENSOR}: not numbers from 0 to 255; download the file again")
+    return numbers.to(torch.int16).to(torch.uint8).numpy().tobytes()
 
 
-def _dimensions(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _dimensions(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    matrices = ("token_embd", "enc.blk.0.attn_rel_b", "enc.blk.0.ffn_up", "enc.blk.0.attn_k", "enc.blk.0.attn_v")
+    for name in (f"{matrix}.weight" for matrix in matrices):
+        if len(shapes[name]) != 2 or 0 in shapes[name]:
+            raise QuantError(
+                f"{path}: tensor {name}: shape {shapes[name]}, expected 2 dimensions; download the file again"
+            )
     buckets, heads = shapes["enc.blk.0.attn_rel_b.weight"]
     blocks = [int(match[1]) for name in shapes if (match := re.match(r"enc\.blk\.(\d+)\.", name))]
     return {

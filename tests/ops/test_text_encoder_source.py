@@ -12,12 +12,12 @@ import sentencepiece
 import torch
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 from comfy.text_encoders.t5 import T5
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, convert, open_gguf
 from wanquant.quant.conversion.restore import restore
-from wanquant.quant.files.sentencepiece import SPIECE_KEY
+from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary, sentencepiece_model
 from wanquant.quant.inspection.report import inspect
 
 SPIECE = Path(comfy.text_encoders.__path__[0]) / "t5_pile_tokenizer" / "tokenizer.model"
@@ -198,3 +198,130 @@ def test_restored_encoder_is_the_hosts_again(source, state, spiece, tmp_path):
     assert torch.equal(restored.pop("spiece_model"), spiece)
     for name, value in restored.items():
         assert torch.equal(value.float(), state[name].float())
+
+
+def write_gguf(path, tensors, architecture="pig"):
+    """Write float32 numpy arrays with the PyPI package gguf."""
+    writer = GGUFWriter(path, architecture)
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def arrays(state, rename=lambda name: name):
+    return {rename(name): value.float().numpy() for name, value in state.items()}
+
+
+def test_a_gguf_source_needs_a_tokenizer_too(state, tmp_path):
+    path = write_gguf(tmp_path / "a.gguf", arrays(state))
+    with pytest.raises(QuantError, match=r"has no tokenizer \(tensor spiece_model\).*put spiece\.model into"):
+        convert(path, tmp_path / "b.gguf", "BF16")
+    assert not (tmp_path / "b.gguf").exists()
+    (tmp_path / "spiece.model").write_bytes(SPIECE.read_bytes())
+    report = convert(path, tmp_path / "b.gguf", "BF16")
+    check_values(report.path, state)
+    assert report.metadata[SPIECE_KEY].tobytes() == SPIECE.read_bytes()
+    assert report.metadata["t5encoder.block_count"] == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int32", "uint8"])
+def test_tokenizer_as_a_tensor_of_any_dtype(state, spiece, tmp_path, dtype):
+    stored = spiece.view(torch.int8) if dtype == "int8" else spiece.to(getattr(torch, dtype))
+    save_file(state | {"text_encoder.spiece_model": stored}, tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "BF16")
+    assert report.metadata[SPIECE_KEY].tobytes() == SPIECE.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_tokenizer_as_a_tensor_of_a_gguf(state, spiece, tmp_path, dtype):
+    path = write_gguf(tmp_path / "a.gguf", {"spiece_model": spiece.numpy().astype(dtype)} | arrays(state), "cow")
+    report = convert(path, tmp_path / "b.gguf", "BF16")
+    check_values(report.path, state)
+    assert report.metadata[SPIECE_KEY].tobytes() == SPIECE.read_bytes()
+    assert report.metadata["general.architecture"] == "t5encoder"
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (torch.full((64,), 0.5), "spiece_model: not numbers from 0 to 255"),
+        (torch.full((64,), float("nan")), "spiece_model: not numbers from 0 to 255"),
+        (torch.full((64,), 300.0), "spiece_model: not numbers from 0 to 255"),
+        (torch.ones(64).to(torch.float8_e4m3fn), "spiece_model: 64 bytes of F8_E4M3, expected up to"),
+    ],
+)
+def test_a_tensor_that_holds_no_tokenizer(state, tmp_path, stored, message):
+    save_file(state | {"spiece_model": stored}, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=message):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "BF16")
+
+
+WAN_NAMES = {f"{theirs}.weight": f"{wan}.weight" for theirs, wan, _ in NAMES}
+NAMINGS = {
+    "only embed_tokens": lambda name: name.replace("shared.", "encoder.embed_tokens."),
+    "a prefix": lambda name: f"text_encoders.umt5xxl.transformer.{name}",
+    "Wan's with a prefix": lambda name: f"text_encoder.{WAN_NAMES[name]}",
+    "Wan's whole T5": lambda name: WAN_NAMES[name] if name.startswith("shared.") else f"encoder.{WAN_NAMES[name]}",
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_names_that_other_tools_write(state, spiece, tmp_path, naming, suffix):
+    path = tmp_path / f"a.{suffix}"
+    renamed = {NAMINGS[naming](name): value for name, value in state.items()}
+    if suffix == "gguf":
+        write_gguf(path, arrays(renamed) | {"spiece_model": spiece.numpy().astype(np.float32)})
+    else:
+        save_file(renamed | {"spiece_model": spiece}, path)
+    check_values(convert(path, tmp_path / "b.gguf", "BF16").path, state)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["encoder.block.1.layer.1.DenseReluDense.wo", "encoder.final_layer_norm", "encoder.block.1.layer.0.layer_norm"],
+)
+@pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
+def test_an_incomplete_encoder_is_refused(state, spiece, tmp_path, name, suffix):
+    path, part = tmp_path / f"a.{suffix}", {n: value for n, value in state.items() if n != f"{name}.weight"}
+    if suffix == "gguf":
+        write_gguf(path, arrays(part) | {"spiece_model": spiece.numpy().astype(np.float32)})
+    else:
+        save_file(part | {"spiece_model": spiece}, path)
+    with pytest.raises(QuantError, match="missing, expected a complete text encoder"):
+        convert(path, tmp_path / "b.gguf", "BF16")
+
+
+def test_another_tokenizer_beside_makes_another_file(state, tmp_path):
+    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "spiece.model").write_bytes(SPIECE.read_bytes())
+    settings = {"recipe": "Q8_0", "effort": "fast"}
+    convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
+    assert convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings).reused
+    (tmp_path / "spiece.model").write_bytes(SPIECE.read_bytes() + b"\x98\x06\x01")  # an unknown field
+    with pytest.raises(QuantError, match="exists, but is not this conversion"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {SPIECE_KEY: 10**9},
+        {SPIECE_KEY: "text"},
+        {"tokenizer.ggml.scores": 1.0},
+        {"tokenizer.ggml.scores": [0.5]},
+        {"tokenizer.ggml.token_type": "text"},
+        {"tokenizer.ggml.precompiled_charsmap": 10**9},
+        {"tokenizer.ggml.tokens": 1},
+        {"tokenizer.ggml.add_space_prefix": "text"},
+    ],
+    ids=str,
+)
+def test_damaged_tokenizers_in_a_gguf_are_refused(state, spiece, damage):
+    whole = parse_vocabulary(SPIECE.read_bytes(), state["shared.weight"].shape[0])
+    with pytest.raises(QuantError):
+        sentencepiece_model(whole | damage)
