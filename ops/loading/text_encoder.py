@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,17 @@ from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
 from ...quant import QuantError
-from ...quant.files.sentencepiece import sentencepiece_model
-from ...quant.gguf.header import Header, read_header
+from ...quant.files.sentencepiece import has_tokenizer
+from ...quant.gguf.header import Header, TensorRecord, read_header
 from ...quant.sources.names import WAN_KEY
-from ...quant.sources.t5 import transformers_name
+from ...quant.sources.t5 import (
+    check_complete,
+    check_tokenizer,
+    encoder_names,
+    is_tokenizer,
+    tokenizer,
+    transformers_name,
+)
 from .. import host
 from ..host_check import check_host
 from ..packed.linear import GGUFOps, computing_in
@@ -57,8 +64,10 @@ def load_text_encoder(
     """
     check_host()
     header = read_header(path)
-    names = {transformers_name(name): record for name, record in header.tensors.items()}
+    in_file = encoder_names(header.tensors)
+    names = {transformers_name(new): header.tensors[old] for new, old in in_file.items()}
     _check(header, names.keys(), clip_type)
+    check_complete(header.path, in_file)
     check_memory(header, dequantized_bytes(header, torch.bfloat16))
     data = map_files(header.parts, dynamic=not disable_dynamic)
     state_dict = {name: annotated_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
@@ -67,7 +76,9 @@ def load_text_encoder(
         "umt5xxl_model_config": _config(state_dict),
     }
     if clip_type is comfy.sd.CLIPType.WAN:  # The host brings the tokenizers of other models.
-        state_dict["spiece_model"] = host.annotate_source(_tokenizer(header), header.path)
+        state_dict["spiece_model"] = host.annotate_source(
+            _tokenizer(header, data, len(state_dict[_EMBEDDING])), header.path
+        )
     if comfy.sd.detect_te_model(state_dict) is not comfy.sd.TEModel.T5_XXL:
         raise QuantError(f"{header.path}: a T5 text encoder of another size, expected XXL; choose umt5-xxl for Wan")
     clip = comfy.sd.load_text_encoder_state_dicts(
@@ -87,7 +98,7 @@ def _check(header: Header, names: Collection[str], clip_type: comfy.sd.CLIPType)
     """Raise QuantError for files that the host would load as another model, or with weights missing."""
     if _EMBEDDING not in names or _QUERY not in names:
         architecture = header.metadata.get("general.architecture", "not given")
-        diffusion = any(name.endswith(WAN_KEY) for name in names)
+        diffusion = any(name.endswith(WAN_KEY) for name in header.tensors)
         remedy = "load it with Load Diffusion Model (GGUF)" if diffusion else "choose umt5-xxl for Wan"
         raise QuantError(f"{header.path}: not a T5 text encoder (general.architecture {architecture}); {remedy}")
     biases = sum(name.endswith("relative_attention_bias.weight") for name in names)
@@ -119,8 +130,11 @@ def _config(state_dict: dict[str, Tensor]) -> dict[str, int]:
     }
 
 
-def _tokenizer(header: Header) -> Tensor:
-    try:
-        return torch.frombuffer(bytearray(sentencepiece_model(header.metadata)), dtype=torch.uint8)
-    except QuantError as error:
-        raise QuantError(f"{header.path}: {error}") from None
+def _tokenizer(header: Header, data: Callable[[TensorRecord], Tensor], n_rows: int) -> Tensor:
+    """Return the sentencepiece model as the host takes it: uint8, (bytes,)."""
+    record = next((record for name, record in header.tensors.items() if is_tokenizer(name)), None)
+    stored = (record.qtype.name, data(record).flatten()) if record else None
+    model = tokenizer(header.path, header.metadata, stored)
+    if not has_tokenizer(header.metadata):  # Then it can be that of another encoder.
+        check_tokenizer(header.path, model, n_rows)
+    return torch.frombuffer(bytearray(model), dtype=torch.uint8)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import comfy.sd
+import gguf
 import numpy as np
 import pytest
 import sentencepiece
@@ -243,7 +244,7 @@ def test_other_files_are_refused(tmp_path, weights, t2v, spiece, write_gguf):
 
 def test_file_without_a_tokenizer(tmp_path, weights):
     bare = write(tmp_path / "bare.gguf", first_blocks(weights, 1), {}, lambda host, llama: llama)
-    with pytest.raises(QuantError, match=r"bare\.gguf: tokenizer\.ggml\.model: missing, expected t5"):
+    with pytest.raises(QuantError, match=r"bare\.gguf: has no tokenizer .*put spiece\.model into the same folder"):
         load_text_encoder(bare, comfy.sd.CLIPType.WAN)
 
 
@@ -268,3 +269,98 @@ def test_flags_of_the_host_round_no_unquantized_tensor(tmp_path, weights, spiece
     assert sqnr(expected, clip.encode(TEXTS[0])) > 60
     loaded = clip.cond_stage_model.umt5xxl.transformer.state_dict()
     assert all(torch.equal(loaded[name].float(), weight) for name, (_, weight) in norms.items())
+
+
+def written_by_others(path, weights, spiece, dtype, architecture):
+    """Write weights in float16 and the tokenizer as a tensor, or without a tokenizer, with the PyPI package gguf."""
+    writer = gguf.GGUFWriter(path, architecture)
+    tensors = {name: weight.half().numpy() for name, weight in weights.items()}
+    if dtype is not None:
+        numbers = np.frombuffer(spiece, np.uint8)
+        raw = {"F32": numbers.astype(np.float32), "F16": numbers.astype(np.float16)}
+        if dtype == "BF16":
+            half = torch.from_numpy(numbers.astype(np.float32)).bfloat16().view(torch.uint8).numpy()
+            writer.add_tensor("spiece_model", half, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        else:
+            writer.add_tensor("spiece_model", raw[dtype])
+    for name, data in tensors.items():
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def dense_weights(weights):
+    """Return the dense weights by the host's names."""
+    return {name: weight for name, (_, weight) in weights.items()}
+
+
+@pytest.mark.parametrize(("dtype", "architecture"), [("F32", "pig"), ("F16", "cow"), ("BF16", "pig")])
+def test_tokenizer_as_a_tensor(tmp_path, weights, spiece, dtype, architecture):
+    path = written_by_others(tmp_path / "a.gguf", dense_weights(weights), spiece, dtype, architecture)
+    clip = load_text_encoder(path, comfy.sd.CLIPType.WAN)
+    expected = processor(spiece).encode(TEXTS[2])
+    assert tokens(clip, TEXTS[2])[: len(expected)] == expected
+    weight = clip.cond_stage_model.umt5xxl.transformer.encoder.block[3].layer[0].SelfAttention.k.weight
+    assert torch.equal(weight.float(), weights["encoder.block.3.layer.0.SelfAttention.k.weight"][1].half().float())
+
+
+def test_tokenizer_beside_the_file(tmp_path, weights, spiece):
+    path = written_by_others(tmp_path / "a.gguf", dense_weights(weights), spiece, None, "pig")
+    with pytest.raises(QuantError, match="has no tokenizer"):
+        load_text_encoder(path, comfy.sd.CLIPType.WAN)
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    clip = load_text_encoder(path, comfy.sd.CLIPType.WAN)
+    assert tokens(clip, TEXTS[0])[:4] == processor(spiece).encode(TEXTS[0])[:4]
+    (tmp_path / "spiece.model").write_bytes(b"something else")
+    with pytest.raises(QuantError, match=r"a\.gguf: its tokenizer is no sentencepiece model"):
+        load_text_encoder(path, comfy.sd.CLIPType.WAN)
+
+
+def wan_name(name):
+    """Return Wan's own name: github.com/Wan-Video/Wan2.1 wan/modules/t5.py."""
+    parts = [
+        ("shared.", "token_embedding."),
+        ("encoder.final_layer_norm.", "norm."),
+        ("encoder.block.", "blocks."),
+        (".layer.0.SelfAttention.relative_attention_bias.", ".pos_embedding.embedding."),
+        (".layer.0.SelfAttention.", ".attn."),
+        (".layer.0.layer_norm.", ".norm1."),
+        (".layer.1.layer_norm.", ".norm2."),
+        (".layer.1.DenseReluDense.wi_0.", ".ffn.gate.0."),
+        (".layer.1.DenseReluDense.wi_1.", ".ffn.fc1."),
+        (".layer.1.DenseReluDense.wo.", ".ffn.fc2."),
+    ]
+    for theirs, wans in parts:
+        name = name.replace(theirs, wans)
+    return name
+
+
+NAMINGS = {
+    "only embed_tokens": lambda name: name.replace("shared.", "encoder.embed_tokens."),
+    "a prefix": lambda name: f"text_encoders.umt5xxl.transformer.{name}",
+    "Wan's": wan_name,
+    "Wan's with a prefix": lambda name: f"model.{wan_name(name)}",
+    "Wan's whole T5": lambda name: wan_name(name) if name.startswith("shared.") else f"encoder.{wan_name(name)}",
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_names_that_other_tools_write(tmp_path, weights, spiece, naming):
+    renamed = {NAMINGS[naming](name): weight for name, weight in dense_weights(weights).items()}
+    renamed["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(2, 2)
+    path = written_by_others(tmp_path / "a.gguf", renamed, spiece, "F16", "pig")
+    state = load_text_encoder(path, comfy.sd.CLIPType.WAN).cond_stage_model.umt5xxl.transformer.state_dict()
+    for name, weight in dense_weights(weights).items():
+        assert torch.equal(state[name].float(), weight.half().float()), name
+
+
+def test_an_incomplete_encoder_is_refused(tmp_path, weights, spiece):
+    partial = {
+        n: w for n, w in dense_weights(weights).items() if n != "encoder.block.7.layer.1.DenseReluDense.wo.weight"
+    }
+    path = written_by_others(tmp_path / "a.gguf", partial, spiece, "F16", "pig")
+    with pytest.raises(QuantError, match=r"tensor enc\.blk\.7\.ffn_down\.weight: missing"):
+        load_text_encoder(path, comfy.sd.CLIPType.WAN)
