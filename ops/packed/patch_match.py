@@ -1,7 +1,8 @@
 """Checks that patches match the model they are added to; the host would log a mismatch per layer at every step.
 
-The host's LoRA loader looks up the parameters of the model in the LoRA file. Tensors under other names never reach the
-patcher, and ComfyUI logs each as "lora key not loaded". Known here are the patches that were found, and that none was.
+The host's LoRA loader looks up the parameters of the model in the LoRA file, and `lora_names` does so under more names.
+Other tensors never reach the patcher, and ComfyUI logs each as "lora key not loaded". Known here are the patches that
+were found, and that none was.
 Source: comfy/lora.py load_lora, ComfyUI 0.30.0.
 """
 
@@ -35,7 +36,7 @@ def matching_patches(model: torch.nn.Module, patches: dict[Any, Any]) -> dict[An
     if not patches:
         raise QuantError(
             "LoRA for another model: none of its tensors names a weight of this model (ComfyUI's log lists their"
-            " names); choose a LoRA for this model"
+            " names), neither by Wan's names nor by Diffusers', with any usual prefix; choose a LoRA for this model"
         )
     mismatches = {key: sizes for key, value in patches.items() if (sizes := _mismatch(model, key, value))}
     if not mismatches:

@@ -18,11 +18,14 @@ from ...quant import QuantError
 from .. import host
 from .layout import is_packed
 from .linear import GGUFModule, gguf_modules, packed_modules
+from .lora_names import register_lora_names
 from .patch_match import matching_patches
 from .patch_rows import Patch
 from .patches import OnTheFly
 
 _KEY = "wanquant"
+
+register_lora_names()
 
 
 class PackedPatcher(ModelPatcher):

@@ -50,6 +50,11 @@ _RULES = (
 )
 
 
+def wan_name(layer: str) -> str:
+    """Return Wan's name of a layer of Diffusers'; other names stay as they are."""
+    return (rename(f"{layer}.", _RULES) or f"{layer}.").removesuffix(".")
+
+
 def renaming(path: Path) -> Callable[[str], str | None]:
     """Return a function from a tensor name in the file `path` to ComfyUI's name, or to None for a marker."""
 
