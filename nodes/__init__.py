@@ -47,6 +47,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         from .collect_importance import WanQuantCollectImportance
         from .load_diffusion_model import WanQuantLoader
         from .load_expert_pair import WanQuantExpertPairLoader
+        from .load_lora import WanQuantLoraLoader
         from .load_model_patch import WanQuantModelPatchLoader
         from .load_text_encoder import WanQuantTextEncoderLoader
         from .low_vram import WanQuantLowVRAM
@@ -67,6 +68,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         WanQuantExpertPairLoader,
         WanQuantTextEncoderLoader,
         WanQuantModelPatchLoader,
+        WanQuantLoraLoader,
         WanQuantCollectImportance,
         WanQuantSaveModel,
         WanQuantLowVRAM,

@@ -25,14 +25,15 @@ CONDITIONING = "conditioning"
 IMPORTANCE = "importance"
 IMPORTANCE_SUFFIXES = (".gguf", ".dat", ".safetensors")
 LORAS = "loras"
+GGUF_LORAS = "loras_gguf"
 OUTPUT = "output"
 NONE = "none"
 """The list entry that chooses no file."""
 
 
 def register_folders() -> None:
-    """Make the host list .gguf files beside its own diffusion models, saved conditionings and importance matrices."""
-    for name, gguf_name in ((MODELS, GGUF), (ENCODERS, GGUF_ENCODERS)):
+    """Make the host list .gguf files beside its own models and LoRAs, saved conditionings and importance matrices."""
+    for name, gguf_name in ((MODELS, GGUF), (ENCODERS, GGUF_ENCODERS), (LORAS, GGUF_LORAS)):
         shared, _ = folder_paths.folder_names_and_paths[name]
         paths, extensions = folder_paths.folder_names_and_paths.get(gguf_name, (shared, set()))
         if paths is not shared:

@@ -78,7 +78,13 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
 
 def _bytes_at(metadata: Mapping[str, Any], key: str) -> bytes:
     value = metadata.get(key, b"")
-    return value.tobytes() if isinstance(value, np.ndarray) else value if isinstance(value, bytes) else repr(value).encode()
+    return (
+        value.tobytes()
+        if isinstance(value, np.ndarray)
+        else value
+        if isinstance(value, bytes)
+        else repr(value).encode()
+    )
 
 
 def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:

@@ -152,7 +152,8 @@ def tokenizer(path: Path, metadata: Mapping[str, Any], stored: tuple[str, Tensor
     Args:
         path: the path of the file; its folder may contain spiece.model.
         metadata: the metadata of a GGUF, or {}.
-        stored: the dtype and the bytes (uint8, flat) of the tensor that holds the sentencepiece model, if there is one.
+        stored: the dtype and the bytes, uint8, (nbytes,), of the tensor that holds the sentencepiece model; None
+            without such a tensor.
 
     Raises:
         QuantError: no tokenizer, or a damaged one.
@@ -203,7 +204,7 @@ def t5_metadata(
         path: the path of the checkpoint.
         shapes: the shapes of its tensors by llama.cpp's names.
         metadata: as for `tokenizer`.
-        stored: as for `tokenizer`.
+        stored: as for `tokenizer`, with uint8, (nbytes,).
 
     Raises:
         QuantError: no tokenizer or one of another encoder, or a missing tensor.

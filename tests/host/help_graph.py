@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from wanquant.ops.conditioning import load_conditioning, save_conditioning
-from wanquant.quant import convert
+from wanquant.quant import QTYPES, convert, open_gguf
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.reader import GGUFTensor
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.testing.hosts import ROOT
 from wanquant.testing.server import HostServer
 from wanquant.workflow_generators import models
@@ -19,6 +23,7 @@ from wanquant.workflow_generators.canvas import Box, Columns, Node, node
 TINYWAN = ROOT / "bench" / "tinywan"
 SOURCE, QUANTIZED, PROMPT = "TinyWan.safetensors", "TinyWan-Q4_K_M.gguf", "a red ball.safetensors"
 PATCH = "InfiniteTalk-Single-Q8_0.gguf"
+LORA = "TinyWan-style.gguf"
 # A page shows its own node, if not more.
 SHOWN = {
     "WanQuantLowVRAM": ("WanQuantLowVRAM", "PreviewAny"),
@@ -35,10 +40,23 @@ def prepare(server: HostServer) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         save_file({"audio_proj.proj1.weight": torch.zeros(32, 32)}, f"{temporary}/patch.safetensors")
         convert(f"{temporary}/patch.safetensors", folder / PATCH, "Q8_0", overwrite=True)
+    _write_lora(server.models / "loras" / LORA, open_gguf(folder / QUANTIZED).tensors["blocks.0.self_attn.q.weight"])
     words = [
         load_conditioning(str(TINYWAN / "words" / f"{word}.safetensors"))[0][0] for word in ("red", "ball", "right")
     ]
     save_conditioning([[torch.cat(words, dim=1), {}]], str(server.models / "conditioning" / PROMPT))
+
+
+def _write_lora(path: Path, weight: GGUFTensor) -> None:
+    """Write a LoRA of rank 1 for one layer."""
+    rows, columns = weight.shape
+    stem = "diffusion_model.blocks.0.self_attn.q"
+    shapes = {f"{stem}.lora_A.weight": (1, columns), f"{stem}.lora_B.weight": (rows, 1)}
+    specs = [TensorSpec(name, QTYPES["F32"], shape) for name, shape in shapes.items()]
+    path.parent.mkdir(exist_ok=True)
+    with GGUFWriter(path, {"general.architecture": "wan"}, specs, overwrite=True) as writer:
+        for spec in specs:
+            writer.write(spec.name, torch.full(spec.shape, 0.01).view(torch.uint8))
 
 
 def columns() -> Columns:
@@ -51,6 +69,7 @@ def columns() -> Columns:
         "clip": node("WanQuantTextEncoderLoader", encoder_name=models.UMT5.name, type="wan"),
         "patch": node("WanQuantModelPatchLoader", name=PATCH),
         "prompt": node("WanQuantLoadConditioning", name=PROMPT),
+        "lora": node("WanQuantLoraLoader", model=["model", 0], lora_name=LORA),
     }
     files = {
         "convert": node("WanQuantConvert", source=SOURCE, recipe="Q4_K_M"),

@@ -20,6 +20,7 @@ NODES = [
     "WanQuantInspect",
     "WanQuantLoadConditioning",
     "WanQuantLoader",
+    "WanQuantLoraLoader",
     "WanQuantLowVRAM",
     "WanQuantModelPatchLoader",
     "WanQuantPreviewDecode",

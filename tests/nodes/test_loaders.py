@@ -6,8 +6,10 @@ import os
 import shutil
 
 import folder_paths
+import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 
 from wanquant.nodes import load_text_encoder
 from wanquant.nodes.folders import model_path
@@ -15,7 +17,9 @@ from wanquant.nodes.inspect import WanQuantInspect
 from wanquant.nodes.load_conditioning import WanQuantLoadConditioning
 from wanquant.nodes.load_diffusion_model import WanQuantLoader
 from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
-from wanquant.quant import QuantError
+from wanquant.nodes.load_lora import WanQuantLoraLoader
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.quant import QuantError, open_gguf
 
 
 def test_linked_path_makes_the_name_irrelevant(models):
@@ -54,6 +58,28 @@ def test_add_on_is_found_by_its_suffix_and_checked(models):
     before = WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors")
     (folder / "vace.safetensors").write_bytes(b"1")
     assert WanQuantLoader.fingerprint_inputs(model_name="base.gguf", module_name="vace.safetensors") != before
+
+
+def test_gguf_lora_is_listed_checked_and_loaded_again(models, t2v):
+    folder = models / "loras"
+    folder.mkdir()
+    weight = open_gguf(t2v[1]).tensors["blocks.0.self_attn.q.weight"]
+    writer = GGUFWriter(folder / "style.gguf", "wan")
+    for part, shape in (("A", (4, weight.shape[1])), ("B", (weight.shape[0], 4))):
+        writer.add_tensor(f"pipe.dit.blocks.0.self_attn.q.lora_{part}.weight", np.ones(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert WanQuantLoraLoader.GET_SCHEMA().inputs[1].options == ["style.gguf"]
+    assert WanQuantLoraLoader.validate_inputs("style.gguf") is True
+    assert "nearest name" in WanQuantLoraLoader.validate_inputs("styl.gguf")
+    (patched,) = WanQuantLoraLoader.execute(load_diffusion_model(t2v[1]), "style.gguf", 0.5).args
+    (((strength, *_),),) = patched.patches.values()
+    assert strength == 0.5
+    before = WanQuantLoraLoader.fingerprint_inputs(lora_name="style.gguf", strength_model=1.0)
+    os.utime(folder / "style.gguf", (1, 1))
+    assert WanQuantLoraLoader.fingerprint_inputs(lora_name="style.gguf", strength_model=1.0) != before
 
 
 def test_bfloat16_text_encoder_warns_where_the_host_would_not_use_it(models, monkeypatch, caplog):
