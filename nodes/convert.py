@@ -26,6 +26,7 @@ from .folders import (
     source_names,
     source_stem,
     stat_token,
+    within,
     written_token,
 )
 
@@ -131,8 +132,8 @@ class WanQuantConvert(io.ComfyNode):
         **_: object,
     ) -> str:
         add_ons = _add_ons(module, more_modules)
-        name = _file_name(output_name, source, add_ons, recipe, target_size)
-        target = os.path.join(destinations().get(folder, folder), name)
+        path = destinations().get(folder, folder)
+        target = os.path.join(path, _file_name(path, output_name, source, add_ons, recipe, target_size))
         read = [*((source_folder(file), file) for file in (source, *add_ons)), (IMPORTANCE, importance)]
         tokens = [stat_token(where, what) for where, what in read]
         return " ".join((*tokens, path_token(importance_path) if importance_path != "" else "", written_token(target)))
@@ -155,8 +156,8 @@ class WanQuantConvert(io.ComfyNode):
         more_modules: Sequence[str] = (),
     ) -> io.NodeOutput:
         add_ons = _add_ons(module, more_modules)
-        name = _file_name(output_name, source, add_ons, recipe, target_size)
-        target = output_path(destinations()[folder], name, ".gguf")
+        path = destinations()[folder]
+        target = output_path(path, _file_name(path, output_name, source, add_ons, recipe, target_size), ".gguf")
         if importance != NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
         report = convert(
@@ -184,8 +185,10 @@ def _add_ons(first: str | None, more: Sequence[str]) -> list[str]:
     return [name for name in (first, *more) if name is not None and name != NONE]
 
 
-def _file_name(output_name: str, source: str, add_ons: Sequence[str], recipe: str, target_size: float) -> str:
+def _file_name(
+    folder: str, output_name: str, source: str, add_ons: Sequence[str], recipe: str, target_size: float
+) -> str:
     """Return `output_name`, or if it is empty a name made of the source, the add-ons and the recipe or target size."""
     added = [os.path.basename(source_stem(add_on)) for add_on in add_ons]
     parts = (source_stem(source), *added, f"{target_size:g}GiB" if target_size else recipe)
-    return portable(output_name) or "-".join(parts) + ".gguf"
+    return portable(output_name) or within(folder, "-".join(parts) + ".gguf")

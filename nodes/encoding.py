@@ -112,7 +112,7 @@ def encoder_device(choice: str) -> torch.device:
 
 def read_importance(path: str) -> Importance:
     """Read an importance matrix, or a calibration (.safetensors), which contains one."""
-    return quant.read_calibration(path) if path.endswith(".safetensors") else quant.read_importance(path)
+    return quant.read_calibration(path) if path.lower().endswith(".safetensors") else quant.read_importance(path)
 
 
 def progress_bar() -> Progress:

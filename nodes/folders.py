@@ -15,6 +15,7 @@ from ..quant import QuantError
 from ..quant.files.shards import Shard
 
 MODELS = "diffusion_models"
+CHECKPOINTS = "checkpoints"
 ENCODERS = "text_encoders"
 # Other GGUF packs use the same names, so that an entry in extra_model_paths.yaml works for all of them.
 GGUF = "unet_gguf"
@@ -51,21 +52,41 @@ def register_folders() -> None:
 
 def source_names() -> list[str]:
     """List the checkpoints that can be converted. The first file of a sharded one stands for all its files."""
-    dense = [name for name in folder_paths.get_filename_list(MODELS) if name.endswith(".safetensors")]
-    shards = [(name, Shard.parse(name)) for name in (*dense, *folder_paths.get_filename_list(GGUF))]
+    listed = (*folder_paths.get_filename_list(MODELS), *_checkpoints())
+    dense = [name for name in listed if _has_suffix(name, ".safetensors")]
+    shards = [(name, Shard.parse(name)) for name in dict.fromkeys((*dense, *folder_paths.get_filename_list(GGUF)))]
     return [name for name, shard in shards if shard is None or shard.number == 1]
 
 
 def source_folder(name: str | None) -> str:
-    """Return the name of the folder list that contains a checkpoint."""
-    return GGUF if name is not None and name.endswith(".gguf") else MODELS
+    """Return the name of the folder list that contains a checkpoint; of two files with the same name, the model's."""
+    if name is not None and _has_suffix(name, ".gguf"):
+        return GGUF
+    elsewhere = name is not None and _find(MODELS, name) is None and bool(_checkpoints()) and _find(CHECKPOINTS, name)
+    return CHECKPOINTS if elsewhere else MODELS
 
 
 def source_stem(name: str) -> str:
     """Return a checkpoint's name with its subfolder, but without its suffix and shard number."""
     name = portable(name)
     shard = Shard.parse(name)
-    return shard.stem if shard else name.removesuffix(".safetensors").removesuffix(".gguf")
+    return shard.stem if shard else without_suffix(name)
+
+
+def without_suffix(name: str) -> str:
+    """Return a file name without the suffix of a model file, in small letters or capitals."""
+    stem, suffix = os.path.splitext(name)
+    return stem if suffix.lower() in (".safetensors", ".gguf") else name
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name.lower().endswith(suffix)
+
+
+def _checkpoints() -> list[str]:
+    """Return the files in the host's folder of whole checkpoints, in which the transformer has a prefix."""
+    known = CHECKPOINTS in folder_paths.folder_names_and_paths
+    return list(folder_paths.get_filename_list(CHECKPOINTS)) if known else []
 
 
 def model_path(folder: str, name: str) -> str:
@@ -196,6 +217,12 @@ def destinations() -> dict[str, str]:
     return labels
 
 
+def within(folder: str, name: str) -> str:
+    """Return a default name for a file below `folder`: `name`, or its last part if a linked subfolder leads outside."""
+    inside = Path(folder, name).resolve().is_relative_to(Path(folder).resolve())
+    return name if inside else os.path.basename(name)
+
+
 def output_path(folder: str, name: str, suffix: str) -> str:
     """Return the full path of a file to write below `folder`, and create the folder that will contain it.
 
@@ -208,7 +235,7 @@ def output_path(folder: str, name: str, suffix: str) -> str:
     inside = Path(path).resolve().is_relative_to(Path(folder).resolve())
     if os.path.isabs(name) or not inside or path == os.path.abspath(folder):
         raise QuantError(f"output name {name!r} is outside {folder}: give a name below that folder")
-    if not path.endswith(suffix):
+    if not _has_suffix(path, suffix):
         raise QuantError(f"output name {name!r} does not end in {suffix}: give a name like model{suffix}")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

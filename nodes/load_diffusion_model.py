@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loading.diffusion_model import load_diffusion_model
-from .folders import GGUF, MODELS, NONE, check_names, model_path, path_token, read_path, source_names, stat_token
+from .folders import GGUF, NONE, check_names, model_path, path_token, read_path, source_folder, source_names, stat_token
 
 DTYPES = {"default": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -92,4 +92,4 @@ class WanQuantLoader(io.ComfyNode):
 
 
 def _folder(module_name: str | None) -> str:
-    return MODELS if module_name and module_name.endswith(".safetensors") else GGUF
+    return source_folder(module_name) if module_name and module_name != NONE else GGUF

@@ -11,7 +11,7 @@ from ..quant import write_calibration, write_importance
 from ..quant.statistics.calibration import Calibration
 from ..quant.statistics.importance import Collector
 from .collect_importance import ImportanceIO
-from .folders import IMPORTANCE, output_path
+from .folders import IMPORTANCE, output_path, without_suffix
 
 
 class WanQuantSaveImportance(io.ComfyNode):
@@ -50,7 +50,7 @@ class WanQuantSaveImportance(io.ComfyNode):
     def execute(cls, importance: Collector, name: str, latent: object = None) -> io.NodeOutput:
         collected, folder = importance.result(), os.path.join(folder_paths.get_output_directory(), IMPORTANCE)
         if isinstance(collected, Calibration):
-            name = name.removesuffix(".gguf").removesuffix(".safetensors") + ".safetensors"
+            name = without_suffix(name) + ".safetensors"
             written = str(write_calibration(output_path(folder, name, ".safetensors"), collected, overwrite=True))
         else:
             written = str(write_importance(output_path(folder, name, ".gguf"), collected, overwrite=True))

@@ -22,6 +22,7 @@ from .folders import (
     source_names,
     source_stem,
     stat_token,
+    within,
     written_token,
 )
 
@@ -118,4 +119,4 @@ def _folder() -> str:
 
 
 def _file_name(name: str, model_name: str) -> str:
-    return portable(name) or f"{source_stem(model_name)}-recovery{_SUFFIX}"
+    return portable(name) or within(_folder(), f"{source_stem(model_name)}-recovery{_SUFFIX}")

@@ -182,14 +182,12 @@ def _encoder(path: Path) -> Path:
         "tokenizer.ggml.token_type": np.array([3, 3, 2, 1], np.int32),
         "tokenizer.ggml.precompiled_charsmap": np.zeros(8, np.uint8),
     }
-    shapes = {
-        "token_embd.weight": (4, _SIDE),
-        "enc.blk.0.attn_q.weight": (_SIDE, _SIDE),
-        "enc.output_norm.weight": (_SIDE,),
-    }
-    with GGUFWriter(
-        path, metadata, [TensorSpec(name, QTYPES["F16"], shape) for name, shape in shapes.items()]
-    ) as writer:
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_o", "attn_rel_b", "ffn_up", "ffn_down", "ffn_gate")
+    block = dict.fromkeys(matrices, (_SIDE, _SIDE)) | dict.fromkeys(("attn_norm", "ffn_norm"), (_SIDE,))
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (4, _SIDE), "enc.output_norm.weight": (_SIDE,)}
+    shapes |= {f"enc.blk.0.{name}.weight": shape for name, shape in block.items()}
+    specs = [TensorSpec(name, QTYPES["F16"], shape) for name, shape in shapes.items()]
+    with GGUFWriter(path, metadata, specs) as writer:
         for name, shape in shapes.items():
             writer.write(name, torch.ones(shape).half().view(torch.uint8))
         return writer.close()

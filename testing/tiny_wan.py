@@ -40,6 +40,22 @@ def write_tiny_wan(
     return write_random_checkpoint(path, shapes, dtype=dtype, seed=seed, metadata=metadata)
 
 
+def completed(tensors: Mapping[str, Tensor], layers: int = 1) -> dict[str, Tensor]:
+    """Return the tensors, and one element for each other tensor that a Wan 2.1 of `layers` blocks must have."""
+    names = transformer_shapes(WanSize(8, 8, layers))
+    return {name: torch.ones(1) for name in names} | dict(tensors)
+
+
+def vace_add_on(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a VACE add-on of one block for a checkpoint, with the values of its first block."""
+    block = {f"vace_{name}": tensor.clone() for name, tensor in state.items() if name.startswith("blocks.0.")}
+    square, bias = state["blocks.0.self_attn.q.weight"], state["blocks.0.self_attn.q.bias"]
+    for layer in ("before_proj", "after_proj"):
+        block |= {f"vace_blocks.0.{layer}.weight": square.clone(), f"vace_blocks.0.{layer}.bias": bias.clone()}
+    embedding = torch.ones(len(bias), 96, 1, 2, 2, dtype=bias.dtype)
+    return block | {"vace_patch_embedding.weight": embedding, "vace_patch_embedding.bias": bias.clone()}
+
+
 def write_random_checkpoint(
     path: str | Path,
     shapes: Mapping[str, tuple[int, ...]],

@@ -6,6 +6,7 @@ import logging
 import os
 from collections import Counter
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,29 +15,28 @@ from ...quant import QTYPES, QuantError
 from ...quant.gguf.header import Header, TensorRecord
 from ...quant.sources.add_ons import check_add_on, find_without_layers, part_of_add_on
 from ...quant.sources.checkpoint import open_checkpoint
-from ...quant.sources.names import find_naming
-from ...quant.sources.tensors import PackedTensor, PlainTensor, SourceTensor
+from ...quant.sources.tensors import DTYPES, PackedTensor, PlainTensor, SourceTensor
+from .wan_header import SourceRecord
+
+_TYPES = {dtype: name for name, dtype in DTYPES.items() if name in QTYPES}
 
 logger = logging.getLogger(__name__)
 
 
-def with_add_on(base: Header, path: str | os.PathLike[str]) -> Header:
+def with_add_on(base: Header, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> Header:
     """Return the header of the model that a transformer and an add-on form.
 
     Args:
-        base: of the transformer's GGUF, which is not opened again.
-        path: of the add-on, a GGUF or safetensors file.
+        base: the header of the transformer in the host's names; its file is not opened again.
+        path: the path of the add-on, a GGUF or safetensors file.
+        dtype: the dtype in which tensors of the add-on are loaded that are stored with scales.
 
     Raises:
-        QuantError: the base is not a Wan model, the file is not an add-on, the base has the add-on already, a size
-            differs, or tensors of the add-on are stored with scales.
+        QuantError: the file is not an add-on, the base has the add-on already, or a size differs.
     """
-    prefix, rename, _ = find_naming(base.path, base.tensors)
-    records = {rename(n.removeprefix(prefix)): record for n, record in base.tensors.items() if n.startswith(prefix)}
-    transformer = replace(base, tensors={name: record for name, record in records.items() if name is not None})
     with open_checkpoint(os.fspath(path)) as add_on:
-        check_add_on(transformer, add_on)
-        added = [_record(add_on.path, tensor, prefix) for tensor in add_on.tensors.values()]
+        check_add_on(base, add_on)
+        added = [_record(add_on.path, tensor, dtype) for tensor in add_on.tensors.values()]
     tensors = {**base.tensors, **{record.name: record for record in added}}
     return replace(base, tensors=tensors, parts=base.parts + add_on.identity.parts)
 
@@ -46,15 +46,14 @@ def check_effect(model: torch.nn.Module, base: Header, whole: Header, path: str 
 
     Args:
         model: the transformer that the host built for `whole`.
-        base: the header of the transformer's GGUF.
+        base: the header of the transformer in the host's names.
         whole: what `with_add_on` returned.
         path: the path of the add-on, for the message.
 
     Raises:
         QuantError: the part, how many tensors have no effect, and what takes such a file if it is known.
     """
-    prefix = find_naming(base.path, base.tensors).prefix
-    added = [name.removeprefix(prefix) for name in whole.tensors if name not in base.tensors]
+    added = [name for name in whole.tensors if name not in base.tensors]
     taken = model.state_dict().keys()
     unused = [name for name in added if name not in taken]
     tensors, without_effect = Counter(map(part_of_add_on, added)), Counter(map(part_of_add_on, unused))
@@ -79,19 +78,16 @@ def check_effect(model: torch.nn.Module, base: Header, whole: Header, path: str 
 
 def warn_of_unused(model: torch.nn.Module, header: Header) -> None:
     """Log the tensors of a GGUF for which the host's model has no layers, if they come from an add-on."""
-    prefix = find_naming(header.path, header.tensors).prefix
-    names = {name.removeprefix(prefix) for name in header.tensors} - model.state_dict().keys()
+    names = header.tensors.keys() - model.state_dict().keys()
     useless = find_without_layers(sorted(names))
     if useless:
         logger.warning("%s: %s", header.path, useless)
 
 
-def _record(path: Path, tensor: SourceTensor, prefix: str) -> TensorRecord:
+def _record(path: Path, tensor: SourceTensor, dtype: torch.dtype) -> TensorRecord:
     if not isinstance(tensor, PlainTensor | PackedTensor) or tensor.stored not in QTYPES:
-        raise QuantError(
-            f"{path}: tensor {tensor.name}: stored as {tensor.stored}, which cannot be mapped;"
-            " convert the add-on with Convert to GGUF and choose the result"
-        )
-    data = tensor.data
-    name, qtype = prefix + tensor.name, QTYPES[tensor.stored]
-    return TensorRecord(name, qtype, data.shape, data.shape, data.file.path, data.offset, data.nbytes)
+        nbytes = prod(tensor.shape) * dtype.itemsize
+        return SourceRecord(tensor.name, QTYPES[_TYPES[dtype]], tensor.shape, tensor.shape, path, 0, nbytes, dtype)
+    data, qtype = tensor.data, QTYPES[tensor.stored]
+    stored_shape = (prod(data.shape),) if data.shape[-1:] and data.shape[-1] % qtype.block_size else data.shape
+    return TensorRecord(tensor.name, qtype, data.shape, stored_shape, data.file.path, data.offset, data.nbytes)

@@ -17,8 +17,10 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.gguf.header import Header, TensorRecord, read_header
 from ...quant.gguf.provenance import source_metadata
-from ...quant.sources.add_ons import find_without_layers, is_add_on
+from ...quant.sources.add_ons import find_without_layers
 from ...quant.sources.attention import preference_tensors
+from ...quant.sources.completeness import check_complete, refuse_missing
+from ...quant.sources.names import WAN, Naming, find_naming
 from .. import host
 from ..host_check import check_host
 from ..packed.int8 import int8_ops
@@ -30,6 +32,7 @@ from .dtypes import LOSSLESS, compute_dtype, flagged_model_dtype
 from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
 from .prefetch import prefetch_blocks
+from .wan_header import copied_bytes, wan_header, with_copies
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +74,18 @@ def load_diffusion_model(
     """
     check_host()
     base = read_header(path)
-    _refuse_other_files(base)
-    header = base if add_on is None else with_add_on(base, add_on)
     # Wan was trained in bfloat16. The host chooses the final dtype below.
     provisional = dtype or torch.bfloat16
-    check_memory(header, dequantized_bytes(header, provisional))
-    data = map_files(header.parts, dynamic=not disable_dynamic)
+    naming = _find_naming(base, needed=add_on is not None)
+    _refuse_other_files(base, naming)
+    if naming is not None:
+        base = wan_header(base, naming)
+    header = base if add_on is None else with_add_on(base, add_on, provisional)
+    if naming is not None:
+        # The host's detection reads some of the tensors, and would fail without them.
+        check_complete(header.path, header.tensors, WAN)
+    check_memory(header, dequantized_bytes(header, provisional) + copied_bytes(header))
+    data = with_copies(map_files(header.parts, dynamic=not disable_dynamic))
     metadata = source_metadata(header.metadata)
     state_dict = {r.name: annotated_tensor(r, data(r), provisional) for r in header.tensors.values()}
     if host.knows_preferences():
@@ -92,13 +101,15 @@ def load_diffusion_model(
     )
     if patcher is None:
         raise _not_a_model(header, "not a diffusion model that this version of ComfyUI knows")
+    if _is_wan(patcher):
+        refuse_missing(header.path, _absent(patcher.model.diffusion_model, header))
     if add_on is not None:
         check_effect(patcher.model.diffusion_model, base, header, add_on)
     _set_dtype(patcher.model, dtype or compute_dtype(patcher, flagged))
     host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, add_on=add_on, int8=int8))
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
-    if patcher.model.model_config.unet_config.get("image_model") == "wan2.1":
+    if _is_wan(patcher):
         warn_of_unused(patcher.model.diffusion_model, base)
     else:
         logger.warning("%s: loaded, but not a Wan model; WanQuant is tested with Wan models only", header.path)
@@ -127,7 +138,8 @@ def host_tensor(record: TensorRecord, data: Tensor, dtype: torch.dtype) -> Tenso
     if _is_linear(record):
         packed: Tensor = pack(data, record.qtype.name, record.shape, dtype)
         return packed
-    return record.qtype.dequantize(data, dtype).view(record.shape)
+    # Numbers beside the weights, such as F64, have no blocks and keep as many of their bits as possible.
+    return record.qtype.dequantize(data, torch.float32 if record.qtype.block_size == 1 else dtype).view(record.shape)
 
 
 def dequantized_bytes(header: Header, dtype: torch.dtype) -> int:
@@ -141,6 +153,16 @@ def _is_linear(record: TensorRecord) -> bool:
     return matrix and record.name.endswith(".weight") and not any(part in record.name for part in _NOT_LINEAR)
 
 
+def _is_wan(patcher: ModelPatcher) -> bool:
+    image_model: str | None = patcher.model.model_config.unet_config.get("image_model")
+    return image_model == "wan2.1"
+
+
+def _absent(model: torch.nn.Module, header: Header) -> list[str]:
+    """Return the parameters of the host's model that the file lacks; the host computes the model's buffers itself."""
+    return [name for name, _ in model.named_parameters() if name not in header.tensors]
+
+
 def _set_dtype(model: BaseModel, dtype: torch.dtype) -> None:
     """Make the model compute in `dtype`, and its packed weights dequantize to it."""
     host.set_compute_dtype(model, dtype)
@@ -148,14 +170,27 @@ def _set_dtype(model: BaseModel, dtype: torch.dtype) -> None:
         module.weight = torch.nn.Parameter(with_dtype(module.weight, dtype), requires_grad=False)
 
 
-def _refuse_other_files(header: Header) -> None:
+def _find_naming(header: Header, *, needed: bool) -> Naming | None:
+    """Return the naming of a Wan transformer or add-on; None for another model, unless it is needed."""
+    try:
+        naming = find_naming(header.path, header.tensors)
+    except QuantError:
+        if needed:
+            raise
+        return None
+    return naming if naming.architecture == WAN else None
+
+
+def _refuse_other_files(header: Header, naming: Naming | None) -> None:
     if "imatrix" in (header.metadata.get("general.type"), header.metadata.get("general.architecture")):
         raise _not_a_model(header, "an importance matrix")
     if header.metadata.get("general.type") == "adapter":
         raise _not_a_model(header, "a LoRA")
-    if is_add_on(header.tensors, ""):
-        useless = find_without_layers(header.tensors.keys())
-        remedy = f"as an add-on, {useless}" if useless else "choose it as module_name, with the model it is for"
+    if naming is not None and naming.is_add_on:
+        useless = find_without_layers([name.removeprefix(naming.prefix) for name in header.tensors])
+        if useless:
+            raise QuantError(f"{header.path}: an add-on for a Wan model, with {useless}")
+        remedy = "choose it as add_on_name, with the model that it is for"
         raise _not_a_model(header, "an add-on for a Wan model", remedy)
     for prefixes, what, remedy in _OTHER_FILES:
         if any(name.startswith(prefixes) for name in header.tensors):

@@ -45,7 +45,8 @@ def list_targets(
     batch: dict[Path, list[Target]] = {}
     stems: dict[str, Path] = {}
     for path in sources:
-        with open_checkpoint(path, add_ons):
+        with open_checkpoint(path, add_ons) as checkpoint:
+            checkpoint.check_complete()
             stem = "-".join(shard_of(part)[0] for part in (path, *add_ons))
         other = stems.setdefault(stem, path)
         if other is not path:

@@ -127,8 +127,8 @@ def convert(
         The report of the file: its path, size, tensors and their relative errors, warnings, and more.
 
     Raises:
-        QuantError: an unusable source, destination, recipe, size or device; statistics of another model; NaN or
-            infinity in the source; too little disk space or main memory.
+        QuantError: an unusable or incomplete source, an unusable destination, recipe, size or device; statistics of
+            another model; NaN or infinity in the source; too little disk space or main memory.
     """
     settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, add_ons=modules)
     (report,) = convert_all(source, [Target(Path(destination), recipe, target_size)], settings, progress=progress)
@@ -159,6 +159,7 @@ def convert_all(
     started = time.monotonic()
     device = usable_device(settings.device)
     with source if isinstance(source, Checkpoint) else open_checkpoint(source, settings.add_ons) as checkpoint:
+        checkpoint.check_complete()
         checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
         missing_importance = check_importance(settings.importance, checkpoint.tensors)
         outputs = [Output.of(target, checkpoint, settings) for target in targets]

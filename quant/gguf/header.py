@@ -171,7 +171,7 @@ def alignment_of(metadata: Mapping[str, Any], path: Path) -> int:
 
 def _part_paths(path: Path) -> list[Path]:
     shard = Shard.parse(path.name)
-    if shard is None or shard.suffix != ".gguf":
+    if shard is None or shard.suffix.lower() != ".gguf":
         return [path]
     paths = shard.series(path.parent)
     missing = next((part for part in paths if not part.exists()), None)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import printable
+from ..errors import QuantError, printable
 from ..gguf.header import ORIG_SHAPE_KEY, read_header
 from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
-from ..sources.names import WAN_KEY
+from ..sources.names import T5, find_naming
 from ..units import GIB, MIB
 
 _MAX_VALUE_CHARS = 80
@@ -69,13 +69,15 @@ class FileReport:
     def kind(self) -> str:
         """A description of the model in the file."""
         architecture = self.metadata.get("general.architecture", "unnamed")
-        if any(tensor.name.endswith(WAN_KEY) for tensor in self.tensors):
-            return "Wan diffusion model"
-        if architecture == "wan":
-            return "add-on for a Wan diffusion model"
-        if architecture == "t5encoder":
+        try:
+            naming = find_naming(self.path, {tensor.name for tensor in self.tensors})
+        except QuantError:
+            return (
+                f"not a Wan diffusion model: general.architecture is {printable(str(architecture), _MAX_VALUE_CHARS)}"
+            )
+        if naming.architecture == T5:
             return "T5 text encoder"
-        return f"not a Wan diffusion model: general.architecture is {printable(str(architecture), _MAX_VALUE_CHARS)}"
+        return "add-on for a Wan diffusion model" if naming.is_add_on else "Wan diffusion model"
 
     @property
     def bits_per_weight(self) -> float:

@@ -65,6 +65,11 @@ def is_add_on(names: Collection[str], prefix: str) -> bool:
     return len(names) > 0 and all(_is_of_add_on(name, prefix) for name in names)
 
 
+def belongs_to_add_on(name: str) -> bool:
+    """Return whether a tensor of this name, without prefix, is part of an add-on."""
+    return _is_of_add_on(name, "")
+
+
 def check_add_on(base: _Source, add_on: _Source) -> None:
     """Refuse an add-on that cannot be merged onto this transformer.
 

@@ -1,4 +1,4 @@
-"""Wan Animate's tensors under the names of Diffusers, which also splits a matrix and flattens biases.
+"""Wan Animate's tensors under the names of Diffusers, which also splits a matrix.
 
 Source: huggingface/diffusers scripts/convert_wan_to_diffusers.py @ 58eb52c, the other way round.
 """
@@ -6,8 +6,9 @@ Source: huggingface/diffusers scripts/convert_wan_to_diffusers.py @ 58eb52c, the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from .renaming import rules
 from .tensors import SourceTensor
 
 _CONVOLUTIONS = "motion_encoder.enc.net_app.convs"
-_BIAS = ".bias"
 _HALVES = (".linear1_k.", ".linear1_v.")
 _BOTH = ".linear1_kv."
 
@@ -48,6 +48,14 @@ RULES = (
 )
 
 
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_T = TypeVar("_T", bound=_Named)
+
+
 @dataclass(frozen=True)
 class JoinedTensor(SourceTensor):
     """The concatenation of two tensors of the same dtype along their rows."""
@@ -66,34 +74,37 @@ class JoinedTensor(SourceTensor):
         return torch.cat(parts)
 
 
-def host_tensors(tensors: Iterable[SourceTensor]) -> Iterator[SourceTensor]:
-    """Yield the tensors as ComfyUI has them.
+def with_joined_halves(tensors: Iterable[_T], join: Callable[[str, _T, _T], _T]) -> Iterator[_T]:
+    """Yield the tensors as ComfyUI has them: the keys and values of the face adapter are one matrix.
 
-    Keys and values are one matrix, and biases of convolutions have four dimensions.
+    Args:
+        tensors: the tensors under ComfyUI's names.
+        join: the function from a name and the tensors of keys and values to their concatenation along the rows.
+
+    Raises:
+        QuantError: keys without values, or values without keys.
     """
-    keys: dict[str, SourceTensor] = {}
+    halves: dict[str, _T] = {}
     for tensor in tensors:
         name = tensor.name
         half = next((half for half in _HALVES if half in name), None)
-        if half is not None:
-            joined = name.replace(half, _BOTH)
-            other = keys.pop(joined, None)
-            if other is None:
-                keys[joined] = tensor
-            else:
-                key, value = (other, tensor) if half == _HALVES[1] else (tensor, other)
-                yield _joined(joined, key, value)
-        elif name.startswith(_CONVOLUTIONS) and name.endswith(_BIAS) and len(tensor.shape) == 1:
-            yield replace(tensor, shape=(1, *tensor.shape, 1, 1))
-        else:
+        if half is None:
             yield tensor
-    for tensor in keys.values():
+            continue
+        joined = name.replace(half, _BOTH)
+        other = halves.pop(joined, None)
+        if other is None:
+            halves[joined] = tensor
+        else:
+            yield join(joined, *((other, tensor) if half == _HALVES[1] else (tensor, other)))
+    for tensor in halves.values():
         raise QuantError(
             f"tensor {tensor.name}: its counterpart is missing, expected one with"
             f" {_HALVES[0]} and one with {_HALVES[1]}; download the checkpoint again"
         )
 
 
-def _joined(name: str, key: SourceTensor, value: SourceTensor) -> JoinedTensor:
+def joined_tensor(name: str, key: SourceTensor, value: SourceTensor) -> SourceTensor:
+    """Return the concatenation of two tensors along their rows."""
     shape = (key.shape[0] + value.shape[0], *key.shape[1:])
     return JoinedTensor(name, key.dtype, shape, key.stored, key, value)

@@ -12,12 +12,14 @@ from typing import Any
 
 from ..errors import QuantError
 from ..gguf.provenance import source_metadata
-from .add_ons import check_add_on, check_has_layers
-from .animate import host_tensors
+from .add_ons import check_add_on, check_has_layers, is_add_on
+from .animate import joined_tensor, with_joined_halves
 from .attention import take_preferences
+from .completeness import check_complete
 from .files import SourceFiles, SourceIdentity
 from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
-from .names import T5, Naming, find_naming
+from .model_tensors import model_tensors
+from .names import T5, find_naming
 from .opening import OpenedFiles, open_files
 from .t5 import is_tokenizer, t5_metadata
 from .tensors import NUMBERS, FiniteTensor, SourceTensor, StoredTensor
@@ -68,6 +70,10 @@ class Checkpoint:
         """The storage formats of tensors that are quantized already; quantizing them again adds a second error."""
         return tuple(sorted({tensor.stored for tensor in self.tensors.values()} - {"F32", "F16", "BF16", *NUMBERS}))
 
+    def check_complete(self) -> None:
+        """Raise QuantError if the model lacks a tensor that it must have."""
+        check_complete(self.path, self.tensors.keys(), self.architecture, add_on=is_add_on(self.tensors.keys(), ""))
+
     def allowing_non_finite(self) -> Checkpoint:
         """Return this checkpoint with 0 in place of NaN and infinity."""
         zeroed: set[str] = set()
@@ -107,11 +113,12 @@ def _open(path: Path) -> Checkpoint:
     try:
         naming = find_naming(path, {tensor.name for tensor in opened.tensors})
         metadata = source_metadata(opened.metadata) if opened.is_gguf else dict(opened.metadata)
-        stored, preferences = take_preferences(_named(naming, opened))
+        stored, preferences = take_preferences(model_tensors(naming, opened.tensors))
         metadata |= preferences
         formats = _by_new_name(declared_formats(path, metadata), stored)
         metadata.pop(QUANTIZATION_METADATA, None)
-        tensors = {tensor.name: tensor for tensor in host_tensors(source_tensors(list(stored.values()), formats))}
+        weights = source_tensors(list(stored.values()), formats)
+        tensors = {tensor.name: tensor for tensor in with_joined_halves(weights, joined_tensor)}
         gguf_metadata = _gguf_metadata(path, opened, tensors) if naming.architecture == T5 else {}
     except BaseException:
         files.close()
@@ -135,19 +142,6 @@ def _merged(base: Checkpoint, add_on: Checkpoint) -> Checkpoint:
         tensors={**base.tensors, **add_on.tensors},
         files=SourceFiles([*base.files.parts, *add_on.files.parts]),
     )
-
-
-def _named(naming: Naming, opened: OpenedFiles) -> dict[str, StoredTensor]:
-    """Return the renamed tensors of the model by their names in the file, without tensors outside the prefix."""
-    named: dict[str, StoredTensor] = {}
-    taken = set()
-    for tensor in opened.tensors:
-        name = naming.rename(tensor.name[len(naming.prefix) :]) if tensor.name.startswith(naming.prefix) else None
-        # Transformers writes a tied embedding several times, under each of its names.
-        if name is not None and name not in taken:
-            taken.add(name)
-            named[tensor.name] = replace(tensor, name=name)
-    return named
 
 
 def _gguf_metadata(path: Path, opened: OpenedFiles, tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:

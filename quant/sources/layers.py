@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..errors import QuantError
 from ..qtype import QTYPES
+from .grouped import fold_affine, fold_levels
 from .kitchen import fold_blocks, fold_int4
 from .scaled import Layer, fold_floats, fold_int8
 from .tensors import DTYPES, NUMBERS, PackedTensor, PlainTensor, SourceTensor, StoredTensor
@@ -29,12 +30,17 @@ _FORMATS: dict[str, Callable[[Layer], SourceTensor]] = {
     "convrot_w4a4": fold_int4,
     "nvfp4": fold_blocks,
     "mxfp8": fold_blocks,
+    "awq_w4a16": fold_affine,
+    "asym_w4a8_int8": fold_levels,
 }
 # The suffixes of tensors that belong to a weight. Scales of activations (input_scale) are ignored.
 _COMPANIONS = re.compile(
     r"(?P<layer>.+)\."
-    r"(comfy_quant|weight_scale|weight_scale_2|scale_weight|pre_quant_scale|input_scale|scale_input|weight_scale_inv)"
+    r"(comfy_quant|weight_scale|weight_scale_2|scale_weight|pre_quant_scale|input_scale|scale_input|weight_scale_inv"
+    r"|weight_s_rel|weight_zeros|weight_s_channel|weight_codebook|weight_correction)"
 )
+_PARTS = ("weight_zeros", "weight_s_channel", "weight_codebook", "weight_correction")
+"""The suffixes of the tensors that formats with groups have beside a scale."""
 MARKER = "scaled_fp8"
 """The name of a tensor that marks a file as FP8; files from before `comfy_quant` have it. Its values are unused."""
 
@@ -105,7 +111,8 @@ def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Map
     name = weight.name.removesuffix(".weight")
     if name == weight.name:
         return None
-    scale = parts.get(f"{name}.weight_scale", parts.get(f"{name}.scale_weight"))
+    scales = (parts.get(f"{name}.{suffix}") for suffix in ("weight_scale", "scale_weight", "weight_s_rel"))
+    scale = next((scale for scale in scales if scale is not None), None)
     config = formats.get(name, _marker(parts.get(f"{name}.comfy_quant")))
     if config is None and f"{name}.weight_scale_inv" in parts:
         raise _error(
@@ -118,12 +125,14 @@ def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Map
     # Scales without a marker are from before markers existed, when FP8 was the only format.
     config = {"format": "float8_e4m3fn"} if config is None else config
     if scale is None:
+        suffix = "weight_s_rel" if config.get("format") == "asym_w4a8_int8" else "weight_scale"
         raise _error(
             weight,
-            f"marked as {config.get('format')!r:.40} but has no scale, expected {name}.weight_scale;"
+            f"marked as {config.get('format')!r:.40} but has no scale, expected {name}.{suffix};"
             " the file is damaged, download it again",
         )
-    return Layer(weight, config, scale, parts.get(f"{name}.weight_scale_2"), parts.get(f"{name}.pre_quant_scale"))
+    more = {suffix: parts[f"{name}.{suffix}"] for suffix in _PARTS if f"{name}.{suffix}" in parts}
+    return Layer(weight, config, scale, parts.get(f"{name}.weight_scale_2"), parts.get(f"{name}.pre_quant_scale"), more)
 
 
 def _fold(layer: Layer) -> SourceTensor:

@@ -5,20 +5,30 @@ Source: comfy/ldm/wan/model.py, ComfyUI 0.30.0, which uses the names of github.c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import QuantError
 from . import diffusers, t5
 from .add_ons import is_add_on
+from .layers import MARKER
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.", "model.")
+_PREFIX = re.compile(
+    r"(?:(?:model|diffusion_model|transformer|module|dit|pipe|base_model|net|unet|denoiser|generator)\.)*"
+)
+"""The names of the modules that contain the model in the programs that saved it, in any combination."""
+_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
+"""What torch.compile, FSDP, activation checkpointing and PEFT insert at any place in a name."""
+_UNMERGED = re.compile(r"\.(?:lora_[AB]|lora_(?:down|up)|lora_embedding_[AB]|lora_magnitude_vector)\.")
 
 WAN_KEY = "head.modulation"
 """The name, without prefix, of a tensor that every Wan transformer has and that add-ons do not have."""
 WAN, T5 = "wan", "t5encoder"
 """Values of the GGUF key `general.architecture`."""
+
+_PART_OF_WAN = re.compile(r"(?:^|\.)blocks\.\d+\.(?:self_attn\.norm_q|cross_attn\.norm_q|attn2\.to_q)\.")
 
 _LOOKS_LIKE = (
     (("lora_A.", "lora_B.", "lora_down.", "lora_up."), "a LoRA"),
@@ -38,6 +48,13 @@ class Naming(NamedTuple):
     rename: Callable[[str], str | None]
     """The function from a name without prefix to the name in the GGUF, or to None if the tensor is left out."""
     architecture: str = WAN
+    is_add_on: bool = False
+    """True for the parts of a transformer that an add-on consists of."""
+
+    def new_name(self, name: str) -> str | None:
+        """Return the name in the GGUF for a name in the file, or None if the tensor is not the model's."""
+        bare = _unwrapped(name)
+        return self.rename(bare.removeprefix(self.prefix)) if bare.startswith(self.prefix) else None
 
 
 def find_naming(path: Path, names: Collection[str]) -> Naming:
@@ -50,17 +67,54 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
     Raises:
         QuantError: another model; the message says what it looks like.
     """
+    names = {_unwrapped(name) for name in names}
     for key, rename in ((WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
-        for prefix in PREFIXES:
-            if prefix + key in names:
-                return Naming(prefix, rename)
+        prefix = _prefix_of(key, names)
+        if prefix is not None:
+            _refuse_unmerged(path, names)
+            return Naming(prefix, rename)
     if (encoder := t5.find_encoder(names)) is not None:
         return Naming(encoder.prefix, encoder.rename, T5)
-    for prefix in PREFIXES:
-        if is_add_on(names, prefix):
-            return Naming(prefix, str)
+    prefix = next((prefix for prefix in _common_prefixes(names) if is_add_on(names, prefix)), None)
+    if prefix is not None:
+        return Naming(prefix, str, is_add_on=True)
+    parts = next((name for name in sorted(names) if _PART_OF_WAN.search(name)), None)
+    if parts is not None:
+        raise QuantError(
+            f"{path}: incomplete: tensor {WAN_KEY} is missing, expected a complete Wan transformer (it has {parts});"
+            " download the file again, or give all of its shards, under the names that they were published with"
+        )
     looks = next((what for keys, what in _LOOKS_LIKE if any(key in n for n in names for key in keys)), "something else")
     raise QuantError(
         f"{path}: not a Wan model (no tensor {WAN_KEY}), it looks like {looks};"
         " choose a Wan transformer, an add-on for one, or the T5 text encoder"
     )
+
+
+def _unwrapped(name: str) -> str:
+    return _WRAPPERS.sub("", name)
+
+
+def _prefix_of(key: str, names: Collection[str]) -> str | None:
+    """Return what is before `key` in a name; the shortest if several names end so, or None if no name does."""
+    prefixes = (name[: -len(key)] for name in names if name.endswith(key))
+    return min((prefix for prefix in prefixes if _PREFIX.fullmatch(prefix)), key=len, default=None)
+
+
+def _common_prefixes(names: Collection[str]) -> Iterator[str]:
+    """Yield what may be the prefix of all names, the shortest first."""
+    prefix = ""
+    yield prefix
+    words = _PREFIX.match(next((name for name in names if name != MARKER), ""))
+    for word in words[0].split(".")[:-1] if words else ():
+        prefix += f"{word}."
+        yield prefix
+
+
+def _refuse_unmerged(path: Path, names: Collection[str]) -> None:
+    lora = next((name for name in sorted(names) if _UNMERGED.search(name)), None)
+    if lora is not None:
+        raise QuantError(
+            f"{path}: tensor {lora}: belongs to a LoRA beside the model's weights, expected weights only;"
+            " merge it in the program that saved the file (merge_and_unload in PEFT), and save again"
+        )

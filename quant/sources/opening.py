@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class OpenedFiles(NamedTuple):
 
 def shard_of(path: Path) -> tuple[str, int]:
     """Return the name of a checkpoint without suffix and shard number, and the shard number (1 if not a shard)."""
-    stem = path.name if path.is_dir() else Path(path.name.removesuffix(".index.json")).stem
+    stem = path.name if path.is_dir() else Path(re.sub(r"\.index\.json$", "", path.name, flags=re.IGNORECASE)).stem
     shard = Shard.parse(stem)
     return (shard.stem, shard.number) if shard else (stem, 1)
 
@@ -49,11 +50,10 @@ def open_files(path: Path) -> OpenedFiles:
     """
     check_path(path)
     shard = _shard(path)
-    index = path.with_name(shard.stem + INDEX_SUFFIX) if shard else path
-    path = index if index.is_file() else path
+    path = (shard and _index_of(path, shard)) or path
     if path.is_dir():
         return _open_folder(path)
-    if path.name.endswith(INDEX_SUFFIX):
+    if path.name.lower().endswith(INDEX_SUFFIX):
         return _open_shards(path)
     if not path.is_file():
         raise QuantError(
@@ -110,16 +110,28 @@ def _open_safetensors(paths: list[Path]) -> OpenedFiles:
 
 def _open_folder(folder: Path) -> OpenedFiles:
     """Open the shards that the index lists; without an index, the folder must hold one series of shards only."""
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    indexes = _ending(folder, INDEX_SUFFIX)
     if len(indexes) == 1:
         return _open_shards(indexes[0])
-    files = sorted(folder.glob("*.safetensors"))
+    files = _ending(folder, ".safetensors")
     if indexes or not files or not set(files) <= set(_series(files[0])):
         raise QuantError(
             f"{folder}: {len(indexes)} files *{INDEX_SUFFIX} and {len(files)} *.safetensors in it, expected one index"
             " or the shards of one checkpoint; give the path of a file instead"
         )
     return _open_safetensors(_series(files[0]))
+
+
+def _ending(folder: Path, suffix: str) -> list[Path]:
+    """Return the files of a folder with this suffix, in small letters or capitals."""
+    return sorted(path for path in folder.glob("*") if path.name.lower().endswith(suffix))
+
+
+def _index_of(path: Path, shard: Shard) -> Path | None:
+    """Return the index beside a shard, if there is one."""
+    suffixes = (INDEX_SUFFIX, f"{shard.suffix}.index.json", INDEX_SUFFIX.upper())
+    indexes = (path.with_name(shard.stem + suffix) for suffix in suffixes)
+    return next((index for index in indexes if index.is_file()), None)
 
 
 def _series(path: Path) -> list[Path]:
@@ -130,7 +142,7 @@ def _series(path: Path) -> list[Path]:
 
 def _shard(path: Path) -> Shard | None:
     shard = Shard.parse(path.name)
-    return shard if shard and shard.suffix == ".safetensors" else None
+    return shard if shard and shard.suffix.lower() == ".safetensors" else None
 
 
 def _present(shards: list[Path]) -> list[Path]:

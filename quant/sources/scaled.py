@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Layer:
     """The scale of the block scales, in NVFP4 only."""
     input_factor: StoredTensor | None = None
     """`pre_quant_scale`, (in_features,): the factors that the inputs are multiplied by first."""
+    parts: Mapping[str, StoredTensor] = field(default_factory=dict)
+    """Further tensors of formats with several scales, by what follows the name of the layer."""
 
     @property
     def rows(self) -> int:

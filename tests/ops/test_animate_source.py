@@ -11,6 +11,7 @@ from comfy.ldm.wan.model_animate import AnimateWanModel
 from safetensors.torch import save_file
 
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.ops.packed.layout import is_packed
 from wanquant.quant import QuantError, convert, open_gguf
 from wanquant.quant.sources.checkpoint import open_checkpoint
 
@@ -109,3 +110,27 @@ def test_a_half_that_is_missing(state, tmp_path):
     save_file(theirs, tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=r"linear1_k\.weight: its counterpart is missing"):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_gguf_in_diffusers_names_loads(state, tmp_path, write_gguf):
+    theirs = {key: value for name in state for key, value in in_diffusers(name, state[name]).items()}
+
+    def types(name, tensor):
+        return "Q8_0" if tensor.ndim == 2 and tensor.shape[1] % 32 == 0 else "F32"
+
+    path = write_gguf(tmp_path / "a.gguf", theirs, types, prefix="transformer.")
+    packed = load_diffusion_model(path, dtype=torch.float32)
+    assert type(packed.model.model_config).__name__ == "WAN22_Animate"
+    weights = packed.model.diffusion_model.state_dict()
+    assert weights.keys() == state.keys()
+    assert is_packed(weights["face_adapter.fuser_blocks.0.linear1_kv.weight"])
+    for name, value in weights.items():
+        torch.testing.assert_close(value.dequantize() if is_packed(value) else value, state[name], rtol=0, atol=0.05)
+
+    del theirs["face_adapter.0.to_v.weight"]
+    with pytest.raises(QuantError, match=r"linear1_k\.weight: its counterpart is missing"):
+        load_diffusion_model(write_gguf(tmp_path / "b.gguf", theirs, types))
+    theirs["face_adapter.0.to_v.weight"] = state["face_adapter.fuser_blocks.0.linear1_kv.weight"][256:]
+    mixed = write_gguf(tmp_path / "c.gguf", theirs, lambda n, t: "F16" if "to_v" in n else types(n, t))
+    with pytest.raises(QuantError, match="expected the same type"):
+        load_diffusion_model(mixed)

@@ -86,8 +86,15 @@ def _vace():
     return {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name.startswith("vace_")}
 
 
+def _camera():
+    model = wan.CameraWanModel(
+        dim=256, ffn_dim=512, num_heads=2, num_layers=1, dtype=torch.float32, operations=comfy.ops.manual_cast
+    )
+    return {name: torch.zeros_like(value) for name, value in model.state_dict().items() if name.startswith("control_")}
+
+
 def test_add_on_with_a_part_without_effect_is_refused(t2v, tmp_path):
-    save_file(_vace() | {"control_adapter.conv.weight": torch.zeros(8, 4, 2, 2)}, tmp_path / "both.safetensors")
+    save_file(_vace() | _camera(), tmp_path / "both.safetensors")
     with pytest.raises(
         QuantError, match="VaceWanModel has no layers control_adapter; choose an add-on for the variant"
     ):

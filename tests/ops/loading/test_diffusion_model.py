@@ -48,7 +48,7 @@ def dense(state):
     return comfy.sd.load_diffusion_model_state_dict(dict(state))
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module.dit._orig_mod."])
 @pytest.mark.parametrize("five_d", [False, True], ids=["flattened", "five_d"])
 @pytest.mark.parametrize("plain", ["F32", "F16", "BF16"])
 def test_layouts_of_other_packs(prefix, five_d, plain, tmp_path, state, dense, sqnr, write_gguf):

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from wanquant.quant import QuantError
 from wanquant.quant.conversion.batch import list_targets
 from wanquant.quant.conversion.settings import Target
+from wanquant.testing.tiny_wan import completed
 
 
 @pytest.fixture
 def source(tmp_path):
     path = tmp_path / "Wan2.1-T2V.safetensors"
-    save_file({"head.modulation": torch.ones(1, 2, 8), "head.head.weight": torch.ones(4, 8)}, path)
+    save_file(completed({"head.head.weight": torch.ones(4, 8)}), path)
     return path
 
 
@@ -44,7 +45,7 @@ def test_name_in_a_folder_contains_source_and_size(source, out):
 
 def test_name_contains_the_add_ons(source, tmp_path, out):
     add_on = tmp_path / "vace.safetensors"
-    save_file({"vace_blocks.0.ffn.0.weight": torch.ones(4, 8)}, add_on)
+    save_file({"ref_conv.weight": torch.ones(8, 4, 2, 2), "ref_conv.bias": torch.ones(8)}, add_on)
     (target,) = list_targets(source, out, ["Q8_0"], add_ons=[add_on])[source]
     assert target.destination.name == "Wan2.1-T2V-vace-Q8_0.gguf"
 
@@ -52,7 +53,8 @@ def test_name_contains_the_add_ons(source, tmp_path, out):
 def test_shards_are_one_source(tmp_path, out):
     folder = tmp_path / "Wan2.1-I2V"
     folder.mkdir()
-    parts = {"head.modulation": torch.ones(1, 2, 8)}, {"head.head.weight": torch.ones(4, 8)}
+    tensors = completed({})
+    parts = {name: tensors.pop(name) for name in ("head.modulation", "head.head.weight")}, tensors
     shards = [folder / f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for shard, part in zip(shards, parts, strict=True):
         save_file(part, shard)

@@ -17,6 +17,7 @@ from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.plan import target_size as budget
+from wanquant.testing.tiny_wan import completed
 
 FFN = "blocks.0.ffn.0.weight"
 
@@ -109,7 +110,7 @@ def test_source_that_is_changed_or_deleted_is_refused(tmp_path, source, change, 
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     weight = torch.randn(64, 256)
     weight[3, 3] = value
-    save_file({"head.modulation": torch.ones(1, 2, 256), "head.head.weight": weight}, tmp_path / "a.safetensors")
+    save_file(completed({"head.head.weight": weight}), tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=r"tensor head\.head\.weight: holds NaN or infinity"):
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "Q8_0")
     assert not (tmp_path / "a.gguf").exists()

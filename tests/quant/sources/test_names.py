@@ -74,6 +74,63 @@ def diffusers_name(name):
     return theirs[0] + name[len(theirs[1]) :]
 
 
+PREFIXES = (
+    "",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "module.",
+    "dit.",
+    "pipe.dit.",
+    "_orig_mod.",
+    "base_model.model.",
+    "model.",
+    "net.",
+    "module.model.",
+    "module._orig_mod.",
+    "_orig_mod.module.dit.",
+)
+ADD_ON = ("vace_patch_embedding.bias", "vace_blocks.0.after_proj.bias")
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("naming", ["Wan", "Diffusers", "add-on"])
+def test_prefixes(tmp_path, prefix, naming):
+    """Tensors of another model in the same file are left out, where the prefix tells them apart."""
+    path = write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=128, ffn_dim=128)
+    expected = {name: torch.zeros(2) for name in ADD_ON} if naming == "add-on" else load_file(path)
+    rename = diffusers_name if naming == "Diffusers" else str
+    tensors = {prefix + rename(name): value for name, value in expected.items()}
+    if prefix not in ("", "_orig_mod.") and naming != "add-on":
+        tensors["first_stage_model.decoder.bias"] = torch.zeros(2)
+    save_file(tensors, tmp_path / "b.safetensors")
+    with open_checkpoint(tmp_path / "b.safetensors") as checkpoint:
+        assert {name: t.shape for name, t in checkpoint.tensors.items()} == {n: v.shape for n, v in expected.items()}
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
+def test_wrappers_within_names(tmp_path, wrapper):
+    expected = load_file(write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=128, ffn_dim=128))
+    tensors = {name.replace("blocks.0.", f"blocks.0.{wrapper}"): value for name, value in expected.items()}
+    assert tensors.keys() != expected.keys()
+    save_file(tensors, tmp_path / "b.safetensors")
+    with open_checkpoint(tmp_path / "b.safetensors") as checkpoint:
+        assert checkpoint.tensors.keys() == expected.keys()
+
+
+def test_peft_names(tmp_path):
+    """PEFT keeps the weights of a layer with a LoRA as its base layer, and the LoRA beside it until it is merged."""
+    expected = load_file(write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=128, ffn_dim=128))
+    tensors = {f"base_model.model.{n.replace('attn.q.', 'attn.q.base_layer.')}": v for n, v in expected.items()}
+    save_file(tensors, tmp_path / "b.safetensors")
+    with open_checkpoint(tmp_path / "b.safetensors") as checkpoint:
+        assert checkpoint.tensors.keys() == expected.keys()
+    tensors["base_model.model.blocks.0.self_attn.q.lora_A.default.weight"] = torch.zeros(4, 128)
+    save_file(tensors, tmp_path / "c.safetensors")
+    with pytest.raises(QuantError, match=r"c\.safetensors: tensor .*lora_A.*: belongs to a LoRA.*merge it"):
+        open_checkpoint(tmp_path / "c.safetensors")
+
+
 @pytest.mark.parametrize("variant", ["t2v", "i2v"])
 def test_checkpoint_with_diffusers_names_has_the_same_tensors(tmp_path, variant):
     path = write_tiny_wan(tmp_path / "a.safetensors", layers=1, variant=variant)

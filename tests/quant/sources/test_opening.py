@@ -56,6 +56,32 @@ def test_shards_are_one_checkpoint(tmp_path, state, given, indexed):
         assert checkpoint.identity.size == sum(shard.stat().st_size for shard in shards)
 
 
+@pytest.mark.parametrize("given", ["", "m-00002-of-00003.SAFETENSORS"])
+@pytest.mark.parametrize("index", [None, "m.SAFETENSORS.index.json", "m.SAFETENSORS.INDEX.JSON"])
+def test_suffixes_in_capitals(tmp_path, state, given, index):
+    folder = write_shards(tmp_path / "model", state)
+    for shard in list(folder.glob("*.safetensors")):
+        shard.rename(folder / f"m-{shard.stem.partition('-')[2]}.SAFETENSORS")
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    (folder / INDEX).unlink()
+    if index:
+        renamed = {key: f"m-{name[:-12].partition('-')[2]}.SAFETENSORS" for key, name in weight_map.items()}
+        (folder / index).write_text(json.dumps({"weight_map": renamed}))
+    with open_checkpoint(folder / given) as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+
+
+def test_parts_of_a_gguf_with_suffixes_in_capitals(tmp_path, state):
+    for number, names in enumerate((list(state)[::2], list(state)[1::2]), 1):
+        specs = [TensorSpec(name, QTYPES["BF16"], tuple(state[name].shape)) for name in names]
+        with GGUFWriter(tmp_path / f"m-0000{number}-of-00002.GGUF.gguf", {}, specs) as writer:
+            for name in names:
+                writer.write(name, QTYPES["BF16"].quantize(state[name].float()))
+        (tmp_path / f"m-0000{number}-of-00002.GGUF.gguf").rename(tmp_path / f"m-0000{number}-of-00002.GGUF")
+    with open_checkpoint(tmp_path / "m-00002-of-00002.GGUF") as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+
+
 def test_shards_convert_to_the_same_tensors_as_one_file(tmp_path, state):
     folder = write_shards(tmp_path / "model", state)
     sharded = convert(folder, tmp_path / "a.gguf", "Q8_0", effort="fast")

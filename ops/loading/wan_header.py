@@ -1,0 +1,76 @@
+"""The tensors of a GGUF of Wan in the names and shapes of the host's model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ...quant import QuantError
+from ...quant.gguf.header import Header, TensorRecord
+from ...quant.sources.animate import with_joined_halves
+from ...quant.sources.checkpoint import open_checkpoint
+from ...quant.sources.model_tensors import model_tensors
+from ...quant.sources.names import Naming
+from .file_mapping import TensorData
+
+
+@dataclass(frozen=True)
+class JoinedRecord(TensorRecord):
+    """Two matrices of a file that are one in the host's model: the rows of the first, then those of the second."""
+
+    halves: tuple[TensorRecord, TensorRecord]
+
+
+@dataclass(frozen=True)
+class SourceRecord(TensorRecord):
+    """A tensor that its file stores with scales, so that its values are computed when it is loaded."""
+
+    dtype: torch.dtype
+    """The dtype that `qtype` stands for."""
+
+
+def wan_header(header: Header, naming: Naming) -> Header:
+    """Return the header of a Wan transformer with the host's names and shapes.
+
+    Raises:
+        QuantError: a name that has no counterpart in the host, or a tensor without its other half.
+    """
+    records = model_tensors(naming, header.tensors.values()).values()
+    return replace(header, tensors={record.name: record for record in with_joined_halves(records, _joined)})
+
+
+def copied_bytes(header: Header) -> int:
+    """Return the bytes of the tensors that cannot be mapped."""
+    return sum(r.nbytes for r in header.tensors.values() if isinstance(r, JoinedRecord | SourceRecord))
+
+
+def with_copies(mapped: TensorData) -> TensorData:
+    """Return a function that returns the bytes of all records, of those that cannot be mapped as a copy.
+
+    The bytes are uint8, (*stored_shape[:-1], row_bytes).
+    """
+
+    def data(record: TensorRecord) -> Tensor:
+        if isinstance(record, JoinedRecord):
+            return torch.cat([mapped(half) for half in record.halves])
+        if isinstance(record, SourceRecord):
+            with open_checkpoint(record.path) as source:
+                values = source.tensors[record.name].read().to(record.dtype)
+            return values.view(record.shape).view(torch.uint8)
+        return mapped(record)
+
+    return data
+
+
+def _joined(name: str, first: TensorRecord, second: TensorRecord) -> TensorRecord:
+    if first.qtype is not second.qtype or first.shape[1:] != second.shape[1:]:
+        raise QuantError(
+            f"{first.path}: tensors {first.name} and {second.name}: {first.qtype.name} {first.shape} and"
+            f" {second.qtype.name} {second.shape}, expected the same type and rows of the same length;"
+            " convert the file with Convert to GGUF and load the result"
+        )
+    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+    nbytes = first.nbytes + second.nbytes
+    return JoinedRecord(name, first.qtype, shape, shape, first.path, first.offset, nbytes, (first, second))
