@@ -28,6 +28,7 @@ from ..packed.layout import pack, with_dtype
 from ..packed.linear import GGUFOps, packed_modules
 from ..packed.patcher import with_packed_patches
 from .add_on import check_effect, warn_of_unused, with_add_on
+from .by_host import built_by_host
 from .dtypes import LOSSLESS, compute_dtype, flagged_model_dtype
 from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
@@ -93,12 +94,11 @@ def load_diffusion_model(
         state_dict |= {name: host.annotate_source(tensor, header.path) for name, tensor in preferences.items()}
     flagged = None if dtype else flagged_model_dtype()
     stored = LOSSLESS if flagged else dtype
-    patcher = comfy.sd.load_diffusion_model_state_dict(
-        state_dict,
-        {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": stored} if stored else {}),
-        metadata=metadata,
-        disable_dynamic=disable_dynamic,
-    )
+    options = {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": stored} if stored else {})
+    with built_by_host(header.path):
+        patcher = comfy.sd.load_diffusion_model_state_dict(
+            state_dict, options, metadata=metadata, disable_dynamic=disable_dynamic
+        )
     if patcher is None:
         raise _not_a_model(header, "not a diffusion model that this version of ComfyUI knows")
     if _is_wan(patcher):

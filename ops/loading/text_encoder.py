@@ -30,6 +30,7 @@ from .. import host
 from ..host_check import check_host
 from ..packed.linear import GGUFOps, computing_in
 from ..packed.patcher import with_packed_patches
+from .by_host import built_by_host
 from .diffusion_model import annotated_tensor, dequantized_bytes
 from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
@@ -81,9 +82,10 @@ def load_text_encoder(
         )
     if comfy.sd.detect_te_model(state_dict) is not comfy.sd.TEModel.T5_XXL:
         raise QuantError(f"{header.path}: a T5 text encoder of another size, expected XXL; choose umt5-xxl for Wan")
-    clip = comfy.sd.load_text_encoder_state_dicts(
-        [state_dict], embedding_directory, clip_type, options, disable_dynamic=disable_dynamic
-    )
+    with built_by_host(header.path):
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            [state_dict], embedding_directory, clip_type, options, disable_dynamic=disable_dynamic
+        )
     clip.patcher = with_packed_patches(clip.patcher)
     clip.patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     host.remember_loader(clip.patcher, partial(_load_patcher, path, clip_type, embedding_directory, dtype=dtype))
