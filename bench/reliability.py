@@ -23,8 +23,10 @@ import torch
 from safetensors.torch import save_file
 
 from wanquant.bench import harness
-from wanquant.quant import QuantError, convert
+from wanquant.quant import QTYPES, QuantError, convert
 from wanquant.quant.errors import MAX_CHARS
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.testing.comparison import TRAINED
 from wanquant.testing.graphs import conversion, node, video
 from wanquant.testing.hostile_files import Kind, kinds
@@ -51,6 +53,19 @@ class Row:
     slowest_ms: float
     most_memory_mib: float
     """The growth of the process's peak memory since before the first file."""
+
+
+def _loras(folder: Path) -> Kind:
+    harness.import_comfyui()
+    from wanquant.ops.loading.lora import read_lora
+
+    shapes = {f"blocks.0.self_attn.q.lora_{part}.weight": (8, 32) for part in "AB"}
+    specs = [TensorSpec(name, QTYPES["Q8_0"], shape) for name, shape in shapes.items()]
+    with GGUFWriter(folder / "lora.gguf", {"adapter.lora.alpha": 4.0}, specs) as writer:
+        for name, shape in shapes.items():
+            writer.write(name, QTYPES["Q8_0"].quantize(torch.ones(shape)))
+        path = writer.close()
+    return Kind("LoRA", ".gguf", (path.read_bytes(),), read_lora)
 
 
 def mutated(kind: Kind, tries: int, folder: Path) -> Row:
@@ -175,7 +190,8 @@ def main() -> None:
         folder = Path(name)
         for part in ("seeds", "files", "kills"):
             (folder / part).mkdir()
-        rows = [mutated(kind, options.tries, folder / "files") for kind in kinds(folder / "seeds")]
+        every_kind = [*kinds(folder / "seeds"), _loras(folder / "seeds")]
+        rows = [mutated(kind, options.tries, folder / "files") for kind in every_kind]
         result = {
             "machine": harness.machine(),
             "killed": killed(options.kills, folder / "kills") if options.kills else {},

@@ -95,6 +95,8 @@ def model_path(folder: str, name: str) -> str:
     Raises:
         QuantError: there is no such file. The message suggests the most similar name.
     """
+    if not isinstance(name, str):  # a prompt over the API may have null
+        raise QuantError(f"{name} in place of the name of a file: choose one from {folder}")
     path = _find(folder, name)
     if path is None:
         raise QuantError(_absence(folder, name))

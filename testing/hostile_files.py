@@ -16,6 +16,7 @@ import torch
 from ..ops.conditioning import load_conditioning, save_conditioning
 from ..quant import convert, read_calibration, read_importance, write_calibration, write_importance
 from ..quant.conversion.restore import restore
+from ..quant.files.sentencepiece import SPIECE_KEY, sentencepiece_model
 from ..quant.gguf.layout import TensorSpec
 from ..quant.gguf.writer import GGUFWriter
 from ..quant.inspection.report import inspect
@@ -64,6 +65,7 @@ def kinds(folder: Path) -> list[Kind]:
     plain = write_random_checkpoint(folder / "wan.safetensors", shapes, metadata={"config": '{"a": [1]}'})
     converted = convert(plain, folder / "wan.gguf", "Q4_0", effort="fast").path
     encoder = _encoder(folder / "encoder.gguf")
+    restored = restore(encoder, folder / "encoder.safetensors").path
     layer = "blocks.0.ffn.0.weight"
     sums, counts = {layer: torch.ones(256)}, {layer: 4.0}
     importance = write_importance(folder / "importance.gguf", Importance(sums, counts, 1, "a"))
@@ -78,7 +80,7 @@ def kinds(folder: Path) -> list[Kind]:
     return [
         Kind("GGUF", ".gguf", contents(converted, encoder), _read_gguf),
         Kind("restored GGUF", ".gguf", contents(converted, encoder), _restore),
-        Kind("safetensors", ".safetensors", contents(plain), _read_checkpoint),
+        Kind("safetensors", ".safetensors", contents(plain, restored), _read_checkpoint),
         Kind("shard index", ".safetensors.index.json", (_index(plain),), _read_index(plain)),
         Kind("importance matrix", ".gguf", contents(importance), read_importance),
         Kind("importance matrix (.dat)", ".dat", (_legacy_importance(),), read_importance),
@@ -174,7 +176,7 @@ def _read_index(checkpoint: Path) -> Callable[[Path], None]:
 
 def _encoder(path: Path) -> Path:
     """Write a T5 text encoder with a vocabulary, in llama.cpp's names."""
-    metadata = {
+    metadata: dict[str, Any] = {
         "general.architecture": "t5encoder",
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.tokens": ["<pad>", "</s>", "<unk>", "a"],
@@ -182,6 +184,7 @@ def _encoder(path: Path) -> Path:
         "tokenizer.ggml.token_type": np.array([3, 3, 2, 1], np.int32),
         "tokenizer.ggml.precompiled_charsmap": np.zeros(8, np.uint8),
     }
+    metadata[SPIECE_KEY] = np.frombuffer(sentencepiece_model(metadata), np.uint8)
     matrices = ("attn_q", "attn_k", "attn_v", "attn_o", "attn_rel_b", "ffn_up", "ffn_down", "ffn_gate")
     block = dict.fromkeys(matrices, (_SIDE, _SIDE)) | dict.fromkeys(("attn_norm", "ffn_norm"), (_SIDE,))
     shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (4, _SIDE), "enc.output_norm.weight": (_SIDE,)}
