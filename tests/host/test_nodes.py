@@ -174,7 +174,7 @@ def test_recovery_lora_goes_straight_into_the_hosts_loader(server: HostServer, t
         "save": node("WanQuantSaveModel", model=["lora", 0], name="job-recovered.gguf", recipe="F16", **SAVED),
     }
     text = server.run(graph, events.append)["recover"]["text"][0]
-    assert "takes away" in text and "job-Q4_0-recovery.safetensors" in text
+    assert "removes" in text and "job-Q4_0-recovery.safetensors" in text
     assert any(e["type"] == "progress_text" and e["data"].get("node") == "recover" for e in events)
     source = load_file(target.with_name(NAME))["blocks.0.ffn.0.weight"].float()
     before, after = (open_gguf(target.with_name(name)) for name in (target.name, "job-recovered.gguf"))
