@@ -48,10 +48,11 @@ def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
     """
     try:
         pieces, trainer, normalizer = _parts(model)
-        tokens = [bytes(piece[_PIECE]).decode() for piece in pieces]
+        tokens = [_bytes(piece[_PIECE]).decode() for piece in pieces]
         scores = [struct.unpack("<f", piece.get(_SCORE, bytes(4)))[0] for piece in pieces]
-        types = [int(piece.get(_TYPE, _NORMAL)) for piece in pieces]
+        types = [_signed(piece.get(_TYPE, _NORMAL)) for piece in pieces]
         ids = {name: _signed(trainer.get(field, default)) for name, (field, default) in _SPECIAL_IDS.items()}
+        charsmap = _bytes(normalizer.get(_CHARSMAP, b""))
     except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
         raise QuantError(
             f"tokenizer: {len(model)} bytes of something else, expected a SentencePiece model; use the spiece.model of"
@@ -74,7 +75,7 @@ def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
         "tokenizer.ggml.add_eos_token": True,
         "tokenizer.ggml.add_space_prefix": bool(normalizer.get(_DUMMY_PREFIX, True)),
         "tokenizer.ggml.remove_extra_whitespaces": bool(normalizer.get(_REMOVE_SPACES, True)),
-        **({"tokenizer.ggml.precompiled_charsmap": normalizer[_CHARSMAP]} if normalizer.get(_CHARSMAP) else {}),
+        **({"tokenizer.ggml.precompiled_charsmap": charsmap} if charsmap else {}),
     }
 
 
@@ -166,6 +167,13 @@ def _read_varint(message: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
     raise ValueError("a varint has more than 10 bytes")
+
+
+def _bytes(value: int | bytes) -> bytes:
+    """Return the value of a field that is bytes in a model; another message may have a number there."""
+    if isinstance(value, int):
+        raise TypeError(f"{value} in place of bytes")
+    return value
 
 
 def _signed(value: int) -> int:

@@ -206,3 +206,20 @@ def test_tensors_of_two_devices_are_refused():
     packed = torch.zeros(34, dtype=torch.uint8)
     with pytest.raises(QuantError, match="packed data on cpu, output on meta"):
         op.dequantize_into(packed, QTYPES["Q8_0"].name, torch.empty(32, device="meta"))
+
+
+def test_numbers_and_bytes_in_the_wrong_fields_of_a_tokenizer():
+    from wanquant.quant.files import sentencepiece as model
+
+    piece = model._message(1, model._message(1, b"a"))
+    for content in (
+        model._message(1, model._integer(1, 1 << 40)),
+        model._integer(1, 1 << 40),
+        model._integer(2, 5) + piece,
+        piece + model._message(3, model._integer(2, 1 << 40)),
+        model._message(1, model._message(1, b"a") + model._message(2, b"xx")),
+    ):
+        with pytest.raises(QuantError, match="expected a SentencePiece model"):
+            model.parse_vocabulary(content, 4)
+    huge = model._message(1, model._message(1, b"a") + model._integer(3, 1 << 62))
+    assert model.parse_vocabulary(huge, 1)["tokenizer.ggml.token_type"].tolist() == [0]
