@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant.conversion.convert import convert
-from wanquant.testing.tiny_wan import write_tiny_wan
+from wanquant.testing.tiny_wan import vace_add_on, write_tiny_wan
 
 PATCH_EMBEDDING = "patch_embedding.weight"
 PLAIN = {Type.F32, Type.F16}
@@ -125,11 +125,10 @@ def test_an_add_on_file_can_be_loaded_beside_its_base(source, state, tmp_path):
 
     Source: kijai/ComfyUI-KJNodes nodes/model_optimization_nodes.py GGUFLoaderKJ @ 3f20054; WanVideoWrapper as above.
     """
-    block = {f"vace_{name}": tensor.clone() for name, tensor in state.items() if name.startswith("blocks.0.")}
-    more = {"vace_patch_embedding.weight": state[PATCH_EMBEDDING].clone()}
-    save_file(block | more, tmp_path / "vace.safetensors")
+    add_on = vace_add_on(state)
+    save_file(add_on, tmp_path / "vace.safetensors")
     path = convert(tmp_path / "vace.safetensors", tmp_path / "vace.gguf", "Q4_0", effort="fast", five_d=True).path
     fields, tensors = read(path)
     assert fields["general.architecture"].contents() == "wan"
-    assert tensors.keys() == block.keys() | more.keys() and tensors.keys().isdisjoint(state)
-    assert tensors["vace_patch_embedding.weight"].data.shape == tuple(state[PATCH_EMBEDDING].shape)
+    assert tensors.keys() == add_on.keys() and tensors.keys().isdisjoint(state)
+    assert tensors["vace_patch_embedding.weight"].data.shape == tuple(add_on["vace_patch_embedding.weight"].shape)
