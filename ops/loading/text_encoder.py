@@ -17,9 +17,9 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.files.sentencepiece import has_tokenizer
 from ...quant.gguf.header import Header, TensorRecord, read_header
-from ...quant.sources.names import WAN_KEY
+from ...quant.sources.completeness import check_complete
+from ...quant.sources.names import T5, WAN_KEY
 from ...quant.sources.t5 import (
-    check_complete,
     check_tokenizer,
     encoder_names,
     is_tokenizer,
@@ -61,14 +61,14 @@ def load_text_encoder(
 
     Raises:
         QuantError: an incompatible host, a malformed GGUF, a file that is not a T5-XXL encoder or is for another model
-            family, a missing tokenizer, or too little main memory.
+            family, a missing tensor or tokenizer, or too little main memory.
     """
     check_host()
     header = read_header(path)
     in_file = encoder_names(header.tensors)
     names = {transformers_name(new): header.tensors[old] for new, old in in_file.items()}
     _check(header, names.keys(), clip_type)
-    check_complete(header.path, in_file)
+    check_complete(header.path, in_file, T5)
     check_memory(header, dequantized_bytes(header, torch.bfloat16))
     data = map_files(header.parts, dynamic=not disable_dynamic)
     state_dict = {name: annotated_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}

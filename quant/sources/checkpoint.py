@@ -145,6 +145,7 @@ def _merged(base: Checkpoint, add_on: Checkpoint) -> Checkpoint:
 
 
 def _gguf_metadata(path: Path, opened: OpenedFiles, tensors: Mapping[str, SourceTensor]) -> dict[str, Any]:
+    check_complete(path, tensors.keys(), T5)
     stored = next(((tensor.dtype, tensor.peek()) for tensor in opened.tensors if is_tokenizer(tensor.name)), None)
     metadata = opened.metadata if opened.is_gguf else {}
     return t5_metadata(path, {name: tensor.shape for name, tensor in tensors.items()}, metadata, stored)

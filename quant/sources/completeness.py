@@ -122,12 +122,14 @@ def missing_names(names: Collection[str], architecture: str, *, add_on: bool = F
     """Return the names that the model must have, but `names` lacks."""
     present = _Names(names)
     if architecture == T5:
-        required = [*_T5_ENCODER, *_usual(present, "enc.blk.")]
+        # umT5 has a table of relative positions in every block, T5 in its first one.
+        required = [*_T5_ENCODER, *_usual(present, "enc.blk.", 2)]
     elif add_on:
         required = [pattern for part in _PARTS.values() for pattern in _components(part, present)]
     else:
         parts = (part for key, part in _PARTS.items() if any(n.startswith(_OWN.get(key, "")) for n in present.of(part)))
-        required = [*_WAN, *(pattern for part in parts for pattern in part), *_usual(present, "blocks.")]
+        most_blocks = len(present.series.get("blocks.", ())) // 2 + 1
+        required = [*_WAN, *(pattern for part in parts for pattern in part), *_usual(present, "blocks.", most_blocks)]
     expected = dict.fromkeys(name for pattern in required for name in present.expected(pattern))
     return [name for name in expected if name not in present.names]
 
@@ -168,11 +170,10 @@ def _components(part: Sequence[str], present: _Names) -> Iterator[str]:
     return (pattern for pattern in part if any(n.partition(".")[0] in modules for n in _expanded(pattern)))
 
 
-def _usual(present: _Names, series: str) -> Iterator[str]:
-    """Yield the names that most blocks of a series have, and are not of an add-on: all of them must have these."""
-    count = len(present.series.get(series, ()))
+def _usual(present: _Names, series: str, n_least: int) -> Iterator[str]:
+    """Yield the names that at least `n_least` blocks of a series have, and that are not of an add-on."""
     for name, n_blocks in present.general.items():
-        if name.startswith(f"{series}*.") and 2 * n_blocks > count and not belongs_to_add_on(name.replace("*", "0")):
+        if name.startswith(f"{series}*.") and n_blocks >= n_least and not belongs_to_add_on(name.replace("*", "0")):
             yield name
 
 

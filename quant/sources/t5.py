@@ -75,7 +75,6 @@ _EMBEDDINGS = (
     *("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"),
     *("token_embedding.weight", "encoder.token_embedding.weight"),
 )
-_OF_EVERY_BLOCK = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_o", "ffn_norm", "ffn_up", "ffn_down")
 _DTYPES = {
     **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
@@ -122,28 +121,6 @@ def encoder_names(names: Collection[str]) -> dict[str, str]:
         if new is not None:
             renamed.setdefault(new, name)
     return renamed
-
-
-def check_complete(path: Path, names: Collection[str]) -> None:
-    """Raise QuantError if a text encoder lacks one of its tensors.
-
-    Args:
-        path: the path of the file, for the message.
-        names: the names of its tensors in llama.cpp.
-    """
-    blocks = {int(match[1]) for name in names if (match := re.match(r"enc\.blk\.(\d{1,4})\.", name))}
-    parts = [*_OF_EVERY_BLOCK]
-    parts += ["ffn_gate"] if any(name.endswith(".ffn_gate.weight") for name in names) else []
-    # umT5 has a table of relative positions in every block, T5 in its first one.
-    parts += ["attn_rel_b"] if sum(name.endswith(".attn_rel_b.weight") for name in names) > 1 else []
-    expected = ["token_embd.weight", "enc.output_norm.weight", "enc.blk.0.attn_rel_b.weight"]
-    expected += [f"enc.blk.{block}.{part}.weight" for block in range(max(blocks, default=0) + 1) for part in parts]
-    missing = [name for name in expected if name not in names]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise QuantError(
-            f"{path}: tensor {missing[0]}{more}: missing, expected a complete text encoder; download it again"
-        )
 
 
 def tokenizer(path: Path, metadata: Mapping[str, Any], stored: tuple[str, Tensor] | None) -> bytes:
@@ -202,15 +179,14 @@ def t5_metadata(
 
     Args:
         path: the path of the checkpoint.
-        shapes: the shapes of its tensors by llama.cpp's names.
+        shapes: the shapes of all tensors of the encoder by llama.cpp's names.
         metadata: as for `tokenizer`.
         stored: as for `tokenizer`, with uint8, (nbytes,).
 
     Raises:
-        QuantError: no tokenizer or one of another encoder, or a missing tensor.
+        QuantError: no tokenizer or one of another encoder, or a matrix without 2 dimensions.
     """
     spiece = tokenizer(path, metadata, stored)
-    check_complete(path, shapes.keys())
     kept = (_TOKENIZER_KEYS, _SIZE_KEYS) if has_tokenizer(metadata) else (_SIZE_KEYS,)
     known = {key: value for key, value in metadata.items() if key.startswith(kept)}
     vocabulary = check_tokenizer(path, spiece, shapes["token_embd.weight"][0]) | {SPIECE_KEY: spiece}

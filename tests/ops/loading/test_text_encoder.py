@@ -362,5 +362,5 @@ def test_an_incomplete_encoder_is_refused(tmp_path, weights, spiece):
         n: w for n, w in dense_weights(weights).items() if n != "encoder.block.7.layer.1.DenseReluDense.wo.weight"
     }
     path = written_by_others(tmp_path / "a.gguf", partial, spiece, "F16", "pig")
-    with pytest.raises(QuantError, match=r"tensor enc\.blk\.7\.ffn_down\.weight: missing"):
+    with pytest.raises(QuantError, match=r"tensor enc\.blk\.7\.ffn_down\.weight is missing"):
         load_text_encoder(path, comfy.sd.CLIPType.WAN)
