@@ -73,18 +73,13 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
     same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED)
     is_same = all(existing.get(key) == wanted.get(key) for key in same)
     # The tokenizer can come from a file beside the source.
-    return is_same and _bytes_at(existing, SPIECE_KEY) == _bytes_at(wanted, SPIECE_KEY)
+    return is_same and _tokenizer(existing) == _tokenizer(wanted)
 
 
-def _bytes_at(metadata: Mapping[str, Any], key: str) -> bytes:
-    value = metadata.get(key, b"")
-    return (
-        value.tobytes()
-        if isinstance(value, np.ndarray)
-        else value
-        if isinstance(value, bytes)
-        else repr(value).encode()
-    )
+def _tokenizer(metadata: Mapping[str, Any]) -> object:
+    """Return a file's sentencepiece model: bytes, which a read file has as an array; another file may have anything."""
+    model = metadata.get(SPIECE_KEY, b"")
+    return model.tobytes() if isinstance(model, np.ndarray) else model
 
 
 def relative_errors(metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
