@@ -19,7 +19,7 @@ from torch import Tensor
 from ...quant import QTYPES, QuantError
 from .layout import pack
 
-_PLAIN_CLASSES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_PLAIN_CLASSES = (Tensor, torch.nn.Parameter)
 _PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LINEAR_TENSORS = {"weight", "bias"}
 
