@@ -36,7 +36,7 @@ class LowRank:
     """
 
     factors: tuple[tuple[Tensor, Tensor, float], ...]
-    """For each LoRA: up, (rows, rank); down, (rank, columns); the factor of their product. Floating point."""
+    """The up (rows, rank) and down (rank, columns) matrix of each LoRA, floating point, and its scale."""
     row_multiple: int = 1
 
     def size(self, dtype: torch.dtype) -> int:
