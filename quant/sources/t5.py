@@ -75,7 +75,8 @@ _EMBEDDINGS = (
     *("shared.weight", "encoder.embed_tokens.weight", "token_embd.weight"),
     *("token_embedding.weight", "encoder.token_embedding.weight"),
 )
-_DTYPES = {
+# Those that represent every byte, by their names in safetensors.
+_DTYPES_OF_BYTES = {
     **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
 }
@@ -201,15 +202,14 @@ def transformers_name(name: str) -> str:
 
 def _tensor_bytes(dtype: str, data: Tensor) -> bytes:
     """Return the bytes that a tensor holds as numbers; negative ones are those of signed bytes."""
-    if dtype not in _DTYPES or data.numel() > _MAX_TOKENIZER_BYTES * _DTYPES[dtype].itemsize:
+    number = _DTYPES_OF_BYTES.get(dtype)
+    if number is None or data.numel() > _MAX_TOKENIZER_BYTES * number.itemsize:
         raise QuantError(
             f"tensor {SPIECE_TENSOR}: {data.numel():,} bytes of {dtype}, expected up to {_MAX_TOKENIZER_BYTES:,}"
             " numbers from 0 to 255; download the file again"
         )
-    if _DTYPES[dtype].itemsize == 1:
-        return data.numpy().tobytes()
     # A copy, because a tensor may begin anywhere in its file.
-    numbers = data.clone().view(_DTYPES[dtype]).double()
+    numbers = data.clone().view(number).double()
     if not bool(((numbers >= -128) & (numbers <= 255) & (numbers == numbers.round())).all()):
         raise QuantError(f"tensor {SPIECE_TENSOR}: not numbers from 0 to 255; download the file again")
     return numbers.to(torch.int16).to(torch.uint8).numpy().tobytes()
