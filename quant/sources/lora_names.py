@@ -12,14 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from .diffusers import wan_name
+from .names import CONTAINER, unwrapped
 
 PREFIX = "diffusion_model."
 """What ComfyUI writes before the names of a diffusion model's tensors."""
 
-_DOTTED = r"base_model|model|diffusion_model|transformer(?:_\d)?|pipe|dit\d?|unet|net|module|_orig_mod"
-_START = re.compile(
-    rf"(?:(?:{_DOTTED})\.)*(?:(?:lora_transformer|lora_unet|lora_dit|lycoris)[._]+)?(?:(?:{_DOTTED})\.)*"
-)
+_START = re.compile(rf"(?:{CONTAINER})*(?:(?:lora_transformer|lora_unet|lora_dit|lycoris)[._]+)?(?:{CONTAINER})*")
 _END = re.compile(
     r"(?:\.default)?(?P<end>"
     r"\.lora_(?:A|B|up|down|mid|linear_layer)\b.*|[._]lora\.(?:up|down)\b.*|\.(?:hada|lokr|oft|boft)_.*|\.[ab][12]\.weight"
@@ -62,7 +60,7 @@ def layer_name(stem: str) -> str | None:
 
     The prefix may be any that trainers write. The rest may be Wan's name or Diffusers', with dots or underscores.
     """
-    bare = _START.sub("", stem, count=1)
+    bare = _START.sub("", unwrapped(stem), count=1)
     if match := _BLOCK.fullmatch(bare):
         layer = _BLOCK_LAYERS.get(_flat(match[3]))
         return layer and f"{match[1]}.{match[2]}.{layer}"

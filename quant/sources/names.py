@@ -15,10 +15,9 @@ from . import diffusers, t5
 from .add_ons import is_add_on
 from .layers import MARKER
 
-_PREFIX = re.compile(
-    r"(?:(?:model|diffusion_model|transformer|module|dit|pipe|base_model|net|unet|denoiser|generator)\.)*"
-)
-"""The names of the modules that contain the model in the programs that saved it, in any combination."""
+CONTAINER = r"(?:base_model|model|diffusion_model|transformer(?:_\d)?|dit\d?|pipe|net|unet|module|denoiser|generator)\."
+"""The pattern of a name, with its dot, of a module that contains the model in a program that saved it."""
+_PREFIX = re.compile(rf"(?:{CONTAINER})*")
 _WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\.")
 """What torch.compile, FSDP, activation checkpointing and PEFT insert at any place in a name."""
 _UNMERGED = re.compile(r"\.(?:lora_[AB]|lora_(?:down|up)|lora_embedding_[AB]|lora_magnitude_vector)\.")
@@ -53,7 +52,7 @@ class Naming(NamedTuple):
 
     def new_name(self, name: str) -> str | None:
         """Return the name in the GGUF for a name in the file, or None if the tensor is not the model's."""
-        bare = _unwrapped(name)
+        bare = unwrapped(name)
         return self.rename(bare.removeprefix(self.prefix)) if bare.startswith(self.prefix) else None
 
 
@@ -67,7 +66,7 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
     Raises:
         QuantError: another model; the message says what it looks like.
     """
-    names = {_unwrapped(name) for name in names}
+    names = {unwrapped(name) for name in names}
     for key, rename in ((WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
         prefix = _prefix_of(key, names)
         if prefix is not None:
@@ -91,7 +90,8 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
     )
 
 
-def _unwrapped(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """Return a tensor's name without the wrappers that training inserts into it, such as `_orig_mod`."""
     return _WRAPPERS.sub("", name)
 
 

@@ -49,6 +49,7 @@ LAYERS = {
     "lora_unet_, Diffusers": lambda layer: f"lora_unet_{flat(diffusers(layer))}",
     "lora_unet_ with dots": lambda layer: "lora_unet_" + layer.replace(".", "_", 1),
     "lora_transformer_": lambda layer: f"lora_transformer_{flat(diffusers(layer))}",
+    "_orig_mod. in a block": lambda layer: layer.replace("blocks.0.", "blocks.0._orig_mod."),
     "lycoris_": lambda layer: f"lycoris_{flat(layer)}",
     "lycoris_, Diffusers": lambda layer: f"lycoris_{flat(diffusers(layer))}",
 }

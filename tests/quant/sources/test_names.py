@@ -89,6 +89,7 @@ PREFIXES = (
     "module.model.",
     "module._orig_mod.",
     "_orig_mod.module.dit.",
+    "transformer_2.",
 )
 ADD_ON = ("vace_patch_embedding.bias", "vace_blocks.0.after_proj.bias")
 
