@@ -86,7 +86,7 @@ def load_diffusion_model(
         # The host's detection reads some of the tensors, and would fail without them.
         check_complete(header.path, header.tensors, WAN)
     check_memory(header, dequantized_bytes(header, provisional) + copied_bytes(header))
-    data = with_copies(map_files(header.parts, dynamic=not disable_dynamic))
+    data = with_copies(header, map_files(header.parts, dynamic=not disable_dynamic))
     metadata = source_metadata(header.metadata)
     state_dict = {r.name: annotated_tensor(r, data(r), provisional) for r in header.tensors.values()}
     if host.knows_preferences():

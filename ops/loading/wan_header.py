@@ -46,22 +46,34 @@ def copied_bytes(header: Header) -> int:
     return sum(r.nbytes for r in header.tensors.values() if isinstance(r, JoinedRecord | SourceRecord))
 
 
-def with_copies(mapped: TensorData) -> TensorData:
+def with_copies(header: Header, mapped: TensorData) -> TensorData:
     """Return a function that returns the bytes of all records, of those that cannot be mapped as a copy.
 
     The bytes are uint8, (*stored_shape[:-1], row_bytes).
+
+    Raises:
+        QuantError: a file of tensors that are stored with scales was changed.
     """
+    computed = _computed(header)
 
     def data(record: TensorRecord) -> Tensor:
         if isinstance(record, JoinedRecord):
             return torch.cat([mapped(half) for half in record.halves])
-        if isinstance(record, SourceRecord):
-            with open_checkpoint(record.path) as source:
-                values = source.tensors[record.name].read().to(record.dtype)
-            return values.view(record.shape).view(torch.uint8)
-        return mapped(record)
+        return computed[record.name] if isinstance(record, SourceRecord) else mapped(record)
 
     return data
+
+
+def _computed(header: Header) -> dict[str, Tensor]:
+    """Return the bytes of the tensors that are stored with scales, by their names."""
+    records = [record for record in header.tensors.values() if isinstance(record, SourceRecord)]
+    values = {}
+    for path in {record.path for record in records}:
+        with open_checkpoint(path) as source:
+            for record in (record for record in records if record.path == path):
+                value = source.tensors[record.name].read().to(record.dtype)
+                values[record.name] = value.view(record.shape).view(torch.uint8)
+    return values
 
 
 def _joined(name: str, first: TensorRecord, second: TensorRecord) -> TensorRecord:
