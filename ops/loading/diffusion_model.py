@@ -19,7 +19,7 @@ from ...quant.gguf.header import Header, TensorRecord, read_header
 from ...quant.gguf.provenance import source_metadata
 from ...quant.sources.add_ons import find_without_layers
 from ...quant.sources.attention import preference_tensors
-from ...quant.sources.completeness import check_complete, refuse_missing
+from ...quant.sources.completeness import check_complete, few_blocks, refuse_missing
 from ...quant.sources.names import WAN, Naming, find_naming
 from .. import host
 from ..host_check import check_host
@@ -85,6 +85,8 @@ def load_diffusion_model(
     if naming is not None:
         # The host's detection reads some of the tensors, and would fail without them.
         check_complete(header.path, header.tensors, WAN)
+        for warning in few_blocks(header.path, header.tensors, WAN):
+            logger.warning(warning)
     check_memory(header, dequantized_bytes(header, provisional) + copied_bytes(header))
     data = with_copies(header, map_files(header.parts, dynamic=not disable_dynamic))
     metadata = source_metadata(header.metadata)

@@ -164,7 +164,8 @@ def convert_all(
         missing_importance = check_importance(settings.importance, checkpoint.tensors)
         outputs = [Output.of(target, checkpoint, settings) for target in targets]
         unfinished = leftovers([target.destination for target in targets])
-        warnings = (*unfinished, *_requantization_warning(checkpoint), *missing_importance)
+        doubts = (*checkpoint.few_blocks(), *_requantization_warning(checkpoint))
+        warnings = (*unfinished, *doubts, *missing_importance)
         for warning in warnings:
             _log.warning(warning)
         stream = Stream(checkpoint, settings, device, progress)

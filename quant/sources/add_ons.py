@@ -48,7 +48,9 @@ _VARIANTS = {
 }
 
 
-class _Shaped(Protocol):
+class Shaped(Protocol):
+    """A tensor, or what a header says about it."""
+
     @property
     def shape(self) -> tuple[int, ...]: ...
 
@@ -57,7 +59,7 @@ class _Source(Protocol):
     @property
     def path(self) -> Path: ...
     @property
-    def tensors(self) -> Mapping[str, _Shaped]: ...
+    def tensors(self) -> Mapping[str, Shaped]: ...
 
 
 def is_add_on(names: Collection[str], prefix: str) -> bool:

@@ -15,7 +15,7 @@ from ..gguf.provenance import source_metadata
 from .add_ons import check_add_on, check_has_layers, is_add_on
 from .animate import joined_tensor, with_joined_halves
 from .attention import take_preferences
-from .completeness import check_complete
+from .completeness import check_complete, few_blocks
 from .files import SourceFiles, SourceIdentity
 from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
 from .model_tensors import model_tensors
@@ -73,6 +73,10 @@ class Checkpoint:
     def check_complete(self) -> None:
         """Raise QuantError if the model lacks a tensor that it must have."""
         check_complete(self.path, self.tensors.keys(), self.architecture, add_on=is_add_on(self.tensors.keys(), ""))
+
+    def few_blocks(self) -> list[str]:
+        """Return a warning if the model has fewer blocks than the published ones of its width."""
+        return few_blocks(self.path, self.tensors, self.architecture)
 
     def allowing_non_finite(self) -> Checkpoint:
         """Return this checkpoint with 0 in place of NaN and infinity."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
+from math import prod
 from pathlib import Path
 
 from ..errors import QuantError
-from .add_ons import belongs_to_add_on
-from .names import T5
+from .add_ons import Shaped, belongs_to_add_on
+from .names import T5, WAN
 
 _BLOCK = (
     "modulation",
@@ -88,6 +89,12 @@ _T5_ENCODER = (
     "{token_embd,enc.output_norm,enc.blk.0.attn_rel_b}.weight",
     "enc.blk.*.{attn_q,attn_k,attn_v,attn_o,attn_norm,ffn_norm,ffn_up,ffn_down}.weight",
 )
+# The parameter that has a model's width, the series of its blocks, and how many the published models of a width have:
+# Wan 1.3B, 5B and 14B; T5-XXL.
+_DEPTHS = {
+    WAN: ("patch_embedding.bias", "blocks.", {1536: 30, 3072: 30, 5120: 40}),
+    T5: ("enc.output_norm.weight", "enc.blk.", {4096: 24}),
+}
 _NUMBER = re.compile(r"\.(\d{1,9})\.")
 _MAX_LISTED_BLOCKS = 1000
 
@@ -116,6 +123,25 @@ def refuse_missing(path: Path, missing: Sequence[str]) -> None:
             f"{path}: incomplete: {what}, expected a complete model; download the file again,"
             " or give all of its shards, under the names that they were published with"
         )
+
+
+def few_blocks(path: Path, tensors: Mapping[str, Shaped], architecture: str) -> list[str]:
+    """Return a warning if a model has fewer blocks than the published ones of its width, as a pruned one may have.
+
+    Args:
+        path: the path of the file, for the message.
+        tensors: its tensors, by the names in `check_complete`.
+        architecture: as for `check_complete`.
+    """
+    parameter, series, depths = _DEPTHS[architecture]
+    width = prod(tensors[parameter].shape) if parameter in tensors else 0
+    blocks, published = len(_Names(tensors.keys()).series.get(series, ())), depths.get(width, 0)
+    if blocks >= published:
+        return []
+    return [
+        f"{path}: {blocks} blocks, expected {published} as in the published models of width {width:,};"
+        " if it was not pruned, download the file again"
+    ]
 
 
 def missing_names(names: Collection[str], architecture: str, *, add_on: bool = False) -> list[str]:

@@ -21,9 +21,11 @@ from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.packed.layout import is_packed
 from wanquant.ops.packed.linear import GGUFModule, packed_modules
 from wanquant.quant import QTYPES, QuantError
+from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.provenance import carried_metadata
 from wanquant.quant.gguf.writer import GGUFWriter
+from wanquant.testing.tiny_wan import write_tiny_wan
 
 
 def as_city96(name, tensor):
@@ -169,6 +171,12 @@ def test_file_deleted_or_replaced_serves_on(loaded, state, write_gguf, caplog):
     patcher.pre_run()
     assert torch.equal(forward(patcher), expected)
     assert not torch.equal(forward(load_diffusion_model(path)), expected)
+
+
+def test_fewer_blocks_than_published_are_told(tmp_path, caplog):
+    source = write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=1536, ffn_dim=256)
+    load_diffusion_model(convert(source, tmp_path / "a.gguf", "Q8_0").path)
+    assert f"{tmp_path / 'a.gguf'}: 1 blocks, expected 30" in caplog.text
 
 
 def test_replaced_file_is_told(loaded, caplog):

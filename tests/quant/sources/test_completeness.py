@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from wanquant.quant import QuantError
 from wanquant.quant.conversion.batch import list_targets
 from wanquant.quant.conversion.convert import convert
-from wanquant.quant.sources.completeness import check_complete, missing_names
+from wanquant.quant.sources.completeness import check_complete, few_blocks, missing_names
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 
@@ -72,6 +72,19 @@ def test_large_block_numbers_cost_nothing(state, tmp_path, number):
     with pytest.raises(QuantError) as raised:
         check_complete(tmp_path, [*state, f"blocks.{number}.modulation"], "wan")
     assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize(("width", "blocks", "warned"), [(1536, 29, [True]), (1536, 30, []), (5120, 30, [True])])
+def test_fewer_blocks_than_published(tmp_path, width, blocks, warned):
+    tensors = {"patch_embedding.bias": torch.zeros(width)}
+    tensors |= {f"blocks.{number}.modulation": torch.zeros(1) for number in range(blocks)}
+    assert [f": {blocks} blocks, expected " in warning for warning in few_blocks(tmp_path, tensors, "wan")] == warned
+
+
+def test_a_shortened_model_is_converted_with_a_warning(tmp_path):
+    source = write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=1536, ffn_dim=256)
+    (warning,) = convert(source, tmp_path / "a.gguf", "Q8_0").warnings
+    assert warning.startswith(f"{source}: 1 blocks, expected 30 ")
 
 
 def test_add_on_alone(tmp_path):
