@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from wanquant.quant import QTYPES, convert
 from wanquant.quant.files.sentencepiece import SPIECE_KEY
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
+from wanquant.testing.text_encoder_files import trained_tokenizer
 from wanquant.testing.tiny_wan import random_tensor, write_random_checkpoint, write_sparse_checkpoint
 from wanquant.workflow_generators import models
 
@@ -95,7 +95,8 @@ def _write_text_encoder(path: Path) -> None:
     """24 blocks with an FFN of 10240, by which the host knows umT5-XXL; all else is small."""
     with (HOST / "text_encoders" / "umt5_config_xxl.json").open() as file:
         config = json.load(file)
-    tokenizer = _tokenizer()
+    sentence = "the quick brown fox jumps over the lazy dog, 0123456789."
+    tokenizer = trained_tokenizer([sentence] * 50, vocabulary=60)
     rows = sentencepiece.SentencePieceProcessor(model_proto=tokenizer).get_piece_size()
     config |= {"vocab_size": rows, "d_model": TEXT_DIM, "num_heads": 2, "d_kv": TEXT_DIM // 2}
     shapes = _shapes(comfy.text_encoders.t5.T5, config, torch.float32, None, OPERATIONS)
@@ -110,23 +111,6 @@ def _write_text_encoder(path: Path) -> None:
 
 def _divides(shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and shape[1] % 32 == 0
-
-
-def _tokenizer() -> bytes:
-    """A sentencepiece model of one letter each, with umT5's special tokens."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog, 0123456789."] * 50),
-        model_writer=model,
-        vocab_size=60,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 def _shapes(cls: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> Shapes:

@@ -12,34 +12,35 @@ import sentencepiece
 import torch
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 from comfy.text_encoders.t5 import T5
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, convert, open_gguf
 from wanquant.quant.conversion.restore import restore
 from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary, sentencepiece_model
 from wanquant.quant.inspection.report import inspect
+from wanquant.testing.text_encoder_files import NAMINGS, wan_name, write_as_others
 
 SPIECE = Path(comfy.text_encoders.__path__[0]) / "t5_pile_tokenizer" / "tokenizer.model"
 CONFIG = {
     **{"d_ff": 512, "d_kv": 64, "d_model": 256, "num_heads": 4, "num_layers": 2, "vocab_size": 32128},
     **{"dense_act_fn": "gelu_pytorch_tanh", "is_gated_act": True, "layer_norm_epsilon": 1e-6, "model_type": "umt5"},
 }
-# (Transformers' name, Wan's own, llama.cpp's)
+# (Transformers' name, llama.cpp's)
 NAMES = (
-    ("shared", "token_embedding", "token_embd"),
-    ("encoder.final_layer_norm", "norm", "enc.output_norm"),
+    ("shared", "token_embd"),
+    ("encoder.final_layer_norm", "enc.output_norm"),
     *(
-        (f"encoder.block.{n}.layer.{theirs}", f"blocks.{n}.{wan}", f"enc.blk.{n}.{llama}")
+        (f"encoder.block.{n}.layer.{theirs}", f"enc.blk.{n}.{llama}")
         for n in range(2)
-        for theirs, wan, llama in (
-            *((f"0.SelfAttention.{letter}", f"attn.{letter}", f"attn_{letter}") for letter in "qkvo"),
-            ("0.SelfAttention.relative_attention_bias", "pos_embedding.embedding", "attn_rel_b"),
-            ("0.layer_norm", "norm1", "attn_norm"),
-            ("1.DenseReluDense.wi_0", "ffn.gate.0", "ffn_gate"),
-            ("1.DenseReluDense.wi_1", "ffn.fc1", "ffn_up"),
-            ("1.DenseReluDense.wo", "ffn.fc2", "ffn_down"),
-            ("1.layer_norm", "norm2", "ffn_norm"),
+        for theirs, llama in (
+            *((f"0.SelfAttention.{letter}", f"attn_{letter}") for letter in "qkvo"),
+            ("0.SelfAttention.relative_attention_bias", "attn_rel_b"),
+            ("0.layer_norm", "attn_norm"),
+            ("1.DenseReluDense.wi_0", "ffn_gate"),
+            ("1.DenseReluDense.wi_1", "ffn_up"),
+            ("1.DenseReluDense.wo", "ffn_down"),
+            ("1.layer_norm", "ffn_norm"),
         )
     ),
 )
@@ -65,13 +66,13 @@ def source(state, spiece, tmp_path_factory):
 
 
 def test_the_table_of_names_is_that_of_the_host(state):
-    assert {f"{theirs}.weight" for theirs, _, _ in NAMES} == state.keys()
+    assert {f"{theirs}.weight" for theirs, _ in NAMES} == state.keys()
 
 
 def check_values(path, state):
     tensors = open_gguf(path).tensors
-    assert tensors.keys() == {f"{llama}.weight" for _, _, llama in NAMES}
-    for theirs, _, llama in NAMES:
+    assert tensors.keys() == {f"{llama}.weight" for _, llama in NAMES}
+    for theirs, llama in NAMES:
         assert torch.equal(tensors[f"{llama}.weight"].dequantize(), state[f"{theirs}.weight"].float())
 
 
@@ -80,7 +81,7 @@ def test_names_and_values(source, state, tmp_path):
 
 
 def test_original_names_with_the_tokenizer_beside(state, tmp_path):
-    save_file({f"{wan}.weight": state[f"{theirs}.weight"] for theirs, wan, _ in NAMES}, tmp_path / "a.safetensors")
+    save_file({wan_name(name): value for name, value in state.items()}, tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=r"has no tokenizer \(tensor spiece_model\).*put spiece\.model into"):
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "BF16")
     (tmp_path / "spiece.model").write_bytes(SPIECE.read_bytes())
@@ -203,24 +204,12 @@ def test_restored_encoder_is_the_hosts_again(source, state, spiece, tmp_path):
         assert torch.equal(value.float(), state[name].float())
 
 
-def write_gguf(path, tensors, architecture="pig"):
-    """Write float32 numpy arrays with the PyPI package gguf."""
-    writer = GGUFWriter(path, architecture)
-    for name, data in tensors.items():
-        writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def arrays(state, rename=lambda name: name):
-    return {rename(name): value.float().numpy() for name, value in state.items()}
+def in_float32(state):
+    return {name: value.float() for name, value in state.items()}
 
 
 def test_a_gguf_source_needs_a_tokenizer_too(state, tmp_path):
-    path = write_gguf(tmp_path / "a.gguf", arrays(state))
+    path = write_as_others(tmp_path / "a.gguf", in_float32(state), None)
     with pytest.raises(QuantError, match=r"has no tokenizer \(tensor spiece_model\).*put spiece\.model into"):
         convert(path, tmp_path / "b.gguf", "BF16")
     assert not (tmp_path / "b.gguf").exists()
@@ -239,9 +228,9 @@ def test_tokenizer_as_a_tensor_of_any_dtype(state, spiece, tmp_path, dtype):
     assert report.metadata[SPIECE_KEY].tobytes() == SPIECE.read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_tokenizer_as_a_tensor_of_a_gguf(state, spiece, tmp_path, dtype):
-    path = write_gguf(tmp_path / "a.gguf", {"spiece_model": spiece.numpy().astype(dtype)} | arrays(state), "cow")
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_tokenizer_as_a_tensor_of_a_gguf(state, tmp_path, dtype):
+    path = write_as_others(tmp_path / "a.gguf", in_float32(state), SPIECE.read_bytes(), dtype, "cow")
     report = convert(path, tmp_path / "b.gguf", "BF16")
     check_values(report.path, state)
     assert report.metadata[SPIECE_KEY].tobytes() == SPIECE.read_bytes()
@@ -263,22 +252,13 @@ def test_a_tensor_that_holds_no_tokenizer(state, tmp_path, stored, message):
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "BF16")
 
 
-WAN_NAMES = {f"{theirs}.weight": f"{wan}.weight" for theirs, wan, _ in NAMES}
-NAMINGS = {
-    "only embed_tokens": lambda name: name.replace("shared.", "encoder.embed_tokens."),
-    "a prefix": lambda name: f"text_encoders.umt5xxl.transformer.{name}",
-    "Wan's with a prefix": lambda name: f"text_encoder.{WAN_NAMES[name]}",
-    "Wan's whole T5": lambda name: WAN_NAMES[name] if name.startswith("shared.") else f"encoder.{WAN_NAMES[name]}",
-}
-
-
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("suffix", ["safetensors", "gguf"])
 def test_names_that_other_tools_write(state, spiece, tmp_path, naming, suffix):
     path = tmp_path / f"a.{suffix}"
     renamed = {NAMINGS[naming](name): value for name, value in state.items()}
     if suffix == "gguf":
-        write_gguf(path, arrays(renamed) | {"spiece_model": spiece.numpy().astype(np.float32)})
+        write_as_others(path, in_float32(renamed), SPIECE.read_bytes())
     else:
         save_file(renamed | {"spiece_model": spiece}, path)
     check_values(convert(path, tmp_path / "b.gguf", "BF16").path, state)
@@ -292,7 +272,7 @@ def test_names_that_other_tools_write(state, spiece, tmp_path, naming, suffix):
 def test_an_incomplete_encoder_is_refused(state, spiece, tmp_path, name, suffix):
     path, part = tmp_path / f"a.{suffix}", {n: value for n, value in state.items() if n != f"{name}.weight"}
     if suffix == "gguf":
-        write_gguf(path, arrays(part) | {"spiece_model": spiece.numpy().astype(np.float32)})
+        write_as_others(path, in_float32(part), SPIECE.read_bytes())
     else:
         save_file(part | {"spiece_model": spiece}, path)
     with pytest.raises(QuantError, match=r"incomplete: tensor .* is missing, expected a complete model"):

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import threading
 import time
 from pathlib import Path
 
 import comfy.sd
-import gguf
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from comfy.cli_args import args
 
@@ -21,65 +18,7 @@ from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary, sentencepiece_model
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
-
-WIDTH, HEADS, BLOCKS, FFN = 64, 2, 24, 10240  # The host recognizes umt5-xxl by its 24 blocks and its FFN.
-TEXTS = [
-    "a red ball moves right",
-    "  two   spaces, CAPITALS and ﬁne ligatures!  ",
-    "一个红色的球向右移动",
-    "Ein grüner Würfel dreht sich; 3,5 Sekunden 🎬",
-    "",
-]
-
-
-@pytest.fixture(scope="module")
-def spiece():
-    """Return a small unigram model with the special tokens of umT5."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 20),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=110,
-        hard_vocab_limit=False,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
-@pytest.fixture(scope="module")
-def weights(spiece):
-    """Return (name in llama.cpp, weight) by the host's tensor name."""
-    generator = torch.Generator().manual_seed(0)
-    rows = sentencepiece.SentencePieceProcessor(model_proto=spiece).get_piece_size()
-
-    def normal(*shape, std=None):
-        return torch.randn(shape, generator=generator) * (std or shape[-1] ** -0.5)
-
-    tensors = {"shared.weight": ("token_embd.weight", normal(rows, WIDTH, std=1.0))}
-    tensors["encoder.final_layer_norm.weight"] = ("enc.output_norm.weight", torch.ones(WIDTH))
-    for i in range(BLOCKS):
-        host, llama = f"encoder.block.{i}.layer", f"enc.blk.{i}"
-        for part in "qkvo":
-            # T5 does not scale its attention scores, so its queries are initialized small.
-            std = (WIDTH * WIDTH / HEADS) ** -0.5 if part == "q" else None
-            weight = normal(WIDTH, WIDTH, std=std)
-            tensors[f"{host}.0.SelfAttention.{part}.weight"] = (f"{llama}.attn_{part}.weight", weight)
-        bias = normal(32, HEADS, std=1.0)
-        tensors[f"{host}.0.SelfAttention.relative_attention_bias.weight"] = (f"{llama}.attn_rel_b.weight", bias)
-        for name, other, shape in (
-            ("wi_0", "ffn_gate", (FFN, WIDTH)),
-            ("wi_1", "ffn_up", (FFN, WIDTH)),
-            ("wo", "ffn_down", (WIDTH, FFN)),
-        ):
-            tensors[f"{host}.1.DenseReluDense.{name}.weight"] = (f"{llama}.{other}.weight", normal(*shape))
-        for layer, other in ((0, "attn_norm"), (1, "ffn_norm")):
-            tensors[f"{host}.{layer}.layer_norm.weight"] = (f"{llama}.{other}.weight", torch.ones(WIDTH))
-    return tensors
+from wanquant.testing.text_encoder_files import HEADS, TEXTS, WIDTH, tokens
 
 
 def write(path, weights, metadata, names, qtype="Q8_0"):
@@ -93,9 +32,9 @@ def write(path, weights, metadata, names, qtype="Q8_0"):
 
 
 @pytest.fixture(scope="module")
-def llama_file(tmp_path_factory, weights, spiece):
+def llama_file(tmp_path_factory, weights, spiece, processor):
     path = tmp_path_factory.mktemp("llama") / "umt5.gguf"
-    return write(path, weights, parse_vocabulary(spiece, processor(spiece).get_piece_size()), lambda host, llama: llama)
+    return write(path, weights, parse_vocabulary(spiece, processor.get_piece_size()), lambda host, llama: llama)
 
 
 @pytest.fixture(scope="module")
@@ -104,27 +43,18 @@ def own_file(tmp_path_factory, weights, spiece):
     return write(path, weights, {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}, lambda host, llama: host)
 
 
-def tokens(clip, text):
-    ((row,),) = clip.tokenize(text).values()
-    return [token for token, _ in row]
-
-
-def processor(spiece):
-    return sentencepiece.SentencePieceProcessor(model_proto=spiece, add_eos=True)
-
-
 @pytest.mark.parametrize("file", ["own_file", "llama_file"], ids=["embedded", "rebuilt"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_tokens_are_those_of_sentencepiece(file, text, request, spiece):
+def test_tokens_are_those_of_sentencepiece(file, text, request, processor):
     clip = load_text_encoder(request.getfixturevalue(file), comfy.sd.CLIPType.WAN)
-    expected = processor(spiece).encode(text)
+    expected = processor.encode(text)
     assert tokens(clip, text)[: len(expected)] == expected
 
 
-def test_vocabulary_survives_both_ways(spiece):
-    size = processor(spiece).get_piece_size()
+def test_vocabulary_survives_both_ways(spiece, processor):
+    size = processor.get_piece_size()
     vocabulary = parse_vocabulary(spiece, size)
-    assert vocabulary["tokenizer.ggml.tokens"] == [processor(spiece).id_to_piece(i) for i in range(size)]
+    assert vocabulary["tokenizer.ggml.tokens"] == [processor.id_to_piece(i) for i in range(size)]
     again = parse_vocabulary(sentencepiece_model(vocabulary), size)
     assert again.keys() == vocabulary.keys()
     assert all(np.array_equal(again[key], value) for key, value in vocabulary.items())
@@ -269,98 +199,3 @@ def test_flags_of_the_host_round_no_unquantized_tensor(tmp_path, weights, spiece
     assert sqnr(expected, clip.encode(TEXTS[0])) > 60
     loaded = clip.cond_stage_model.umt5xxl.transformer.state_dict()
     assert all(torch.equal(loaded[name].float(), weight) for name, (_, weight) in norms.items())
-
-
-def written_by_others(path, weights, spiece, dtype, architecture):
-    """Write weights in float16 and the tokenizer as a tensor, or without a tokenizer, with the PyPI package gguf."""
-    writer = gguf.GGUFWriter(path, architecture)
-    tensors = {name: weight.half().numpy() for name, weight in weights.items()}
-    if dtype is not None:
-        numbers = np.frombuffer(spiece, np.uint8)
-        raw = {"F32": numbers.astype(np.float32), "F16": numbers.astype(np.float16)}
-        if dtype == "BF16":
-            half = torch.from_numpy(numbers.astype(np.float32)).bfloat16().view(torch.uint8).numpy()
-            writer.add_tensor("spiece_model", half, raw_dtype=gguf.GGMLQuantizationType.BF16)
-        else:
-            writer.add_tensor("spiece_model", raw[dtype])
-    for name, data in tensors.items():
-        writer.add_tensor(name, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def dense_weights(weights):
-    """Return the dense weights by the host's names."""
-    return {name: weight for name, (_, weight) in weights.items()}
-
-
-@pytest.mark.parametrize(("dtype", "architecture"), [("F32", "pig"), ("F16", "cow"), ("BF16", "pig")])
-def test_tokenizer_as_a_tensor(tmp_path, weights, spiece, dtype, architecture):
-    path = written_by_others(tmp_path / "a.gguf", dense_weights(weights), spiece, dtype, architecture)
-    clip = load_text_encoder(path, comfy.sd.CLIPType.WAN)
-    expected = processor(spiece).encode(TEXTS[2])
-    assert tokens(clip, TEXTS[2])[: len(expected)] == expected
-    weight = clip.cond_stage_model.umt5xxl.transformer.encoder.block[3].layer[0].SelfAttention.k.weight
-    assert torch.equal(weight.float(), weights["encoder.block.3.layer.0.SelfAttention.k.weight"][1].half().float())
-
-
-def test_tokenizer_beside_the_file(tmp_path, weights, spiece):
-    path = written_by_others(tmp_path / "a.gguf", dense_weights(weights), spiece, None, "pig")
-    with pytest.raises(QuantError, match="has no tokenizer"):
-        load_text_encoder(path, comfy.sd.CLIPType.WAN)
-    (tmp_path / "spiece.model").write_bytes(spiece)
-    clip = load_text_encoder(path, comfy.sd.CLIPType.WAN)
-    assert tokens(clip, TEXTS[0])[:4] == processor(spiece).encode(TEXTS[0])[:4]
-    (tmp_path / "spiece.model").write_bytes(b"something else")
-    with pytest.raises(QuantError, match=r"a\.gguf: tokenizer: 14 bytes of something else"):
-        load_text_encoder(path, comfy.sd.CLIPType.WAN)
-
-
-def wan_name(name):
-    """Return Wan's own name: github.com/Wan-Video/Wan2.1 wan/modules/t5.py."""
-    parts = [
-        ("shared.", "token_embedding."),
-        ("encoder.final_layer_norm.", "norm."),
-        ("encoder.block.", "blocks."),
-        (".layer.0.SelfAttention.relative_attention_bias.", ".pos_embedding.embedding."),
-        (".layer.0.SelfAttention.", ".attn."),
-        (".layer.0.layer_norm.", ".norm1."),
-        (".layer.1.layer_norm.", ".norm2."),
-        (".layer.1.DenseReluDense.wi_0.", ".ffn.gate.0."),
-        (".layer.1.DenseReluDense.wi_1.", ".ffn.fc1."),
-        (".layer.1.DenseReluDense.wo.", ".ffn.fc2."),
-    ]
-    for theirs, wans in parts:
-        name = name.replace(theirs, wans)
-    return name
-
-
-NAMINGS = {
-    "only embed_tokens": lambda name: name.replace("shared.", "encoder.embed_tokens."),
-    "a prefix": lambda name: f"text_encoders.umt5xxl.transformer.{name}",
-    "Wan's": wan_name,
-    "Wan's with a prefix": lambda name: f"model.{wan_name(name)}",
-    "Wan's whole T5": lambda name: wan_name(name) if name.startswith("shared.") else f"encoder.{wan_name(name)}",
-}
-
-
-@pytest.mark.parametrize("naming", NAMINGS)
-def test_names_that_other_tools_write(tmp_path, weights, spiece, naming):
-    renamed = {NAMINGS[naming](name): weight for name, weight in dense_weights(weights).items()}
-    renamed["decoder.block.0.layer.0.SelfAttention.q.weight"] = torch.zeros(2, 2)
-    path = written_by_others(tmp_path / "a.gguf", renamed, spiece, "F16", "pig")
-    state = load_text_encoder(path, comfy.sd.CLIPType.WAN).cond_stage_model.umt5xxl.transformer.state_dict()
-    for name, weight in dense_weights(weights).items():
-        assert torch.equal(state[name].float(), weight.half().float()), name
-
-
-def test_an_incomplete_encoder_is_refused(tmp_path, weights, spiece):
-    partial = {
-        n: w for n, w in dense_weights(weights).items() if n != "encoder.block.7.layer.1.DenseReluDense.wo.weight"
-    }
-    path = written_by_others(tmp_path / "a.gguf", partial, spiece, "F16", "pig")
-    with pytest.raises(QuantError, match=r"tensor enc\.blk\.7\.ffn_down\.weight is missing"):
-        load_text_encoder(path, comfy.sd.CLIPType.WAN)
