@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import comfy.model_management
 import torch
@@ -17,12 +17,10 @@ from ...quant.sources.names import find_naming
 from ..host_check import check_host
 from ..packed.linear import GGUFOps
 from ..packed.patcher import with_packed_patches
+from .by_host import built_by_host
 from .diffusion_model import annotated_tensor, dequantized_bytes
 from .file_mapping import change_warning, map_files
 from .main_memory import check_memory
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _DTYPE = torch.bfloat16
 # The sizes that the host gives its own model patch; the file tells the others.
@@ -76,7 +74,8 @@ def load_model_patch(path: str | os.PathLike[str]) -> ModelPatcher:
             " patches load with ComfyUI's own loader, as safetensors"
         )
     check_memory(header, dequantized_bytes(header, _DTYPE))
-    model = _built(records, len(layers))
+    with built_by_host(header.path):
+        model = _built(records, len(layers))
     patcher: ModelPatcher = CoreModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -84,10 +83,8 @@ def load_model_patch(path: str | os.PathLike[str]) -> ModelPatcher:
     )
     data = map_files(header.parts, dynamic=patcher.is_dynamic())
     state_dict = {name: annotated_tensor(record, data(record), _DTYPE) for name, record in records.items()}
-    try:
+    with built_by_host(header.path):
         missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=patcher.is_dynamic())
-    except RuntimeError as error:
-        raise QuantError(f"{header.path}: {str(error).splitlines()[-1].strip()}; choose a complete file") from None
     if missing or unexpected:
         what = f"{len(missing)} tensors are missing" if missing else f"{len(unexpected)} tensors are unknown"
         raise QuantError(f"{header.path}: {what} ({(missing or unexpected)[0]}, ...); choose a complete file")
