@@ -12,6 +12,10 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from ..quant import QTYPES
+from ..quant.gguf.layout import TensorSpec
+from ..quant.gguf.writer import GGUFWriter
+
 if TYPE_CHECKING:
     from comfy.sd import CLIP
 
@@ -106,6 +110,31 @@ def trained_tokenizer(sentences: Iterable[str], vocabulary: int) -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+def write_packed(
+    path: Path,
+    weights: Mapping[str, tuple[str, Tensor]],
+    metadata: Mapping[str, object],
+    by_llama: bool,
+    qtype: str = "Q8_0",
+) -> Path:
+    """Write what `random_weights` returned as a GGUF, its matrices in one type.
+
+    Args:
+        path: the path of the file.
+        weights: (name in llama.cpp, weight) by the host's tensor name.
+        metadata: the tokenizer, and what else the header holds.
+        by_llama: whether tensors have llama.cpp's names, else the host's.
+        qtype: the type of the matrices whose rows it divides; all else is F32.
+    """
+    tensors = {llama if by_llama else host: weight for host, (llama, weight) in weights.items()}
+    types = {n: QTYPES[qtype if w.ndim == 2 and w.shape[1] % 32 == 0 else "F32"] for n, w in tensors.items()}
+    specs = [TensorSpec(name, types[name], tuple(weight.shape)) for name, weight in tensors.items()]
+    with GGUFWriter(path, {"general.architecture": "t5encoder", **metadata}, specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, spec.qtype.quantize(tensors[spec.name], effort="fast"))
+    return path
 
 
 def write_as_others(

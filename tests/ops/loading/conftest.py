@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import sentencepiece
 
-from wanquant.testing.text_encoder_files import TEXTS, random_weights, trained_tokenizer
+from wanquant.quant.files.sentencepiece import parse_vocabulary
+from wanquant.testing.text_encoder_files import TEXTS, random_weights, trained_tokenizer, write_packed
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +23,9 @@ def processor(spiece):
 def weights(processor):
     """Return (name in llama.cpp, weight) by the host's tensor name."""
     return random_weights(processor.get_piece_size())
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory, weights, spiece, processor):
+    path = tmp_path_factory.mktemp("llama") / "umt5.gguf"
+    return write_packed(path, weights, parse_vocabulary(spiece, processor.get_piece_size()), by_llama=True)

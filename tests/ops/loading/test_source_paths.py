@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.text_encoder import load_text_encoder
 from wanquant.quant import convert
-from wanquant.tests.ops.loading.test_text_encoder import llama_file, spiece, weights  # noqa: F401 (fixtures)
 
 
 def source(tensor):
@@ -88,6 +87,6 @@ def test_an_add_ons_tensors_name_the_add_ons_file(handed, tmp_path):
     }
 
 
-def test_a_text_encoders_tokenizer_names_its_file_too(llama_file, weights, handed):  # noqa: F811
+def test_a_text_encoders_tokenizer_names_its_file_too(llama_file, weights, handed):
     load_text_encoder(llama_file, comfy.sd.CLIPType.WAN)
     assert handed == {os.path.realpath(llama_file): len(weights) + 1}

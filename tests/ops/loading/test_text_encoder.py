@@ -18,29 +18,13 @@ from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary, sentencepiece_model
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
-from wanquant.testing.text_encoder_files import HEADS, TEXTS, WIDTH, tokens
-
-
-def write(path, weights, metadata, names, qtype="Q8_0"):
-    tensors = {names(host, llama): weight for host, (llama, weight) in weights.items()}
-    types = {n: QTYPES[qtype if w.ndim == 2 and w.shape[1] % 32 == 0 else "F32"] for n, w in tensors.items()}
-    specs = [TensorSpec(name, types[name], tuple(weight.shape)) for name, weight in tensors.items()]
-    with GGUFWriter(path, {"general.architecture": "t5encoder", **metadata}, specs) as writer:
-        for spec in specs:
-            writer.write(spec.name, spec.qtype.quantize(tensors[spec.name], effort="fast"))
-    return path
-
-
-@pytest.fixture(scope="module")
-def llama_file(tmp_path_factory, weights, spiece, processor):
-    path = tmp_path_factory.mktemp("llama") / "umt5.gguf"
-    return write(path, weights, parse_vocabulary(spiece, processor.get_piece_size()), lambda host, llama: llama)
+from wanquant.testing.text_encoder_files import HEADS, TEXTS, WIDTH, tokens, write_packed
 
 
 @pytest.fixture(scope="module")
 def own_file(tmp_path_factory, weights, spiece):
     path = tmp_path_factory.mktemp("own") / "umt5.gguf"
-    return write(path, weights, {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}, lambda host, llama: host)
+    return write_packed(path, weights, {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}, by_llama=False)
 
 
 @pytest.mark.parametrize("file", ["own_file", "llama_file"], ids=["embedded", "rebuilt"])
@@ -167,13 +151,13 @@ def test_other_files_are_refused(tmp_path, weights, t2v, spiece, write_gguf):
     with pytest.raises(QuantError, match=r"general\.architecture qwen2\); choose umt5-xxl for Wan"):
         load_text_encoder(language, comfy.sd.CLIPType.WAN)
     metadata = {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
-    small = write(tmp_path / "small.gguf", first_blocks(weights, 1), metadata, lambda host, llama: llama)
+    small = write_packed(tmp_path / "small.gguf", first_blocks(weights, 1), metadata, by_llama=True)
     with pytest.raises(QuantError, match=r"small\.gguf: a T5 text encoder of another size, expected XXL"):
         load_text_encoder(small, comfy.sd.CLIPType.WAN)
 
 
 def test_file_without_a_tokenizer(tmp_path, weights):
-    bare = write(tmp_path / "bare.gguf", first_blocks(weights, 1), {}, lambda host, llama: llama)
+    bare = write_packed(tmp_path / "bare.gguf", first_blocks(weights, 1), {}, by_llama=True)
     with pytest.raises(QuantError, match=r"bare\.gguf: has no tokenizer .*put spiece\.model into the same folder"):
         load_text_encoder(bare, comfy.sd.CLIPType.WAN)
 
@@ -182,7 +166,7 @@ def test_type_of_another_model_family(tmp_path, own_file, weights):
     with pytest.raises(QuantError, match="umT5, the text encoder of Wan; choose type wan"):
         load_text_encoder(own_file, comfy.sd.CLIPType.SD3)
     shared_bias = {n: v for n, v in first_blocks(weights, 2).items() if "relative" not in n or ".block.0." in n}
-    t5 = write(tmp_path / "t5.gguf", shared_bias, {}, lambda host, llama: host)
+    t5 = write_packed(tmp_path / "t5.gguf", shared_bias, {}, by_llama=False)
     with pytest.raises(QuantError, match="T5, but Wan's text encoder is umT5; choose umt5-xxl"):
         load_text_encoder(t5, comfy.sd.CLIPType.WAN)
 
@@ -192,7 +176,7 @@ def test_flags_of_the_host_round_no_unquantized_tensor(tmp_path, weights, spiece
     generator = torch.Generator().manual_seed(1)
     norms = {n: (o, torch.rand(w.shape, generator=generator)) for n, (o, w) in weights.items() if w.ndim == 1}
     metadata = {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
-    path = write(tmp_path / "umt5.gguf", weights | norms, metadata, lambda host, llama: host)
+    path = write_packed(tmp_path / "umt5.gguf", weights | norms, metadata, by_llama=False)
     expected = load_text_encoder(path, comfy.sd.CLIPType.WAN).encode(TEXTS[0])
     monkeypatch.setattr(args, f"{flag}_text_enc", True)
     clip = load_text_encoder(path, comfy.sd.CLIPType.WAN)
