@@ -47,6 +47,8 @@ class QuantType:
     """The encoder that searches for the least squared error."""
     slower_in_c: tuple[Conversion, ...] = field(default=(), repr=False)
     """The conversions for which ggml's C code is slower than the torch operations."""
+    revision: int = field(default=0, repr=False)
+    """Counts how often the bytes that `fast` or `best` write have changed since version 0.1.0."""
 
     @property
     def block_size(self) -> int:

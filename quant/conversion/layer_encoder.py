@@ -18,13 +18,29 @@ import torch
 from torch import Tensor
 
 from ..encoders.search import Encoder, encode_with_feedback
-from ..qtype import Effort, QuantType, elements_at_a_time
+from ..qtype import QTYPES, Effort, QuantType, elements_at_a_time
 from ..statistics.calibration import Calibration
 from .row_gain import error_weights, restore_gain
 
 # In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
 # the compensation already makes up for large weights that are cut (TinyWan: 0.5 dB in Q4_K_M).
 _COARSE = 3
+
+
+# Counts how often the bytes of calibrated files have changed since version 0.1.0.
+_CALIBRATED_REVISION = 0
+
+
+def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
+    """Return the revision that the encoder of each type has in this version of the pack.
+
+    Args:
+        importance: what is known of the inputs, any float dtype, (in_features,) by the name of the weight.
+    """
+    calibrated = _CALIBRATED_REVISION if isinstance(importance, Calibration) else 0
+    return {
+        name: qtype.revision + (calibrated if isinstance(qtype.best, Encoder) else 0) for name, qtype in QTYPES.items()
+    }
 
 
 class LayerEncoder(NamedTuple):

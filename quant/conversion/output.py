@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import QuantError
 from ..files.disk_space import temporary_of
 from ..files.regular_file import check_path
-from ..gguf.header import read_header
+from ..gguf.header import Header, read_header
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import (
     DATA_SHA256,
@@ -27,6 +27,8 @@ from ..gguf.provenance import (
     TARGET_SIZE,
     VERSION,
     carried_metadata,
+    encoder_revisions,
+    encoders,
     fingerprint,
     is_same_conversion,
 )
@@ -35,6 +37,7 @@ from ..plan.recipe import TypePlan, find_recipe
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import shard_of
 from ..statistics.importance import Importance
+from .layer_encoder import revisions_today
 from .settings import Settings, Target
 
 _log = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ class Output:
     metadata: Mapping[str, Any]
     reused: bool
     """True if the file exists already, made from the same source with the same settings."""
+    older: tuple[str, ...] = ()
+    """The types in a reused file whose encoders write other bytes today."""
 
     @classmethod
     def of(cls, target: Target, checkpoint: Checkpoint, settings: Settings) -> Output:
@@ -62,13 +67,26 @@ class Output:
         path = target.destination
         _check_paths(checkpoint.path, path)
         metadata = _metadata(target, checkpoint, settings)
-        reused = path.exists() and _is_up_to_date(path, metadata, checkpoint)
-        if path.exists() and not reused and not settings.overwrite:
+        exists = path.exists()
+        existing = _header_of_same(path, metadata, checkpoint) if exists else None
+        if exists and existing is None and not settings.overwrite:
             raise QuantError(
                 f"{path}: exists, but is not this conversion of {checkpoint.name}: its source or settings differ;"
                 " choose another name, or allow overwriting"
             )
-        return cls(target, metadata, reused)
+        older = () if existing is None else _older_types(existing, metadata)
+        reused = existing is not None and not (older and settings.overwrite)
+        return cls(target, metadata, reused, older if reused else ())
+
+    @property
+    def age(self) -> str:
+        """A sentence on a reused file of older encoders; empty for any other."""
+        if not self.older:
+            return ""
+        return (
+            f"{self.target.destination.name} is used as it is: it was made by an older encoder of"
+            f" {', '.join(self.older)}; turn overwrite on to make it anew"
+        )
 
     def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> GGUFWriter:
         """Return a writer of the file, which continues a killed conversion if there is one."""
@@ -100,6 +118,7 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         TARGET_SIZE: np.uint64(target.target_bytes),
         "wanquant.effort": settings.effort,
         "wanquant.importance": fingerprint(importance),
+        **encoders(revisions_today(importance)),
         FIVE_D: settings.five_d,
         "wanquant.source_name": checkpoint.name,
         "wanquant.source_size": np.uint64(checkpoint.identity.size),
@@ -116,19 +135,28 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
     }
 
 
-def _is_up_to_date(destination: Path, metadata: Mapping[str, Any], checkpoint: Checkpoint) -> bool:
-    """Return whether the existing file is the result of the same conversion."""
+def _header_of_same(destination: Path, metadata: Mapping[str, Any], checkpoint: Checkpoint) -> Header | None:
+    """Return the header of the existing file if the file is the result of the same conversion."""
     try:
-        existing = read_header(destination).metadata
-        if not is_same_conversion(existing, metadata):
-            return False
+        header = read_header(destination)
     except QuantError:
-        return False
+        return None
+    existing = header.metadata
+    if not is_same_conversion(existing, metadata):
+        return None
     is_untouched = existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0 and existing.get(
         SOURCE_PARTS
     ) == metadata.get(SOURCE_PARTS)
     # A copied or touched source has another modification time but the same content; one in memory has none.
-    return is_untouched or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
+    is_same = is_untouched or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
+    return header if is_same else None
+
+
+def _older_types(existing: Header, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the types of a file whose encoders have a higher revision today, sorted."""
+    recorded, today = encoder_revisions(existing.metadata), encoder_revisions(metadata)
+    stored = {tensor.qtype.name for tensor in existing.tensors.values()}
+    return tuple(sorted(name for name in stored if today.get(name, 0) > recorded.get(name, 0)))
 
 
 def _check_paths(source: Path, destination: Path) -> None:

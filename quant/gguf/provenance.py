@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..files.sentencepiece import SPIECE_KEY
 
 VERSION = "0.1.0"
-"""The version of the converter; a file made by another version is not reused."""
+"""The version of the converter."""
 
 RELATIVE_ERROR = "wanquant.relative_error"
 """FLOAT32 array in tensor order: |dequantized - source| / |source|."""
@@ -21,6 +22,8 @@ FIVE_D = "wanquant.five_d"
 """BOOL: tensors of more than 4 dimensions are stored as they are, not flattened."""
 NON_FINITE = "wanquant.allow_non_finite"
 """BOOL, true or absent: NaN and infinity in the source were replaced by 0."""
+ENCODERS = "wanquant.encoders"
+"""STRING, for example "Q2_K 1, Q4_K 2": the revisions of the encoders; a type that is not named has revision 0."""
 CALIBRATED = "wanquant.calibrated"
 """BOOL, true or absent: codes were rounded for the least error of the layers' outputs."""
 TARGET_SIZE = "wanquant.target_size"
@@ -32,8 +35,9 @@ SOURCE_MTIME = "wanquant.source_mtime_ns"
 SOURCE_PARTS = "wanquant.source_parts"
 """STRING: a SHA-256 of the names, sizes and times of all files of the source; absent for a source of one file."""
 
+_REVISION = re.compile(r"(\w{1,16}) (\d{1,9})(?!\d)")
 _SOURCE_METADATA = "wanquant.source_metadata."
-_IDENTIFYING = ("version", "recipe", "target_size", "effort", "importance", "five_d", "source_name", "source_size")
+_IDENTIFYING = ("recipe", "target_size", "effort", "importance", "five_d", "source_name", "source_size")
 
 
 def source_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -65,10 +69,24 @@ def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
     return digest.hexdigest()
 
 
+def encoders(revisions: Mapping[str, int]) -> dict[str, str]:
+    """Return the metadata of encoder revisions by type; types of revision 0 are left out, so that it may be empty."""
+    text = ", ".join(f"{name} {revision}" for name, revision in sorted(revisions.items()) if revision)
+    return {ENCODERS: text} if text else {}
+
+
+def encoder_revisions(metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Return the encoder revisions that a file records, by type: the inverse of `encoders`."""
+    recorded = metadata.get(ENCODERS)
+    pairs = _REVISION.findall(recorded) if isinstance(recorded, str) else []
+    return {name: int(revision) for name, revision in pairs}
+
+
 def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Return whether a file's metadata names the same source, settings and tokenizer as `wanted`.
 
-    The source is compared by its name and size only.
+    The source is compared by its name and size only. Versions and encoder revisions may differ: an update of the pack
+    must not stop a saved graph.
     """
     same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED)
     is_same = all(existing.get(key) == wanted.get(key) for key in same)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from wanquant.quant import QTYPES, QuantError
+from wanquant.quant.conversion import output
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.files.atomic_file import AtomicFile
 from wanquant.quant.files.journal import Journal
+from wanquant.quant.gguf.header import read_header
 from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.provenance import encoder_revisions
 from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.sources import opening
 
@@ -27,6 +31,52 @@ def test_result_of_the_same_conversion_is_reused(tmp_path, source):
     assert not first.reused and again.reused
     assert again.tensors == first.tensors
     assert again.destination.stat() == written
+
+
+@pytest.fixture
+def new_encoder(monkeypatch):
+    """Return a function that makes the encoder of Q8_0 a newer one."""
+
+    def raise_revision():
+        newer = replace(QTYPES["Q8_0"], revision=QTYPES["Q8_0"].revision + 1)
+        monkeypatch.setitem(QTYPES, "Q8_0", newer)
+
+    return raise_revision
+
+
+def test_file_of_an_older_encoder_is_used_until_it_is_to_be_made_anew(tmp_path, source, new_encoder, caplog):
+    path = tmp_path / "a.gguf"
+    old = convert(source, path, "Q8_0", effort="fast").path.read_bytes()
+    other = convert(source, tmp_path / "b.gguf", "BF16", effort="fast")
+    new_encoder()
+    report = convert(source, path, "Q8_0", effort="fast")
+    sentence = "a.gguf is used as it is: it was made by an older encoder of Q8_0; turn overwrite on to make it anew"
+    assert report.reused and report.warnings == (sentence,) and path.read_bytes() == old
+    assert sentence in report.text() and sentence in caplog.text
+    assert convert(source, other.path, "BF16", effort="fast").warnings == (), "it holds no Q8_0"
+
+    caplog.clear()
+    report = convert(source, path, "Q8_0", effort="fast", overwrite=True)
+    assert not report.reused and report.warnings == () and "older" not in caplog.text
+    assert encoder_revisions(read_header(path).metadata)["Q8_0"] == QTYPES["Q8_0"].revision
+    assert convert(source, path, "Q8_0", effort="fast", overwrite=True).reused
+
+
+def test_file_of_a_newer_encoder_or_pack_is_used(tmp_path, source, new_encoder, monkeypatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(output, "VERSION", "9.9.9")
+        newer.setitem(QTYPES, "Q8_0", replace(QTYPES["Q8_0"], revision=7))
+        convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    report = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    assert report.reused and report.warnings == ()
+
+
+def test_a_killed_conversion_does_not_continue_with_another_encoder(tmp_path, source, new_encoder, caplog, monkeypatch):
+    arguments = {"source": source, "destination": tmp_path / "a.gguf", "recipe": "Q8_0", "effort": "fast"}
+    leave_unfinished(arguments, monkeypatch)
+    new_encoder()
+    convert(**arguments)
+    assert "starting anew" in caplog.text and "resumed after" not in caplog.text
 
 
 def test_touched_source_is_recognized_by_its_content(tmp_path, source):
@@ -117,22 +167,23 @@ def test_every_part_is_compared_by_its_content_if_only_its_time_differs(tmp_path
 def test_a_killed_conversion_does_not_continue_with_another_part(tmp_path, state, kind, caplog, monkeypatch):
     arguments, replace_first = two_parts(tmp_path, state, kind)
     settings = {"recipe": "Q8_0", "effort": "fast"}
-
-    def killed(self, *_):  # What a kill leaves: neither file is deleted.
-        self._file.close()
-
-    written = []
-    with monkeypatch.context() as patch:
-        patch.setattr(AtomicFile, "__exit__", killed)
-        patch.setattr(Journal, "delete", lambda _: None)
-        with pytest.raises(KeyboardInterrupt):
-            convert(destination=tmp_path / "a.gguf", **arguments, **settings, progress=stop_after(20, written))
-    assert len(Journal(tmp_path / ".a.gguf.journal").read()) > 10
+    leave_unfinished({**arguments, **settings, "destination": tmp_path / "a.gguf"}, monkeypatch)
     replace_first()
     resumed = convert(destination=tmp_path / "a.gguf", **arguments, **settings)
     assert "starting anew" in caplog.text and "resumed after" not in caplog.text
     whole = convert(destination=tmp_path / "b.gguf", **arguments, **settings)
     assert resumed.path.read_bytes() == whole.path.read_bytes()
+
+
+def leave_unfinished(arguments, monkeypatch):
+    """Leave what a killed conversion leaves: neither the file nor its journal is deleted."""
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicFile, "__exit__", lambda self, *_: self._file.close())
+        patch.setattr(Journal, "delete", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert(**arguments, progress=stop_after(20, []))
+    path = arguments["destination"]
+    assert len(Journal(path.with_name(f".{path.name}.journal")).read()) > 10
 
 
 def stop_after(n_tensors, seen):
