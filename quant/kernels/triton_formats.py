@@ -25,9 +25,10 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from .triton_loads import BITS, load_byte, load_half, load_shifted_words, load_word, load_words, spread
+
 _NIBBLES = tl.constexpr(0x0F0F0F0F)
 _PAIRS = tl.constexpr(0x03030303)
-_BITS = tl.constexpr(0x01010101)
 _SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 
 
@@ -47,102 +48,59 @@ class CodeLayout:
 
 
 @triton.jit
-def _byte(pointer):
-    return tl.load(pointer).to(tl.int32)
-
-
-@triton.jit
-def _half(pointer):
-    return tl.load(pointer.to(tl.pointer_type(tl.float16))).to(tl.float32)
-
-
-@triton.jit
-def _word(pointer, ALIGN: tl.constexpr):
-    """Load four bytes as a word."""
-    if ALIGN >= 4:
-        return tl.load(pointer.to(tl.pointer_type(tl.int32)))
-    pair = pointer.to(tl.pointer_type(tl.uint16))
-    return tl.load(pair).to(tl.int32) | (tl.load(pair + 1).to(tl.int32) << 16)
-
-
-@triton.jit
-def _words(pointer, ALIGN: tl.constexpr):
-    """Load eight bytes as two words."""
-    if ALIGN >= 8:
-        both = tl.load(pointer.to(tl.pointer_type(tl.int64)))
-        return both.to(tl.int32), (both >> 32).to(tl.int32)
-    return _word(pointer, ALIGN), _word(pointer + 4, ALIGN)
-
-
-@triton.jit
-def _shifted_words(pointer, shift, ALIGN: tl.constexpr):
-    """Load eight bytes as two words, each shifted right."""
-    low, high = _words(pointer, ALIGN)
-    return low >> shift, high >> shift
-
-
-@triton.jit
-def _spread(bits):
-    """Move the bits 0 to 7 to bit 4 of each byte of two words."""
-    # The product copies bits 0 to 3 to the lowest bits of bytes 0 to 3. Its sixteen terms fall on different bits.
-    low = ((bits & 15) * 0x00204081) & _BITS
-    high = ((bits >> 4) * 0x00204081) & _BITS
-    return low << 4, high << 4
-
-
-@triton.jit
 def q4_0(block, group, FIELD: tl.constexpr):
-    low, high = _shifted_words(block + 2 + 8 * group, 4 * FIELD, 2)
-    return low, high, _half(block), 0.0
+    low, high = load_shifted_words(block + 2 + 8 * group, 4 * FIELD, 2)
+    return low, high, load_half(block), 0.0
 
 
 # A product with -1 is used below because Triton negates x as 0 - x, which loses the sign of a zero.
 @triton.jit
 def q4_1(block, group, FIELD: tl.constexpr):
-    low, high = _shifted_words(block + 4 + 8 * group, 4 * FIELD, 4)
-    return low, high, _half(block), -1.0 * _half(block + 2)
+    low, high = load_shifted_words(block + 4 + 8 * group, 4 * FIELD, 4)
+    return low, high, load_half(block), -1.0 * load_half(block + 2)
 
 
 @triton.jit
 def q5_0(block, group, FIELD: tl.constexpr):
-    low, high = _shifted_words(block + 6 + 8 * group, 4 * FIELD, 2)
-    low_bit, high_bit = _spread((_word(block + 2, 2) >> (8 * group) >> (16 * FIELD)) & 255)
-    return (low & _NIBBLES) | low_bit, (high & _NIBBLES) | high_bit, _half(block), 0.0
+    low, high = load_shifted_words(block + 6 + 8 * group, 4 * FIELD, 2)
+    low_bit, high_bit = spread(load_word(block + 2, 2) >> (8 * group) >> (16 * FIELD))
+    return (low & _NIBBLES) | low_bit << 4, (high & _NIBBLES) | high_bit << 4, load_half(block), 0.0
 
 
 @triton.jit
 def q5_1(block, group, FIELD: tl.constexpr):
-    low, high = _shifted_words(block + 8 + 8 * group, 4 * FIELD, 8)
-    low_bit, high_bit = _spread((_word(block + 4, 4) >> (8 * group) >> (16 * FIELD)) & 255)
-    return (low & _NIBBLES) | low_bit, (high & _NIBBLES) | high_bit, _half(block), -1.0 * _half(block + 2)
+    low, high = load_shifted_words(block + 8 + 8 * group, 4 * FIELD, 8)
+    low_bit, high_bit = spread(load_word(block + 4, 4) >> (8 * group) >> (16 * FIELD))
+    low, high = (low & _NIBBLES) | low_bit << 4, (high & _NIBBLES) | high_bit << 4
+    return low, high, load_half(block), -1.0 * load_half(block + 2)
 
 
 @triton.jit
 def q8_0(block, group, FIELD: tl.constexpr):
-    low, high = _words(block + 2 + 8 * group, 2)
-    return low ^ _SIGNS, high ^ _SIGNS, _half(block), 0.0
+    low, high = load_words(block + 2 + 8 * group, 2)
+    return low ^ _SIGNS, high ^ _SIGNS, load_half(block), 0.0
 
 
 @triton.jit
 def q2_k(block, group, FIELD: tl.constexpr):
-    low, high = _shifted_words(block + 16 + 8 * group, 2 * FIELD, 4)
+    low, high = load_shifted_words(block + 16 + 8 * group, 2 * FIELD, 4)
     # The sub-block is 8 * (group // 4) + 2 * FIELD + (group % 4) // 2.
-    scale = _word(block + 8 * (group // 4) + 4 * (FIELD // 2), 4) >> (8 * (group % 4 // 2)) >> (16 * (FIELD % 2))
+    scale = load_word(block + 8 * (group // 4) + 4 * (FIELD // 2), 4) >> (8 * (group % 4 // 2)) >> (16 * (FIELD % 2))
     scale, minimum = (scale & 15).to(tl.float32), ((scale >> 4) & 15).to(tl.float32)
-    return low, high, _half(block + 80) * scale, _half(block + 82) * minimum
+    return low, high, load_half(block + 80) * scale, load_half(block + 82) * minimum
 
 
 @triton.jit
 def q3_k(block, group, FIELD: tl.constexpr):
     half, part = group // 4, group % 4
-    low, high = _shifted_words(block + 32 + 8 * group, 2 * FIELD, 2)
-    low_bit, high_bit = _shifted_words(block + 8 * part, 4 * half, 2)
-    low_bit, high_bit = (low_bit >> FIELD) & _BITS, (high_bit >> FIELD) & _BITS
+    low, high = load_shifted_words(block + 32 + 8 * group, 2 * FIELD, 2)
+    low_bit, high_bit = load_shifted_words(block + 8 * part, 4 * half, 2)
+    low_bit, high_bit = (low_bit >> FIELD) & BITS, (high_bit >> FIELD) & BITS
     # The sub-block is 8 * (group // 4) + 2 * FIELD + (group % 4) // 2.
     down = 8 * (part // 2) + 4 * half
-    scale = (_word(block + 96 + 4 * (FIELD // 2), 2) >> down >> (16 * (FIELD % 2))) & 15
-    scale |= ((_word(block + 104, 2) >> down >> (16 * (FIELD % 2) + 2 * (FIELD // 2))) & 3) << 4
-    scale = _half(block + 108) * (scale.to(tl.int32) - 32).to(tl.float32)
+    scale = (load_word(block + 96 + 4 * (FIELD // 2), 2) >> down >> (16 * (FIELD % 2))) & 15
+    scale |= ((load_word(block + 104, 2) >> down >> (16 * (FIELD % 2) + 2 * (FIELD // 2))) & 3) << 4
+    scale = load_half(block + 108) * (scale.to(tl.int32) - 32).to(tl.float32)
     return (low & _PAIRS) | low_bit << 2, (high & _PAIRS) | high_bit << 2, scale, 0.0
 
 
@@ -150,48 +108,49 @@ def q3_k(block, group, FIELD: tl.constexpr):
 def _scales(block, group, FIELD: tl.constexpr):
     """Return the scale and min for a bit field of a group of Q4_K or Q5_K, as `kquants._unpack_scales` reads them."""
     shift = 16 * (group // 4 % 2)
-    first, second, third = _word(block + 4, 4) >> shift, _word(block + 8, 4) >> shift, _word(block + 12, 4) >> shift
+    first, second = load_word(block + 4, 4) >> shift, load_word(block + 8, 4) >> shift
+    third = load_word(block + 12, 4) >> shift
     # The bytes of one word become the two scales and the two mins of the group.
     near = (first & 0xFFFF) | (second << 16)
     far = (third & 0x0F0F) | ((third & 0xF0F0) << 12) | ((near >> 2) & 0x30303030)
     both = tl.where(group < 8, near & 0x3F3F3F3F, far)
     scale, minimum = (both >> (8 * FIELD)) & 255, (both >> (8 * FIELD) >> 16) & 255
-    return _half(block) * scale.to(tl.float32), _half(block + 2) * minimum.to(tl.float32)
+    return load_half(block) * scale.to(tl.float32), load_half(block + 2) * minimum.to(tl.float32)
 
 
 @triton.jit
 def q4_k(block, group, FIELD: tl.constexpr):
     scale, minimum = _scales(block, group, FIELD)
-    low, high = _shifted_words(block + 16 + 8 * group, 4 * FIELD, 8)
+    low, high = load_shifted_words(block + 16 + 8 * group, 4 * FIELD, 8)
     return low, high, scale, minimum
 
 
 @triton.jit
 def q5_k(block, group, FIELD: tl.constexpr):
     scale, minimum = _scales(block, group, FIELD)
-    low, high = _shifted_words(block + 48 + 8 * group, 4 * FIELD, 8)
-    low_bit, high_bit = _shifted_words(block + 16 + 8 * (group % 4), 2 * (group // 4), 8)
-    low_bit, high_bit = (low_bit >> FIELD) & _BITS, (high_bit >> FIELD) & _BITS
+    low, high = load_shifted_words(block + 48 + 8 * group, 4 * FIELD, 8)
+    low_bit, high_bit = load_shifted_words(block + 16 + 8 * (group % 4), 2 * (group // 4), 8)
+    low_bit, high_bit = (low_bit >> FIELD) & BITS, (high_bit >> FIELD) & BITS
     return (low & _NIBBLES) | low_bit << 4, (high & _NIBBLES) | high_bit << 4, scale, minimum
 
 
 @triton.jit
 def q6_k(block, group, FIELD: tl.constexpr):
     half, part = group // 4, group % 4
-    low, high = _shifted_words(block + 64 * half + 8 * part + 32 * (FIELD % 2), 4 * (FIELD // 2), 2)
-    low_bits, high_bits = _shifted_words(block + 128 + 8 * group, 2 * FIELD, 2)
+    low, high = load_shifted_words(block + 64 * half + 8 * part + 32 * (FIELD % 2), 4 * (FIELD // 2), 2)
+    low_bits, high_bits = load_shifted_words(block + 128 + 8 * group, 2 * FIELD, 2)
     low, high = (low & _NIBBLES) | (low_bits & _PAIRS) << 4, (high & _NIBBLES) | (high_bits & _PAIRS) << 4
-    scale = _byte(block + 192 + 8 * half + part // 2 + 2 * FIELD).to(tl.int8).to(tl.float32)
-    return low, high, _half(block + 208) * scale, 0.0
+    scale = load_byte(block + 192 + 8 * half + part // 2 + 2 * FIELD).to(tl.int8).to(tl.float32)
+    return low, high, load_half(block + 208) * scale, 0.0
 
 
 @triton.jit
 def iq4_xs(block, group, FIELD: tl.constexpr):
     sub = group // 2
-    scale = (_word(block + 4, 4) >> (4 * sub)) & 15
-    scale |= ((_word(block, 4) >> (16 + 2 * sub)) & 3) << 4
-    low, high = _shifted_words(block + 8 + 8 * group, 4 * FIELD, 8)
-    return low, high, _half(block) * (scale.to(tl.int32) - 32).to(tl.float32), 0.0
+    scale = (load_word(block + 4, 4) >> (4 * sub)) & 15
+    scale |= ((load_word(block, 4) >> (16 + 2 * sub)) & 3) << 4
+    low, high = load_shifted_words(block + 8 + 8 * group, 4 * FIELD, 8)
+    return low, high, load_half(block) * (scale.to(tl.int32) - 32).to(tl.float32), 0.0
 
 
 @triton.jit
