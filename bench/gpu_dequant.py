@@ -3,10 +3,10 @@
     python bench/gpu_dequant.py results.jsonl [--minutes 5]
     TRITON_INTERPRET=1 python bench/gpu_dequant.py --selftest        (without a GPU: the correctness check, interpreted)
 
-It needs torch, triton and numpy, but neither ComfyUI nor gguf. It writes a JSON line for each case as soon as it is
-measured, and stops when the minutes are over. The cases:
+It needs torch, triton and numpy, but not ComfyUI. IQ1 to IQ3 also need gguf, which has their grids. The script writes a
+JSON line for each case as soon as it is measured, and stops when the minutes are over. The cases:
 
-    machine      the GPU and the versions
+    machine      the GPU and the versions, and the types left out for want of gguf
     correct      for each type and dtype, whether the bits equal those of the torch operations
     ceilings     bandwidth of a copy, and speed of a bfloat16 product
     dequantize   microseconds, and bandwidth relative to that of the copy
@@ -17,6 +17,7 @@ measured, and stops when the minutes are over. The cases:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 import types
@@ -51,6 +52,12 @@ TILE_BYTES = 64 << 20
 """The value of ops/packed/matmul.py, which needs ComfyUI."""
 
 
+def types_here() -> list[QuantType]:
+    """Return the types that have a kernel, without those whose grid is in gguf where that is not installed."""
+    has_grids = importlib.util.find_spec("gguf") is not None
+    return [QTYPES[name] for name, form in triton_kernel.FORMATS.items() if has_grids or not form.grid_steps]
+
+
 def random_blocks(qtype: QuantType, shape: tuple[int, ...], device: str, seed: int = 0) -> Tensor:
     """Return random bytes: uint8, (rows, bytes per row). About one block in 30 has a scale that is NaN or infinite."""
     generator = torch.Generator().manual_seed(seed)
@@ -72,12 +79,11 @@ def same_bits(qtype: QuantType, n_blocks: int, dtype: torch.dtype, device: str) 
 
 def correctness(device: str) -> Iterator[Row]:
     tile = triton_kernel.TILE
-    for name in triton_kernel.FORMATS:
-        qtype = QTYPES[name]
+    for qtype in types_here():
         blocks = (1, tile // qtype.block_size, 3 * tile // qtype.block_size + 1)
         for dtype in DTYPES:
             same = all(same_bits(qtype, n, dtype, device) for n in blocks)
-            yield {"case": "correct", "type": name, "dtype": str(dtype), "same_bits": same}
+            yield {"case": "correct", "type": qtype.name, "dtype": str(dtype), "same_bits": same}
 
 
 def median_us(call: Callable[[], object]) -> float:
@@ -151,7 +157,7 @@ def measurements() -> Iterator[Row]:
     yield (limits := ceilings())
     copy_gb_s = float(str(limits["copy_gb_s"]))
     for shape in SHAPES:
-        yield from (speed(QTYPES[name], shape, copy_gb_s) for name in triton_kernel.FORMATS)
+        yield from (speed(qtype, shape, copy_gb_s) for qtype in types_here())
     for tokens in TOKENS:
         for name in ("Q8_0", "Q4_K", "Q6_K", "Q5_0"):
             try:
@@ -185,7 +191,8 @@ def main() -> int:
         return 0
     deadline = time.monotonic() + 60 * options.minutes
     with options.results.open("a") if options.results else open(sys.stdout.fileno(), "w", closefd=False) as file:
-        write_row(file, gpu_machine() | {"triton": triton.__version__})
+        left_out = sorted(triton_kernel.FORMATS.keys() - {qtype.name for qtype in types_here()})
+        write_row(file, gpu_machine() | {"triton": triton.__version__, "left_out": left_out})
         right = write(correctness("cuda" if gpu else "cpu"), file, deadline)
         if not options.selftest:
             right &= write(measurements(), file, deadline)

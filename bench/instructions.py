@@ -2,7 +2,8 @@
 
 A kernel can only reach the memory's bandwidth if no unit needs more time than the memory does. The last columns are
 the time of the busiest unit over that of the memory, from the clock and bandwidth in the data sheets. Above 1, the
-unit is the limit.
+unit is the limit. IQ1 to IQ3 read rows of a table, for which the threads of a warp may wait for each other. That is not
+counted.
 """
 
 from __future__ import annotations
@@ -56,8 +57,11 @@ UNITS = {
 def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
     """Return the output of every stage of the compiler, for a launch with aligned pointers."""
     constants = triton_kernel.constants(QTYPES[name]) | {"TILE": triton_kernel.TILE}
-    arguments = {"packed": "*u8", "out": f"*{dtype}", "n_elements": "i64", "integers": "i32"}
-    aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2)}
+    arguments = {"packed": "*u8", "out": f"*{dtype}", "n_elements": "i64", "integers": "i32", "grid": "*u8"}
+    aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2, 4)}
+    if not triton_kernel.FORMATS[name].grid_steps:  # a launch compiles None as a constant
+        del arguments["grid"], aligned[4,]
+        constants["grid"] = None
     signature = arguments | dict.fromkeys(constants, "constexpr")
     source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)
     stages: dict[str, Any] = triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm

@@ -111,12 +111,17 @@ def _grid(name: str, rows: Tensor) -> Tensor:
 
 @cached_on_device
 def _grid_table(name: str, device: torch.device) -> Tensor:
+    return grid(name).to(device)
+
+
+def grid(name: str) -> Tensor:
+    """Return a type's grid of integers, float32 (rows, 4 or 8), on the CPU."""
     # Not imported at the top: the package takes as long to import as all of this one, and few files have these types.
     import gguf.quants
 
     source = getattr(gguf.quants, name)
     source.init_grid()
-    return torch.from_numpy(source.grid).view(source.grid_shape).to(device)
+    return torch.from_numpy(source.grid).view(source.grid_shape)
 
 
 @cached_on_device

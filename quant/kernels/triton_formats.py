@@ -5,6 +5,9 @@ twice. A byte has one, two or four bit fields (FIELDS), each of which is a code 
 all eight bytes holds the codes of eight neighboring weights. The next bit field holds those of the weights SPAN groups,
 or 8 * SPAN weights, further on. Which bits to take is known when the kernel is compiled.
 
+IQ1, IQ2 and IQ3 (triton_grids.py) store the numbers of rows in a grid instead of codes. Their thread takes a group of
+two rows, each of which stands for a bit field.
+
 Each format is a function of (block, group, FIELD): pointers to blocks, the number of a group in its block, and the
 number of a bit field. It returns (low, high, scale, minimum):
 
@@ -25,6 +28,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from .triton_grids import read_grid
 from .triton_loads import BITS, load_byte, load_half, load_shifted_words, load_word, load_words, spread
 
 _NIBBLES = tl.constexpr(0x0F0F0F0F)
@@ -45,6 +49,8 @@ class CodeLayout:
     bias: int | None = 0
     """What is subtracted from a code; None if codes are indices into IQ4's codebook."""
     has_minimum: bool = False
+    grid_steps: int = 0
+    """The difference between the codes of neighboring integers in the grid; 0 for a type without a grid."""
 
 
 @triton.jit
@@ -154,7 +160,7 @@ def iq4_xs(block, group, FIELD: tl.constexpr):
 
 
 @triton.jit
-def read(block, group, FIELD: tl.constexpr, FORMAT: tl.constexpr):
+def read(block, group, grid, FIELD: tl.constexpr, FORMAT: tl.constexpr):
     """Call the function of a format by its name; Triton 3.2 cannot launch a kernel with a function as a constant."""
     if FORMAT == "Q4_0":
         return q4_0(block, group, FIELD)
@@ -180,6 +186,8 @@ def read(block, group, FIELD: tl.constexpr, FORMAT: tl.constexpr):
         return q4_0(block, group, FIELD)
     elif FORMAT == "IQ4_XS":
         return iq4_xs(block, group, FIELD)
+    else:
+        return read_grid(block, group, grid, FIELD, FORMAT)
 
 
 FORMATS = {
@@ -195,4 +203,6 @@ FORMATS = {
     "Q6_K": CodeLayout(6, fields=4, bias=32),
     "IQ4_NL": CodeLayout(4, span=2, bias=None),
     "IQ4_XS": CodeLayout(4, span=2, bias=None),
+    **dict.fromkeys(("IQ1_S", "IQ1_M"), CodeLayout(8, span=2, bias=128, grid_steps=8)),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), CodeLayout(8, span=2, bias=128, grid_steps=1)),
 }

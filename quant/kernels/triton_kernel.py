@@ -19,6 +19,7 @@ from triton.errors import TritonError
 
 from ..device import lasting_allocations
 from .triton_formats import FORMATS, read
+from .triton_grids import grid_codes
 
 if TYPE_CHECKING:
     from ..qtype import QuantType
@@ -46,6 +47,7 @@ def _weights(
     block,
     group,
     integers,
+    grid,
     FIELD: tl.constexpr,
     FORMAT: tl.constexpr,
     BITS: tl.constexpr,
@@ -53,7 +55,7 @@ def _weights(
     HAS_MINIMUM: tl.constexpr,
 ):
     """Dequantize one bit field of every group, float32 (groups, 8)."""
-    low, high, scale, minimum = read(block, group, FIELD, FORMAT)
+    low, high, scale, minimum = read(block, group, grid, FIELD, FORMAT)
     # Each half of a word is moved to the lower half. Its lower byte is used as it is. Its upper byte stays in place, so
     # that its code is 256 times too large, which `unit` undoes.
     word = tl.join(low, high).to(tl.uint32)[:, :, None]
@@ -77,6 +79,7 @@ def dequantize_kernel(
     out,
     n_elements,
     integers,
+    grid,
     FORMAT: tl.constexpr,
     BITS: tl.constexpr,
     FIELDS: tl.constexpr,
@@ -93,6 +96,7 @@ def dequantize_kernel(
         packed: uint8, starting at a 16-byte boundary.
         out: `n_elements` of a float dtype, at least TILE, contiguous.
         integers: _TWO_TO_23. An argument stays in a register, while a constant costs one more instruction per weight.
+        grid: `grid_codes` of the type, uint8, (rows, 8 or 4); None for a type without a grid.
     """
     # The last program starts early enough to end with the last weight. Some weights are then dequantized twice, but no
     # program needs a mask.
@@ -101,12 +105,12 @@ def dequantize_kernel(
     inside = group % (BLOCK_SIZE // (8 * FIELDS))
     block = packed + start // BLOCK_SIZE * TYPE_SIZE + group // (BLOCK_SIZE // (8 * FIELDS)) * TYPE_SIZE
     # All fields are read before any is written, so that the compiler loads only once what they share.
-    first = _weights(block, inside, integers, 0, FORMAT, BITS, BIAS, HAS_MINIMUM)
+    first = _weights(block, inside, integers, grid, 0, FORMAT, BITS, BIAS, HAS_MINIMUM)
     if FIELDS >= 2:
-        second = _weights(block, inside, integers, 1, FORMAT, BITS, BIAS, HAS_MINIMUM)
+        second = _weights(block, inside, integers, grid, 1, FORMAT, BITS, BIAS, HAS_MINIMUM)
     if FIELDS >= 4:
-        third = _weights(block, inside, integers, 2, FORMAT, BITS, BIAS, HAS_MINIMUM)
-        fourth = _weights(block, inside, integers, 3, FORMAT, BITS, BIAS, HAS_MINIMUM)
+        third = _weights(block, inside, integers, grid, 2, FORMAT, BITS, BIAS, HAS_MINIMUM)
+        fourth = _weights(block, inside, integers, grid, 3, FORMAT, BITS, BIAS, HAS_MINIMUM)
     offset = group // SPAN * (8 * SPAN * FIELDS) + group % SPAN * 8
     to = out + start + offset[:, None] + tl.arange(0, 8)[None, :]
     tl.store(to, first.to(out.dtype.element_ty))
@@ -141,8 +145,11 @@ def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     """
     n_elements = out.numel()
     tile = min(TILE, 1 << (n_elements.bit_length() - 1))
-    grid = (-(-n_elements // tile),)
-    dequantize_kernel[grid](packed, out, n_elements, _TWO_TO_23.value, TILE=tile, **constants(qtype), **OPTIONS)
+    programs = (-(-n_elements // tile),)
+    steps = FORMATS[qtype.name].grid_steps
+    grid = grid_codes(qtype.name, steps, packed.device) if steps else None
+    arguments = (packed, out, n_elements, _TWO_TO_23.value, grid)
+    dequantize_kernel[programs](*arguments, TILE=tile, **constants(qtype), **OPTIONS)
 
 
 def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:

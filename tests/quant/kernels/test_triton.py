@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from wanquant.quant import QTYPES
+from wanquant.quant.formats import iquants
 
 triton = pytest.importorskip("triton", reason="Triton's wheels are for Linux")
 
@@ -22,9 +23,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from wanquant.bench.instructions import GPUS, NVDISASM, busiest, compiled  # noqa: E402
 from wanquant.quant.kernels import triton_kernel  # noqa: E402
+from wanquant.quant.kernels.triton_grids import grid_codes  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+GRIDS = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", *GRIDS)
 DTYPES = ("fp32", "fp16", "bf16")
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (75, 80, 86, 89, 90, 100, 120)] + [GPUTarget("hip", "gfx1100", 32)]
 THREADS = 32 * triton_kernel.OPTIONS["num_warps"]
@@ -67,16 +70,30 @@ class StubDriver:
         return TARGETS[3]
 
 
-def test_a_launch_reaches_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_S"])
+def test_a_launch_reaches_the_driver(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of Triton's launch, which neither the interpreter nor the compiler makes, pass."""
     stub = StubDriver()
     monkeypatch.setattr(triton.runtime.driver, "_active", stub)
-    packed = torch.zeros(3 * triton_kernel.TILE // 256 * 144, dtype=torch.uint8)
+    packed = torch.zeros(3 * triton_kernel.TILE // 256 * QTYPES[name].type_size, dtype=torch.uint8)
     out = torch.empty(3 * triton_kernel.TILE, dtype=torch.float16)
-    triton_kernel.launch(QTYPES["Q4_K"], packed, out)
+    triton_kernel.launch(QTYPES[name], packed, out)
     ((*grid, stream), arguments) = stub.launches[0][:4], stub.launches[0][4:]
     assert (grid, stream) == ([3, 1, 1], 7)
     assert any(argument is packed for argument in arguments)
+    table = grid_codes(name, 1, packed.device) if name in GRIDS else None
+    assert table is None or any(argument is table for argument in arguments)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_table_is_the_grid_in_small(name: str) -> None:
+    """The table of codes is made once and has at most 16 KiB, so that a multiprocessor's cache holds it."""
+    steps = triton_kernel.FORMATS[name].grid_steps
+    table = grid_codes(name, steps, torch.device("cpu"))
+    assert table is grid_codes(name, steps, torch.device("cpu"))
+    assert table.nbytes <= 16 << 10
+    assert table.dtype is torch.uint8
+    assert torch.equal((table.float() - 128) / steps, iquants.grid(name))
 
 
 @pytest.mark.parametrize("name", TYPES)
