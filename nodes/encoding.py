@@ -56,10 +56,11 @@ def overwrite_input() -> io.Boolean.Input:
 def effort_input() -> io.Combo.Input:
     return io.Combo.Input(
         "effort",
-        options=["best", "fast"],
+        options=["best", "fast", "thorough"],
         default="best",
         advanced=True,
-        tooltip="best searches for the least error. fast writes the same bytes as ggml's own encoders, in less time.",
+        tooltip="best searches for the least error. fast writes the same bytes as ggml's own encoders, in less time."
+        " thorough takes longer than best for less error, with a calibration only.",
     )
 
 

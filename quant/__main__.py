@@ -117,7 +117,8 @@ def _add_convert(commands: _Commands) -> None:
         "--effort",
         default="best",
         choices=get_args(Effort),
-        help="best (default) searches for the least error; fast writes the same bytes as ggml",
+        help="best (default) searches for the least error; fast writes the same bytes as ggml; thorough takes longer"
+        " than best for less error, with --calibrate only",
     )
     command.add_argument("--device", default="cpu", help="the device that quantizes: cpu (default), cuda, mps or xpu")
     command.add_argument(

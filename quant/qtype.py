@@ -17,7 +17,7 @@ from .formats import iq4, iquants, kquants, legacy, low_bits, microscaling, plai
 from .formats.bits import BlockLayout
 from .kernels.optional import GGML
 
-Effort = Literal["fast", "best"]
+Effort = Literal["fast", "best", "thorough"]
 _EFFORTS: tuple[Effort, ...] = get_args(Effort)
 Conversion = Literal["dequantize", "quantize"]
 DequantizeBlocks = Callable[[Tensor], Tensor]
@@ -65,7 +65,7 @@ class QuantType:
     @property
     def efforts(self) -> tuple[Effort, ...]:
         """The efforts that `quantize` has an encoder for; none for a type that can only be read."""
-        return tuple(effort for effort in _EFFORTS if getattr(self, effort))
+        return tuple(effort for effort in _EFFORTS if self._encoder(effort))
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape in bytes of a tensor of this shape; only the last axis changes.
@@ -120,6 +120,7 @@ class QuantType:
             importance: any float dtype, (n,). The importance of each input channel in the squared error, at least 0.
             effort: "best" minimizes the squared error. "fast" writes the bytes that ggml writes without importance.
                 With importance, both minimize the weighted squared error; types without such an encoder ignore it.
+                "thorough" is the same as "best" here: it differs for a layer whose inputs are known.
 
         Returns:
             uint8, (..., n_blocks * type_size), on the weight's device.
@@ -151,11 +152,14 @@ class QuantType:
         """
         if effort not in _EFFORTS:
             raise QuantError(f"{self.name}: effort {effort!r} is unknown; choose from {', '.join(_EFFORTS)}")
-        encode = self.best if effort == "best" else self.fast
+        encode = self._encoder(effort)
         if encode is None:
             writable = ", ".join(qtype.name for qtype in QTYPES.values() if effort in qtype.efforts)
             raise QuantError(f"{self.name}: this type has no {effort} encoder; choose from {writable}")
         return encode
+
+    def _encoder(self, effort: str) -> EncodeBlocks | None:
+        return self.fast if effort == "fast" else self.best
 
     def _importance_of_chunks(self, importance: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
         """Return a function from a chunk of n blocks to its importance, float32 (n, block_size)."""

@@ -5,8 +5,8 @@ least error. At effort "best", a `LayerEncoder` uses all that is known of the in
 
 - nothing: it searches for the least squared error, then restores the gain of each row (see `row_gain`);
 - an importance matrix: it does the same, and weights each squared error by the mean square of its input channel;
-- a calibration: it rounds the weights column by column as GPTQ does, so that later columns compensate for the rounding
-  errors of earlier ones.
+- a calibration: it rounds the weights for the least error of the outputs, so that their errors make up for each other
+  (`encoders/rounding`). Effort "thorough" tries more of these roundings.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..encoders.search import Encoder, encode_with_feedback
+from ..encoders.rounding import BEST, THOROUGH, Moments, round_for_outputs
+from ..encoders.search import Encoder
 from ..qtype import QTYPES, Effort, QuantType, elements_at_a_time
 from ..statistics.calibration import Calibration
 from .row_gain import error_weights, restore_gain
@@ -25,10 +26,11 @@ from .row_gain import error_weights, restore_gain
 # In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
 # the compensation already makes up for large weights that are cut (TinyWan: 0.5 dB in Q4_K_M).
 _COARSE = 3
+_ROUNDED_ELEMENTS = 1 << 20
 
 
 # Counts how often the bytes of calibrated files have changed since version 0.1.0.
-_CALIBRATED_REVISION = 0
+_CALIBRATED_REVISION = 1
 
 
 def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
@@ -48,19 +50,20 @@ class LayerEncoder(NamedTuple):
 
     importance: Tensor | None = None
     """float32, (in_features,): the mean square of each input channel."""
-    inverse_factor: Tensor | None = None
-    """float32, (in_features / span, span, span), from `Calibration.inverse_factor`; requires `importance`."""
+    moments: Moments | None = None
+    """The second moments of the inputs, from `Calibration.moments`; requires `importance`."""
 
     @classmethod
     def of(cls, importance: Mapping[str, Tensor], name: str) -> LayerEncoder:
         """Return the encoder of the weight `name`; `importance` may be a calibration, and may lack the name."""
         if name not in importance:
             return cls()
-        return cls(importance[name], importance.inverse_factor(name) if isinstance(importance, Calibration) else None)
+        return cls(importance[name], Moments(importance.moments(name)) if isinstance(importance, Calibration) else None)
 
     def to(self, device: torch.device) -> LayerEncoder:
         """Return this encoder with its tensors on `device`."""
-        return LayerEncoder(*(None if values is None else values.to(device, torch.float32) for values in self))
+        importance = None if self.importance is None else self.importance.to(device, torch.float32)
+        return LayerEncoder(importance, None if self.moments is None else self.moments.to(device))
 
     def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
         """Quantize the weight like `QuantType.quantize`, but for the least error of the layer's outputs.
@@ -70,23 +73,31 @@ class LayerEncoder(NamedTuple):
         Args:
             qtype: the type to quantize to.
             weight: floating point, (out_features, in_features), on the device of the statistics.
-            effort: "fast" or "best"; with a calibration, both search.
+            effort: with a calibration, "fast" searches as "best" does. Without one, "thorough" is the same as "best".
 
         Returns:
             uint8, (out_features, bytes per row), on the same device.
         """
         encoder = qtype.best
-        if not isinstance(encoder, Encoder) or (effort == "fast" and self.inverse_factor is None):
+        if not isinstance(encoder, Encoder) or (effort == "fast" and self.moments is None):
             return qtype.quantize(weight, self.importance, effort)
+        if self.importance is not None and self.moments is not None:
+            # Its operations take one channel of all rows, so that they need more rows than a search.
+            step, weight = _ROUNDED_ELEMENTS // weight.shape[-1], weight.float()
+            parts = torch.split(weight, max(1, step))
+            return torch.cat([self._round(encoder, qtype, part, effort) for part in parts])
         parts = torch.split(weight.float(), max(1, elements_at_a_time(weight.device) // weight.shape[-1]))
         return torch.cat([self._search(encoder, qtype, part) for part in parts])
 
+    def _round(self, encoder: Encoder, qtype: QuantType, weight: Tensor, effort: Effort) -> Tensor:
+        assert self.importance is not None and self.moments is not None
+        is_coarse = qtype.bits_per_weight <= _COARSE
+        weighting = error_weights(weight, self.importance) if is_coarse else self.importance.expand_as(weight)
+        how = THOROUGH if effort == "thorough" else BEST
+        return round_for_outputs(encoder, qtype.block_size, weight, weighting, self.moments, how)
+
     def _search(self, encoder: Encoder, qtype: QuantType, weight: Tensor) -> Tensor:
         weighting = error_weights(weight, self.importance)
-        if self.importance is not None and self.inverse_factor is not None:
-            if qtype.bits_per_weight > _COARSE:
-                weighting = self.importance.expand_as(weight)
-            return encode_with_feedback(encoder, qtype.block_size, weight, weighting, self.inverse_factor)
         blocks = weight.reshape(-1, qtype.block_size)
         packed = encoder(blocks, weighting.view_as(blocks)).view(len(weight), -1)
         return restore_gain(qtype, packed, weight, self.importance)

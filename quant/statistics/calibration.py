@@ -8,8 +8,8 @@ one weight can be compensated by the weights of the later channels.
 A full X^T X is large, so only its diagonal blocks of `SPAN` channels are kept. Channels of one block (a "span")
 compensate for each other, those of different blocks do not.
 
-A conversion takes a `Calibration` in place of an importance matrix. `Calibration.inverse_factor` prepares the matrices
-for the encoder, which then rounds a weight column by column.
+A conversion takes a `Calibration` in place of an importance matrix. `Calibration.moments` prepares the matrices for the
+encoder, which then rounds a weight column by column.
 
 Source: GPTQ (arXiv 2210.17323).
 """
@@ -56,11 +56,11 @@ class Calibration(Importance):
     def metadata(self) -> dict[str, Any]:
         return {**super().metadata, CALIBRATED: True}
 
-    def inverse_factor(self, name: str) -> Tensor:
-        """Return the upper Cholesky factor of the inverse of each damped block of X^T X, as GPTQ uses it.
+    def moments(self, name: str) -> Tensor:
+        """Return the diagonal blocks of X^T X / tokens with a damped diagonal, as GPTQ uses them.
 
         Returns:
-            float32, (in_features / span, span, span), on the CPU.
+            float64, (in_features / span, span, span), on the CPU.
 
         Raises:
             QuantError: a block is not positive definite, which sums of x x^T always are once they are damped.
@@ -69,14 +69,13 @@ class Calibration(Importance):
         scale = moments.diagonal(dim1=1, dim2=2).mean(1)
         damping = torch.where(scale > 0, _DAMPING * scale, 1.0)
         moments.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-        lower, failed = torch.linalg.cholesky_ex(moments)
+        _, failed = torch.linalg.cholesky_ex(moments)
         if failed.any():
             raise QuantError(
                 f"{self.name}: tensor {name}: got a matrix that is not positive definite, expected the Gram matrix"
                 " (X^T X) of the layer's inputs; collect the calibration again"
             )
-        factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-        return factor.float()
+        return moments
 
 
 class CalibrationCollector(Collector):

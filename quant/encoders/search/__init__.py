@@ -18,13 +18,12 @@ The search has three stages:
 3. `refine` in `fit.py` tries more starts for the few blocks whose error depends most on how scales are rounded.
 
 Every encoder takes blocks, float32 (n, block_size), and importance of the same shape or None, on any device. It returns
-uint8 (n, type_size). `encode_with_feedback` takes any of these encoders. It minimizes the error of a layer's outputs
-instead of the error of its weights.
+uint8 (n, type_size). They minimize the error of the weights. `encoders/rounding` takes any of them to minimize the
+error of a layer's outputs.
 """
 
 from __future__ import annotations
 
 from .encoders import Encoder
-from .feedback import encode_with_feedback
 
-__all__ = ["Encoder", "encode_with_feedback"]
+__all__ = ["Encoder"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from .constants import encode_constants_once
 from .fit import BlockScales, SearchSettings, fit_scales, refine
 from .levels import Codebook, Integers, Levels
 from .scale import search_scale, search_scale_and_min
-from .sub_blocks import SubBlocks
+from .sub_blocks import SubBlocks, reciprocal_or_zero
 
 Pack = Callable[[BlockScales, Tensor], Tensor]
 """Writes blocks from their scales and their codes, float32 (n, block_size): returns uint8 (n, type_size)."""
@@ -35,6 +36,8 @@ class _Counts:
     rounds: int
 
 
+# Of the anchors, every second one finds a scale that is to be rounded to an integer.
+_EVERY = 2
 _WITH_SCALES = _Counts(anchors=13, starts=3, rounds=3)
 _WITH_SCALES_AND_MINS = _Counts(anchors=17, starts=3, rounds=3)
 # Eight levels need no finer grid of anchors.
@@ -64,6 +67,8 @@ class Encoder:
     anchors: Sequence[float]
     search: SearchSettings
     pack: Pack
+    together: ClassVar[int] = 1
+    offsets: ClassVar[tuple[float, ...]] = (0.0,)
 
     def __call__(self, blocks: Tensor, importance: Tensor | None = None) -> Tensor:
         """Encode blocks, float32 (n, block_size), with importance of the same shape, to uint8 (n, type_size)."""
@@ -74,6 +79,21 @@ class Encoder:
         scale, minimum = (values.view(n_blocks, -1) for values in self._real_scales(sub_blocks, self.anchors))
         found = fit_scales(sub_blocks, self.levels, scale, minimum, self.search)
         return refine(sub_blocks, self.levels, found, self._refined_starts, self.search)
+
+    def fit_integers(self, sub_blocks: SubBlocks, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
+        """Search for the integer scales and mins of n sub-blocks whose d and dmin are given, all float32 (n,)."""
+        scale, minimum = self._real_scales(sub_blocks, self.anchors[::_EVERY])
+        scales = self.search.scales.nearest(scale * reciprocal_or_zero(d))
+        return scales, self.search.mins.nearest(minimum * reciprocal_or_zero(dmin))
+
+    def rounding(self, scale: Tensor, offset: float | Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function that rounds values, float32 (n, 1, rows), under a scale of each row, (n, rows)."""
+        unit = reciprocal_or_zero(scale)[:, None]
+        return lambda values, _: self.levels.nearest(values * unit)
+
+    def offset(self, levels: Tensor) -> float:
+        """Return what a type adds to its levels, float32 (n, size, rows): these types add nothing."""
+        return 0.0
 
     def pack_levels(self, scales: BlockScales, levels: Tensor) -> Tensor:
         """Write blocks whose weights have these levels, float32 (n, block_size), as uint8 (n, type_size)."""

@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Integers(Levels):
 
     low: int
     high: int
+    step: ClassVar[int] = 1
 
     def nearest(self, values: Tensor) -> Tensor:
         return values.round_().clamp_(self.low, self.high)

@@ -24,7 +24,7 @@ def weight():
 
 
 def test_every_type_with_a_search_has_factors():
-    searched = {name for name, qtype in QTYPES.items() if qtype.block_size > 1 and len(qtype.efforts) == 2}
+    searched = {name for name, qtype in QTYPES.items() if qtype.block_size > 1 and qtype.best}
     assert searched - {"TQ1_0", "TQ2_0", "MXFP4"} <= set(TYPES)
 
 

@@ -31,7 +31,7 @@ def test_round_trip(tmp_path, calibration):
     assert set(read) == set(read.products) == set(calibration)
     for name in calibration:
         assert torch.equal(read[name], calibration[name])
-        assert torch.equal(read.inverse_factor(name), calibration.inverse_factor(name))
+        assert torch.equal(read.moments(name), calibration.moments(name))
 
 
 def test_inputs_that_several_layers_share_are_written_once(tmp_path, calibration):

@@ -1,0 +1,68 @@
+"""Rounding for the least error of a layer's outputs, by the second moments of its inputs.
+
+The squared error of the outputs is e H e^T for the error e of each row, where H holds the second moments of the inputs
+(`moments.py`). The rounding has two stages:
+
+1. `feedback.py` takes the sub-blocks in the order of their input channels. When the turn of one comes, its scale
+   and min are searched for. Its weights are rounded, and the later weights then make up for its errors.
+2. `descent.py` goes over the sub-blocks again. Each weight, scale, min and factor gets its best value, given the others.
+
+Any type takes part whose encoder has what `Grid` asks for. Every operation works on one channel of all rows, or is a
+sum without rounding errors (`exact.py`). The bytes of a row therefore depend neither on other rows nor on threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .descent import Descent
+from .feedback import round_with_feedback
+from .grid import Grid
+from .moments import Moments
+
+__all__ = ["BEST", "THOROUGH", "Grid", "Moments", "Thoroughness", "round_for_outputs"]
+
+
+@dataclass(frozen=True)
+class Thoroughness:
+    """How much is tried.
+
+    Args:
+        neighbors: whether a sub-block also tries the neighbors of the scale and min that its search found.
+        sweeps: how often the descent goes over all sub-blocks.
+    """
+
+    neighbors: bool
+    sweeps: int
+
+
+BEST = Thoroughness(neighbors=False, sweeps=1)
+THOROUGH = Thoroughness(neighbors=True, sweeps=6)
+
+
+def round_for_outputs(
+    grid: Grid, block_size: int, weight: Tensor, importance: Tensor, moments: Moments, how: Thoroughness
+) -> Tensor:
+    """Quantize a weight for the least squared error of its layer's outputs.
+
+    Args:
+        weight: float32 (rows, input channels).
+        importance: float32 (rows, input channels), the importance of each weight in the search for a block's scales.
+        moments: the second moments of the input channels, in n runs of `span`; `block_size` divides `span`.
+
+    Returns:
+        uint8 (rows, bytes per row).
+    """
+    rows, n = len(weight), len(moments.matrix)
+
+    def by_channel(values: Tensor) -> Tensor:
+        return values.view(rows, n, -1).permute(1, 2, 0).contiguous()
+
+    weight = by_channel(weight)
+    rounded = round_with_feedback(grid, block_size, weight, by_channel(importance), moments, neighbors=how.neighbors)
+    Descent(grid, weight, moments, rounded).run(how.sweeps)
+    blocks = [grid.pack_levels(*block).view(n, rows, -1) for block in rounded.blocks()]
+    return torch.stack(blocks, 2).transpose(0, 1).reshape(rows, -1)

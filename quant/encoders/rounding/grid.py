@@ -1,0 +1,63 @@
+"""What the rounding asks of a type: its integers, its levels, and how a group of weights is rounded to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ..search.fit import BlockScales
+from ..search.levels import Integers
+from ..search.sub_blocks import SubBlocks
+
+RoundGroup = Callable[[Tensor, Tensor], Tensor]
+"""Takes values, float32 (n, together, rows), and P, float32 (n, together, together) and upper triangular.
+
+Returns the levels c, of the shape of the values, of least error ||(values - scale * c) P||**2. A group of one weight
+has one nearest level, whatever P is."""
+
+
+class Integral(Protocol):
+    """The integers that a block stores for its sub-blocks."""
+
+    @property
+    def scales(self) -> Integers: ...
+
+    @property
+    def mins(self) -> Integers: ...
+
+
+class Grid(Protocol):
+    """The values that blocks of a type can have: d * scale * level - dmin * min."""
+
+    @property
+    def size(self) -> int:
+        """The number of weights in a sub-block."""
+
+    @property
+    def together(self) -> int:
+        """The number of weights that are rounded at once."""
+
+    @property
+    def offsets(self) -> Sequence[float]:
+        """Each sub-block adds one of these to all of its levels."""
+
+    @property
+    def search(self) -> Integral:
+        """The integers of the type."""
+
+    def fit_scales(self, sub_blocks: SubBlocks, n_blocks: int) -> BlockScales:
+        """Search for the scales of blocks."""
+
+    def fit_integers(self, sub_blocks: SubBlocks, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
+        """Search for the integer scales and mins of n sub-blocks whose d and dmin are given, all float32 (n,)."""
+
+    def rounding(self, scale: Tensor, offset: float | Tensor) -> RoundGroup:
+        """Return the function that rounds groups under a scale and an offset of each row, float32 (n, rows)."""
+
+    def offset(self, levels: Tensor) -> float | Tensor:
+        """Return the offset that levels of a sub-block have, (n, size, rows) -> (n, rows), or 0."""
+
+    def pack_levels(self, scales: BlockScales, levels: Tensor) -> Tensor:
+        """Write blocks whose weights have these levels, float32 (n, block_size), as uint8 (n, type_size)."""
