@@ -1,7 +1,11 @@
-"""IQ1, IQ2 and IQ3, for reading only: eight or four weights at a time are a row of a fixed grid, with signs and scales.
+"""IQ1, IQ2 and IQ3: eight or four weights at a time are a row of a fixed grid, with signs and scales.
 
 `dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, 256). This is bit-exact to ggml in any order
 of the factors, because float32 holds every product of a block exactly.
+
+`pack_*` writes blocks, uint8 (n, type_size), from their factors. A weight is `UNITS[name] * d * scale * level`. `d` are
+floats (n,). `scales`, float32 (n, sub-blocks), are 2 * s + 1 for the stored s. `levels`, float32 (n, 256), are entries
+of the grid with their signs, and in IQ1 with the delta.
 
 Source: ggml-quants.c dequantize_row_iq{1_s,1_m,2_xxs,2_xs,2_s,3_xxs,3_s}, ggml-common.h @ ggml 0.15.3; checked against
 0.20.2. The grids are those of the gguf package.
@@ -9,12 +13,13 @@ Source: ggml-quants.c dequantize_row_iq{1_s,1_m,2_xxs,2_xs,2_s,3_xxs,3_s}, ggml-
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
 from ..device import cached_on_device
-from .bits import BlockLayout, fields, half, unpack_bits
+from .bits import BlockLayout, fields, half, half_bytes, pack_bits, unpack_bits
 
 # d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
 IQ1_S = BlockLayout(256, 50)
@@ -30,6 +35,16 @@ IQ2_S = BlockLayout(256, 82)
 IQ3_XXS = BlockLayout(256, 98)
 # d f16 | qs 64 | qh 8 | signs 32 | scales 4
 IQ3_S = BlockLayout(256, 110)
+
+UNITS = {
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ3_S"), 1.0),
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S"), 1 / 8),
+    "IQ3_XXS": 1 / 4,
+}
+"""The fixed factor of each type's weights, see the top of this module."""
+
+GRID_WEIGHTS = {name: 4 if name.startswith("IQ3") else 8 for name in UNITS}
+"""The number of weights in a row of each type's grid."""
 
 
 def dequantize_iq1_s(blocks: Tensor) -> Tensor:
@@ -109,6 +124,11 @@ def _grid(name: str, rows: Tensor) -> Tensor:
     return embedding(rows, _grid_table(name, rows.device))
 
 
+def grid_entries(name: str, device: torch.device) -> Tensor:
+    """Return the grid of a type, float32 (rows, 4 or 8), of magnitudes; IQ1's entries have signs, but no delta."""
+    return _grid_table(name, device).view(-1, GRID_WEIGHTS[name])
+
+
 @cached_on_device
 def _grid_table(name: str, device: torch.device) -> Tensor:
     return grid(name).to(device)
@@ -136,3 +156,107 @@ def _even_signs(device: torch.device) -> Tensor:
     signs = _signs(device)[:128].clone()
     signs[:, 7] = signs[:, :7].prod(1)
     return signs
+
+
+def pack_iq1_s(d: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    rows, delta = _rows_and_deltas("IQ1_S", levels)
+    words = _join(rows.view(-1, 8, 4) >> 8, 3) | _stored(scales) << 12 | delta[:, ::4] << 15
+    return torch.cat((half_bytes(d[:, None]), _bytes(rows, 1), _bytes(words, 2)), 1)
+
+
+def pack_iq1_m(d: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    rows, delta = _rows_and_deltas("IQ1_M", levels)
+    words = _join(_stored(scales).view(-1, 4, 4), 3) | _quarters(d) << 12
+    return torch.cat((_bytes(rows, 1), pack_bits(rows >> 8 | delta << 3, 4, run=1), _bytes(words, 2)), 1)
+
+
+def pack_iq2_xxs(d: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    rows = _bytes(_rows("IQ2_XXS", levels.abs()), 1).view(-1, 8, 4)
+    groups = torch.cat((rows, _signs_and_scale_bytes(scales, levels).view(-1, 8, 4)), 2)
+    return torch.cat((half_bytes(d[:, None]), groups.view(len(d), 64)), 1)
+
+
+def pack_iq2_xs(d: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    words = _rows("IQ2_XS", levels.abs()) | (_minus(levels) & 127) << 9
+    return torch.cat((half_bytes(d[:, None]), _bytes(words, 2), pack_bits(_stored(scales), 4, run=1)), 1)
+
+
+def pack_iq2_s(d: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    rows = _rows("IQ2_S", levels.abs())
+    low, high = _bytes(rows, 1), pack_bits(rows >> 8, 2, run=1)
+    return torch.cat(
+        (half_bytes(d[:, None]), low, _bytes(_minus(levels), 1), high, pack_bits(_stored(scales), 4, run=1)), 1
+    )
+
+
+def pack_iq3_xxs(d: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    rows = _rows("IQ3_XXS", levels.abs())
+    return torch.cat((half_bytes(d[:, None]), _bytes(rows, 1), _signs_and_scale_bytes(scales, levels)), 1)
+
+
+def pack_iq3_s(d: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    rows = _rows("IQ3_S", levels.abs())
+    low, high = _bytes(rows, 1), pack_bits(rows >> 8, 1, run=1)
+    return torch.cat(
+        (half_bytes(d[:, None]), low, high, _bytes(_minus(levels), 1), pack_bits(_stored(scales), 4, run=1)), 1
+    )
+
+
+def _stored(scales: Tensor) -> Tensor:
+    """Return the integers that odd scales are stored as, int64 of the same shape."""
+    return scales.long() >> 1
+
+
+def _rows_and_deltas(name: str, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the grid row and whether the delta is negative for each 8 weights of IQ1, int64 (n, 32)."""
+    entries = levels.round()
+    return _rows(name, entries), (levels < entries)[:, ::8].long()
+
+
+def _rows(name: str, entries: Tensor) -> Tensor:
+    """Find grid rows by their entries: float32 (n, 256) -> int64 (n, 256 / 4 or 8)."""
+    digits, numbers = _row_table(name, entries.device)
+    code, *rest = digits.index_select(0, entries.flatten().add(1).long()).view(-1, GRID_WEIGHTS[name]).unbind(1)
+    for digit in rest:
+        code = code * (int(digits[-1]) + 1) + digit
+    return numbers.index_select(0, code).view(len(entries), -1)
+
+
+@cached_on_device
+def _row_table(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the digit of each level from -1 to the highest, and the grid row of each number of such digits, int64."""
+    grid = grid_entries(name, torch.device("cpu")).numpy()
+    levels, digits = np.unique(grid, return_inverse=True)
+    numbers = np.zeros([len(levels)] * grid.shape[1], np.int64)
+    numbers[tuple(digits.reshape(grid.shape).T)] = np.arange(len(grid))
+    of_levels = np.searchsorted(levels, np.arange(-1, levels[-1] + 1))
+    return torch.from_numpy(of_levels).to(device), torch.from_numpy(numbers.reshape(-1)).to(device)
+
+
+def _minus(levels: Tensor) -> Tensor:
+    """Return one bit for each of eight signs, set where it is minus: (n, 256) -> int64 (n, 32)."""
+    return pack_bits(levels < 0, 1, run=1).long()
+
+
+def _signs_and_scale_bytes(scales: Tensor, levels: Tensor) -> Tensor:
+    """Write words as `_signs_and_scale` reads them, uint8 (n, 32)."""
+    return _bytes(_join(_minus(levels).view(-1, 8, 4) & 127, 7) | _stored(scales) << 28, 4)
+
+
+def _quarters(d: Tensor) -> Tensor:
+    """Return the four bits of each quarter of float16 values, lowest first: floats (n,) -> int64 (n, 4)."""
+    bits = half_bytes(d[:, None]).view(torch.int16).long()
+    return torch.cat([bits >> shift & 15 for shift in (0, 4, 8, 12)], 1)
+
+
+def _join(values: Tensor, bits: int) -> Tensor:
+    """Join k fields of `bits` bits in one word, the first of them lowest: int64 (n, m, k) -> (n, m)."""
+    words = torch.zeros_like(values[:, :, 0])
+    for index, field in enumerate(values.unbind(2)):
+        words = words | field << bits * index
+    return words
+
+
+def _bytes(words: Tensor, count: int) -> Tensor:
+    """Write the `count` lowest bytes of each word, lowest first: int64 (n, k) -> uint8 (n, k * count)."""
+    return torch.stack([words >> 8 * index & 255 for index in range(count)], 2).to(torch.uint8).view(len(words), -1)

@@ -34,6 +34,29 @@ def test_blocks_encoded_by_ggml_dequantize_to_its_bits(name: str, libggml: LibGG
     assert 0.1 < np.linalg.norm(restored - weight) / np.linalg.norm(weight) < 0.4
 
 
+@names
+def test_packed_levels_are_exact(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    grid = iquants.grid_entries(name, torch.device("cpu"))
+    levels = grid[torch.randint(len(grid), (400 * 256 // grid.shape[1],), generator=generator)].view(400, 32, 8)
+    if name.startswith("IQ1"):
+        run = 32 if name == "IQ1_S" else 8
+        delta = torch.randint(2, (400, 256 // run, 1), generator=generator) * 0.25 - 0.125
+        levels = levels.view(400, -1, run) + delta
+    else:
+        signs = torch.randint(2, (400, 32, 8), generator=generator) * 2.0 - 1
+        if name in ("IQ2_XXS", "IQ2_XS", "IQ3_XXS"):
+            signs[..., 7] *= signs.prod(2)
+        levels = levels * signs
+    levels = levels.view(400, 256)
+    size, largest = (16 if name in ("IQ1_M", "IQ2_XS", "IQ2_S") else 32), (8 if name.startswith("IQ1") else 16)
+    scales = 2.0 * torch.randint(largest, (400, 256 // size), generator=generator) + 1
+    d = torch.randn(400, generator=generator).half().float()
+    packed = getattr(iquants, f"pack_{name.lower()}")(d, scales, levels)
+    factors = (d[:, None] * iquants.UNITS[name] * scales).repeat_interleave(size, 1)
+    assert torch.equal(QTYPES[name].dequantize_blocks(packed), factors * levels)
+
+
 def test_tables_are_made_once() -> None:
     device = torch.device("cpu")
     for name in NAMES:
