@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 # The names of in-place operations are listed without their final underscore.
 _OPERATIONS = """
     _to_copy arange cat clone copy detach empty full_like lift_fresh ones_like scalar_tensor zeros_like
-    expand select slice split split_with_sizes stack t transpose unbind unsqueeze _unsafe_view view
+    expand permute repeat select slice split split_with_sizes stack t transpose unbind unsqueeze _unsafe_view view
     __lshift__ __rshift__ bitwise_and bitwise_or
     abs add addcmul clamp div floor log2 mul nan_to_num neg pow reciprocal remainder round rsub sub trunc
     amax amin any argmax argmin eq ge gt le lt ne max maximum mean min minimum prod sqrt sum

@@ -25,5 +25,6 @@ error of a layer's outputs.
 from __future__ import annotations
 
 from .encoders import Encoder
+from .grid_encoder import GridEncoder
 
-__all__ = ["Encoder"]
+__all__ = ["Encoder", "GridEncoder"]

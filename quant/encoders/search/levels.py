@@ -32,7 +32,8 @@ class Integers(Levels):
 
     low: int
     high: int
-    step: ClassVar[int] = 1
+    step: int = 1
+    """The distance of neighbors."""
 
     def nearest(self, values: Tensor) -> Tensor:
         return values.round_().clamp_(self.low, self.high)
@@ -42,6 +43,20 @@ class Integers(Levels):
 
     def anchor_levels(self) -> Sequence[int]:
         return self.low, self.low + 1
+
+
+@dataclass(frozen=True)
+class OddIntegers:
+    """The odd integers from `low` to `high`, which are integer scales of IQ types."""
+
+    low: int
+    high: int
+    step: int = 2
+    """The distance of neighbors."""
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """Return the odd integer nearest to each value, float32 of the same shape; may overwrite `values`."""
+        return values.sub_(1).div_(2).round_().mul_(2).add_(1).clamp_(self.low, self.high)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,11 @@ class SubBlocks:
         mean = importance.mean(1, keepdim=True)
         relative = torch.where(mean > 0, importance / mean, torch.ones_like(importance)).clamp_(min=_MIN_IMPORTANCE)
         return cls(x, relative.reshape(-1, size).t().contiguous())
+
+    def split(self, step: int) -> Iterator[SubBlocks]:
+        """Yield `step` sub-blocks at a time."""
+        x = torch.split(self.x, step, 1)
+        yield from map(SubBlocks, x, [None] * len(x) if self.w is None else torch.split(self.w, step, 1))
 
     def select_blocks(self, indices: Tensor, per_block: int) -> SubBlocks:
         """Return the sub-blocks of some blocks.
