@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .encoders import ggml
 from .encoders.search import encoders as search
+from .encoders.search import grid_encoder as grid_search
 from .errors import QuantError
 from .formats import iq4, iquants, kquants, legacy, low_bits, microscaling, plain, ternary
 from .formats.bits import BlockLayout
@@ -20,6 +21,7 @@ from .kernels.optional import GGML
 Effort = Literal["fast", "best", "thorough"]
 _EFFORTS: tuple[Effort, ...] = get_args(Effort)
 Conversion = Literal["dequantize", "quantize"]
+InC = Literal["requires importance", "uses importance"]
 DequantizeBlocks = Callable[[Tensor], Tensor]
 """Takes uint8 (n, type_size), returns float32 (n, block_size)."""
 EncodeBlocks = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -49,6 +51,8 @@ class QuantType:
     """The conversions for which ggml's C code is slower than the torch operations."""
     revision: int = field(default=0, repr=False)
     """Counts how often the bytes that `fast` or `best` write have changed since version 0.1.0."""
+    fast_in_c: InC | None = field(default=None, repr=False)
+    """Set where ggml's C code alone writes ggml's bytes: whether it requires importance, or can use it."""
 
     @property
     def block_size(self) -> int:
@@ -65,7 +69,7 @@ class QuantType:
     @property
     def efforts(self) -> tuple[Effort, ...]:
         """The efforts that `quantize` has an encoder for; none for a type that can only be read."""
-        return tuple(effort for effort in _EFFORTS if self._encoder(effort))
+        return tuple(e for e in _EFFORTS if self._encoder(e) or (e == "fast" and self.fast_in_c))
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape in bytes of a tensor of this shape; only the last axis changes.
@@ -121,19 +125,21 @@ class QuantType:
             effort: "best" minimizes the squared error. "fast" writes the bytes that ggml writes without importance.
                 With importance, both minimize the weighted squared error; types without such an encoder ignore it.
                 "thorough" is the same as "best" here: it differs for a layer whose inputs are known.
+                For IQ1 to IQ3, "fast" is ggml's own encoder with the importance.
 
         Returns:
             uint8, (..., n_blocks * type_size), on the weight's device.
 
         Raises:
-            QuantError: the type has no encoder for `effort`, n is not a multiple of the block size, or the importance
-                is not one for this weight.
+            QuantError: the type has no encoder for `effort`, n is not a multiple of the block size, the importance
+                is not one for this weight, or is missing where the encoder requires it.
         """
+        if effort == "fast" and self.fast_in_c:
+            return self._quantize_in_c(weight, importance)
         encode = self.encoder(effort)
         if importance is not None and self.best:
             encode = self.best
-        if not weight.is_floating_point():
-            raise QuantError(f"{self.name}: weight is {weight.dtype}, expected floating point; convert it first")
+        self._check_weight(weight)
         out = torch.empty(self.packed_shape(tuple(weight.shape)), dtype=torch.uint8, device=weight.device)
         n_blocks = weight.numel() // self.block_size
         blocks, packed = weight.reshape(n_blocks, self.block_size), out.view(n_blocks, self.type_size)
@@ -143,6 +149,24 @@ class QuantType:
         for chunk in self._chunks(n_blocks, weight.device):
             packed[chunk] = encode(blocks[chunk].float().contiguous(), None if of_chunk is None else of_chunk(chunk))
         return out
+
+    def _quantize_in_c(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        """Write ggml's bytes by ggml's C code, which runs on the CPU."""
+        if importance is None and self.fast_in_c == "requires importance":
+            raise QuantError(
+                f"{self.name}: effort fast got no importance, which ggml's encoder of this type requires;"
+                " give an importance matrix, or choose effort best"
+            )
+        self._check_weight(weight)
+        row = None if importance is None else self._importance_of_row(importance, weight)
+        rows = weight.detach().to("cpu", torch.float32).reshape(-1, weight.shape[-1]).contiguous()
+        packed = torch.empty(self.packed_shape(tuple(rows.shape)), dtype=torch.uint8)
+        if not GGML.quantize_rows(self, rows, packed, None if row is None else row.cpu()):
+            raise QuantError(
+                f"{self.name}: effort fast is ggml's C code, which cannot be used here; install libggml-python 0.20,"
+                " or choose effort best"
+            )
+        return packed.view(self.packed_shape(tuple(weight.shape))).to(weight.device)
 
     def encoder(self, effort: str) -> EncodeBlocks:
         """Return the encoder of an effort.
@@ -161,8 +185,18 @@ class QuantType:
     def _encoder(self, effort: str) -> EncodeBlocks | None:
         return self.fast if effort == "fast" else self.best
 
+    def _check_weight(self, weight: Tensor) -> None:
+        if not weight.is_floating_point():
+            raise QuantError(f"{self.name}: weight is {weight.dtype}, expected floating point; convert it first")
+
     def _importance_of_chunks(self, importance: Tensor, weight: Tensor) -> Callable[[slice], Tensor]:
         """Return a function from a chunk of n blocks to its importance, float32 (n, block_size)."""
+        # The importance repeats with every row of the weight.
+        row = self._importance_of_row(importance, weight).view(-1, self.block_size)
+        return lambda chunk: row[torch.arange(chunk.start, chunk.stop, device=row.device) % len(row)]
+
+    def _importance_of_row(self, importance: Tensor, weight: Tensor) -> Tensor:
+        """Check the importance, and return it on the weight's device, float32 (n,)."""
         if importance.shape != weight.shape[-1:]:
             raise QuantError(
                 f"{self.name}: importance of shape {tuple(importance.shape)}, expected {tuple(weight.shape[-1:])},"
@@ -173,9 +207,7 @@ class QuantType:
                 f"{self.name}: importance is {importance.dtype} or has values below 0, expected floating point and"
                 " at least 0; use means of squared inputs"
             )
-        # The importance repeats with every row of the weight.
-        row = importance.to(weight.device, torch.float32).view(-1, self.block_size)
-        return lambda chunk: row[torch.arange(chunk.start, chunk.stop, device=row.device) % len(row)]
+        return importance.to(weight.device, torch.float32)
 
     def _chunks(self, n_blocks: int, device: torch.device) -> Iterator[slice]:
         step = max(1, elements_at_a_time(device) // self.block_size)
@@ -210,6 +242,7 @@ def _type(
     fast: EncodeBlocks | None = None,
     best: EncodeBlocks | None = None,
     slower_in_c: tuple[Conversion, ...] = (),
+    fast_in_c: InC | None = None,
 ) -> QuantType:
     """Return the type whose block layout and `dequantize_*` have its name in a module of `formats`."""
     return QuantType(
@@ -220,10 +253,13 @@ def _type(
         fast=fast,
         best=best,
         slower_in_c=slower_in_c,
+        fast_in_c=fast_in_c,
     )
 
 
 _BOTH: tuple[Conversion, ...] = ("dequantize", "quantize")
+_REQUIRES: InC = "requires importance"
+_USES: InC = "uses importance"
 _TYPES = (
     _type("F32", 0, legacy, fast=legacy.encode_f32, best=legacy.encode_f32),
     _type("F16", 1, legacy, fast=legacy.encode_f16, best=legacy.encode_f16, slower_in_c=_BOTH),
@@ -240,13 +276,13 @@ _TYPES = (
     _type("Q6_K", 14, kquants, fast=ggml.encode_q6_k, best=search.best_q6_k),
     _type("IQ4_NL", 20, iq4, fast=ggml.encode_iq4_nl, best=search.best_iq4_nl),
     _type("IQ4_XS", 23, iq4, fast=ggml.encode_iq4_xs, best=search.best_iq4_xs, slower_in_c=("quantize",)),
-    _type("IQ1_S", 19, iquants),
-    _type("IQ1_M", 29, iquants),
-    _type("IQ2_XXS", 16, iquants, slower_in_c=("dequantize",)),
-    _type("IQ2_XS", 17, iquants, slower_in_c=("dequantize",)),
-    _type("IQ2_S", 22, iquants, slower_in_c=("dequantize",)),
-    _type("IQ3_XXS", 18, iquants, slower_in_c=("dequantize",)),
-    _type("IQ3_S", 21, iquants, slower_in_c=("dequantize",)),
+    _type("IQ1_S", 19, iquants, best=grid_search.best_iq1_s, fast_in_c=_REQUIRES),
+    _type("IQ1_M", 29, iquants, best=grid_search.best_iq1_m, fast_in_c=_REQUIRES),
+    _type("IQ2_XXS", 16, iquants, best=grid_search.best_iq2_xxs, fast_in_c=_REQUIRES, slower_in_c=("dequantize",)),
+    _type("IQ2_XS", 17, iquants, best=grid_search.best_iq2_xs, fast_in_c=_REQUIRES, slower_in_c=("dequantize",)),
+    _type("IQ2_S", 22, iquants, best=grid_search.best_iq2_s, fast_in_c=_USES, slower_in_c=("dequantize",)),
+    _type("IQ3_XXS", 18, iquants, best=grid_search.best_iq3_xxs, fast_in_c=_USES, slower_in_c=("dequantize",)),
+    _type("IQ3_S", 21, iquants, best=grid_search.best_iq3_s, fast_in_c=_USES, slower_in_c=("dequantize",)),
     _type("TQ1_0", 34, ternary, fast=ternary.encode_tq1_0),
     _type("TQ2_0", 35, ternary, fast=ternary.encode_tq2_0),
     _type("MXFP4", 39, microscaling, fast=microscaling.encode_mxfp4),

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats.bits import half, half_bytes
+from ..formats.bits import read_factor, write_factor
 from ..qtype import QuantType
 
 _MAX_CHANGE = 0.5
@@ -76,18 +76,17 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
         matrix = torch.stack([product, products - product, total, (magnitudes * dequantized).sum(1) - total])
         both = _solve(matrix, wanted, (magnitudes * weight).sum(1))
         gains = torch.where(((both - 1).abs() < _MAX_CHANGE).all(0), both, gains)
-    blocks = packed.view(len(packed), -1, qtype.type_size)
-    for offset, gain in zip(qtype.block.factors, gains, strict=True):
-        field = blocks[..., offset : offset + 2]
-        changed = half(field.contiguous()) * gain.view(-1, 1, 1)
-        field.copy_(half_bytes(changed.clamp_(-65504.0, 65504.0)))
+    blocks = packed.view(-1, qtype.type_size)
+    for place, gain in zip(qtype.block.factors, gains, strict=True):
+        changed = read_factor(blocks, place).view(len(packed), -1) * gain[:, None]
+        write_factor(blocks, place, changed.clamp_(-65504.0, 65504.0).view(-1, 1))
     return packed
 
 
-def _without_factor(packed: Tensor, qtype: QuantType, offset: int) -> Tensor:
-    """Return a copy in which the factor at byte `offset` of each block is 0."""
-    blocks = packed.view(len(packed), -1, qtype.type_size).clone()
-    blocks[..., offset : offset + 2] = 0
+def _without_factor(packed: Tensor, qtype: QuantType, place: int | tuple[int, ...]) -> Tensor:
+    """Return a copy in which this factor of each block is 0."""
+    blocks = packed.view(-1, qtype.type_size).clone()
+    write_factor(blocks, place, torch.zeros(len(blocks), 1, device=blocks.device))
     return blocks.view_as(packed)
 
 

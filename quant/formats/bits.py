@@ -27,8 +27,29 @@ class BlockLayout(NamedTuple):
     size: int
     """The number of elements."""
     nbytes: int
-    factors: tuple[int, ...] = ()
-    """Byte offsets of the float16 factors. All values of a block are linear in these."""
+    factors: tuple[int | tuple[int, ...], ...] = ()
+    """Byte offsets of the float16 factors. All values of a block are linear in these.
+
+    Four offsets are those of the bytes whose highest four bits hold a factor, its lowest bits first.
+    """
+
+
+def read_factor(blocks: Tensor, place: int | tuple[int, ...]) -> Tensor:
+    """Read a float16 factor of blocks, uint8 (n, type_size): float32 (n, 1)."""
+    if isinstance(place, int):
+        return half(blocks[:, place : place + 2].contiguous())
+    nibbles = blocks[:, list(place)].int() >> 4
+    return half((nibbles[:, ::2] | nibbles[:, 1::2] << 4).to(torch.uint8))
+
+
+def write_factor(blocks: Tensor, place: int | tuple[int, ...], values: Tensor) -> None:
+    """Write a float16 factor, floats (n, 1), into blocks, uint8 (n, type_size)."""
+    field = half_bytes(values)
+    if isinstance(place, int):
+        blocks[:, place : place + 2] = field
+        return
+    nibbles = torch.stack((field & 15, field.int() >> 4), 2).view(len(blocks), 4)
+    blocks[:, list(place)] = (blocks[:, list(place)] & 15) | (nibbles << 4).to(torch.uint8)
 
 
 def fields(blocks: Tensor, *sizes: int) -> tuple[Tensor, ...]:

@@ -22,19 +22,19 @@ from ..device import cached_on_device
 from .bits import BlockLayout, fields, half, half_bytes, pack_bits, unpack_bits
 
 # d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
-IQ1_S = BlockLayout(256, 50)
+IQ1_S = BlockLayout(256, 50, factors=(0,))
 # qs 32 | qh 16 (2 x 3 bits of grid row, sign of delta) | scales 4 u16 (4 x 3 bits, 4 of d)
-IQ1_M = BlockLayout(256, 56)
+IQ1_M = BlockLayout(256, 56, factors=((49, 51, 53, 55),))
 # d f16 | 8 x (qs 4 | signs and scale u32)
-IQ2_XXS = BlockLayout(256, 66)
+IQ2_XXS = BlockLayout(256, 66, factors=(0,))
 # d f16 | qs 32 u16 (9 bits of grid row, 7 bits of signs) | scales 8
-IQ2_XS = BlockLayout(256, 74)
+IQ2_XS = BlockLayout(256, 74, factors=(0,))
 # d f16 | qs 32 | signs 32 | qh 8 | scales 8
-IQ2_S = BlockLayout(256, 82)
+IQ2_S = BlockLayout(256, 82, factors=(0,))
 # d f16 | qs 64 | signs and scale 8 u32
-IQ3_XXS = BlockLayout(256, 98)
+IQ3_XXS = BlockLayout(256, 98, factors=(0,))
 # d f16 | qs 64 | qh 8 | signs 32 | scales 4
-IQ3_S = BlockLayout(256, 110)
+IQ3_S = BlockLayout(256, 110, factors=(0,))
 
 UNITS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ3_S"), 1.0),

@@ -1,6 +1,6 @@
 """ggml's own C code for tensors in main memory, used where the package libggml-python is installed.
 
-Source: ggml.h struct ggml_type_traits, ggml_get_type_traits @ ggml 0.20.2.
+Source: ggml.h struct ggml_type_traits, ggml_get_type_traits, ggml_quantize_chunk @ ggml 0.20.2.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Elements that a thread converts at a time. As float32 they stay in its cache until they are rounded.
 _ELEMENTS = 1 << 18
+
+# Weights at which d cannot overflow, and relative importance at which no search of ggml can fail.
+_MAX_MAGNITUDE, _MIN_IMPORTANCE = 2.0**19, 1e-6
 
 _RELEASE = "0.20"
 """The release that `_TypeTraits` describes. With another layout of the struct, a call would jump to a wrong address."""
@@ -56,6 +59,9 @@ def _load() -> ctypes.CDLL:
         raise ImportError(f"{folder} has no ggml-base library")
     library = ctypes.CDLL(str(path))
     library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.ggml_quantize_chunk.argtypes = (ctypes.c_int, pointer, pointer, number, number, number, pointer)
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
     return library
 
 
@@ -129,6 +135,37 @@ def quantize(qtype: QuantType, blocks: Tensor, packed: Tensor) -> bool:
     step = torch.get_num_threads() * _ELEMENTS // qtype.block_size
     for source, destination in zip(torch.split(blocks, step), torch.split(packed, step), strict=True):
         _run(convert, source.float().contiguous(), destination, qtype.block_size)
+    return True
+
+
+def quantize_rows(qtype: QuantType, rows: Tensor, packed: Tensor, importance: Tensor | None) -> bool:
+    """Quantize rows as ggml does with importance.
+
+    ggml ends the process where a weight is NaN or infinite, or all weights that are quantized together have no
+    importance. Such weights are therefore replaced by finite ones, and importance has a floor far below its mean.
+
+    Args:
+        rows: float32 (rows, n), contiguous.
+        packed: uint8 (rows, bytes per row), contiguous; written to.
+        importance: float32 (n,), or None.
+
+    Returns:
+        Whether that was done.
+    """
+    if not _same_sizes(qtype):
+        return False
+    rows = rows.nan_to_num(0.0).clamp_(-_MAX_MAGNITUDE, _MAX_MAGNITUDE)
+    weights = torch.ones(rows.shape[1]) if importance is None else importance / importance.mean().clamp(min=1e-30)
+    weights = weights.clamp_(min=_MIN_IMPORTANCE)
+    address = None if importance is None else weights.data_ptr()
+
+    def convert(source: int, destination: int, n_elements: int) -> None:
+        _library.ggml_quantize_chunk(
+            qtype.ggml_type, source, destination, 0, n_elements // rows.shape[1], rows.shape[1], address
+        )
+
+    if rows.numel():
+        _run(convert, rows, packed, rows.shape[1])
     return True
 
 

@@ -56,15 +56,25 @@ class OptionalPath:
         """
         return self._attempt("quantize", qtype, blocks, packed)
 
-    def _attempt(self, operation: str, qtype: QuantType, source: Tensor, out: Tensor) -> bool:
+    def quantize_rows(self, qtype: QuantType, rows: Tensor, packed: Tensor, importance: Tensor | None) -> bool:
+        """Quantize rows as ggml does with importance, and return whether that was done.
+
+        Args:
+            rows: float32 (rows, n), contiguous.
+            packed: uint8 (rows, bytes per row), contiguous; written to.
+            importance: float32 (n,), or None.
+        """
+        return self._attempt("quantize_rows", qtype, rows, packed, importance)
+
+    def _attempt(self, operation: str, qtype: QuantType, *arguments: Tensor | None) -> bool:
         if self._missing or qtype.name in self.lost:
             return False
         try:
             module = self._module or self._import()
             if module is None:
                 return False
-            convert: Convert = getattr(module, operation)
-            return convert(qtype, source, out)
+            convert: Callable[..., bool] = getattr(module, operation)
+            return convert(qtype, *arguments)
         except torch.OutOfMemoryError:
             raise
         # A compiler, a driver or another version of a library may raise anything. Torch operations give the same bits.

@@ -17,6 +17,7 @@ from torch import Tensor
 from wanquant.quant import QTYPES, QuantError, QuantType, qtype
 from wanquant.quant.encoders import ggml as reference
 from wanquant.quant.kernels import eager
+from wanquant.quant.kernels.optional import GGML
 from wanquant.quant.qtype import QTYPES_BY_ID, Effort, qtype_of
 from wanquant.testing.libggml import LibGGML
 from wanquant.tests.quant.portable import PortableOps
@@ -83,7 +84,7 @@ def test_dequantization_is_portable(quant: QuantType) -> None:
 
 @pytest.mark.parametrize(
     ("quant", "effort"),
-    [pytest.param(q, effort, id=f"{q.name}-{effort}") for q in QTYPES.values() for effort in q.efforts],
+    [pytest.param(q, e, id=f"{q.name}-{e}") for q in QTYPES.values() for e in q.efforts if e == "best" or q.fast],
 )
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.usefixtures("torch_only")
@@ -202,6 +203,40 @@ def test_fast_with_importance_equals_best(quant: QuantType) -> None:
     assert torch.equal(quant.quantize(weight, importance, "fast"), quant.quantize(weight, importance, effort))
 
 
+IN_C = [q for q in QTYPES.values() if q.fast_in_c]
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "importance"])
+@pytest.mark.parametrize("quant", IN_C, ids=lambda quant: quant.name)
+def test_fast_of_iq_types_is_ggml_with_the_importance(quant: QuantType, weighted: bool, libggml: LibGGML) -> None:
+    weight = torch.randn(5, 2, 512, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(1)) + 0.1 if weighted else None
+    if importance is None and quant.fast_in_c == "requires importance":
+        with pytest.raises(QuantError, match=f"{quant.name}: effort fast got no importance.*give an importance matrix"):
+            quant.quantize(weight, effort="fast")
+        return
+    # A sum of importance has no rounding that a factor of 2 could change, but ggml compares it with constants.
+    relative = None if importance is None else (importance / importance.mean()).numpy()
+    expected = libggml.quantize(quant.name, weight.numpy(), relative)
+    assert np.array_equal(quant.quantize(weight, importance, "fast").numpy(), expected)
+    assert torch.equal(quant.quantize(weight.half(), importance, "fast")[:0], torch.empty(0, 2, expected.shape[-1]))
+
+
+@pytest.mark.parametrize("quant", IN_C, ids=lambda quant: quant.name)
+def test_fast_of_iq_types_survives_what_ggml_does_not(quant: QuantType) -> None:
+    weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    weight[0, 3], weight[1, :7], weight[2] = torch.nan, torch.inf, 3e38
+    for importance in (torch.zeros(512), torch.ones(512).index_fill(0, torch.arange(300), 0)):
+        assert quant.dequantize(quant.quantize(weight, importance, "fast")).isfinite().all()
+
+
+@pytest.mark.parametrize("quant", IN_C, ids=lambda quant: quant.name)
+def test_fast_of_iq_types_is_refused_without_libggml(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GGML, "quantize_rows", lambda *_: False)
+    with pytest.raises(QuantError, match=f"{quant.name}: effort fast is ggml's C code.*install libggml-python 0.20"):
+        quant.quantize(torch.ones(256), torch.ones(256), "fast")
+
+
 def test_integers_within_the_range_of_a_type_are_lossless() -> None:
     for name in ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q8_0"):
         quant = QTYPES[name]
@@ -220,8 +255,8 @@ REFUSED = {
     "weight scalar": (lambda: Q8_0.quantize(torch.tensor(1.0), effort="fast"), r"\(\).*Q8_0"),
     "effort": (lambda: Q8_0.quantize(torch.zeros(32), effort="slow"), "'slow' is unknown; choose from fast, best"),  # type: ignore[arg-type]
     "no encoder": (
-        lambda: QTYPES["IQ1_S"].quantize(torch.zeros(256)),
-        "IQ1_S: this type has no best encoder; choose from F32, F16",
+        lambda: QTYPES["NVFP4"].quantize(torch.zeros(256)),
+        "NVFP4: this type has no best encoder; choose from F32, F16",
     ),
     "importance length": (
         lambda: Q8_0.quantize(torch.zeros(2, 64), torch.ones(32), "fast"),

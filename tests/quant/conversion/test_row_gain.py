@@ -31,7 +31,7 @@ def test_every_type_with_a_search_has_factors():
 @pytest.mark.parametrize("name", TYPES)
 def test_weights_are_linear_in_the_factors(name, weight):
     qtype = QTYPES[name]
-    packed = qtype.quantize(weight, effort="fast")
+    packed = qtype.quantize(weight, effort="fast" if qtype.fast else "best")
     dequantized = qtype.dequantize(packed)
     # The packed values are half of these weights, so the gain doubles.
     doubled = qtype.dequantize(restore_gain(qtype, packed, 2 * dequantized))
@@ -50,7 +50,9 @@ def test_gain_of_rows_is_restored(name, weighted, weight):
     deviation = (gains(weight, before, weights) - 1).abs().mean()
     assert (gains(weight, after, weights) - 1).abs().mean() < max(0.2 * deviation, 2**-11), "float16 rounds"
     squares = [(weights * (dequantized - weight).square()).sum() for dequantized in (before, after)]
-    assert squares[1] < 1.08 * squares[0], "the squared error grows only a little"
+    # Restoring the gain of a row divides by what the error has left of it.
+    share = squares[0] / (weights * weight.square()).sum()
+    assert squares[1] < max(1.08, 1.02 / (1 - share)) * squares[0], "the squared error grows only a little"
 
 
 @pytest.mark.parametrize("name", [name for name in TYPES if len(QTYPES[name].block.factors) == 2])
