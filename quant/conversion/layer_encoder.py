@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.rounding import BEST, THOROUGH, Moments, round_for_outputs
-from ..encoders.search import Encoder
+from ..encoders.search import Encoder, GridEncoder
 from ..qtype import QTYPES, Effort, QuantType, elements_at_a_time
 from ..statistics.calibration import Calibration
 from .row_gain import error_weights, restore_gain
@@ -41,7 +41,7 @@ def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
     """
     calibrated = _CALIBRATED_REVISION if isinstance(importance, Calibration) else 0
     return {
-        name: qtype.revision + (calibrated if isinstance(qtype.best, Encoder) else 0) for name, qtype in QTYPES.items()
+        name: qtype.revision + (calibrated if isinstance(qtype.best, Encoder | GridEncoder) else 0) for name, qtype in QTYPES.items()
     }
 
 
@@ -79,7 +79,7 @@ class LayerEncoder(NamedTuple):
             uint8, (out_features, bytes per row), on the same device.
         """
         encoder = qtype.best
-        if not isinstance(encoder, Encoder) or (effort == "fast" and self.moments is None):
+        if not isinstance(encoder, Encoder | GridEncoder) or (effort == "fast" and self.moments is None):
             return qtype.quantize(weight, self.importance, effort)
         if self.importance is not None and self.moments is not None:
             # Its operations take one channel of all rows, so that they need more rows than a search.
@@ -89,14 +89,14 @@ class LayerEncoder(NamedTuple):
         parts = torch.split(weight.float(), max(1, elements_at_a_time(weight.device) // weight.shape[-1]))
         return torch.cat([self._search(encoder, qtype, part) for part in parts])
 
-    def _round(self, encoder: Encoder, qtype: QuantType, weight: Tensor, effort: Effort) -> Tensor:
+    def _round(self, encoder: Encoder | GridEncoder, qtype: QuantType, weight: Tensor, effort: Effort) -> Tensor:
         assert self.importance is not None and self.moments is not None
         is_coarse = qtype.bits_per_weight <= _COARSE
         weighting = error_weights(weight, self.importance) if is_coarse else self.importance.expand_as(weight)
         how = THOROUGH if effort == "thorough" else BEST
         return round_for_outputs(encoder, qtype.block_size, weight, weighting, self.moments, how)
 
-    def _search(self, encoder: Encoder, qtype: QuantType, weight: Tensor) -> Tensor:
+    def _search(self, encoder: Encoder | GridEncoder, qtype: QuantType, weight: Tensor) -> Tensor:
         weighting = error_weights(weight, self.importance)
         blocks = weight.reshape(-1, qtype.block_size)
         packed = encoder(blocks, weighting.view_as(blocks)).view(len(weight), -1)
