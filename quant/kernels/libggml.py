@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _ELEMENTS = 1 << 18
 
 # Weights at which d cannot overflow, and relative importance at which no search of ggml can fail.
-_MAX_MAGNITUDE, _MIN_IMPORTANCE = 2.0**19, 1e-6
+_MAX_MAGNITUDE, _MIN_IMPORTANCE = 2.0**16, 1e-6
 
 _RELEASE = "0.20"
 """The release that `_TypeTraits` describes. With another layout of the struct, a call would jump to a wrong address."""

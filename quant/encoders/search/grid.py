@@ -8,7 +8,6 @@ order of additions changes a result, and the number of the entry is in their low
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +107,7 @@ def level_errors(values: Tensor, scale: Tensor, weights: Tensor | None, levels: 
 
 def _closest(tables: _Tables, values: Tensor, scale: Tensor, weights: Tensor | None, count: int) -> Tensor:
     errors = level_errors(values, scale, weights, tables.levels)
-    first, second = torch.tensor_split(_to_integers(errors, tables.levels, scale, weights), 2, 1)
+    first, second = torch.tensor_split(_to_integers(errors, values, scale, weights, tables.levels), 2, 1)
     combinations = len(tables.levels) ** first.shape[1]
     numbers = torch.arange(combinations, dtype=torch.int32, device=scale.device)[:, None]
     sums = _least_sums(_all_sums(first) + numbers * combinations, _all_sums(second) + numbers, tables, count)
@@ -132,14 +131,16 @@ def _least_sums(first: Tensor, second: Tensor, tables: _Tables, count: int) -> T
     return torch.cat(least, 1)
 
 
-def _to_integers(errors: Tensor, levels: Tensor, scale: Tensor, weights: Tensor | None) -> Tensor:
+def _to_integers(errors: Tensor, values: Tensor, scale: Tensor, weights: Tensor | None, levels: Tensor) -> Tensor:
     """Round errors to integers, int32 (levels, dim, lanes); the least of each weight is 0.
 
     The unit is such that errors which matter are far above it. An error that rules an entry out is cut off.
     """
-    gap = (levels[-1] - levels[0]) / (len(levels) - 1)
-    total = float(errors.shape[1]) if weights is None else _sum(weights.unbind(0))
-    unit = reciprocal_or_zero((scale * gap).square() * total) * 2.0**_ERROR_BITS
+    gap = scale * ((levels[-1] - levels[0]) / (len(levels) - 1))
+    beyond = (values.abs() - scale * levels[-1]).clamp_(min=0)
+    # What it costs to miss the best level of all weights by one.
+    total = SubBlocks(beyond.mul_(2).add_(gap).mul_(gap), weights)
+    unit = reciprocal_or_zero(total.weighted_sum(total.x)) * 2.0**_ERROR_BITS
     return ((errors - errors.amin(0)) * unit).clamp_(max=2.0**_ERROR_BITS - 1).int()
 
 
@@ -156,14 +157,6 @@ def _all_sums(errors: Tensor) -> Tensor:
     for of_weight in rest:
         sums = (sums[:, None] + of_weight).flatten(0, 1)
     return sums
-
-
-def _sum(values: Sequence[Tensor]) -> Tensor:
-    """Add tensors of one shape in order."""
-    total, *rest = values
-    for value in rest:
-        total = total + value
-    return total
 
 
 @cached_on_device

@@ -6,10 +6,6 @@ The terms are those of this folder, and:
 - Where a type stores seven signs for eight weights, the number of minus signs must be even.
 - The integer scales are odd, x ~ d * scale * level, and `d` is the stored float16 times the type's fixed unit.
 - IQ1 adds an offset of 1/8 or -1/8 to all levels of a group (IQ1_M) or of a sub-block (IQ1_S).
-
-A search by exhaustion takes long, so it is done for a few scales only. It leaves candidates, entries that are best for
-one of these scales in a part of the grid. What all other scales would give is then read off the candidates: with
-sums a of w * c**2 and b of 2 * w * x * c, the error of a candidate c is s**2 * a - s * b plus a constant.
 """
 
 from __future__ import annotations
@@ -20,28 +16,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...formats.iquants import (
-    GRID_WEIGHTS,
-    UNITS,
-    pack_iq1_m,
-    pack_iq1_s,
-    pack_iq2_s,
-    pack_iq2_xs,
-    pack_iq2_xxs,
-    pack_iq3_s,
-    pack_iq3_xxs,
-)
+from ...formats import iquants
+from ...formats.iquants import GRID_WEIGHTS, UNITS
 from .constants import encode_constants_once
 from .fit import BlockScales
 from .grid import closest_rows, level_errors, levels_of_grid, look_up, uniform_levels
+from .grid_candidates import HARD, USUAL, Candidates, GridSearch, TriedScales, best_of, weighted_sums
 from .grid_metric import nearest_coupled
-from .levels import Integers, OddIntegers
+from .levels import OddIntegers
 from .sub_blocks import SubBlocks, pairwise_sum, reciprocal_or_zero, round_to_float16, select_best
 
 Pack = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Writes blocks from d as stored, float32 (n,), scales, (n, k), and levels, (n, 256): returns uint8 (n, type_size)."""
 
-_ZERO = Integers(0, 0)
 # Parts of a grid, each of which gives a candidate.
 _PARTS = 4
 # Signs that may be wrong, where the number of minus signs must be even and is not.
@@ -53,73 +40,6 @@ _CPU_BLOCKS = 256
 _EVEN_SHARE = 0.85
 # Below this, a float16 has fewer digits than usual.
 _SUBNORMAL = 2.0**-14
-
-
-@dataclass(frozen=True)
-class _Scales:
-    """The scales that a search tries, relative to what the weights of a sub-block suggest.
-
-    Args:
-        of_candidates: the scales that candidates are searched for with, by exhaustion.
-        tried: the scales from which the real-valued one is chosen.
-        of_d: values of d, where 1 makes the largest scale of a block its largest integer.
-        of_refined_d: values of d relative to the best of these.
-    """
-
-    of_candidates: Sequence[float]
-    tried: Sequence[float]
-    of_d: Sequence[float]
-    of_refined_d: Sequence[float]
-
-
-def _geometric(low: float, high: float, count: int) -> list[float]:
-    return [low * (high / low) ** (index / (count - 1)) for index in range(count)]
-
-
-_USUAL = _Scales((0.77, 1.0, 1.32), _geometric(0.45, 1.8, 9), (1.0, 1.08, 1.2), (1.0, 0.98, 1.02))
-_HARD = _Scales(
-    _geometric(0.3, 18.0, 12), _geometric(0.3, 18.0, 48), (1.0, 1.08, 1.2, 1.6, 3.0, 9.0), (1.0, 0.99, 1.01)
-)
-
-
-@dataclass(frozen=True)
-class GridSearch:
-    """The integers of a type, and where the search for its scales begins.
-
-    Args:
-        scales: the range of the integer scales.
-        anchor: the level that the root of sum w * x**4 / sum w * x**2 is usually mapped to.
-    """
-
-    scales: OddIntegers
-    anchor: float
-    mins: Integers = _ZERO
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """Candidates for the entries of each group in n sub-blocks, by the sums that their errors consist of.
-
-    Both sums have the axes (offsets, exhaustive searches, candidates, entries of a group, groups of a sub-block, n).
-
-    Args:
-        squares: the sums of w * c**2, float32.
-        products: the sums of -2 * w * x * c, float32.
-    """
-
-    squares: Tensor
-    products: Tensor
-
-    def joined(self, other: _Candidates) -> _Candidates:
-        """Return these candidates and those of other searches."""
-        pairs = ((self.squares, other.squares), (self.products, other.products))
-        return _Candidates(*(torch.cat(pair, 1) for pair in pairs))
-
-    def error(self, scale: Tensor) -> Tensor:
-        """Return the weighted squared error under scales, float32 (n,), without the constant sum w * x**2."""
-        error = torch.addcmul(self.products, self.squares, scale).amin(2)
-        of_groups = pairwise_sum(error.movedim(2, 0)).amin(1)
-        return pairwise_sum(of_groups.transpose(0, 1)).amin(0) * scale
 
 
 @dataclass(frozen=True)
@@ -191,12 +111,12 @@ class GridEncoder:
 
     def _fit(self, sub_blocks: SubBlocks, per_block: int) -> tuple[Tensor, Tensor]:
         """Return d, float32 (n,), and the scales, float32 (n, k), of n blocks."""
-        d, scales, error = self._search(sub_blocks, per_block, _USUAL)
+        d, scales, error = self._search(sub_blocks, per_block, USUAL)
         hard = torch.nonzero(self._is_hard(sub_blocks, d, per_block))[:, 0]
         if len(hard):
             part = sub_blocks.select_blocks(hard, per_block)
-            better = self._search(part, per_block, _HARD)
-            d[hard], scales[hard], _ = _best([(d[hard], scales[hard], error[hard]), better])
+            better = self._search(part, per_block, HARD)
+            d[hard], scales[hard], _ = best_of([(d[hard], scales[hard], error[hard]), better])
         low, high = sub_blocks.x.amin(0).view(-1, per_block), sub_blocks.x.amax(0).view(-1, per_block)
         constant = torch.nonzero(low.amin(1) == high.amax(1))[:, 0]
         if len(constant):
@@ -222,7 +142,7 @@ class GridEncoder:
         is_even = mean.square() > _EVEN_SHARE * mean_square * sub_blocks.total_importance()
         return is_even.view(-1, per_block).any(1) | (d < _SUBNORMAL * UNITS[self.name])
 
-    def _search(self, sub_blocks: SubBlocks, per_block: int, tried: _Scales) -> tuple[Tensor, Tensor, Tensor]:
+    def _search(self, sub_blocks: SubBlocks, per_block: int, tried: TriedScales) -> tuple[Tensor, Tensor, Tensor]:
         """Return d, (n,), the scales, (n, k), and the errors, (n,), of n blocks; all are float32."""
         squares = sub_blocks.x.square()
         unit = sub_blocks.weighted_sum(squares.square()) * reciprocal_or_zero(sub_blocks.weighted_sum(squares))
@@ -237,13 +157,13 @@ class GridEncoder:
         return self._best_integers(candidates, found.view_as(scale), [d * factor for factor in tried.of_refined_d])
 
     def _best_integers(
-        self, candidates: _Candidates, scale: Tensor, d: Sequence[Tensor]
+        self, candidates: Candidates, scale: Tensor, d: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Choose d from several, float32 (n,) each, and integers near the real-valued scales, float32 (n, k)."""
         fixed = UNITS[self.name]
-        return _best([self._integers(candidates, scale, round_to_float16(each / fixed) * fixed) for each in d])
+        return best_of([self._integers(candidates, scale, round_to_float16(each / fixed) * fixed) for each in d])
 
-    def _integers(self, candidates: _Candidates, scale: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _integers(self, candidates: Candidates, scale: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return d, the best integers near the real-valued scales, and the error of each block."""
         integers = self.search.scales
         middle = integers.nearest(scale * reciprocal_or_zero(d)[:, None])
@@ -252,23 +172,23 @@ class GridEncoder:
         error, best = select_best(errors, errors, [option.flatten() for option in options])
         return d, best.view_as(scale), pairwise_sum(error.view_as(scale).t())
 
-    def _candidates(self, sub_blocks: SubBlocks, scales: Sequence[Tensor]) -> _Candidates:
+    def _candidates(self, sub_blocks: SubBlocks, scales: Sequence[Tensor]) -> Candidates:
         """Search for candidates under each of several scales of the sub-blocks, float32 (n,)."""
         x, w = self._groups(sub_blocks.x), None if sub_blocks.w is None else self._groups(sub_blocks.w)
         n_groups = self.size // self.together
         found = [self._sums(x, w, scale.repeat(n_groups)) for scale in scales]
         squares, products = (torch.stack(sums, 1) for sums in zip(*found, strict=True))
         shape = (*squares.shape[:3], -1, n_groups, sub_blocks.x.shape[1])
-        return _Candidates(squares.view(shape), products.view(shape))
+        return Candidates(squares.view(shape), products.view(shape))
 
     def _sums(self, x: Tensor, w: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the sums of `_Candidates`, float32 (offsets, candidates, entries), under a scale of each group."""
+        """Return the sums of `Candidates`, float32 (offsets, candidates, entries), under a scale of each group."""
         signs = self._signs(x, scale, w, 1)[0]
         x, w, scale = self._parts(x * signs), None if w is None else self._parts(w), scale.repeat(self._n_parts)
         entries = look_up(self.name, closest_rows(self.name, x, scale, w, _PARTS))
         found = []
         for offset in self.offsets:
-            sums = [_sums(x, w, entries + (offset + own)) for own in self.group_offsets]
+            sums = [weighted_sums(x, w, entries + (offset + own)) for own in self.group_offsets]
             found.append([torch.cat(each) for each in zip(*sums, strict=True)])
         squares, products = (torch.stack(each) for each in zip(*found, strict=True))
         return squares, products * -2
@@ -290,7 +210,7 @@ class GridEncoder:
         x, w = self._parts((values - scale * offset) * signs), None if w is None else self._parts(w)
         scale = scale.repeat(self._n_parts)
         rows = closest_rows(self.name, x, scale, w, _PARTS)
-        squares, products = _sums(x, w, look_up(self.name, rows))
+        squares, products = weighted_sums(x, w, look_up(self.name, rows))
         best = (squares * scale - 2 * products).argmin(0, keepdim=True)
         entries = look_up(self.name, rows.gather(0, best)[0])
         return self._joined(entries) * signs + offset
@@ -357,40 +277,19 @@ class GridEncoder:
         return values.view(len(values), self._n_parts, -1).transpose(0, 1).reshape(self.together, -1)
 
 
-def _best(options: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each block the option of least error; an option is d, (n,), scales, (n, k), and errors, (n,)."""
-    d, scales, errors = zip(*options, strict=True)
-    best = select_best(errors, d, scales, errors)
-    return best[0], best[1], best[2]
-
-
 def _error(x: Tensor, scale: Tensor, w: Tensor | None, levels: Tensor) -> Tensor:
     """Return the sum of w * (x - scale * levels)**2 over the rows, all float32 (rows, n): float32 (n,)."""
     return SubBlocks(x, w).weighted_sum((x - levels * scale).square_())
-
-
-def _sums(x: Tensor, w: Tensor | None, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sums of w * c**2 and of w * x * c for each candidate c.
-
-    Args:
-        x, w: float32 (dim, n).
-        levels: float32 (dim, candidates, n).
-
-    Returns:
-        Both float32 (candidates, n).
-    """
-    weighted = levels if w is None else levels * w[:, None]
-    return pairwise_sum(weighted * levels), pairwise_sum(weighted * x[:, None])
 
 
 def _odd(count: int) -> OddIntegers:
     return OddIntegers(1, 2 * count - 1)
 
 
-best_iq3_s = GridEncoder("IQ3_S", 32, 4, GridSearch(_odd(16), 10.6), pack_iq3_s)
-best_iq3_xxs = GridEncoder("IQ3_XXS", 32, 8, GridSearch(_odd(16), 43.5), pack_iq3_xxs, even_signs=True)
-best_iq2_s = GridEncoder("IQ2_S", 16, 8, GridSearch(_odd(16), 36.8), pack_iq2_s)
-best_iq2_xs = GridEncoder("IQ2_XS", 16, 8, GridSearch(_odd(16), 36.2), pack_iq2_xs, even_signs=True)
-best_iq2_xxs = GridEncoder("IQ2_XXS", 32, 8, GridSearch(_odd(16), 37.4), pack_iq2_xxs, even_signs=True)
-best_iq1_m = GridEncoder("IQ1_M", 16, 8, GridSearch(_odd(8), 0.9), pack_iq1_m, group_offsets=(0.125, -0.125))
-best_iq1_s = GridEncoder("IQ1_S", 32, 8, GridSearch(_odd(8), 0.9), pack_iq1_s, offsets=(0.125, -0.125))
+best_iq3_s = GridEncoder("IQ3_S", 32, 4, GridSearch(_odd(16), 10.6), iquants.pack_iq3_s)
+best_iq3_xxs = GridEncoder("IQ3_XXS", 32, 8, GridSearch(_odd(16), 43.5), iquants.pack_iq3_xxs, even_signs=True)
+best_iq2_s = GridEncoder("IQ2_S", 16, 8, GridSearch(_odd(16), 36.8), iquants.pack_iq2_s)
+best_iq2_xs = GridEncoder("IQ2_XS", 16, 8, GridSearch(_odd(16), 36.2), iquants.pack_iq2_xs, even_signs=True)
+best_iq2_xxs = GridEncoder("IQ2_XXS", 32, 8, GridSearch(_odd(16), 37.4), iquants.pack_iq2_xxs, even_signs=True)
+best_iq1_m = GridEncoder("IQ1_M", 16, 8, GridSearch(_odd(8), 0.9), iquants.pack_iq1_m, group_offsets=(0.125, -0.125))
+best_iq1_s = GridEncoder("IQ1_S", 32, 8, GridSearch(_odd(8), 0.9), iquants.pack_iq1_s, offsets=(0.125, -0.125))
