@@ -13,6 +13,9 @@ from wanquant.tests.quant.samples import collected, correlated
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 
+ON_GRIDS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+
+
 @pytest.fixture(scope="module")
 def layer():
     """A weight, its encoder with a calibration, and other inputs of the same distribution to measure with."""
@@ -105,3 +108,22 @@ def test_inputs_without_information_do_not_increase_the_error(inputs, layer):
 def test_rows_narrower_than_a_span_are_encoded():
     encoder, weight = LayerEncoder.of(collected(w=torch.randn(4, 96)), "w"), torch.randn(4, 96)
     assert encoder.quantize(QTYPES["IQ4_NL"], weight).shape == (4, 3 * 18)
+
+
+@pytest.mark.parametrize("name", ON_GRIDS)
+def test_importance_reduces_the_error_of_types_with_grids(name, layer):
+    weight, encoder, inputs = layer
+    qtype, informed = QTYPES[name], LayerEncoder(encoder.importance)
+    plain, weighted = (each.quantize(qtype, weight) for each in (LayerEncoder(), informed))
+    assert output_error(weight, weighted, name, inputs) < output_error(weight, plain, name, inputs)
+    for packed, importance in ((plain, torch.ones(512)), (weighted, encoder.importance)):
+        products = (weight * importance * qtype.dequantize(packed)).sum(1)
+        torch.testing.assert_close(products, (weight * importance * weight).sum(1), rtol=2**-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ON_GRIDS)
+def test_bytes_of_types_with_grids_do_not_depend_on_other_rows(name, layer):
+    weight, encoder, _ = layer
+    informed = LayerEncoder(encoder.importance)
+    whole = informed.quantize(QTYPES[name], weight)
+    assert torch.equal(informed.quantize(QTYPES[name], weight[5:9]), whole[5:9])
