@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .encoders import ggml
 from .encoders.search import encoders as search
-from .encoders.search import grid_encoder as grid_search
+from .encoders.search import grid_types as grid_search
 from .errors import QuantError
 from .formats import iq4, iquants, kquants, legacy, low_bits, microscaling, plain, ternary
 from .formats.bits import BlockLayout

@@ -14,23 +14,9 @@ import torch
 from torch import Tensor
 
 from .levels import Integers, OddIntegers
-from .sub_blocks import pairwise_sum, select_best
+from .sub_blocks import SubBlocks, pairwise_sum, select_best
 
 _ZERO = Integers(0, 0)
-
-
-@dataclass(frozen=True)
-class GridSearch:
-    """The integers of a type, and where the search for its scales begins.
-
-    Args:
-        scales: the range of the integer scales.
-        anchor: the level that the root of sum w * x**4 / sum w * x**2 is usually mapped to.
-    """
-
-    scales: OddIntegers
-    anchor: float
-    mins: Integers = _ZERO
 
 
 @dataclass(frozen=True)
@@ -41,7 +27,8 @@ class TriedScales:
         of_candidates: the scales that candidates are searched for with, by exhaustion.
         tried: the scales from which the real-valued one is chosen.
         of_d: values of d, where 1 makes the largest scale of a block its largest integer.
-        of_refined_d: values of d relative to the best of these.
+        of_refined_d: values of d relative to the best of these, tried with candidates for the best scales; none where
+            these gain little.
     """
 
     of_candidates: Sequence[float]
@@ -54,10 +41,28 @@ def _geometric(low: float, high: float, count: int) -> list[float]:
     return [low * (high / low) ** (index / (count - 1)) for index in range(count)]
 
 
-USUAL = TriedScales((0.77, 1.0, 1.32), _geometric(0.45, 1.8, 9), (1.0, 1.08, 1.2), (1.0, 0.98, 1.02))
+_TRIED, _OF_D = _geometric(0.45, 1.8, 9), (1.0, 1.08, 1.2)
+FOUR_AT_ONCE = TriedScales((0.77, 1.0, 1.32), _TRIED, _OF_D, (1.0, 0.98, 1.02))
+EIGHT_AT_ONCE = TriedScales((0.85, 1.2), _TRIED, _OF_D, ())
 HARD = TriedScales(
     _geometric(0.3, 18.0, 12), _geometric(0.3, 18.0, 48), (1.0, 1.08, 1.2, 1.6, 3.0, 9.0), (1.0, 0.99, 1.01)
 )
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """The integers of a type, and where the search for its scales begins.
+
+    Args:
+        scales: the range of the integer scales.
+        tried: the scales that the search tries for most blocks.
+        anchor: the level that the root of sum w * x**4 / sum w * x**2 is usually mapped to.
+    """
+
+    scales: OddIntegers
+    tried: TriedScales
+    anchor: float
+    mins: Integers = _ZERO
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Candidates:
 
 
 def best_of(options: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each block the option of least error; an option is d, (n,), scales, (n, k), and errors, (n,)."""
+    """Return for each block the option of least error: d, (n,), scales, (n, k), and errors, (n,), all float32."""
     d, scales, errors = zip(*options, strict=True)
     best = select_best(errors, d, scales, errors)
     return best[0], best[1], best[2]
@@ -105,3 +110,8 @@ def weighted_sums(x: Tensor, w: Tensor | None, levels: Tensor) -> tuple[Tensor, 
     """
     weighted = levels if w is None else levels * w[:, None]
     return pairwise_sum(weighted * levels), pairwise_sum(weighted * x[:, None])
+
+
+def weighted_error(x: Tensor, scale: Tensor, w: Tensor | None, levels: Tensor) -> Tensor:
+    """Return the sum of w * (x - scale * levels)**2 over the rows, all float32 (rows, n): float32 (n,)."""
+    return SubBlocks(x, w).weighted_sum((x - levels * scale).square_())

@@ -16,14 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...formats import iquants
 from ...formats.iquants import GRID_WEIGHTS, UNITS
 from .constants import encode_constants_once
 from .fit import BlockScales
 from .grid import closest_rows, level_errors, levels_of_grid, look_up, uniform_levels
-from .grid_candidates import HARD, USUAL, Candidates, GridSearch, TriedScales, best_of, weighted_sums
+from .grid_candidates import HARD, Candidates, GridSearch, TriedScales, best_of, weighted_error, weighted_sums
 from .grid_metric import nearest_coupled
-from .levels import OddIntegers
 from .sub_blocks import SubBlocks, pairwise_sum, reciprocal_or_zero, round_to_float16, select_best
 
 Pack = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -111,7 +109,7 @@ class GridEncoder:
 
     def _fit(self, sub_blocks: SubBlocks, per_block: int) -> tuple[Tensor, Tensor]:
         """Return d, float32 (n,), and the scales, float32 (n, k), of n blocks."""
-        d, scales, error = self._search(sub_blocks, per_block, USUAL)
+        d, scales, error = self._search(sub_blocks, per_block, self.search.tried)
         hard = torch.nonzero(self._is_hard(sub_blocks, d, per_block))[:, 0]
         if len(hard):
             part = sub_blocks.select_blocks(hard, per_block)
@@ -151,7 +149,10 @@ class GridEncoder:
         options = [unit * factor for factor in tried.tried]
         scale = select_best([candidates.error(option) for option in options], options)[0].view(-1, per_block)
         unit = scale.amax(1) / self.search.scales.high
-        d, scales, _ = self._best_integers(candidates, scale, [unit * factor for factor in tried.of_d])
+        best = self._best_integers(candidates, scale, [unit * factor for factor in tried.of_d])
+        if not tried.of_refined_d:
+            return best
+        d, scales, _ = best
         found = (d[:, None] * scales).flatten()
         candidates = candidates.joined(self._candidates(sub_blocks, [found]))
         return self._best_integers(candidates, found.view_as(scale), [d * factor for factor in tried.of_refined_d])
@@ -203,7 +204,7 @@ class GridEncoder:
                 continue
             for signs in self._signs(values, scale, metric, _FLIPS):
                 levels = self._nearest(values, scale, metric, signs, offset + own)
-                yield levels, _error(values, scale, metric, levels)
+                yield levels, weighted_error(values, scale, metric, levels)
 
     def _nearest(self, values: Tensor, scale: Tensor, w: Tensor | None, signs: Tensor, offset: float) -> Tensor:
         """Round groups to the levels of least error that have these signs and this offset."""
@@ -242,7 +243,7 @@ class GridEncoder:
         scale = scales.effective()[0]
         repeated = scale.repeat(self.size // self.together)
         tried = [self._ungrouped(self.nearest(x, repeated, w, offset), len(scale)) for offset in self.offsets]
-        errors = [_error(sub_blocks.x, scale, sub_blocks.w, levels) for levels in tried]
+        errors = [weighted_error(sub_blocks.x, scale, sub_blocks.w, levels) for levels in tried]
         return select_best(errors, [levels.t() for levels in tried])[0].t()
 
     def _refit(self, sub_blocks: SubBlocks, scales: BlockScales, levels: Tensor) -> BlockScales:
@@ -275,21 +276,3 @@ class GridEncoder:
     def _joined(self, values: Tensor) -> Tensor:
         """Undo `_parts`: (dim, entries * lanes) -> (together, lanes)."""
         return values.view(len(values), self._n_parts, -1).transpose(0, 1).reshape(self.together, -1)
-
-
-def _error(x: Tensor, scale: Tensor, w: Tensor | None, levels: Tensor) -> Tensor:
-    """Return the sum of w * (x - scale * levels)**2 over the rows, all float32 (rows, n): float32 (n,)."""
-    return SubBlocks(x, w).weighted_sum((x - levels * scale).square_())
-
-
-def _odd(count: int) -> OddIntegers:
-    return OddIntegers(1, 2 * count - 1)
-
-
-best_iq3_s = GridEncoder("IQ3_S", 32, 4, GridSearch(_odd(16), 10.6), iquants.pack_iq3_s)
-best_iq3_xxs = GridEncoder("IQ3_XXS", 32, 8, GridSearch(_odd(16), 43.5), iquants.pack_iq3_xxs, even_signs=True)
-best_iq2_s = GridEncoder("IQ2_S", 16, 8, GridSearch(_odd(16), 36.8), iquants.pack_iq2_s)
-best_iq2_xs = GridEncoder("IQ2_XS", 16, 8, GridSearch(_odd(16), 36.2), iquants.pack_iq2_xs, even_signs=True)
-best_iq2_xxs = GridEncoder("IQ2_XXS", 32, 8, GridSearch(_odd(16), 37.4), iquants.pack_iq2_xxs, even_signs=True)
-best_iq1_m = GridEncoder("IQ1_M", 16, 8, GridSearch(_odd(8), 0.9), iquants.pack_iq1_m, group_offsets=(0.125, -0.125))
-best_iq1_s = GridEncoder("IQ1_S", 32, 8, GridSearch(_odd(8), 0.9), iquants.pack_iq1_s, offsets=(0.125, -0.125))
