@@ -41,7 +41,8 @@ def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
     """
     calibrated = _CALIBRATED_REVISION if isinstance(importance, Calibration) else 0
     return {
-        name: qtype.revision + (calibrated if isinstance(qtype.best, Encoder | GridEncoder) else 0) for name, qtype in QTYPES.items()
+        name: qtype.revision + (calibrated if isinstance(qtype.best, Encoder | GridEncoder) else 0)
+        for name, qtype in QTYPES.items()
     }
 
 

@@ -5,7 +5,7 @@ The squared error of the outputs is e H e^T for the error e of each row, where H
 
 1. `feedback.py` takes the sub-blocks in the order of their input channels. When the turn of one comes, its scale
    and min are searched for. Its weights are rounded, and the later weights then make up for its errors.
-2. `descent.py` goes over the sub-blocks again. Each weight, scale, min and factor gets its best value, given the others.
+2. `descent.py` goes over the sub-blocks again. Each weight, scale, min and factor gets its best value, given all else.
 
 Any type takes part whose encoder has what `Grid` asks for. Every operation works on one channel of all rows, or is a
 sum without rounding errors (`exact.py`). The bytes of a row therefore depend neither on other rows nor on threads.

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..search.levels import Integers
-from ..search.sub_blocks import reciprocal_or_zero, round_to_float16
+from ..search.levels import Integers, OddIntegers
+from ..search.sub_blocks import reciprocal_or_zero
 from .exact import exact_product, rounded_matrix, sum_channels
 from .feedback import Option, Rounded, better, times
 from .grid import Grid
@@ -122,7 +122,7 @@ class Descent:
             factors.append(rounded.dmin[:, block])
         changes = _least_squares(parts, [product[:, channels] for product in products], self._gradient[:, channels])
         for factor, change, product in zip(factors, changes, products, strict=True):
-            new = round_to_float16(factor * (1 + change))
+            new = self._grid.storable(factor * (1 + change))
             self._gradient -= product.mul_(((new - factor) * reciprocal_or_zero(factor))[:, None])
             factor.copy_(new)
 
@@ -176,5 +176,5 @@ def _closer(new: Tensor, old: Tensor, values: Tensor, scale: Tensor, root: Tenso
     return torch.where((costs[0] < costs[1])[:, None], new, old)
 
 
-def _steps(integers: Integers) -> tuple[int, ...]:
+def _steps(integers: Integers | OddIntegers) -> tuple[int, ...]:
     return (0,) if integers.low == integers.high else (0, -integers.step, integers.step)

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ..search.fit import BlockScales
-from ..search.levels import Integers
+from ..search.levels import Integers, OddIntegers
 from ..search.sub_blocks import SubBlocks
 
 RoundGroup = Callable[[Tensor, Tensor], Tensor]
@@ -22,7 +22,7 @@ class Integral(Protocol):
     """The integers that a block stores for its sub-blocks."""
 
     @property
-    def scales(self) -> Integers: ...
+    def scales(self) -> Integers | OddIntegers: ...
 
     @property
     def mins(self) -> Integers: ...
@@ -58,6 +58,9 @@ class Grid(Protocol):
 
     def offset(self, levels: Tensor) -> float | Tensor:
         """Return the offset that levels of a sub-block have, (n, size, rows) -> (n, rows), or 0."""
+
+    def storable(self, factors: Tensor) -> Tensor:
+        """Round values of d and dmin to what a block can store, float32 of any shape."""
 
     def pack_levels(self, scales: BlockScales, levels: Tensor) -> Tensor:
         """Write blocks whose weights have these levels, float32 (n, block_size), as uint8 (n, type_size)."""

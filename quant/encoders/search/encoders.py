@@ -16,7 +16,7 @@ from .constants import encode_constants_once
 from .fit import BlockScales, SearchSettings, fit_scales, refine
 from .levels import Codebook, Integers, Levels
 from .scale import search_scale, search_scale_and_min
-from .sub_blocks import SubBlocks, reciprocal_or_zero
+from .sub_blocks import SubBlocks, reciprocal_or_zero, round_to_float16
 
 Pack = Callable[[BlockScales, Tensor], Tensor]
 """Writes blocks from their scales and their codes, float32 (n, block_size): returns uint8 (n, type_size)."""
@@ -90,6 +90,10 @@ class Encoder:
         """Return the function that rounds values, float32 (n, 1, rows), under a scale of each row, (n, rows)."""
         unit = reciprocal_or_zero(scale)[:, None]
         return lambda values, _: self.levels.nearest(values * unit)
+
+    def storable(self, factors: Tensor) -> Tensor:
+        """Round values of d and dmin to what a block can store, float32 of any shape."""
+        return round_to_float16(factors)
 
     def offset(self, levels: Tensor) -> float:
         """Return what a type adds to its levels, float32 (n, size, rows): these types add nothing."""

@@ -31,6 +31,8 @@ Pack = Callable[[Tensor, Tensor, Tensor], Tensor]
 _PARTS = 4
 # Signs that may be wrong, where the number of minus signs must be even and is not.
 _FLIPS = 2
+# How many neighbors away an integer scale may lie from the usual one.
+_NEAR = (0, -1, 1, -2, 2)
 # Blocks to search for the scales of at a time. On a CPU, their candidates then stay in its cache.
 _CPU_BLOCKS = 256
 # Blocks whose weights all have nearly one magnitude need other scales than the usual: the square of their mean has at
@@ -80,7 +82,38 @@ class GridEncoder:
         """Write blocks whose weights have these levels, float32 (n, 256), as uint8 (n, type_size)."""
         return self.pack(scales.d / UNITS[self.name], scales.scales, levels)
 
-    def nearest(self, values: Tensor, scale: Tensor, metric: Tensor | None = None, offset: float = 0.0) -> Tensor:
+    def fit_integers(self, sub_blocks: SubBlocks, d: Tensor, dmin: Tensor) -> tuple[Tensor, Tensor]:
+        """Search for the integer scales of n sub-blocks whose d is given, float32 (n,); the mins are 0."""
+        scale, integers = self._usual_scale(sub_blocks), self.search.scales
+        candidates = self._candidates(sub_blocks, [scale])
+        middle = integers.nearest(scale * reciprocal_or_zero(d))
+        options = [integers.nearest(middle + integers.step * step) for step in _NEAR]
+        errors = [candidates.error(d * option) for option in options]
+        return select_best(errors, options)[0], torch.zeros_like(d)
+
+    def rounding(self, scale: Tensor, offset: float | Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the function that rounds groups, float32 (n, together, rows), under scales of rows, (n, rows)."""
+        flat = offset.flatten() if isinstance(offset, Tensor) else offset
+
+        def round_groups(values: Tensor, metric: Tensor) -> Tensor:
+            lanes = values.transpose(0, 1).reshape(self.together, -1)
+            levels = self.nearest(lanes, scale.flatten(), metric, flat)
+            return levels.view(self.together, *scale.shape).transpose(0, 1)
+
+        return round_groups
+
+    def offset(self, levels: Tensor) -> float | Tensor:
+        """Return the offset in the levels of sub-blocks, float32 (n, size, rows) -> (n, rows), or 0."""
+        return levels[:, 0] - levels[:, 0].round() if len(self.offsets) > 1 else 0.0
+
+    def storable(self, factors: Tensor) -> Tensor:
+        """Round values of d to what a block can store, float32 of any shape."""
+        unit = UNITS[self.name]
+        return round_to_float16(factors.clamp(min=0) / unit).mul_(unit)
+
+    def nearest(
+        self, values: Tensor, scale: Tensor, metric: Tensor | None = None, offset: float | Tensor = 0.0
+    ) -> Tensor:
         """Round groups to the levels c of least error.
 
         Args:
@@ -89,7 +122,7 @@ class GridEncoder:
             metric: the importance w of each value, float32 (together, lanes), for the error sum w (x - scale * c)**2.
                 Or upper triangular factors P, float32 (n, together, together), of lanes / n neighbors each, for the
                 error ||(x - scale * c) P||**2. None is 1 for all.
-            offset: one of `offsets`.
+            offset: one of `offsets`, or that of each lane, float32 (lanes,).
 
         Returns:
             The levels with their signs and offsets, float32 (together, lanes).
@@ -142,9 +175,7 @@ class GridEncoder:
 
     def _search(self, sub_blocks: SubBlocks, per_block: int, tried: TriedScales) -> tuple[Tensor, Tensor, Tensor]:
         """Return d, (n,), the scales, (n, k), and the errors, (n,), of n blocks; all are float32."""
-        squares = sub_blocks.x.square()
-        unit = sub_blocks.weighted_sum(squares.square()) * reciprocal_or_zero(sub_blocks.weighted_sum(squares))
-        unit = unit.sqrt() / self.search.anchor
+        unit = self._usual_scale(sub_blocks)
         candidates = self._candidates(sub_blocks, [unit * factor for factor in tried.of_candidates])
         options = [unit * factor for factor in tried.tried]
         scale = select_best([candidates.error(option) for option in options], options)[0].view(-1, per_block)
@@ -156,6 +187,12 @@ class GridEncoder:
         found = (d[:, None] * scales).flatten()
         candidates = candidates.joined(self._candidates(sub_blocks, [found]))
         return self._best_integers(candidates, found.view_as(scale), [d * factor for factor in tried.of_refined_d])
+
+    def _usual_scale(self, sub_blocks: SubBlocks) -> Tensor:
+        """Return the real-valued scale that sub-blocks usually have, float32 (n,)."""
+        squares = sub_blocks.x.square()
+        mean = sub_blocks.weighted_sum(squares.square()) * reciprocal_or_zero(sub_blocks.weighted_sum(squares))
+        return mean.sqrt() / self.search.anchor
 
     def _best_integers(
         self, candidates: Candidates, scale: Tensor, d: Sequence[Tensor]
@@ -195,7 +232,7 @@ class GridEncoder:
         return squares, products * -2
 
     def _tried(
-        self, values: Tensor, scale: Tensor, metric: Tensor | None, offset: float
+        self, values: Tensor, scale: Tensor, metric: Tensor | None, offset: float | Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the best levels under each choice of offsets and wrong signs, and their errors."""
         for own in self.group_offsets:
@@ -206,7 +243,9 @@ class GridEncoder:
                 levels = self._nearest(values, scale, metric, signs, offset + own)
                 yield levels, weighted_error(values, scale, metric, levels)
 
-    def _nearest(self, values: Tensor, scale: Tensor, w: Tensor | None, signs: Tensor, offset: float) -> Tensor:
+    def _nearest(
+        self, values: Tensor, scale: Tensor, w: Tensor | None, signs: Tensor, offset: float | Tensor
+    ) -> Tensor:
         """Round groups to the levels of least error that have these signs and this offset."""
         x, w = self._parts((values - scale * offset) * signs), None if w is None else self._parts(w)
         scale = scale.repeat(self._n_parts)

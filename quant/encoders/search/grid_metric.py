@@ -24,7 +24,7 @@ _PARTS, _SIGNED_PARTS = 8, 16
 
 
 def nearest_coupled(
-    name: str, values: Tensor, scale: Tensor, factor: Tensor, offset: float, *, even_signs: bool
+    name: str, values: Tensor, scale: Tensor, factor: Tensor, offset: float | Tensor, *, even_signs: bool
 ) -> tuple[Tensor, Tensor]:
     """Round groups to levels of little error.
 
@@ -63,7 +63,7 @@ def _nearest_pair(name: str, values: Tensor, scale: Tensor, factor: Tensor, pari
 
 
 def _nearest(
-    name: str, values: Tensor, scale: Tensor, factor: Tensor, offset: float, parity: int
+    name: str, values: Tensor, scale: Tensor, factor: Tensor, offset: float | Tensor, parity: int
 ) -> tuple[Tensor, Tensor]:
     """Round groups of one entry.
 

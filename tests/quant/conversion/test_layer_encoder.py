@@ -11,8 +11,6 @@ from wanquant.quant.statistics.calibration import Calibration
 from wanquant.tests.quant.samples import collected, correlated
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-
-
 ON_GRIDS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 
 
@@ -28,7 +26,7 @@ def output_error(weight, packed, name, inputs):
     return ((inputs @ QTYPES[name].dequantize(packed).t() - wanted).norm() / wanted.norm()).item()
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", (*TYPES, *ON_GRIDS))
 def test_statistics_reduce_the_error_of_the_outputs(name, layer):
     weight, encoder, inputs = layer
     qtype = QTYPES[name]
@@ -83,7 +81,7 @@ def test_uncorrelated_inputs_give_no_more_error_than_importance(name, layer):
 
 
 @pytest.mark.parametrize("effort", ["best", "thorough"])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", (*TYPES, "IQ3_S", "IQ2_XS", "IQ1_S"))
 def test_bytes_depend_on_neither_other_rows_nor_threads(name, effort, layer):
     weight, encoder, _ = layer
     before, threads = weight.clone(), torch.get_num_threads()
