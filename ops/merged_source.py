@@ -154,9 +154,11 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
         device: the device that merges LoRAs and other patches.
 
     Raises:
-        QuantError: not a Wan model, or a weight of another pack whose values are unknown.
+        QuantError: not a Wan model, a weight of another pack whose values are unknown, or a LoRA or another change of
+            the model that is not a patch of its weights.
     """
     model = patcher.model.diffusion_model
+    _refuse_unmergeable(patcher)
     weights = dict(model.named_parameters())
     path = Path("MODEL")
     architecture = find_naming(path, weights.keys()).architecture
@@ -173,6 +175,16 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
         host.attention_preferences(model)
     )
     return Checkpoint(identity, str(path), metadata, architecture, {}, tensors, memory, held)
+
+
+def _refuse_unmergeable(patcher: ModelPatcher) -> None:
+    """Refuse what a node added to the model otherwise than as patches, which alone are merged."""
+    change = next(iter(host.changes_beside_patches(patcher)), None)
+    if change is not None:
+        raise QuantError(
+            f"MODEL: has {change}, which cannot be merged into weights, expected LoRAs of the node Load LoRA only;"
+            " load the LoRA with that node, or leave the other node out, and save again"
+        )
 
 
 def _detection_metadata(model: BaseModel, parameters: list[_Parameter]) -> dict[str, str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import weakref
 
+import comfy.hooks
 import comfy.sd
 import pytest
 import torch
+from comfy.patcher_extension import PatcherInjection
 from safetensors.torch import load_file
 
 from wanquant.ops.budget.live_memory import LiveMemory
@@ -125,6 +127,40 @@ def test_patch_that_changes_a_shape_is_refused(t2v, tmp_path):
     with pytest.raises(QuantError, match=r"blocks\.0\.ffn\.0\.weight: a patch changes its shape"):
         save(model, tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def with_bypass(model, tensors):
+    return comfy.sd.load_bypass_lora_for_models(model, None, tensors, 1.0, 0)[0]
+
+
+def with_hook(model, tensors):
+    return comfy.hooks.load_hook_lora_for_models(model.clone(), None, tensors, 1.0, 0)[0]
+
+
+def with_injection(model, _):
+    patched = model.clone()
+    patched.set_injections("of_a_pack", [PatcherInjection(inject=print, eject=print)])
+    return patched
+
+
+def with_weight_function(model, _):
+    patched = model.clone()
+    patched.add_weight_wrapper(f"diffusion_model.{PLAIN}", torch.neg)
+    return patched
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (with_bypass, "the injection 'bypass_lora'"),
+        (with_hook, r"a LoRA of a hook \(Create Hook LoRA\)"),
+        (with_injection, "the injection 'of_a_pack'"),
+        (with_weight_function, rf"a function on 'diffusion_model\.{PLAIN}'"),
+    ],
+)
+def test_what_is_not_a_patch_is_refused(model, state, change, named):
+    with pytest.raises(QuantError, match=f"MODEL: has {named}, which cannot be merged .* Load LoRA"):
+        merged_checkpoint(change(model, lora(state)), CPU)
 
 
 def test_other_models_are_refused(t2v):
