@@ -307,10 +307,9 @@ def remember_loader(patcher: ModelPatcher, load: Callable[..., ModelPatcher]) ->
     patcher.cached_patcher_init = (load, ())
 
 
-def unpatched_weight(patcher: ModelPatcher, key: str, weight: Tensor) -> Tensor:
-    """Return a weight in the shape and dtype in which it was loaded: if the host patched it in place, its backup."""
-    backup = patcher.backup.get(key)
-    return weight if backup is None else backup.weight
+def unpatched_weights(patcher: ModelPatcher) -> dict[str, Tensor]:
+    """Return the weights that the host patched in place, in the shapes and dtypes as they were loaded, by key."""
+    return {key: backup.weight for key, backup in patcher.backup.items()}
 
 
 def changes_beside_patches(patcher: ModelPatcher) -> Iterator[str]:

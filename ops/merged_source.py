@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.lora
 import comfy.model_detection
@@ -23,12 +23,14 @@ from ..quant import QTYPES, QuantError
 from ..quant.sources.attention import preference_metadata
 from ..quant.sources.checkpoint import Checkpoint, SourceTensor
 from ..quant.sources.files import SourceFiles, SourceIdentity
-from ..quant.sources.names import find_naming
+from ..quant.sources.names import find_naming, unwrapped
 from ..quant.sources.tensors import DTYPES
 from . import host
 from .packed.foreign import understood
 from .packed.layout import dense, is_packed
 from .packed.patch_rows import Patch
+
+_Value = TypeVar("_Value")
 
 _PREFIX = "diffusion_model."
 # Merging a patch needs so many float32 tensors of the weight's size: the weight, the copy that the host adds to, the
@@ -163,18 +165,27 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
     path = Path("MODEL")
     architecture = find_naming(path, weights.keys()).architecture
     memory = _Memory(device)
-    for name, weight in weights.items():
-        unpatched = host.unpatched_weight(patcher, _PREFIX + name, weight)
-        known = understood(model.get_submodule(name.rpartition(".")[0]), name, unpatched)
-        memory.tensors.append(_parameter(name, known, patcher.patches.get(_PREFIX + name, []), memory))
+    patches = _by_name((key, patch) for key, added in patcher.patches.items() for patch in added)
+    as_loaded = _by_name(host.unpatched_weights(patcher).items())
+    for key, weight in weights.items():
+        name = unwrapped(key)
+        known = understood(model.get_submodule(key.rpartition(".")[0]), name, as_loaded.get(name, [weight])[0])
+        memory.tensors.append(_parameter(name, known, patches.get(name, []), memory))
     tensors: Mapping[str, SourceTensor] = {tensor.name: tensor for tensor in memory.tensors}
     identity = _Identity(path, (), sum(tensor.nbytes for tensor in memory.tensors))
     on_cpu = (tensor for tensor in memory.tensors if tensor.patches and device.type == "cpu")
     held = max((_MERGING_COPIES * 4 * math.prod(tensor.shape) for tensor in on_cpu), default=0)
-    metadata = _detection_metadata(patcher.model, memory.tensors) | preference_metadata(
-        host.attention_preferences(model)
-    )
+    preferences = {unwrapped(name): config for name, config in host.attention_preferences(model).items()}
+    metadata = _detection_metadata(patcher.model, memory.tensors) | preference_metadata(preferences)
     return Checkpoint(identity, str(path), metadata, architecture, {}, tensors, memory, held)
+
+
+def _by_name(items: Iterable[tuple[str, _Value]]) -> dict[str, list[_Value]]:
+    """Return what the host keeps by key, by the names in a file, which lack what torch.compile inserts."""
+    found: dict[str, list[_Value]] = {}
+    for key, value in items:
+        found.setdefault(unwrapped(key).removeprefix(_PREFIX), []).append(value)
+    return found
 
 
 def _refuse_unmergeable(patcher: ModelPatcher) -> None:

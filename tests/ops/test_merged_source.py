@@ -129,6 +129,26 @@ def test_patch_that_changes_a_shape_is_refused(t2v, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+COMPILED = {
+    "a block": ("diffusion_model.blocks.0",),
+    "all blocks": ("diffusion_model.blocks.0", "diffusion_model.blocks.1"),
+    "the model": ("diffusion_model",),
+}
+
+
+@pytest.mark.parametrize("parts", COMPILED.values(), ids=COMPILED)
+def test_what_is_compiled_is_saved_as_without(model, state, parts):
+    """torch.compile puts `_orig_mod.` into the names of the parameters; KJNodes compiles as here."""
+    patched = with_lora(model, lora(state))
+    with merged_checkpoint(patched, CPU) as merged:
+        expected = {name: tensor.read().clone() for name, tensor in merged.tensors.items()}
+    for part in parts:
+        patched.add_object_patch(part, torch.compile(patched.get_model_object(part), backend="eager"))
+    with merged_checkpoint(load(patched), CPU) as merged:
+        assert list(merged.tensors) == list(expected)
+        assert all(torch.equal(merged.tensors[name].read(), values) for name, values in expected.items())
+
+
 def with_bypass(model, tensors):
     return comfy.sd.load_bypass_lora_for_models(model, None, tensors, 1.0, 0)[0]
 
