@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...quant import QTYPES
+from ...quant.sources.names import unwrapped
 from .. import host
 from .layout import dense, is_packed
 from .matmul import WeightFunction, packed_linear
@@ -224,10 +225,10 @@ def _refuse_unknown(others: dict[str, object]) -> None:
 
 
 def gguf_modules(model: torch.nn.Module) -> Iterator[tuple[str, GGUFModule]]:
-    """Yield all layers of this pack in the model, each after the state-dict key of its weight."""
+    """Yield all layers of this pack in the model, each after the key of its weight in the model before torch.compile."""
     for name, module in model.named_modules():
         if isinstance(module, GGUFModule):
-            yield f"{name}.weight", module
+            yield unwrapped(f"{name}.weight"), module
 
 
 def packed_modules(model: torch.nn.Module) -> Iterator[tuple[str, GGUFModule]]:

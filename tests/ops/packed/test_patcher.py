@@ -40,6 +40,17 @@ def test_unloading_restores_the_base_exactly(model, state):
     assert all(torch.equal(value, before[key]) for key, value in blocks(model).items())
 
 
+def test_compiled_blocks_keep_their_lora(model, state):
+    """torch.compile puts `_orig_mod.` into the keys of the layers, as KJNodes uses it."""
+    tensors = lora(state)
+    expected = forward(load(with_lora(model, tensors)))
+    model.detach()
+    patched = with_lora(model, tensors)
+    for key in ("diffusion_model.blocks.0", "diffusion_model.blocks.1"):
+        patched.add_object_patch(key, torch.compile(patched.get_model_object(key), backend="eager"))
+    torch.testing.assert_close(forward(load(patched)), expected)
+
+
 def test_no_second_lora_after_partial_unload_and_reload(model, state):
     patched = load(with_lora(model, lora(state, bias=True)))
     expected = forward(patched)
