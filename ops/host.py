@@ -312,13 +312,6 @@ def unpatched_weights(patcher: ModelPatcher) -> dict[str, Tensor]:
     return {key: backup.weight for key, backup in patcher.backup.items()}
 
 
-def changes_beside_patches(patcher: ModelPatcher) -> Iterator[str]:
-    """Yield what changes a model's results otherwise than by its `patches`, as a phrase for messages."""
-    yield from (f"the injection {name!r:.80}" for name, injected in patcher.injections.items() if injected)
-    yield from ("a LoRA of a hook (Create Hook LoRA)" for patches in patcher.hook_patches.values() if patches)
-    yield from (f"a function on {key!r:.80}" for key, added in patcher.weight_wrapper_patches.items() if added)
-
-
 def is_host_patch(function: object) -> bool:
     """Return whether a weight function is the host's own, for the patches of a streamed weight."""
     return isinstance(function, LowVramPatch)

@@ -190,12 +190,19 @@ def _by_name(items: Iterable[tuple[str, _Value]]) -> dict[str, list[_Value]]:
 
 def _refuse_unmergeable(patcher: ModelPatcher) -> None:
     """Refuse what a node added to the model otherwise than as patches, which alone are merged."""
-    change = next(iter(host.changes_beside_patches(patcher)), None)
+    change = next(iter(_changes_beside_patches(patcher)), None)
     if change is not None:
         raise QuantError(
             f"MODEL: has {change}, which cannot be merged into weights, expected LoRAs of the node Load LoRA only;"
             " load the LoRA with that node, or leave the other node out, and save again"
         )
+
+
+def _changes_beside_patches(patcher: ModelPatcher) -> Iterator[str]:
+    """Yield what changes a model's results otherwise than by its `patches`, as a phrase for messages."""
+    yield from (f"the injection {name!r:.80}" for name, injected in patcher.injections.items() if injected)
+    yield from ("a LoRA of a hook (Create Hook LoRA)" for patches in patcher.hook_patches.values() if patches)
+    yield from (f"a function on {key!r:.80}" for key, added in patcher.weight_wrapper_patches.items() if added)
 
 
 def _detection_metadata(model: BaseModel, parameters: list[_Parameter]) -> dict[str, str]:

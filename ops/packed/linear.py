@@ -225,7 +225,7 @@ def _refuse_unknown(others: dict[str, object]) -> None:
 
 
 def gguf_modules(model: torch.nn.Module) -> Iterator[tuple[str, GGUFModule]]:
-    """Yield all layers of this pack in the model, each after the key of its weight in the model before torch.compile."""
+    """Yield all layers of this pack in the model, each after the key of its weight without torch.compile."""
     for name, module in model.named_modules():
         if isinstance(module, GGUFModule):
             yield unwrapped(f"{name}.weight"), module
