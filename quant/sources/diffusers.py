@@ -52,7 +52,7 @@ _RULES = (
 
 def wan_name(layer: str) -> str:
     """Return Wan's name of a layer of Diffusers'; other names stay as they are."""
-    return (rename(f"{layer}.", _RULES) or f"{layer}.").removesuffix(".")
+    return (rename(f"{layer}.", _RULES) or rename(layer, _RULES) or layer).removesuffix(".")
 
 
 def renaming(path: Path) -> Callable[[str], str | None]:

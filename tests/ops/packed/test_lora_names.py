@@ -18,7 +18,8 @@ TO_DIFFUSERS = (
     *((rf"self_attn\.{part}\b", f"attn1.to_{part}") for part in "qkv"),
     *((rf"cross_attn\.{part}\b", f"attn2.to_{part}") for part in "qkv"),
     *((r"self_attn\.o\b", "attn1.to_out.0"), (r"cross_attn\.o\b", "attn2.to_out.0")),
-    *((r"ffn\.0\b", "ffn.net.0.proj"), (r"ffn\.2\b", "ffn.net.2")),
+    *((r"ffn\.0\b", "ffn.net.0.proj"), (r"ffn\.2\b", "ffn.net.2"), (r"norm3\b", "norm2")),
+    *((r"self_attn\.norm_q\b", "attn1.norm_q"), (r"modulation\b", "scale_shift_table")),
 )
 
 
@@ -69,7 +70,7 @@ def renamed(tensors, layers, ends):
     """Return the tensors of `lora` under the names of another trainer."""
     result = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(r"diffusion_model\.(blocks\.\d+\.\w+\.\w+)\.(.+)", name)
+        match = re.fullmatch(r"diffusion_model\.(blocks\.\d+\.(?:norm3|modulation|\w+\.\w+))\.(.+)", name)
         result[f"{layers(match[1])}.{ends.get(match[2], match[2])}"] = tensor
     assert len(result) == len(tensors)
     return result
@@ -80,9 +81,102 @@ def same_patches(left, right):
     for key, ((_, mine, *_), *more) in left.patches.items():
         ((_, other, *_),) = right.patches[key]
         assert not more and type(mine) is type(other)
-        for a, b in zip(mine.weights, other.weights, strict=True):
+        pairs = zip(*(getattr(value, "weights", value) for value in (mine, other)), strict=True)
+        for a, b in ((a[0], b[0]) if isinstance(a, tuple) else (a, b) for a, b in pairs):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
     return True
+
+
+WITHOUT_FACTORS = {
+    "cross_attn.q.diff": (256, 256),
+    "cross_attn.q.diff_b": (256,),
+    "ffn.0.diff_b": (512,),
+    "norm3.w_norm": (256,),
+    "norm3.b_norm": (256,),
+    "self_attn.norm_q.set_weight": (256,),
+    "modulation.diff": (1, 6, 256),
+}
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("factors", [True, False], ids=["with factors", "alone"])
+def test_what_is_no_factor_is_found_too(model, state, layers, factors, caplog):
+    tensors = lora(state, rank=1) if factors else {}
+    tensors |= {f"diffusion_model.blocks.0.{name}": torch.randn(shape) for name, shape in WITHOUT_FACTORS.items()}
+    patched = with_lora(model, renamed(tensors, LAYERS[layers], {}))
+    assert len(patched.patches) == 7 + (10 if factors else 0)
+    assert same_patches(patched, with_lora(model, tensors))
+    assert "lora key not loaded" not in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "diffusion_model."])
+def test_differences_of_modulations(model, prefix):
+    """lightx2v writes `diff_m` behind the name of the block."""
+    theirs = {f"{prefix}blocks.1.diff_m": torch.ones(1, 6, 256), f"{prefix}head.diff_m": torch.ones(1, 2, 256)}
+    ours = {"blocks.1.modulation.diff": torch.ones(1, 6, 256), "head.modulation.diff": torch.ones(1, 2, 256)}
+    expected = with_lora(model, {f"diffusion_model.{name}": tensor for name, tensor in ours.items()})
+    assert same_patches(with_lora(model, theirs), expected)
+
+
+Q = "blocks.0.self_attn.q"
+FACTORS = {f"{Q}.lora_A.weight": torch.ones(4, 256), f"{Q}.lora_B.weight": torch.ones(256, 4)}
+
+
+def of_peft(ends, alpha=None):
+    """Return a LoRA of one layer as PEFT writes it, and as ComfyUI reads it without PEFT's tensors."""
+    shared = FACTORS if alpha is None else FACTORS | {f"{Q}.alpha": torch.tensor(alpha)}
+    theirs = {f"base_model.model.{name}": tensor for name, tensor in (shared | ends).items()}
+    return theirs, {f"diffusion_model.{name}": tensor for name, tensor in shared.items()}
+
+
+@pytest.mark.parametrize("end", ["", ".weight", ".default", ".default.weight"])
+def test_magnitudes_of_peft(model, end):
+    magnitude = torch.rand(256)
+    theirs, ours = of_peft({f"{Q}.lora_magnitude_vector{end}": magnitude})
+    expected = with_lora(model, ours | {f"diffusion_model.{Q}.dora_scale": magnitude.view(256, 1)})
+    assert same_patches(with_lora(model, theirs), expected)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1), (8.0, 2)])
+@pytest.mark.parametrize("end", ["lora_B.bias", "lora_B.default.bias"])
+def test_bias_of_pefts_factor_has_the_scale_of_the_lora(model, end, alpha, scale):
+    bias = torch.rand(256)
+    theirs, ours = of_peft({f"{Q}.{end}": bias}, alpha)
+    assert same_patches(
+        with_lora(model, theirs), with_lora(model, ours | {f"diffusion_model.{Q}.diff_b": bias * scale})
+    )
+
+
+def test_what_is_left_over_is_named_once(model, state, caplog):
+    tensors = renamed(lora(state), LAYERS["transformer."], {})
+    tensors |= {f"transformer.blocks.{i}.attn3.to_q.lora_A.weight": torch.ones(4, 256) for i in range(5)}
+    patched = with_lora(model, tensors)
+    with_lora(model, tensors)  # A cached LoRA.
+    assert len(patched.patches) == 10
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == second and " and 2 more; " in first
+    assert first.startswith("LoRA: 5 of its tensors name nothing in Wan and are left out: transformer.blocks.0.attn3.")
+
+
+@pytest.mark.parametrize("layers", ["transformer., Diffusers", "transformer."])
+def test_loras_of_two_models_in_one_file_are_refused(model, state, layers):
+    high = renamed(lora(state), LAYERS[layers], {})
+    low = {name.replace("transformer.", "transformer_2."): tensor + 1 for name, tensor in high.items()}
+    for both in (high | low, low | high):
+        with pytest.raises(
+            QuantError, match=r"tensors transformer(_2)?\.\S+ and transformer(_2)?\.\S+ are for the same"
+        ):
+            with_lora(model, dict(both))
+    assert len(with_lora(model, low).patches) == 10
+
+
+def test_a_lora_read_again_and_for_another_model(model, state):
+    """ComfyUI's nodes keep the tensors of a file, to which names were added."""
+    tensors = renamed(lora(state), LAYERS["transformer."], {})
+    expected = dict(tensors)
+    first, second = with_lora(model, tensors), with_lora(model, tensors)
+    assert same_patches(first, second)
+    assert all(tensors[name] is tensor for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("layers", LAYERS)
