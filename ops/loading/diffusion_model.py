@@ -20,7 +20,7 @@ from ...quant.gguf.provenance import source_metadata
 from ...quant.sources.add_ons import find_without_layers
 from ...quant.sources.attention import preference_tensors
 from ...quant.sources.completeness import check_complete, few_blocks, refuse_missing
-from ...quant.sources.names import WAN, Naming, find_naming
+from ...quant.sources.names import WAN, Naming, find_naming, known_naming
 from .. import host
 from ..host_check import check_host
 from ..packed.int8 import int8_ops
@@ -174,13 +174,8 @@ def _set_dtype(model: BaseModel, dtype: torch.dtype) -> None:
 
 def _find_naming(header: Header, *, needed: bool) -> Naming | None:
     """Return the naming of a Wan transformer or add-on; None for another model, unless it is needed."""
-    try:
-        naming = find_naming(header.path, header.tensors)
-    except QuantError:
-        if needed:
-            raise
-        return None
-    return naming if naming.architecture == WAN else None
+    naming = (find_naming if needed else known_naming)(header.path, header.tensors)
+    return naming if naming is not None and naming.architecture == WAN else None
 
 
 def _refuse_other_files(header: Header, naming: Naming | None) -> None:

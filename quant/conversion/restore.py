@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
-from ..files.sentencepiece import SPIECE_KEY
-from ..files.typed_metadata import TypedMetadata
-from ..gguf.provenance import source_metadata
+from ..files.sentencepiece import has_tokenizer, sentencepiece_model
 from ..progress import Progress
 from ..sources.attention import preference_tensors, without_preferences
+from ..sources.checkpoint import Checkpoint, checkpoint_of
 from ..sources.files import SourceFiles
-from ..sources.layers import source_tensors
+from ..sources.names import Naming, known_naming
 from ..sources.opening import open_files
 from ..sources.t5 import SPIECE_TENSOR, transformers_name
-from ..sources.tensors import SourceTensor
+from ..sources.tensors import NUMBERS, SourceTensor
 from ..units import GIB
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_KEPT = {*DTYPES, *NUMBERS}
 
 _SLICE_ELEMENTS = 1 << 22
 
@@ -69,16 +68,17 @@ def restore(
     The destination appears complete or not at all.
 
     Args:
-        source: a GGUF, or the first part of a split one. The tensors of a T5 text encoder get the names that ComfyUI
-            reads.
+        source: a GGUF, or the first part of a split one. The tensors of Wan and of T5 text encoders get the names and
+            shapes that ComfyUI reads.
         destination: path of a .safetensors file.
         dtype: the dtype of tensors that were quantized, a key of `DTYPES`. F32, F16 and BF16 tensors are copied as
-            they are.
+            they are, and other numbers become F32.
         overwrite: replace an existing destination.
         progress: is called with the bytes written, the bytes in total and the name of the tensor.
 
     Raises:
-        QuantError: an unusable source or destination, or values that `dtype` cannot hold.
+        QuantError: an unusable source or destination, a text encoder without tokenizer, or values that `dtype` cannot
+            hold.
     """
     started = time.monotonic()
     source, destination = Path(source), Path(destination)
@@ -86,36 +86,38 @@ def restore(
         raise QuantError(f"{destination}: not a .safetensors name; choose a destination that ends in .safetensors")
     if dtype.upper() not in DTYPES:
         raise QuantError(f"dtype {dtype}: unknown; choose one of {', '.join(DTYPES)}")
-    opened = open_files(source)
-    try:
-        if not opened.is_gguf:
-            raise QuantError(f"{source}: not a GGUF file; choose a GGUF file to restore")
-        weights = [_restored(tensor, DTYPES[dtype.upper()]) for tensor in source_tensors(opened.tensors, {})]
-        content = _content(weights, opened.metadata)
+    with _open(source) as checkpoint:
+        weights = [_restored(tensor, DTYPES[dtype.upper()]) for tensor in checkpoint.tensors.values()]
+        content = _content(weights, checkpoint)
         with AtomicFile(destination, content.nbytes, overwrite=overwrite) as file:
             content.write(file, progress)
-            for part in opened.files:
-                part.identity.check_unchanged()
+            checkpoint.identity.check_unchanged()
             path = file.commit()
-    finally:
-        SourceFiles(opened.files).close()
     seconds = time.monotonic() - started
     return Restoration(source, path, content.nbytes, dtype.upper(), len(weights), seconds)
 
 
-def _content(weights: Sequence[StreamedTensor], gguf_metadata: Mapping[str, Any]) -> SafetensorsContent:
+def _open(source: Path) -> Checkpoint:
+    """Open a GGUF of any model; one that this pack knows gets the names and shapes of ComfyUI's model."""
+    opened = open_files(source)
+    if not opened.is_gguf:
+        SourceFiles(opened.files).close()
+        raise QuantError(f"{source}: not a GGUF file; choose a GGUF file to restore")
+    return checkpoint_of(source, opened, lambda path, names: known_naming(path, names) or Naming("", str, "another"))
+
+
+def _content(weights: Sequence[StreamedTensor], checkpoint: Checkpoint) -> SafetensorsContent:
     """Return the content of the file: the weights, then the tokenizer and the attention preferences."""
-    spiece, metadata = TypedMetadata(gguf_metadata, "tokenizer").raw(SPIECE_KEY), source_metadata(gguf_metadata)
-    tokenizer = {SPIECE_TENSOR: torch.from_numpy(np.frombuffer(spiece, np.uint8).copy())} if spiece else {}
-    extras = (tokenizer | preference_tensors(metadata)).items()
-    return SafetensorsContent(
-        (*weights, *(StreamedTensor.whole(*extra) for extra in extras)), without_preferences(metadata)
-    )
+    tokenizer, metadata = checkpoint.gguf_metadata, checkpoint.metadata
+    spiece = {SPIECE_TENSOR: sentencepiece_model(tokenizer)} if has_tokenizer(tokenizer) else {}
+    extras = {name: torch.frombuffer(bytearray(model), dtype=torch.uint8) for name, model in spiece.items()}
+    more = (StreamedTensor.whole(*extra) for extra in (extras | preference_tensors(metadata)).items())
+    return SafetensorsContent((*weights, *more), without_preferences(metadata))
 
 
 def _restored(tensor: SourceTensor, quantized: torch.dtype) -> StreamedTensor:
     """Return the tensor in its own dtype, or in `quantized` if it was quantized."""
-    name, dtype = transformers_name(tensor.name), tensor.dtype if tensor.stored in DTYPES else quantized
+    name, dtype = transformers_name(tensor.name), tensor.dtype if tensor.stored in _KEPT else quantized
 
     def pieces() -> Iterator[Tensor]:
         total = math.prod(tensor.shape)

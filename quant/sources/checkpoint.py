@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from .completeness import check_complete, few_blocks
 from .files import SourceFiles, SourceIdentity
 from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
 from .model_tensors import model_tensors
-from .names import T5, find_naming
+from .names import T5, Naming, find_naming
 from .opening import OpenedFiles, open_files
 from .t5 import is_tokenizer, t5_metadata
 from .tensors import NUMBERS, FiniteTensor, SourceTensor, StoredTensor
@@ -112,10 +112,23 @@ def open_checkpoint(path: str | Path, add_ons: Sequence[str | Path] = ()) -> Che
 
 
 def _open(path: Path) -> Checkpoint:
-    opened = open_files(path)
+    return checkpoint_of(path, open_files(path), find_naming)
+
+
+def checkpoint_of(path: Path, opened: OpenedFiles, find: Callable[[Path, Collection[str]], Naming]) -> Checkpoint:
+    """Return the checkpoint in opened files, which are closed if there is none.
+
+    Args:
+        path: the path of the files.
+        opened: what `open_files` returned for it.
+        find: the function that returns the naming of the tensors for the path and their names.
+
+    Raises:
+        QuantError: as for `open_checkpoint`.
+    """
     files = SourceFiles(opened.files)
     try:
-        naming = find_naming(path, {tensor.name for tensor in opened.tensors})
+        naming = find(path, {tensor.name for tensor in opened.tensors})
         metadata = source_metadata(opened.metadata) if opened.is_gguf else dict(opened.metadata)
         stored, preferences = take_preferences(model_tensors(naming, opened.tensors))
         metadata |= preferences

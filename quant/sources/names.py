@@ -64,19 +64,12 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
         names: the names of its tensors.
 
     Raises:
-        QuantError: another model; the message says what it looks like.
+        QuantError: another model, and the message says what it looks like; or as for `known_naming`.
     """
+    naming = known_naming(path, names)
+    if naming is not None:
+        return naming
     names = {unwrapped(name) for name in names}
-    for key, rename in ((WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
-        prefix = _prefix_of(key, names)
-        if prefix is not None:
-            _refuse_unmerged(path, names)
-            return Naming(prefix, rename)
-    if (encoder := t5.find_encoder(names)) is not None:
-        return Naming(encoder.prefix, encoder.rename, T5)
-    prefix = next((prefix for prefix in _common_prefixes(names) if is_add_on(names, prefix)), None)
-    if prefix is not None:
-        return Naming(prefix, str, is_add_on=True)
     parts = next((name for name in sorted(names) if _PART_OF_WAN.search(name)), None)
     if parts is not None:
         raise QuantError(
@@ -88,6 +81,24 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
         f"{path}: not a Wan model (no tensor {WAN_KEY}), it looks like {looks};"
         " choose a Wan transformer, an add-on for one, or the T5 text encoder"
     )
+
+
+def known_naming(path: Path, names: Collection[str]) -> Naming | None:
+    """Return what `find_naming` does, or None for another model.
+
+    Raises:
+        QuantError: a LoRA beside the model's weights.
+    """
+    names = {unwrapped(name) for name in names}
+    for key, rename in ((WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
+        prefix = _prefix_of(key, names)
+        if prefix is not None:
+            _refuse_unmerged(path, names)
+            return Naming(prefix, rename)
+    if (encoder := t5.find_encoder(names)) is not None:
+        return Naming(encoder.prefix, encoder.rename, T5)
+    prefix = next((prefix for prefix in _common_prefixes(names) if is_add_on(names, prefix)), None)
+    return None if prefix is None else Naming(prefix, str, is_add_on=True)
 
 
 def unwrapped(name: str) -> str:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
 
 from wanquant.quant import QTYPES, QuantError, convert, open_gguf
 from wanquant.quant.__main__ import main
 from wanquant.quant.conversion.restore import restore
+from wanquant.quant.files.sentencepiece import SPIECE_KEY, parse_vocabulary
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
+from wanquant.quant.sources.t5 import encoder_names
+from wanquant.testing.text_encoder_files import NAMINGS, TEXTS, trained_tokenizer, write_as_others, write_packed
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 
@@ -51,6 +55,66 @@ def test_slices_are_concatenated(gguf, tmp_path, monkeypatch):
     for name, tensor in open_gguf(gguf).tensors.items():
         assert torch.equal(load_file(path)[name].float(), tensor.dequantize().to(load_file(path)[name].dtype).float())
     assert calls[-1][0] == calls[-1][1] == path.stat().st_size
+
+
+def as_ggml(tensor):
+    """Return a tensor as ggml's tools store it: with 4 dimensions at most, and without leading ones of 1."""
+    shape = tensor.shape if tensor.ndim < 5 else (tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return tensor.reshape(shape)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "transformer."])
+def test_wan_of_other_tools_gets_comfyuis_names_and_shapes(tmp_path, prefix):
+    state = load_file(write_tiny_wan(tmp_path / "wan.safetensors", layers=1))
+    theirs = {prefix + name: as_ggml(tensor) for name, tensor in state.items()}
+    specs = [TensorSpec(name, QTYPES["BF16"], tuple(tensor.shape)) for name, tensor in theirs.items()]
+    with GGUFWriter(tmp_path / "a.gguf", {"general.architecture": "wan"}, specs) as writer:
+        for name, tensor in theirs.items():
+            writer.write(name, tensor.bfloat16().contiguous().view(torch.uint8))
+    restored = load_file(restore(tmp_path / "a.gguf", tmp_path / "a.safetensors").path)
+    assert restored.keys() == state.keys()
+    assert all(torch.equal(restored[name], tensor.bfloat16()) for name, tensor in state.items())
+
+
+ENCODER = {
+    "shared.weight": (200, 64),
+    "encoder.final_layer_norm.weight": (64,),
+    **{f"encoder.block.0.layer.{i}.layer_norm.weight": (64,) for i in (0, 1)},
+    **{f"encoder.block.0.layer.0.SelfAttention.{part}.weight": (64, 64) for part in "qkvo"},
+    "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": (32, 2),
+    **{f"encoder.block.0.layer.1.DenseReluDense.{part}.weight": (128, 64) for part in ("wi_0", "wi_1")},
+    "encoder.block.0.layer.1.DenseReluDense.wo.weight": (64, 128),
+}
+
+
+@pytest.mark.parametrize("naming", ["the host's", *NAMINGS])
+@pytest.mark.parametrize("dtype", ["F32", "F16", None])
+def test_encoders_of_other_tools_get_comfyuis_names_and_tokenizer(tmp_path, naming, dtype):
+    spiece = trained_tokenizer(TEXTS * 20, 200)
+    rename = NAMINGS.get(naming, str)
+    weights = {name: torch.randn(shape).half() for name, shape in ENCODER.items()}
+    theirs = {rename(name): weight for name, weight in weights.items()}
+    (tmp_path / "spiece.model").write_bytes(spiece)
+    path = write_as_others(tmp_path / "a.gguf", theirs, *((spiece, dtype) if dtype else (None,)))
+    restored = load_file(restore(path, tmp_path / "a.safetensors").path)
+    assert restored.pop("spiece_model").numpy().tobytes() == spiece
+    assert restored.keys() == weights.keys()
+    assert all(torch.equal(restored[name].half(), weight) for name, weight in weights.items())
+
+
+def test_the_tokenizer_of_llama_cpp_becomes_a_sentencepiece_model(tmp_path):
+    spiece = trained_tokenizer(TEXTS * 20, 200)
+    metadata = {key: value for key, value in parse_vocabulary(spiece, 200).items() if key != SPIECE_KEY}
+    llama = encoder_names(ENCODER)
+    weights = {host: (name, torch.randn(ENCODER[host])) for name, host in llama.items()}
+    path = write_packed(tmp_path / "a.gguf", weights, metadata, by_llama=True)
+    restored = load_file(restore(path, tmp_path / "a.safetensors").path)
+    model = SentencePieceProcessor(model_proto=restored.pop("spiece_model").numpy().tobytes())
+    expected = SentencePieceProcessor(model_proto=spiece)
+    assert [model.encode(text) for text in TEXTS] == [expected.encode(text) for text in TEXTS]
+    assert restored.keys() == ENCODER.keys()
 
 
 def test_interruption_leaves_no_file(gguf, tmp_path):
