@@ -85,7 +85,7 @@ def load_diffusion_model(
     if naming is not None:
         # The host's detection reads some of the tensors, and would fail without them.
         check_complete(header.path, header.tensors, WAN)
-        for warning in few_blocks(header.path, header.tensors, WAN):
+        for warning in filter(None, (naming.warning, *few_blocks(header.path, header.tensors, WAN))):
             logger.warning(warning)
     check_memory(header, dequantized_bytes(header, provisional) + copied_bytes(header))
     data = with_copies(header, map_files(header.parts, dynamic=not disable_dynamic))

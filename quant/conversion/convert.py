@@ -164,7 +164,7 @@ def convert_all(
         missing_importance = check_importance(settings.importance, checkpoint.tensors)
         outputs = [Output.of(target, checkpoint, settings) for target in targets]
         unfinished = leftovers([target.destination for target in targets])
-        doubts = (*checkpoint.few_blocks(), *_requantization_warning(checkpoint))
+        doubts = (*checkpoint.warnings, *_requantization_warning(checkpoint))
         warnings = (*unfinished, *doubts, *missing_importance)
         for warning in (*warnings, *(output.age for output in outputs if output.older)):
             _log.warning(warning)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from ..sources.opening import open_files
 from ..sources.t5 import SPIECE_TENSOR, transformers_name
 from ..sources.tensors import NUMBERS, SourceTensor
 from ..units import GIB
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KEPT = {*DTYPES, *NUMBERS}
@@ -89,6 +92,8 @@ def restore(
     with _open(source) as checkpoint:
         weights = [_restored(tensor, DTYPES[dtype.upper()]) for tensor in checkpoint.tensors.values()]
         content = _content(weights, checkpoint)
+        for warning in checkpoint.left_out:
+            _log.warning(warning)
         with AtomicFile(destination, content.nbytes, overwrite=overwrite) as file:
             content.write(file, progress)
             checkpoint.identity.check_unchanged()

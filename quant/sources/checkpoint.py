@@ -45,6 +45,8 @@ class Checkpoint:
     files: SourceFiles = field(repr=False, compare=False)
     held_bytes: int = 0
     """The most bytes of main memory that reading needs in addition to the values that are read."""
+    left_out: tuple[str, ...] = ()
+    """Warnings of another model in the files, which is left out."""
     zeroed: set[str] | None = field(default=None, compare=False)
     """The names of the tensors in which NaN or infinity was read as 0 so far; None if these values are refused."""
 
@@ -74,9 +76,10 @@ class Checkpoint:
         """Raise QuantError if the model lacks a tensor that it must have."""
         check_complete(self.path, self.tensors.keys(), self.architecture, add_on=is_add_on(self.tensors.keys(), ""))
 
-    def few_blocks(self) -> list[str]:
-        """Return a warning if the model has fewer blocks than the published ones of its width."""
-        return few_blocks(self.path, self.tensors, self.architecture)
+    @property
+    def warnings(self) -> list[str]:
+        """What to tell the user: models that are left out, or fewer blocks than the published models have."""
+        return [*self.left_out, *few_blocks(self.path, self.tensors, self.architecture)]
 
     def allowing_non_finite(self) -> Checkpoint:
         """Return this checkpoint with 0 in place of NaN and infinity."""
@@ -141,7 +144,10 @@ def checkpoint_of(path: Path, opened: OpenedFiles, find: Callable[[Path, Collect
         files.close()
         raise
     identity = SourceIdentity(path, tuple(file.identity for file in opened.files))
-    return Checkpoint(identity, path.name, metadata, naming.architecture, gguf_metadata, tensors, files)
+    left_out = (naming.warning,) if naming.warning else ()
+    return Checkpoint(
+        identity, path.name, metadata, naming.architecture, gguf_metadata, tensors, files, left_out=left_out
+    )
 
 
 def _merged(base: Checkpoint, add_on: Checkpoint) -> Checkpoint:

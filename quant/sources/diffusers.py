@@ -14,7 +14,8 @@ from .layers import MARKER
 from .renaming import rename, rules
 
 KEY = "condition_embedder.time_proj.weight"
-"""The name of a tensor that every transformer has."""
+QUERY = "blocks.0.attn1.to_q.weight"
+"""The names of two tensors that every transformer has."""
 
 _BLOCK = r"((?:vace_)?blocks\.\d+\.)"
 _RULES = (

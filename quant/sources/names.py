@@ -6,7 +6,7 @@ Source: comfy/ldm/wan/model.py, ComfyUI 0.30.0, which uses the names of github.c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,9 +24,12 @@ _UNMERGED = re.compile(r"\.(?:lora_[AB]|lora_(?:down|up)|lora_embedding_[AB]|lor
 
 WAN_KEY = "head.modulation"
 """The name, without prefix, of a tensor that every Wan transformer has and that add-ons do not have."""
+_WAN_QUERY = "blocks.0.self_attn.q.weight"
 WAN, T5 = "wan", "t5encoder"
 """Values of the GGUF key `general.architecture`."""
 
+_AVERAGE = re.compile(r"(?:^|[._])ema(?:[._]|$)")
+"""The pattern of a prefix of moving averages, which trainers save beside the weights."""
 _PART_OF_WAN = re.compile(r"(?:^|\.)blocks\.\d+\.(?:self_attn\.norm_q|cross_attn\.norm_q|attn2\.to_q)\.")
 
 _LOOKS_LIKE = (
@@ -49,6 +52,8 @@ class Naming(NamedTuple):
     architecture: str = WAN
     is_add_on: bool = False
     """True for the parts of a transformer that an add-on consists of."""
+    warning: str = ""
+    """What to tell the user, about tensors of the same file that are left out."""
 
     def new_name(self, name: str) -> str | None:
         """Return the name in the GGUF for a name in the file, or None if the tensor is not the model's."""
@@ -86,19 +91,22 @@ def find_naming(path: Path, names: Collection[str]) -> Naming:
 def known_naming(path: Path, names: Collection[str]) -> Naming | None:
     """Return what `find_naming` does, or None for another model.
 
+    Any prefix is accepted under which there are the modulation of the head and a query of the first block.
+
     Raises:
-        QuantError: a LoRA beside the model's weights.
+        QuantError: several models in one file, or a LoRA beside the model's weights.
     """
     names = {unwrapped(name) for name in names}
-    for key, rename in ((WAN_KEY, str), (diffusers.KEY, diffusers.renaming(path))):
-        prefix = _prefix_of(key, names)
-        if prefix is not None:
-            _refuse_unmerged(path, names)
-            return Naming(prefix, rename)
+    renamings = ((WAN_KEY, _WAN_QUERY, str), (diffusers.KEY, diffusers.QUERY, diffusers.renaming(path)))
+    models = {prefix: rename for key, query, rename in renamings for prefix in _prefixes(key, query, names)}
+    if models:
+        _refuse_unmerged(path, names)
+        prefix, warning = _chosen(path, sorted(models))
+        return Naming(prefix, models[prefix], warning=warning)
     if (encoder := t5.find_encoder(names)) is not None:
         return Naming(encoder.prefix, encoder.rename, T5)
-    prefix = next((prefix for prefix in _common_prefixes(names) if is_add_on(names, prefix)), None)
-    return None if prefix is None else Naming(prefix, str, is_add_on=True)
+    add_ons = (Naming(prefix, str, is_add_on=True) for prefix in _common_prefixes(names) if is_add_on(names, prefix))
+    return next(add_ons, None)
 
 
 def unwrapped(name: str) -> str:
@@ -106,10 +114,25 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def _prefix_of(key: str, names: Collection[str]) -> str | None:
-    """Return what is before `key` in a name; the shortest if several names end so, or None if no name does."""
+def _prefixes(key: str, query: str, names: Collection[str]) -> Iterator[str]:
+    """Yield what is before `key` in names: names of containers, or anything that is before `query` too."""
     prefixes = (name[: -len(key)] for name in names if name.endswith(key))
-    return min((prefix for prefix in prefixes if _PREFIX.fullmatch(prefix)), key=len, default=None)
+    return (p for p in prefixes if _PREFIX.fullmatch(p) or (p.endswith(".") and p + query in names))
+
+
+def _chosen(path: Path, prefixes: Sequence[str]) -> tuple[str, str]:
+    """Return the prefix of the only model that is not an average of weights, and a warning that names the others."""
+    chosen, *others = sorted(prefixes, key=lambda prefix: _AVERAGE.search(prefix) is not None)
+    if not others:
+        return chosen, ""
+    named = f"the tensors of {len(prefixes)} models, under {' and '.join(map(_quoted, prefixes))}"
+    if len(prefixes) - sum(_AVERAGE.search(prefix) is not None for prefix in prefixes) != 1:
+        raise QuantError(f"{path}: {named}, expected those of one; save each model as its own file, and choose one")
+    return chosen, f"{path}: {named}: {' and '.join(map(_quoted, others))} is left out"
+
+
+def _quoted(prefix: str) -> str:
+    return f"{prefix!r:.80}" if prefix else "no prefix"
 
 
 def _common_prefixes(names: Collection[str]) -> Iterator[str]:

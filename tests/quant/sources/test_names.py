@@ -91,6 +91,7 @@ PREFIXES = (
     "_orig_mod.module.dit.",
     "transformer_2.",
 )
+UNKNOWN_PREFIXES = ("ema.", "model_ema.", "generator_ema.model.", "student.", "fake_score.model.", "noise_model.")
 ADD_ON = ("vace_patch_embedding.bias", "vace_blocks.0.after_proj.bias")
 
 
@@ -107,6 +108,44 @@ def test_prefixes(tmp_path, prefix, naming):
     save_file(tensors, tmp_path / "b.safetensors")
     with open_checkpoint(tmp_path / "b.safetensors") as checkpoint:
         assert {name: t.shape for name, t in checkpoint.tensors.items()} == {n: v.shape for n, v in expected.items()}
+
+
+@pytest.mark.parametrize("prefix", UNKNOWN_PREFIXES)
+@pytest.mark.parametrize("rename", [str, diffusers_name])
+def test_prefixes_of_any_trainer(tmp_path, prefix, rename):
+    expected = load_file(write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=128, ffn_dim=128))
+    tensors = {prefix + rename(name): value for name, value in expected.items()}
+    save_file(tensors | {"vae.decoder.bias": torch.zeros(2)}, tmp_path / "b.safetensors")
+    with open_checkpoint(tmp_path / "b.safetensors") as checkpoint:
+        assert checkpoint.tensors.keys() == expected.keys()
+        assert checkpoint.warnings == []
+
+
+def two_models(tmp_path, first, second, rename=str):
+    """Write a file of two models, and return it with the tensors of the first one."""
+    expected = load_file(write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=128, ffn_dim=128))
+    models = {first: expected, second: {name: tensor + 1 for name, tensor in expected.items()}}
+    tensors = {prefix + rename(name): t for prefix, model in models.items() for name, t in model.items()}
+    save_file(tensors, tmp_path / "b.safetensors")
+    return tmp_path / "b.safetensors", expected
+
+
+@pytest.mark.parametrize("rename", [str, diffusers_name])
+@pytest.mark.parametrize("prefixes", [("transformer.", "transformer_2."), ("model.", "student."), ("", "dit.")])
+def test_two_models_in_one_file_are_refused(tmp_path, rename, prefixes):
+    path, _ = two_models(tmp_path, *prefixes, rename)
+    first, second = (f"'{prefix}'" if prefix else "no prefix" for prefix in sorted(prefixes))
+    with pytest.raises(QuantError, match=f"the tensors of 2 models, under {first} and {second}, expected those of one"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("average", ["model_ema.", "ema.", "ema_model.", "generator_ema.model."])
+def test_averages_beside_the_model_are_left_out_with_a_warning(tmp_path, average):
+    path, expected = two_models(tmp_path, "model.", average)
+    with open_checkpoint(path) as checkpoint:
+        assert [warning.endswith(f"'{average}' is left out") for warning in checkpoint.warnings] == [True]
+        assert checkpoint.tensors.keys() == expected.keys()
+        assert all(torch.equal(t.read().view(t.shape), expected[name]) for name, t in checkpoint.tensors.items())
 
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."])
