@@ -11,9 +11,10 @@ from typing import Any
 
 from ..errors import QuantError
 from ..gguf.provenance import DATA_SHA256, NON_FINITE
-from ..gguf.reader import GGUFFile, GGUFTensor, open_gguf
+from ..gguf.reader import GGUFFile, GGUFTensor
 from ..plan.wan_shapes import role
 from ..sources.checkpoint import SourceTensor, open_checkpoint
+from ..sources.model_tensors import open_model
 from ..squares import sum_of_squares
 from .report import sqnr_db
 
@@ -92,7 +93,7 @@ def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] =
     Raises:
         QuantError: an unreadable or damaged file, a tensor with another shape, or files without a common tensor.
     """
-    file = open_gguf(gguf)
+    file = open_model(gguf)
     _check_data(file)
     packed = file.tensors
     with open_checkpoint(source, add_ons) as checkpoint:

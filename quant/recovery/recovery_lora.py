@@ -20,10 +20,11 @@ from ..errors import QuantError
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..gguf.provenance import DATA_SHA256, VERSION
-from ..gguf.reader import GGUFFile, GGUFTensor, open_gguf
+from ..gguf.reader import GGUFFile, GGUFTensor
 from ..plan.recipe import required_precision
 from ..progress import Progress
 from ..sources.checkpoint import Checkpoint, SourceTensor, open_checkpoint
+from ..sources.model_tensors import open_model
 from ..sources.names import WAN
 from ..statistics.importance import check_importance
 from ..units import GIB
@@ -137,7 +138,7 @@ def recover(
     destination, device = Path(destination), usable_device(device)
     if destination.suffix.lower() != ".safetensors":
         raise QuantError(f"{destination}: not a .safetensors name; choose a destination that ends in .safetensors")
-    packed = open_gguf(file)
+    packed = open_model(file)
     with (
         open_checkpoint(source, add_ons) as checkpoint,
         AtomicFile(destination, int(size * GIB), overwrite=overwrite) as output,

@@ -14,6 +14,7 @@ from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.inspection import verify as verify_module
 from wanquant.quant.inspection.verify import verify
 from wanquant.testing.tiny_wan import write_tiny_wan
+from wanquant.tests.quant.renamed_gguf import renamed_gguf
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,12 @@ def test_errors_agree_with_those_that_the_file_records(files):
     recorded = dict(zip(open_gguf(gguf).tensors, open_gguf(gguf).metadata["wanquant.relative_error"], strict=True))
     for row in verify(gguf, source).tensors:
         assert row.relative_error == pytest.approx(recorded[row.name], rel=1e-5)
+
+
+def test_names_of_other_tools_are_those_of_the_source(files, tmp_path):
+    gguf, source = files
+    prefixed = renamed_gguf(tmp_path / "a.gguf", gguf, lambda name: f"model.diffusion_model.{name}")
+    assert verify(prefixed, source) == verify(gguf, source)
 
 
 def test_exact_copies_have_no_error_and_unmatched_tensors_are_listed(files, tmp_path):

@@ -17,6 +17,7 @@ from wanquant.quant.recovery.recovery_lora import recover
 from wanquant.quant.statistics.importance import Importance
 from wanquant.quant.statistics.importance_file import write_importance
 from wanquant.testing.tiny_wan import write_tiny_wan
+from wanquant.tests.quant.renamed_gguf import renamed_gguf
 
 SIZE = 1e-4
 NAME = "blocks.0.ffn.0.weight"
@@ -39,6 +40,13 @@ def importance(source):
     for values in sums.values():
         values[:16] = 100
     return Importance(sums, dict.fromkeys(sums, 1.0), 1, "i.gguf")
+
+
+def test_a_gguf_under_other_names_gets_the_same_lora(source, gguf, tmp_path):
+    prefixed = renamed_gguf(tmp_path / "a.gguf", gguf, lambda name: f"model.diffusion_model.{name}")
+    loras = [recover(path, source, tmp_path / f"{path.stem}.safetensors", SIZE) for path in (gguf, prefixed)]
+    ours, theirs = (load_file(lora.path) for lora in loras)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_approximation_is_almost_as_good_as_the_exact_one():
