@@ -13,6 +13,7 @@ import folder_paths
 
 from ..quant import QuantError
 from ..quant.files.shards import Shard
+from ..quant.sources.t5 import SPIECE_FILE
 
 MODELS = "diffusion_models"
 CHECKPOINTS = "checkpoints"
@@ -149,12 +150,15 @@ def stat_token(folder: str, name: str | None) -> str:
 
 
 def path_token(path: str | None) -> str:
-    """Return a cache key like `stat_token` for a path, which is None while it is linked."""
+    """Return a cache key like `stat_token` for a path, which is None while it is linked.
+
+    It changes with the other parts of a split file too, and with a tokenizer beside it.
+    """
     if path is None:
         return _READS.token()
     shard = Shard.parse(os.path.basename(path))
     parts = shard.series(Path(path).parent) if shard else [Path(path)]
-    return " ".join((path, *map(_status, parts)))
+    return " ".join((path, *map(_status, (*parts, Path(path).parent / SPIECE_FILE))))
 
 
 def read_path(path: str, *suffixes: str) -> str:

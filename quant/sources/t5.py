@@ -20,9 +20,10 @@ from ..files.sentencepiece import SPIECE_KEY, has_tokenizer, parse_vocabulary, s
 from .renaming import Rule, rename, rules
 
 SPIECE_TENSOR = "spiece_model"
+SPIECE_FILE = "spiece.model"
+"""The name of a tokenizer that may lie in the folder of a text encoder."""
 
 _TOKENIZER_KEYS, _SIZE_KEYS = "tokenizer.", "t5encoder."
-_SPIECE_FILE = "spiece.model"
 _CONTEXT_LENGTH = 512
 _EPSILON = 1e-6
 
@@ -143,13 +144,13 @@ def tokenizer(path: Path, metadata: Mapping[str, Any], stored: tuple[str, Tensor
             return _tensor_bytes(*stored)
     except QuantError as error:
         raise QuantError(f"{path}: {error}") from None
-    beside = path.with_name(_SPIECE_FILE)
+    beside = path.with_name(SPIECE_FILE)
     if beside.is_file():
         with open_regular(beside) as file:
             return file.read(_MAX_TOKENIZER_BYTES)
     raise QuantError(
         f"{path}: has no tokenizer (tensor {SPIECE_TENSOR}), which the text encoder needs;"
-        f" use ComfyUI's file of the encoder, or put {_SPIECE_FILE} into the same folder"
+        f" use ComfyUI's file of the encoder, or put {SPIECE_FILE} into the same folder"
     )
 
 

@@ -18,6 +18,7 @@ from wanquant.nodes.load_conditioning import WanQuantLoadConditioning
 from wanquant.nodes.load_diffusion_model import WanQuantLoader
 from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
 from wanquant.nodes.load_lora import WanQuantLoraLoader
+from wanquant.nodes.load_text_encoder import WanQuantTextEncoderLoader
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError, open_gguf
 
@@ -35,6 +36,16 @@ def test_changed_file_is_loaded_again(models):
     before = WanQuantLoader.fingerprint_inputs(model_name="a.gguf", compute_dtype="default")
     path.write_bytes(b"22")
     assert WanQuantLoader.fingerprint_inputs(model_name="a.gguf", compute_dtype="default") != before
+
+
+def test_changed_tokenizer_beside_the_file_is_loaded_again(models):
+    (folder := models / "text_encoders").mkdir()
+    (folder / "a.gguf").touch()
+    before = WanQuantTextEncoderLoader.fingerprint_inputs(encoder_name="a.gguf", type="wan")
+    (folder / "spiece.model").write_bytes(b"1")
+    added = WanQuantTextEncoderLoader.fingerprint_inputs(encoder_name="a.gguf", type="wan")
+    (folder / "spiece.model").write_bytes(b"22")
+    assert len({before, added, WanQuantTextEncoderLoader.fingerprint_inputs(encoder_name="a.gguf", type="wan")}) == 3
 
 
 def test_pair_keeps_its_order_and_dtype(models, t2v):
