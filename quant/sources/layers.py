@@ -122,8 +122,8 @@ def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Map
         )
     if config is None and scale is None:
         return None
-    # Scales without a marker are from before markers existed, when FP8 was the only format.
-    config = {"format": "float8_e4m3fn"} if config is None else config
+    # Scales without a marker are from before markers existed, or from lightx2v.
+    config = {"format": "int8_tensorwise" if weight.dtype == "I8" else "float8_e4m3fn"} if config is None else config
     if scale is None:
         suffix = "weight_s_rel" if config.get("format") == "asym_w4a8_int8" else "weight_scale"
         raise _error(

@@ -194,7 +194,7 @@ def expect(layer: Layer, *dtypes: str) -> None:
 def _check_scale(layer: Layer) -> None:
     scale, shape = layer.scale, layer.weight.shape
     single = scale.shape in ((), (1,), (1, 1))
-    if scale.dtype not in DTYPES or not (single or (len(shape) == 2 and scale.shape == (layer.rows, 1))):
+    if scale.dtype not in DTYPES or not (single or (len(shape) == 2 and scale.shape in ((shape[0], 1), shape[:1]))):
         raise layer.error(
             f"its scale is {scale.dtype} of shape {scale.shape}, expected one number or {(*shape[:1], 1)};"
             " use the full-precision checkpoint"

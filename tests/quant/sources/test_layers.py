@@ -34,7 +34,8 @@ def marker(**config):
         ),
         ({"weight": FP8, "weight_scale": torch.ones(1, dtype=torch.uint8)}, "scale is U8"),
         ({"weight": FP8, "weight_scale_inv": torch.ones(1, 1)}, "its scale is weight_scale_inv"),
-        ({"weight": INT8, "weight_scale": torch.ones(())}, "I8 in format float8_e4m3fn, expected F32"),
+        ({"weight": INT8.short(), "weight_scale": torch.ones(())}, "I16 in format float8_e4m3fn, expected F32"),
+        ({"weight": INT8, "weight_scale": torch.ones(1, 8)}, r"F32 of shape \(1, 8\), expected one number or \(4, 1\)"),
         (
             {"weight": FP8, "comfy_quant": marker(format="nvfp4"), "weight_scale": torch.ones(())},
             "F8_E4M3 of shape .* in format nvfp4, expected U8",
@@ -84,6 +85,21 @@ def test_block_scales_need_comfy_kitchen(tmp_path, monkeypatch):
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=r"ffn\.0\.weight: mxfp8 is dequantized by the package comfy-kitchen"):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "scale_weight"])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (4, 1)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_scales_without_a_marker_are_multiplied_in(tmp_path, scale, shape, dtype):
+    """lightx2v writes one per row, beside INT8 and FP8."""
+    codes, scales = torch.arange(-16, 16).view(4, 8).to(dtype), torch.rand(shape)
+    tensors = {"blocks.0.ffn.0.weight": codes, f"blocks.0.ffn.0.{scale}": scales}
+    save_file(tensors | {"head.modulation": torch.zeros(1, 2, 2)}, tmp_path / "a.safetensors")
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        weight = checkpoint.tensors["blocks.0.ffn.0.weight"]
+        expected = codes.float() * (scales.view(-1, 1) if scales.numel() > 1 else scales)
+        assert torch.equal(weight.read().view(4, 8), expected)
+        assert torch.equal(weight.read(8, 24), expected.flatten()[8:24])
 
 
 def test_factor_of_the_inputs_is_multiplied_in(tmp_path):
