@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import QuantError
+from .lookalikes import HEAD_BYTES, lookalike
 from .regular_file import open_regular
 from .strict_json import parse_json
 
@@ -48,6 +49,9 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntr
             raise QuantError(f"{path}: a GGUF file, expected safetensors; choose another file")
         header_bytes = int.from_bytes(start, "little")
         if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+            kind = lookalike(start + file.read(HEAD_BYTES))
+            if kind is not None:
+                raise QuantError(f"{path}: expected safetensors, got {kind}")
             raise QuantError(
                 f"{path}: header length {header_bytes} in a file of {file_bytes} bytes, expected at most"
                 f" {min(MAX_HEADER_BYTES, max(file_bytes - 8, 0))}; {_DAMAGED}"

@@ -1,4 +1,7 @@
-"""Shard, the name of one of the files that a checkpoint is split into, such as `wan-00001-of-00003.safetensors`."""
+"""Shard, the name of one of the files that a checkpoint is split into, such as `wan-00001-of-00003.safetensors`.
+
+A variant may stand before the suffix: `wan-00001-of-00003.fp16.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(?i:\.safetensors|\.gguf)|)")
+_NAME = re.compile(
+    r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(?i:(\.\w{1,16})?\.safetensors|\.gguf)|)"
+)
 
 
 class Shard(NamedTuple):

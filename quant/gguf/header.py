@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import QuantError
+from ..files.lookalikes import HEAD_BYTES, lookalike
 from ..files.regular_file import check_path, open_regular
 from ..files.shards import Shard
 from ..qtype import QuantType, qtype_of
@@ -33,13 +34,7 @@ _MAX_DIMS = 5
 _MAX_ORIG_DIMS = 8
 _MIN_TENSOR_INFO_BYTES = 24
 _MIN_METADATA_BYTES = 13
-_LOOKALIKES = (
-    (re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE), "a web page, so the download failed; download it again"),
-    (re.compile(rb"version https://git-lfs"), "a Git LFS pointer; run `git lfs pull` or download the file itself"),
-    (re.compile(rb".{6}\0\0\{", re.DOTALL), "a safetensors file; rename it to .safetensors and convert it"),
-    (re.compile(rb"PK\x03\x04"), "a zip archive or a PyTorch pickle; save the model as .safetensors and convert that"),
-    (re.compile(rb"tjgg|fmgg|lmgg"), "a GGML file from before GGUF; get the model as GGUF"),
-)
+_SAFETENSORS = re.compile(rb".{6}\0\0\{", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -219,17 +214,21 @@ def _parse(reader: HeaderReader, identity: FileIdentity) -> _Part:
 
 
 def _check_format(reader: HeaderReader) -> None:
-    head = reader.take(min(reader.size, 64), "magic")
+    head = reader.take(min(reader.size, HEAD_BYTES), "magic")
     if not head.startswith(b"GGUF"):
-        kinds = (kind for pattern, kind in _LOOKALIKES if pattern.match(head))
-        kind = next(kinds, f"{head[:4]!r}; {DAMAGED}" if head else "an empty file; download or convert it again")
-        raise reader.error("magic", f"expected b'GGUF', got {kind}")
+        raise reader.error("magic", f"expected b'GGUF', got {_kind(head)}")
     reader.position = 4
     version = reader.u32("version")
     if version and not version & 0xFFFF:
         raise reader.error("version", "a big-endian GGUF, expected little-endian; get or convert a little-endian file")
     if version not in (2, 3):
         raise reader.error("version", f"{version}, expected 2 or 3; get or convert a file of a current version")
+
+
+def _kind(head: bytes) -> str:
+    if _SAFETENSORS.match(head):
+        return "a safetensors file; rename it to .safetensors and convert it"
+    return lookalike(head) or (f"{head[:4]!r}; {DAMAGED}" if head else "an empty file; download or convert it again")
 
 
 def _read_tensor_info(reader: HeaderReader, number: int) -> TensorRecord:

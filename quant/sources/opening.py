@@ -16,7 +16,9 @@ from ..gguf.header import read_header
 from .files import HashedFile
 from .tensors import StoredTensor
 
-INDEX_SUFFIX = ".safetensors.index.json"
+_SUFFIX = ".safetensors"
+_INDEX = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.\w{1,16})?\.json", re.IGNORECASE)
+"""The name of an index, which may have a variant before its last suffix."""
 _MAX_NAME_BYTES = 255
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
@@ -35,9 +37,11 @@ class OpenedFiles(NamedTuple):
 
 def shard_of(path: Path) -> tuple[str, int]:
     """Return the name of a checkpoint without suffix and shard number, and the shard number (1 if not a shard)."""
-    stem = path.name if path.is_dir() else Path(re.sub(r"\.index\.json$", "", path.name, flags=re.IGNORECASE)).stem
-    shard = Shard.parse(stem)
-    return (shard.stem, shard.number) if shard else (stem, 1)
+    shard = Shard.parse(path.name)
+    if shard:
+        return shard.stem, shard.number
+    index = _INDEX.fullmatch(path.name)
+    return (index["stem"] if index else path.name if path.is_dir() else path.stem), 1
 
 
 def open_files(path: Path) -> OpenedFiles:
@@ -53,7 +57,7 @@ def open_files(path: Path) -> OpenedFiles:
     path = (shard and _index_of(path, shard)) or path
     if path.is_dir():
         return _open_folder(path)
-    if path.name.lower().endswith(INDEX_SUFFIX):
+    if _INDEX.fullmatch(path.name):
         return _open_shards(path)
     if not path.is_file():
         raise QuantError(
@@ -110,26 +114,22 @@ def _open_safetensors(paths: list[Path]) -> OpenedFiles:
 
 def _open_folder(folder: Path) -> OpenedFiles:
     """Open the shards that the index lists; without an index, the folder must hold one series of shards only."""
-    indexes = _ending(folder, INDEX_SUFFIX)
+    indexes = sorted(path for path in folder.glob("*") if _INDEX.fullmatch(path.name))
     if len(indexes) == 1:
         return _open_shards(indexes[0])
-    files = _ending(folder, ".safetensors")
+    files = sorted(path for path in folder.glob("*") if path.name.lower().endswith(_SUFFIX))
     if indexes or not files or not set(files) <= set(_series(files[0])):
         raise QuantError(
-            f"{folder}: {len(indexes)} files *{INDEX_SUFFIX} and {len(files)} *.safetensors in it, expected one index"
-            " or the shards of one checkpoint; give the path of a file instead"
+            f"{folder}: {len(indexes)} files *{_SUFFIX}.index.json and {len(files)} *.safetensors in it, expected one"
+            " index or the shards of one checkpoint; give the path of a file instead"
         )
     return _open_safetensors(_series(files[0]))
 
 
-def _ending(folder: Path, suffix: str) -> list[Path]:
-    """Return the files of a folder with this suffix, in small letters or capitals."""
-    return sorted(path for path in folder.glob("*") if path.name.lower().endswith(suffix))
-
-
 def _index_of(path: Path, shard: Shard) -> Path | None:
     """Return the index beside a shard, if there is one."""
-    suffixes = (INDEX_SUFFIX, f"{shard.suffix}.index.json", INDEX_SUFFIX.upper())
+    variant = shard.suffix[: -len(_SUFFIX)]
+    suffixes = (f"{_SUFFIX}.index{variant}.json", f"{shard.suffix}.index.json", f"{_SUFFIX}.index.json".upper())
     indexes = (path.with_name(shard.stem + suffix) for suffix in suffixes)
     return next((index for index in indexes if index.is_file()), None)
 
@@ -142,7 +142,7 @@ def _series(path: Path) -> list[Path]:
 
 def _shard(path: Path) -> Shard | None:
     shard = Shard.parse(path.name)
-    return shard if shard and shard.suffix.lower() == ".safetensors" else None
+    return shard if shard and shard.suffix.lower().endswith(_SUFFIX) else None
 
 
 def _present(shards: list[Path]) -> list[Path]:
@@ -174,8 +174,8 @@ def _read_index(index: Path) -> dict[str, str]:
     if len(content) > MAX_HEADER_BYTES:
         raise QuantError(f"{index}: more than {MAX_HEADER_BYTES} bytes, expected an index of shards; {advice}")
     match parse_json(content, f"{index}: the index", advice):
-        case {"weight_map": dict(shards)} if all(isinstance(shard, str) for shard in shards.values()):
-            pass
+        case {"weight_map": dict(listed)} if all(isinstance(shard, str) for shard in listed.values()):
+            shards = {name: shard.removeprefix("./") for name, shard in listed.items()}
         case _:
             raise QuantError(f"{index}: no weight_map with the file of each tensor, expected an index; {advice}")
     outside = next((shard for shard in shards.values() if not _is_name(shard)), None)

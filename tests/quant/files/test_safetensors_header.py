@@ -63,13 +63,31 @@ def test_damaged_headers_are_refused(tmp_path, header, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x10", b"\xff" * 8, bytes(8), (100_000_001).to_bytes(8, "little"), b"<html>.."]
-)
+@pytest.mark.parametrize("content", [b"", b"\x10", b"\xff" * 8, bytes(8), (100_000_001).to_bytes(8, "little")])
 def test_impossible_header_lengths_are_refused(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(QuantError, match=r"header length \d+ in a file of \d+ bytes"):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"<html>..", "a web page"),
+        (b"<!DOCTYPE html><html><head><title>404</title>" + bytes(99), "a web page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
+            "a Git LFS pointer; run `git lfs pull`",
+        ),
+        (b'{\n  "_class_name": "WanPipeline"\n}', "JSON, such as a configuration; choose the file of the weights"),
+        (b"{}", "JSON"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.safetensors", "model_index.json", "config"])
+def test_other_files_are_named(tmp_path, content, kind, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(QuantError, match=f"{name}: expected safetensors, got {kind}"):
+        open_checkpoint(tmp_path / name)
 
 
 def test_a_gguf_is_recognized(tmp_path):

@@ -13,6 +13,7 @@ from wanquant.quant import QTYPES, QuantError, convert, open_gguf
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.quant.sources.opening import shard_of
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -54,6 +55,30 @@ def test_shards_are_one_checkpoint(tmp_path, state, given, indexed):
         digests = "".join(hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards)
         assert checkpoint.files.sha256() == hashlib.sha256(digests.encode()).hexdigest()
         assert checkpoint.identity.size == sum(shard.stat().st_size for shard in shards)
+
+
+NEW_VARIANT, OLD_VARIANT = "m.fp16-{:05d}-of-00003.safetensors", "m-{:05d}-of-00003.fp16.safetensors"
+
+
+@pytest.mark.parametrize("pattern", [NEW_VARIANT, OLD_VARIANT])
+@pytest.mark.parametrize("listed", [None, "{}", "./{}"])
+@pytest.mark.parametrize("given", ["", "shard", "index"])
+def test_variants(tmp_path, state, pattern, given, listed):
+    """Diffusers writes a variant before the last suffix, or before the number of the shard."""
+    folder = write_shards(tmp_path / "model", state)
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    names = {shard.name: pattern.format(i) for i, shard in enumerate(sorted(folder.glob("*.safetensors")), 1)}
+    for name, new in names.items():
+        (folder / name).rename(folder / new)
+    (folder / INDEX).unlink()
+    index = folder / "m.safetensors.index.fp16.json"
+    if listed is not None or given == "index":
+        new_map = {key: (listed or "{}").format(names[name]) for key, name in weight_map.items()}
+        index.write_text(json.dumps({"weight_map": new_map}))
+    path = {"": folder, "index": index, "shard": folder / pattern.format(2)}[given]
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors.keys() == state.keys()
+    assert shard_of(path)[0] in ("model", "m", "m.fp16")
 
 
 @pytest.mark.parametrize("given", ["", "m-00002-of-00003.SAFETENSORS"])
