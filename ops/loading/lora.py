@@ -16,7 +16,12 @@ _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALPHA_KEY = "adapter.lora.alpha"
 # llama.cpp writes `NAME.weight.lora_a`.
 _LLAMA = re.compile(r"(?:\.weight)?\.lora_([ab])$")
-_DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
+_DOWN = ".lora_A.weight"
+# The fewest dimensions of tensors that ComfyUI multiplies or adds; ggml drops leading ones of size 1.
+_LEAST_DIMS = (
+    (re.compile(r"(\.lora_(A|B|up|down)|[._]lora\.(up|down))\.weight$|\.(hada|lokr)_w\d(_[ab])?$|\.dora_scale$"), 2),
+    (re.compile(r"\.oft_(blocks|diag)$|\bmodulation\.(diff|set_weight)$|\.diff_m$|\.emb_pos\.(diff|set_weight)$"), 3),
+)
 _OF_A_LORA = re.compile(r"[._](lora[._]|hada_|lokr_|oft_|boft_)|\.diff(_b)?$")
 
 
@@ -46,8 +51,8 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the tensors of a LoRA by the names that ComfyUI's LoRA loader knows.
 
     Returns:
-        Tensors of the shapes in the file, in float32 if they are quantized, else in their own dtype. ggml drops the
-        leading dimension of a factor of rank 1, which is restored: (1, in_features).
+        Tensors of the shapes in the file, in float32 if they are quantized, else in their own dtype. ggml drops
+        leading dimensions of 1, which are restored: (1, in_features) for a factor of rank 1.
 
     Raises:
         QuantError: a malformed GGUF, or a file that is not a LoRA.
@@ -60,9 +65,10 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for stored_name, tensor in file.tensors.items():
         name = _LLAMA.sub(lambda match: f".lora_{match[1].upper()}.weight", stored_name)
         values = tensor.dequantize(_KEPT.get(tensor.qtype.name, torch.float32))
-        tensors[name] = values.unsqueeze(0) if values.ndim == 1 and name.endswith(_DOWN) else values
+        least = next((dims for pattern, dims in _LEAST_DIMS if pattern.search(name)), 0)
+        tensors[name] = values[(None,) * (least - values.ndim)]
     alpha = file.metadata.get(_ALPHA_KEY)
     if isinstance(alpha, int | float):
-        for layer in [name.removesuffix(_DOWN[0]) for name in tensors if name.endswith(_DOWN[0])]:
+        for layer in [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]:
             tensors.setdefault(f"{layer}.alpha", torch.tensor(float(alpha)))
     return tensors

@@ -10,7 +10,7 @@ import torch
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.lora import load_lora, read_lora
 from wanquant.quant import QTYPES, QuantError
-from wanquant.tests.ops.packed.patching import lora, with_lora
+from wanquant.tests.ops.packed.patching import forward, load, lora, with_lora
 
 
 def write(path, tensors, quantized=None, metadata=None):
@@ -79,6 +79,34 @@ def test_names_of_other_trainers_and_rank_1(model, state, tmp_path):
     tensors = lora(state, rank=1)
     theirs = {name.replace("diffusion_model.", "transformer."): tensor.squeeze(0) for name, tensor in tensors.items()}
     assert same_patches(load_lora(model, write(tmp_path / "a.gguf", theirs), 1.0), with_lora(model, tensors))
+
+
+Q = "diffusion_model.blocks.0.self_attn.q"
+LEADING_ONES = {
+    "LoHa of rank 1": {f"hada_w{i}_{part}": (256, 1) if part == "a" else (1, 256) for i in (1, 2) for part in "ab"},
+    "LoKr": {"lokr_w1": (1, 4), "lokr_w2": (256, 64)},
+    "LoKr of rank 1": {"lokr_w1": (4, 4), "lokr_w2_a": (64, 1), "lokr_w2_b": (1, 64)},
+    "DoRA over inputs": {"lora_down.weight": (4, 256), "lora_up.weight": (256, 4), "dora_scale": (1, 256)},
+    "DoRA over outputs": {"lora_down.weight": (1, 256), "lora_up.weight": (256, 1), "dora_scale": (256, 1)},
+}
+
+
+@pytest.mark.parametrize("shapes", LEADING_ONES.values(), ids=LEADING_ONES)
+def test_leading_dimensions_of_one_are_restored(model, tmp_path, shapes):
+    tensors = {f"{Q}.{name}": torch.rand(shape) for name, shape in shapes.items()}
+    stored = {name: tensor.squeeze(0) for name, tensor in tensors.items()}
+    assert stored.keys() == tensors.keys() and any(stored[name].ndim == 1 for name in stored)
+    expected = with_lora(model, dict(tensors))
+    patched = load_lora(model, write(tmp_path / "a.gguf", stored), 1.0)
+    assert same_patches(patched, expected)
+    assert torch.equal(forward(load(patched)), forward(load(expected)))
+
+
+def test_differences_of_modulations(model, tmp_path):
+    difference = torch.rand(1, 6, 256)
+    path = write(tmp_path / "a.gguf", {"diffusion_model.blocks.0.modulation.diff": difference[0]})
+    ((_, (_, (read,)), *_),) = load_lora(model, path, 1.0).patches["diffusion_model.blocks.0.modulation"]
+    assert torch.equal(read, difference)
 
 
 def test_other_files_are_refused(model, t2v, tmp_path):
