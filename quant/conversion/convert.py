@@ -166,7 +166,7 @@ def convert_all(
         unfinished = leftovers([target.destination for target in targets])
         doubts = (*checkpoint.warnings, *_requantization_warning(checkpoint))
         warnings = (*unfinished, *doubts, *missing_importance)
-        for warning in (*warnings, *(output.age for output in outputs if output.older)):
+        for warning in (*warnings, *(note for output in outputs for note in output.notes)):
             _log.warning(warning)
         stream = Stream(checkpoint, settings, device, progress)
         with checkpoint.files.without_hashing():
@@ -182,7 +182,7 @@ def convert_all(
             source=checkpoint.path,
             source_bytes=checkpoint.identity.size,
             fallbacks=plan.fallbacks,
-            warnings=(*warnings, *filter(None, [output.age]), *_non_finite_warning(checkpoint)),
+            warnings=(*warnings, *output.notes, *_non_finite_warning(checkpoint)),
             seconds=seconds,
             reused=output.reused,
         )

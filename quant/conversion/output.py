@@ -79,14 +79,18 @@ class Output:
         return cls(target, metadata, reused, older if reused else ())
 
     @property
-    def age(self) -> str:
-        """A sentence on a reused file of older encoders; empty for any other."""
-        if not self.older:
-            return ""
-        return (
-            f"{self.target.destination.name} is used as it is: it was made by an older encoder of"
-            f" {', '.join(self.older)}; turn overwrite on to make it anew"
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on a reused file of older encoders, and on an experimental recipe."""
+        name, recipe = self.target.destination.name, find_recipe(self.target.recipe)
+        older = (
+            f"{name} is used as it is: it was made by an older encoder of {', '.join(self.older)}; turn overwrite on to"
+            " make it anew"
         )
+        experimental = (
+            f"{name}: {recipe.name} is experimental: its errors are large, and no real model of it has been judged"
+        )
+        is_experimental = recipe.experimental and not self.target.target_bytes
+        return (*([older] if self.older else []), *([experimental] if is_experimental else []))
 
     def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> GGUFWriter:
         """Return a writer of the file, which continues a killed conversion if there is one."""

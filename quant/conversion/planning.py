@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from ..gguf.header import read_header
 from ..plan.recipe import Fallback, TypePlan, find_recipe, plan_types
-from ..plan.target_size import ParetoFront, check_size, measure, plan_for_size
-from ..qtype import QTYPES
+from ..plan.target_size import ParetoFront, check_size, is_small, measure, plan_for_size
+from ..qtype import QTYPES, QuantType
 from ..sources.checkpoint import Checkpoint
+from .layer_encoder import LayerEncoder
 from .output import Output
 from .settings import Target
 from .stream import Stream
@@ -23,15 +24,37 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
         QuantError: a size that cannot be reached with this model.
     """
     tensors, settings = stream.checkpoint.tensors, stream.settings
+    # The encoders of the small types at effort "fast" need more than a source.
+    searches = settings.effort != "fast"
     sized = [output for output in outputs if output.target.target_size is not None and not output.reused]
     for output in sized:
-        check_size(output.target.target_bytes, tensors, output.metadata, five_d=settings.five_d)
+        check_size(output.target.target_bytes, tensors, output.metadata, five_d=settings.five_d, small=searches)
     fronts: Mapping[str, ParetoFront] = {}
     if sized:
-        fronts = measure(
-            tensors, stream.importance, settings.effort, stream.device, lambda tensor: stream.advance(tensor, 0)
-        )
-    return [_plan(stream, output, fronts) for output in outputs]
+        sizes = [(output.target.target_bytes, tensors, output.metadata) for output in sized]
+        small = searches and any(is_small(*size, five_d=settings.five_d) for size in sizes)
+        statistics, effort = stream.importance, settings.effort
+        fronts = measure(tensors, statistics, effort, stream.device, lambda t: stream.advance(t, 0), small=small)
+    plans = [_plan(stream, output, fronts) for output in outputs]
+    _try_encoders(
+        stream,
+        {
+            qtype
+            for plan, output in zip(plans, outputs, strict=True)
+            if not output.reused
+            for qtype in plan.types.values()
+        },
+    )
+    return plans
+
+
+def _try_encoders(stream: Stream, qtypes: Iterable[QuantType]) -> None:
+    """Refuse types that this effort cannot write here, before any tensor is quantized."""
+    importance = bool(stream.importance)
+    for qtype in qtypes:
+        block = torch.ones(1, qtype.block_size, device=stream.device)
+        encoder = LayerEncoder(block[0]) if importance else LayerEncoder()
+        encoder.quantize(qtype, block, stream.settings.effort)
 
 
 def _plan(stream: Stream, output: Output, fronts: Mapping[str, ParetoFront]) -> TypePlan:

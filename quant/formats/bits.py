@@ -105,7 +105,8 @@ def pack_bits(values: Tensor, bits: int, run: int) -> Tensor:
         uint8 (n, k * run).
     """
     swar = run % 4 == 0
-    codes = values.to(torch.uint8).contiguous()
+    # Flat, because a matrix of one row may have any stride, which a view as another dtype would refuse.
+    codes = values.to(torch.uint8).reshape(-1)
     words = codes.view(torch.int32) if swar else codes.int()
     groups = words.view(len(values), -1, 8 // bits, run // 4 if swar else run)
     packed = groups[:, :, 0].clone()

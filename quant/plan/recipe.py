@@ -27,6 +27,15 @@ class Recipe:
     base: str
     overrides: tuple[tuple[str, str], ...] = ()
     """Pairs of a pattern for the whole tensor name and a type; the first match replaces `base`."""
+    protected: str = ""
+    """The type of the small layers that every block depends on; empty for 16 bits, or for `base` if that has them."""
+    experimental: bool = False
+    """Whether no real model of this recipe has been judged, and its errors are large."""
+
+    @property
+    def types(self) -> frozenset[str]:
+        """The types of the quantized matrices."""
+        return frozenset((self.base, *(qtype for _, qtype in self.overrides)))
 
 
 # Quantization harms the value projections and the second FFN matrix most, so the mixes give these more bits.
@@ -57,6 +66,13 @@ RECIPES = {
         Recipe("Q3_K_M", 12, "Q3_K", ((_FIRST_VALUE, "Q5_K"), (_VALUE, "Q4_K"), (_DOWN, "Q4_K"))),
         Recipe("Q3_K_S", 11, "Q3_K"),
         Recipe("Q2_K", 10, "Q2_K", ((_VALUE, "Q3_K"),)),
+        Recipe("IQ3_M", 27, "IQ3_S", ((_VALUE, "Q4_K"), (_DOWN, "Q4_K"))),
+        Recipe("IQ3_S", 26, "IQ3_S"),
+        Recipe("IQ3_XXS", 23, "IQ3_XXS", ((_VALUE, "IQ3_S"),)),
+        Recipe("IQ2_M", 29, "IQ2_S", ((_VALUE, "IQ3_S"),)),
+        Recipe("IQ2_XS", 20, "IQ2_XS", ((_VALUE, "IQ3_XXS"),)),
+        Recipe("IQ2_XXS", 19, "IQ2_XXS", ((_VALUE, "IQ2_S"),)),
+        Recipe("IQ1_M", 31, "IQ1_M", ((_VALUE, "IQ2_XS"),), protected="Q8_0", experimental=True),
     )
 }
 
@@ -69,7 +85,8 @@ _PROTECTED = re.compile(r"(^|\.)(text_embedding|time_embedding|time_projection|i
 _SMALL_ELEMENTS = 1024
 
 # Source: llama.cpp src/llama-quant.cpp, for tensors whose rows are not a multiple of the block size.
-_FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_COARSE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "IQ4_XS")
+_FALLBACK = {**dict.fromkeys(_COARSE, "IQ4_NL"), "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 Precision = Literal["exact", "protected", "quantized"]
@@ -160,7 +177,7 @@ def _wanted_type(recipe: Recipe, name: str, tensor: TensorInfo) -> str:
     if precision == "exact":
         return "F32"
     if precision == "protected":
-        return recipe.base if recipe.base in ("F16", "BF16") else sixteen_bit(tensor)
+        return recipe.protected or (recipe.base if recipe.base in ("F16", "BF16") else sixteen_bit(tensor))
     if name == EMBEDDING and QTYPES[recipe.base].bits_per_weight < QTYPES[EMBEDDING_TYPE].bits_per_weight:
         return EMBEDDING_TYPE
     return next((qtype for pattern, qtype in recipe.overrides if re.fullmatch(pattern, name)), recipe.base)

@@ -30,6 +30,9 @@ from .file_size import header_bytes, padded_bytes
 from .recipe import EMBEDDING, EMBEDDING_TYPE, TypePlan, required_precision, sixteen_bit, type_or_fallback
 
 _QUANTIZED_TYPES = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# These take several times as long to measure, so only sizes that are below that of Q3_K everywhere use them.
+_SMALL_TYPES = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+_SMALL = "Q3_K"
 # With more elements, few tensors would get another type. A 14B model needs about a minute of one core with these.
 _SAMPLED_ELEMENTS = 1 << 16
 
@@ -83,8 +86,21 @@ class ParetoFront:
         return self.hull[min(index, len(self.hull) - 1)]
 
 
-def check_size(
+def is_small(
     nbytes: int, tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], *, five_d: bool = False
+) -> bool:
+    """Return whether a file of at most `nbytes` needs types below Q3_K: the arguments are those of `check_size`."""
+    sizes = (_bytes_at(_SMALL, name, tensor) for name, tensor in tensors.items())
+    return nbytes < _header_bytes(tensors, metadata, five_d) + sum(sizes)
+
+
+def check_size(
+    nbytes: int,
+    tensors: Mapping[str, SourceTensor],
+    metadata: Mapping[str, Any],
+    *,
+    five_d: bool = False,
+    small: bool = True,
 ) -> None:
     """Refuse a file size that no type plan can reach, before anything is measured.
 
@@ -93,11 +109,14 @@ def check_size(
         tensors: the tensors of the source by name.
         metadata: the metadata of the file.
         five_d: whether tensors with five dimensions keep them in the file.
+        small: whether IQ1, IQ2 and IQ3 may be used.
 
     Raises:
         QuantError: smaller than with the smallest types, or larger than with the largest ones.
     """
-    sizes = [[padded_bytes(q, tensor) for q in allowed_types(name, tensor)] for name, tensor in tensors.items()]
+    sizes = [
+        [padded_bytes(q, tensor) for q in allowed_types(name, tensor, small=small)] for name, tensor in tensors.items()
+    ]
     header = _header_bytes(tensors, metadata, five_d)
     low, high = (header + sum(map(pick, sizes)) for pick in (min, max))
     if not low <= nbytes <= high:
@@ -150,6 +169,8 @@ def measure(
     effort: Effort,
     device: torch.device,
     on_tensor: Callable[[SourceTensor], None],
+    *,
+    small: bool = False,
 ) -> dict[str, ParetoFront]:
     """Return the Pareto front of every tensor, measured on rows at even distances.
 
@@ -159,12 +180,13 @@ def measure(
         effort: the effort of the conversion.
         device: the device that quantizes.
         on_tensor: is called before each tensor is measured.
+        small: whether IQ1, IQ2 and IQ3 are measured too: see `is_small`.
     """
     n_blocks = 1 + max((int(match[1]) for match in map(_BLOCK.match, tensors) if match), default=0)
     fronts = {}
     for name, tensor in tensors.items():
         on_tensor(tensor)
-        qtypes = allowed_types(name, tensor)
+        qtypes = allowed_types(name, tensor, small=small)
         if len(qtypes) == 1:
             options = [TypeOption(qtypes[0], padded_bytes(qtypes[0], tensor), 0.0)]
         else:
@@ -177,15 +199,20 @@ def measure(
     return fronts
 
 
-def allowed_types(name: str, tensor: SourceTensor) -> list[QuantType]:
-    """Return the types that a tensor may get: F32 only, Q8_0 or 16 bits if it is protected, or all types."""
+def allowed_types(name: str, tensor: SourceTensor, *, small: bool = True) -> list[QuantType]:
+    """Return the types that a tensor may get: F32 only, Q8_0 or 16 bits if it is protected, or all types.
+
+    Args:
+        small: whether IQ1, IQ2 and IQ3 are among them.
+    """
     precision = required_precision(name, tensor)
     if precision == "exact":
         return [QTYPES["F32"]]
     if precision == "protected":
         names: tuple[str, ...] = ("Q8_0",)
     else:
-        names = (EMBEDDING_TYPE, "Q8_0") if name == EMBEDDING else _QUANTIZED_TYPES
+        quantized = (*_SMALL_TYPES, *_QUANTIZED_TYPES) if small else _QUANTIZED_TYPES
+        names = (EMBEDDING_TYPE, "Q8_0") if name == EMBEDDING else quantized
     qtypes = (type_or_fallback(wanted, tensor) for wanted in (*names, sixteen_bit(tensor)))
     return list({qtype.name: qtype for qtype in qtypes}.values())
 
@@ -223,6 +250,13 @@ def _is_sensitive(name: str, n_blocks: int) -> bool:
     if match is None:
         return False
     return not _FIRST_BLOCKS <= int(match[1]) < n_blocks - _LAST_BLOCKS or _EARLY_CROSS.fullmatch(name) is not None
+
+
+def _bytes_at(qtype: str, name: str, tensor: SourceTensor) -> int:
+    """Return the bytes of a tensor if it gets this type wherever it may."""
+    qtypes = allowed_types(name, tensor)
+    wanted = type_or_fallback(qtype, tensor)
+    return padded_bytes(wanted if wanted in qtypes else qtypes[0], tensor)
 
 
 def _header_bytes(tensors: Mapping[str, SourceTensor], metadata: Mapping[str, Any], five_d: bool) -> int:

@@ -105,6 +105,33 @@ def level_errors(values: Tensor, scale: Tensor, weights: Tensor | None, levels: 
     return errors if weights is None else errors.mul_(weights)
 
 
+def likely_signs(name: str, x: Tensor, scale: Tensor, w: Tensor | None, count: int, *, even: bool) -> list[Tensor]:
+    """Return the signs that the levels of each group may get, up to `count` of float32 (together, lanes).
+
+    They are those of the weights. If the number of minus signs must be even and is not, one sign is wrong, first the
+    one that costs least.
+
+    Args:
+        x: the weights, float32 (together, lanes).
+        scale: float32 (lanes,).
+        w: their importance, float32 (together, lanes), or None.
+    """
+    levels = levels_of_grid(name, x.device)
+    if levels[0] < 0:
+        return [torch.ones_like(x)]
+    signs = torch.where(x < 0, -1.0, 1.0)
+    if not even:
+        return [signs]
+    right, wrong = (level_errors(values, scale, w, levels).amin(0) for values in (x.abs(), -x.abs()))
+    cost, numbers = wrong - right, torch.arange(len(x), device=x.device)[:, None]
+    is_odd, found = signs.prod(0) < 0, []
+    for _ in range(count):
+        is_cheapest = numbers == cost.argmin(0)
+        cost = cost.masked_fill(is_cheapest, torch.inf)
+        found.append(torch.where(is_cheapest & is_odd, -signs, signs))
+    return found
+
+
 def _closest(tables: _Tables, values: Tensor, scale: Tensor, weights: Tensor | None, count: int) -> Tensor:
     errors = level_errors(values, scale, weights, tables.levels)
     first, second = torch.tensor_split(_to_integers(errors, values, scale, weights, tables.levels), 2, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .levels import Integers, OddIntegers
-from .sub_blocks import SubBlocks, pairwise_sum, select_best
+from .sub_blocks import SubBlocks, pairwise_sum, round_to_float16, select_best
 
 _ZERO = Integers(0, 0)
 
@@ -89,6 +89,26 @@ class Candidates:
         error = torch.addcmul(self.products, self.squares, scale).amin(2)
         of_groups = pairwise_sum(error.movedim(2, 0)).amin(1)
         return pairwise_sum(of_groups.transpose(0, 1)).amin(0) * scale
+
+
+def fit_constants(values: Tensor, levels: Tensor, high: int, unit: float) -> tuple[Tensor, Tensor]:
+    """Fit d and one scale to blocks whose weights all have one value.
+
+    Args:
+        values: float32 (n,), at least 0.
+        levels: the levels that all weights of a block can have alike, float32 (levels,).
+        high: the largest scale; scales are odd.
+        unit: what d is a float16 multiple of.
+
+    Returns:
+        d, float32 (n,), and the scale, float32 (n, 1), of least error.
+    """
+    scales = torch.arange(1, high + 1, 2, device=values.device)
+    factors = (levels[levels > 0, None] * scales).flatten() * unit
+    d = round_to_float16(values[:, None] * factors.reciprocal())
+    best = (values[:, None] - d * factors).abs().argmin(1, keepdim=True)
+    scale = scales.repeat(len(factors) // len(scales))[best]
+    return d.gather(1, best)[:, 0] * unit, scale.float()
 
 
 def best_of(options: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

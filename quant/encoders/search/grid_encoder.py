@@ -19,8 +19,17 @@ from torch import Tensor
 from ...formats.iquants import GRID_WEIGHTS, UNITS
 from .constants import encode_constants_once
 from .fit import BlockScales
-from .grid import closest_rows, level_errors, levels_of_grid, look_up, uniform_levels
-from .grid_candidates import HARD, Candidates, GridSearch, TriedScales, best_of, weighted_error, weighted_sums
+from .grid import closest_rows, likely_signs, look_up, uniform_levels
+from .grid_candidates import (
+    HARD,
+    Candidates,
+    GridSearch,
+    TriedScales,
+    best_of,
+    fit_constants,
+    weighted_error,
+    weighted_sums,
+)
 from .grid_metric import nearest_coupled
 from .sub_blocks import SubBlocks, pairwise_sum, reciprocal_or_zero, round_to_float16, select_best
 
@@ -151,20 +160,11 @@ class GridEncoder:
         low, high = sub_blocks.x.amin(0).view(-1, per_block), sub_blocks.x.amax(0).view(-1, per_block)
         constant = torch.nonzero(low.amin(1) == high.amax(1))[:, 0]
         if len(constant):
-            d[constant], scales[constant] = self._fit_constants(low[constant, 0].abs())
+            levels = uniform_levels(self.name, d.device)
+            levels = torch.cat([levels + offset + own for offset in self.offsets for own in self.group_offsets])
+            values, unit = low[constant, 0].abs(), UNITS[self.name]
+            d[constant], scales[constant] = fit_constants(values, levels, self.search.scales.high, unit)
         return d, scales
-
-    def _fit_constants(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return d, float32 (n,), and the scale, (n, 1), that give blocks of one value, (n,), with the least error."""
-        levels = uniform_levels(self.name, values.device)
-        offsets = [offset + own for offset in self.offsets for own in self.group_offsets]
-        levels = torch.cat([levels + offset for offset in offsets])
-        scales = torch.arange(1, self.search.scales.high + 1, 2, device=values.device)
-        factors = (levels[levels > 0, None] * scales).flatten() * UNITS[self.name]
-        d = round_to_float16(values[:, None] * factors.reciprocal())
-        best = (values[:, None] - d * factors).abs().argmin(1, keepdim=True)
-        scale = scales.repeat(len(factors) // len(scales))[best]
-        return d.gather(1, best)[:, 0] * UNITS[self.name], scale.float()
 
     def _is_hard(self, sub_blocks: SubBlocks, d: Tensor, per_block: int) -> Tensor:
         """Return which blocks need more scales, bool (n,)."""
@@ -221,7 +221,7 @@ class GridEncoder:
 
     def _sums(self, x: Tensor, w: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sums of `Candidates`, float32 (offsets, candidates, entries), under a scale of each group."""
-        signs = self._signs(x, scale, w, 1)[0]
+        signs = likely_signs(self.name, x, scale, w, 1, even=self.even_signs)[0]
         x, w, scale = self._parts(x * signs), None if w is None else self._parts(w), scale.repeat(self._n_parts)
         entries = look_up(self.name, closest_rows(self.name, x, scale, w, _PARTS))
         found = []
@@ -239,7 +239,7 @@ class GridEncoder:
             if metric is not None and metric.dim() == 3:
                 yield nearest_coupled(self.name, values, scale, metric, offset + own, even_signs=self.even_signs)
                 continue
-            for signs in self._signs(values, scale, metric, _FLIPS):
+            for signs in likely_signs(self.name, values, scale, metric, _FLIPS, even=self.even_signs):
                 levels = self._nearest(values, scale, metric, signs, offset + own)
                 yield levels, weighted_error(values, scale, metric, levels)
 
@@ -254,27 +254,6 @@ class GridEncoder:
         best = (squares * scale - 2 * products).argmin(0, keepdim=True)
         entries = look_up(self.name, rows.gather(0, best)[0])
         return self._joined(entries) * signs + offset
-
-    def _signs(self, x: Tensor, scale: Tensor, w: Tensor | None, count: int) -> list[Tensor]:
-        """Return the signs that the levels of each group may get, up to `count` of float32 (together, lanes).
-
-        They are those of the weights. If the number of minus signs must be even and is not, one sign is wrong, first
-        the one that costs least.
-        """
-        levels = levels_of_grid(self.name, x.device)
-        if levels[0] < 0:
-            return [torch.ones_like(x)]
-        signs = torch.where(x < 0, -1.0, 1.0)
-        if not self.even_signs:
-            return [signs]
-        right, wrong = (level_errors(values, scale, w, levels).amin(0) for values in (x.abs(), -x.abs()))
-        cost, numbers = wrong - right, torch.arange(len(x), device=x.device)[:, None]
-        is_odd, found = signs.prod(0) < 0, []
-        for _ in range(count):
-            is_cheapest = numbers == cost.argmin(0)
-            cost = cost.masked_fill(is_cheapest, torch.inf)
-            found.append(torch.where(is_cheapest & is_odd, -signs, signs))
-        return found
 
     def _round(self, sub_blocks: SubBlocks, scales: BlockScales) -> Tensor:
         """Round the weights of n sub-blocks to levels, float32 (size, n)."""

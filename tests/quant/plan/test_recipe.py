@@ -47,6 +47,11 @@ def test_predicted_size_is_that_of_published_files(size, recipe, published):
     assert predicted_size(plan_types(RECIPES[recipe], tensors).types, tensors) == pytest.approx(published, rel=1e-3)
 
 
+def test_14b_fits_into_three_and_a_half_gigabytes():
+    tensors = infos("14B")
+    assert predicted_size(plan_types(RECIPES["IQ1_M"], tensors).types, tensors) == pytest.approx(3.489e9, rel=1e-3)
+
+
 def test_published_files_of_wan_2_1_differ_only_by_f32_matrices():
     """Wan2.1-I2V-14B-480P Q4_K_M has F32 where we have 16 bits, in the matrices that are not quantized.
 

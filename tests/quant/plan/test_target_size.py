@@ -15,7 +15,10 @@ from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.plan import target_size as budget
+from wanquant.quant.plan.file_size import predicted_size
+from wanquant.quant.plan.recipe import RECIPES, plan_types
 from wanquant.quant.plan.target_size import ParetoFront, TypeOption, allocate
+from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 GIB = 1 << 30
@@ -147,3 +150,14 @@ def test_tensors_are_quantized_from_the_source(tmp_path, source):
     file, weights = open_gguf(sized(source, tmp_path, 12 << 20).destination), load_file(source)
     for name, tensor in file.tensors.items():
         assert torch.equal(tensor.data.flatten(), tensor.qtype.quantize(weights[name], effort="fast").flatten())
+
+
+def test_sizes_below_that_of_q3_k_use_the_small_types(tmp_path, source):
+    with open_checkpoint(source) as checkpoint:
+        low, high = (
+            predicted_size(plan_types(RECIPES[recipe], checkpoint.tensors).types, checkpoint.tensors)
+            for recipe in ("IQ2_XXS", "Q3_K_M")
+        )
+    small = {QTYPES[name] for name in budget._SMALL_TYPES}
+    assert small & set(qtypes(sized(source, tmp_path, low + 8192, effort="best")).values())
+    assert not small & set(qtypes(sized(source, tmp_path, high + 8192, effort="best")).values())
