@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...quant import QuantError
 from ...quant.gguf.header import Header, TensorRecord
-from ...quant.sources.animate import with_joined_halves
+from ...quant.sources.animate import joined_shape, with_joined_halves
 from ...quant.sources.checkpoint import open_checkpoint
 from ...quant.sources.model_tensors import model_tensors
 from ...quant.sources.names import Naming
@@ -77,12 +76,7 @@ def _computed(header: Header) -> dict[str, Tensor]:
 
 
 def _joined(name: str, first: TensorRecord, second: TensorRecord) -> TensorRecord:
-    if first.qtype is not second.qtype or first.shape[1:] != second.shape[1:]:
-        raise QuantError(
-            f"{first.path}: tensors {first.name} and {second.name}: {first.qtype.name} {first.shape} and"
-            f" {second.qtype.name} {second.shape}, expected the same type and rows of the same length;"
-            " convert the file with Convert to GGUF and load the result"
-        )
-    shape = (first.shape[0] + second.shape[0], *first.shape[1:])
+    advice = f"convert {first.path} with Convert to GGUF and load the result"
+    shape = joined_shape(first, second, (first.qtype.name, second.qtype.name), advice)
     nbytes = first.nbytes + second.nbytes
     return JoinedRecord(name, first.qtype, shape, shape, first.path, first.offset, nbytes, (first, second))

@@ -51,6 +51,8 @@ RULES = (
 class _Named(Protocol):
     @property
     def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 _T = TypeVar("_T", bound=_Named)
@@ -106,5 +108,23 @@ def with_joined_halves(tensors: Iterable[_T], join: Callable[[str, _T, _T], _T])
 
 def joined_tensor(name: str, key: SourceTensor, value: SourceTensor) -> SourceTensor:
     """Return the concatenation of two tensors along their rows."""
-    shape = (key.shape[0] + value.shape[0], *key.shape[1:])
+    shape = joined_shape(key, value, (str(key.dtype), str(value.dtype)), "download the checkpoint again")
     return JoinedTensor(name, key.dtype, shape, key.stored, key, value)
+
+
+def joined_shape(key: _Named, value: _Named, types: tuple[str, str], advice: str) -> tuple[int, ...]:
+    """Return the shape of the concatenation of two tensors along their rows.
+
+    Args:
+        types: the names of their types.
+        advice: what to do if they do not fit.
+
+    Raises:
+        QuantError: the types or the lengths of the rows differ, or a tensor has 0 dimensions.
+    """
+    if types[0] != types[1] or not key.shape or not value.shape or key.shape[1:] != value.shape[1:]:
+        raise QuantError(
+            f"tensors {key.name} and {value.name}: {types[0]} {key.shape} and {types[1]} {value.shape},"
+            f" expected the same type and rows of the same length; {advice}"
+        )
+    return (key.shape[0] + value.shape[0], *key.shape[1:])

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import QuantError
 from ..qtype import QuantType
 from .files import HashedFile
 
@@ -50,12 +51,21 @@ class StoredTensor:
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the bytes `start` to `stop` of the data: uint8, (stop - start,)."""
-        return self.file.read(self.offset + start, stop - start)
+        return self.file.read(self._place(start, stop), stop - start)
 
     def peek(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return what `read` does, uint8 (stop - start,), without hashing: for small tensors that belong to others."""
         stop = self.nbytes if stop is None else stop
-        return self.file.peek(self.offset + start, stop - start)
+        return self.file.peek(self._place(start, stop), stop - start)
+
+    def _place(self, start: int, stop: int) -> int:
+        """Return the place of byte `start` in the file; bytes of other tensors are never read."""
+        if not 0 <= start <= stop <= self.nbytes:
+            raise QuantError(
+                f"{self.file.path}: tensor {self.name}: {self.dtype} of shape {self.shape} has {self.nbytes} bytes,"
+                f" expected at least {stop}; the file is damaged, download it again"
+            )
+        return self.offset + start
 
 
 @dataclass(frozen=True)
