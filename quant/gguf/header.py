@@ -11,6 +11,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..files.lookalikes import HEAD_BYTES, lookalike
 from ..files.regular_file import check_path, open_regular
 from ..files.shards import Shard
 from ..qtype import QuantType, qtype_of
-from .values import DAMAGED, HeaderReader
+from .values import DAMAGED, MAX_ITEMS, HeaderReader
 
 DEFAULT_ALIGNMENT = 32
 ORIG_SHAPE_KEY = "comfy.gguf.orig_shape."
@@ -137,12 +138,33 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     parts = [_read_part(part_path) for part_path in _part_paths(path)]
     if len(parts) > 1 or "split.count" in parts[0].metadata:
         _check_split(parts)
+    return _combined(path, parts)
+
+
+def check_readable(path: Path, header: bytes, size: int) -> None:
+    """Refuse a header that `read_header` would refuse in a file of `size` bytes.
+
+    Raises:
+        QuantError: a name, a key, a shape or their number is outside the limits of the reader.
+    """
+    identity = FileIdentity(path, 0, 0, size, 0)
+    try:
+        _combined(path, [_parse(HeaderReader(path, BytesIO(header), size), identity)])
+    except QuantError as error:
+        problem = str(error).removesuffix(f"; {DAMAGED}")
+        raise QuantError(f"{problem}; change the names or the metadata of the source") from None
+
+
+def _combined(path: Path, parts: Sequence[_Part]) -> Header:
     metadata: dict[str, Any] = {}
     for part in parts:
         for key, value in part.metadata.items():
             if not key.startswith("split."):
                 metadata.setdefault(key, value)
     tensors: dict[str, TensorRecord] = {}
+    n_tensors = sum(len(part.records) for part in parts)
+    if n_tensors > MAX_ITEMS:
+        raise QuantError(f"{path}: {n_tensors} tensors in all parts, expected at most {MAX_ITEMS}; {DAMAGED}")
     for record in (record for part in parts for record in part.records):
         if record.name in tensors:
             raise _tensor_error(record, f"appears twice, expected unique names; {DAMAGED}")
@@ -277,8 +299,8 @@ def _logical_shape(record: TensorRecord, metadata: Mapping[str, Any]) -> tuple[i
     dims = metadata[key]
     if not isinstance(dims, np.ndarray) or dims.dtype.kind not in "iu" or dims.size > _MAX_ORIG_DIMS:
         raise QuantError(
-            f"{record.path}: {key}: expected an array of up to {_MAX_ORIG_DIMS} integers, got another"
-            f" {type(dims).__name__}; {DAMAGED}"
+            f"{record.path}: {key}: expected an array of up to {_MAX_ORIG_DIMS} integers, got {_described(dims)};"
+            f" {DAMAGED}"
         )
     shape = tuple(dims.tolist())
     if min(shape, default=1) < 1 or prod(shape) != prod(record.stored_shape):
@@ -286,6 +308,10 @@ def _logical_shape(record: TensorRecord, metadata: Mapping[str, Any]) -> tuple[i
             f"{record.path}: {key}: {shape}, expected as many elements as the stored {record.stored_shape}; {DAMAGED}"
         )
     return shape
+
+
+def _described(value: object) -> str:
+    return f"{value.size} numbers of {value.dtype}" if isinstance(value, np.ndarray) else f"{value!r:.40}"
 
 
 def _tensor_error(record: TensorRecord, problem: str) -> QuantError:

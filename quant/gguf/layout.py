@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import QuantError
 from ..qtype import QuantType
-from .header import ORIG_SHAPE_KEY, alignment_of
+from .header import ORIG_SHAPE_KEY, alignment_of, check_readable
 from .values import pack_metadata, pack_name
 
 _MAX_DIMS = 4
@@ -48,7 +48,7 @@ class FileLayout:
             `comfy.gguf.orig_shape.<name>`.
 
     Raises:
-        QuantError: a name, a shape or a metadata value cannot be stored.
+        QuantError: a name, a shape or a metadata value cannot be stored, or `read_header` would refuse the file.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class FileLayout:
         self.header = self._pack_header(self._metadata)
         self.nbytes = len(self.header) + sum(self.padded(spec.nbytes) for spec in self.tensors)
         """The size of the file in bytes."""
+        check_readable(self.path, self.header, self.nbytes)
 
     def header_with(self, metadata: Mapping[str, Any]) -> bytes:
         """Return the header with new values, each as long in the file as the value that it replaces.
