@@ -15,7 +15,7 @@ from .regular_file import create_or_open, open_regular
 from .strict_json import parse_json
 
 # Far more than the lines of all tensors of a model.
-_MAX_BYTES = 1 << 24
+_MAX_BYTES = 1 << 22
 
 
 class JournalEntry(NamedTuple):

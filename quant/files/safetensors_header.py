@@ -14,6 +14,8 @@ from .strict_json import parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 """Far above real headers: Wan 14B has 100 KiB. The format allows 100 MB, which would need gigabytes to parse."""
+MAX_ITEMS = 1 << 14
+"""The limit of tensors and of metadata keys; Wan 14B has 1,095 tensors."""
 
 _DAMAGED = "the file is cut off, damaged or not safetensors, download or save it again"
 
@@ -62,12 +64,24 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntr
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise QuantError(f"{path}: __metadata__ is not a table of strings; {_DAMAGED}")
+    check_number(path, len(header), "tensors")
+    check_number(path, len(metadata), "keys in __metadata__")
     data_start = 8 + header_bytes
     entries = sorted(
         (_entry(path, name, info, data_start) for name, info in header.items()), key=lambda e: (e.begin, e.end)
     )
     _check_coverage(path, entries, data_start, file_bytes)
     return metadata, entries
+
+
+def check_number(path: Path, count: int, kind: str) -> None:
+    """Refuse a number of items that no file has.
+
+    Raises:
+        QuantError: more than `MAX_ITEMS`.
+    """
+    if count > MAX_ITEMS:
+        raise QuantError(f"{path}: {count} {kind}, expected at most {MAX_ITEMS}; {_DAMAGED}")
 
 
 def _entry(path: Path, name: str, info: object, data_start: int) -> TensorEntry:

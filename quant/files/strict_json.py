@@ -1,4 +1,4 @@
-"""JSON from files that may be hostile."""
+"""JSON from files that may be hostile: how many values it has is known before any of them is made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import json
 from typing import Any
 
 from ..errors import QuantError
+
+MAX_VALUES = 1 << 20
+"""The most commas, colons and brackets of a text, since each may become a Python object; Wan 14B has 14,000."""
+_STRUCTURE = (",", ":", "[", "{")
+_MAX_DIGITS = 20
 
 
 def parse_json(data: str | bytes, where: str, advice: str) -> Any:  # noqa: ANN401
@@ -17,10 +22,13 @@ def parse_json(data: str | bytes, where: str, advice: str) -> Any:  # noqa: ANN4
         advice: what to do if the text is not JSON.
 
     Raises:
-        QuantError: the text is not JSON, repeats a name, or is nested too deeply.
+        QuantError: the text is not JSON, repeats a name, is nested too deeply, or has too many or too long values.
     """
     try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse)
+        text = data.decode() if isinstance(data, bytes) else data
+        if (size := sum(map(text.count, _STRUCTURE))) > MAX_VALUES:
+            raise ValueError(f"{size} commas, colons and brackets, expected at most {MAX_VALUES}")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise QuantError(f"{where} is not JSON ({error}); {advice}") from None
 
@@ -32,6 +40,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"the name {twice} occurs twice")
     return table
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits, expected at most {_MAX_DIGITS}")
+    return int(digits)
 
 
 def _refuse(constant: str) -> None:

@@ -17,14 +17,19 @@ from numpy.typing import NDArray
 
 from ..errors import QuantError
 
-MAX_HEADER_BYTES = 1 << 27
+MAX_HEADER_BYTES = 1 << 26
 """The most bytes that a damaged file can make us read. Real headers with 262k tokens and merges have 10 MiB."""
-MAX_ITEMS = 1 << 18
-"""The limit of tensors, of metadata keys and of nested arrays, since each becomes a Python object."""
+MAX_ITEMS = 1 << 14
+"""The limit of tensors, of metadata keys and of nested arrays, since each becomes a Python object.
+
+Wan 14B has 1,095 tensors.
+"""
 DAMAGED = "the file is damaged, download or convert it again"
 """The end of messages about files that no program writes on purpose."""
 
-_MAX_STRINGS = 1 << 21
+# The limits of all strings in arrays, and of the bytes of all names and other strings, in one file.
+_MAX_STRINGS = 1 << 20
+_MAX_TEXT_BYTES = 1 << 25
 _MIN_STRING_BYTES = 8
 _MIN_ARRAY_BYTES = 12
 _MAX_NAME_BYTES = (1 << 16) - 1
@@ -98,7 +103,8 @@ class HeaderReader:
 
     def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
         self.path, self.size, self.position = path, size, 0
-        self._file, self._data, self._n_nested = file, b"", 0
+        self._file, self._data = file, b""
+        self._n_nested = self._n_strings = self._n_text_bytes = 0
 
     def error(self, field: str, problem: str) -> QuantError:
         """Return an error that names the file and the field."""
@@ -132,7 +138,7 @@ class HeaderReader:
         nbytes = self.u64(field)
         if not 0 < nbytes <= _MAX_NAME_BYTES:
             raise self.error(field, f"{nbytes} bytes long, expected 1 to {_MAX_NAME_BYTES}; {DAMAGED}")
-        name = _decode_utf8(self.take(nbytes, field), f"{self.path}: {field}")
+        name = self._text(nbytes, field)
         if not name.isprintable():
             raise self.error(field, f"{name!r:.80} has unprintable characters, expected text; {DAMAGED}")
         return name
@@ -141,16 +147,26 @@ class HeaderReader:
         """Read a value type and a value of that type."""
         type_id = self.u32(key)
         if type_id == ValueType.STRING:
-            return _decode_utf8(self.take(self.u64(key), key), f"{self.path}: {key}")
+            return self._text(self.u64(key), key)
         if type_id == ValueType.ARRAY:
             return self._array(key, depth=1)
         number: bool | int | float = self._numbers(type_id, 1, key)[0].item()
         return number
 
+    def _text(self, nbytes: int, field: str) -> str:
+        self._n_text_bytes += nbytes
+        if self._n_text_bytes > _MAX_TEXT_BYTES:
+            raise self.error(
+                field,
+                f"{self._n_text_bytes} bytes of the header are text, expected at most {_MAX_TEXT_BYTES}; {DAMAGED}",
+            )
+        return _decode_utf8(self.take(nbytes, field), f"{self.path}: {field}")
+
     def _array(self, key: str, depth: int) -> MetadataValue:
         type_id = self.u32(key)
         if type_id == ValueType.STRING:
-            count = self.count(key, _MIN_STRING_BYTES, _MAX_STRINGS)
+            count = self.count(key, _MIN_STRING_BYTES, _MAX_STRINGS - self._n_strings)
+            self._n_strings += count
             return StringArray(self._packed_strings(count, key), count, f"{self.path}: {key}")
         if type_id != ValueType.ARRAY:
             return self._numbers(type_id, self.u64(key), key)
@@ -191,7 +207,8 @@ class HeaderReader:
             )
         if stop > len(self._data):
             self._file.seek(0)
-            self._data = self._file.read(min(self.size, max(stop, 2 * len(self._data), _FIRST_READ_BYTES)))
+            wanted = max(stop, 2 * len(self._data), _FIRST_READ_BYTES)
+            self._data = self._file.read(min(self.size, MAX_HEADER_BYTES, wanted))
             if len(self._data) < stop:
                 raise self.error(field, "the file became shorter while it was read; wait until it is complete")
         return self._data

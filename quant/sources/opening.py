@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ..errors import QuantError
 from ..files.regular_file import check_path, open_regular
-from ..files.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
-from ..files.shards import Shard
+from ..files.safetensors_header import MAX_HEADER_BYTES, check_number, read_safetensors_header
+from ..files.shards import Shard, check_shards
 from ..files.strict_json import parse_json
 from ..gguf.header import read_header
 from .files import HashedFile
@@ -178,6 +178,8 @@ def _read_index(index: Path) -> dict[str, str]:
             shards = {name: shard.removeprefix("./") for name, shard in listed.items()}
         case _:
             raise QuantError(f"{index}: no weight_map with the file of each tensor, expected an index; {advice}")
+    check_number(index, len(shards), "tensors")
+    check_shards(index, len(set(shards.values())))
     outside = next((shard for shard in shards.values() if not _is_name(shard)), None)
     if outside is not None or not shards:
         raise QuantError(f"{index}: shard {outside!r:.80}, expected names of files beside the index; {advice}")

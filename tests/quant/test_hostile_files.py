@@ -119,7 +119,7 @@ def test_sizes_of_thousands_of_digits_are_refused(tmp_path: Path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [10**4298] * 60, "data_offsets": [0, 4]}}).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(QuantError, match="malformed entry"):
+    with pytest.raises(QuantError, match="an integer of 4299 digits"):
         open_checkpoint(path)
 
 

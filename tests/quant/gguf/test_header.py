@@ -47,7 +47,7 @@ BAD = {
     "one tensor too many": (RawGGUF(n_tensors=3).pack(), "tensor 2"),
     "key length": (RawGGUF(pairs=[struct.pack("<Q", HUGE)]).pack(), f"metadata key 0: {HUGE} bytes"),
     "key not utf-8": (RawGGUF(pairs=[pair(b"\xff\xfe", U8, b"\0")]).pack(), "metadata key 0: not valid UTF-8"),
-    "string length": (RawGGUF(pairs=[pair("k", STRING, struct.pack("<Q", HUGE))]).pack(), "k: ends at byte"),
+    "string length": (RawGGUF(pairs=[pair("k", STRING, struct.pack("<Q", HUGE))]).pack(), "k: .* of the header"),
     "string not utf-8": (RawGGUF(pairs=[pair("k", STRING, name(b"\xff"))]).pack(), "k: not valid UTF-8"),
     "value type": (RawGGUF(pairs=[pair("k", 13, bytes(8))]).pack(), "k: metadata value type 13"),
     "array item type": (RawGGUF(pairs=[pair("k", ARRAY, array(77, 1))]).pack(), "k: metadata value type 77"),
@@ -117,7 +117,7 @@ def test_bad_file_is_refused_in_one_line_without_allocating(tmp_path: Path, cont
         (pair("k", STRING, struct.pack("<Q", 1 << 33)), "k: .* of the header", 0),
         (pair("k", ARRAY, array(U8, 1 << 33)), "k: .* of the header", 0),
         (pair("k", ARRAY, array(STRING, 1 << 30)), "k: .* items", 0),
-        (pair("k", ARRAY, array(STRING, 1 << 21)), "metadata key 1: 0 bytes", 1 << 21),
+        (pair("k", ARRAY, array(STRING, 1 << 20)), "metadata key 1: 0 bytes", 1 << 20),
     ],
     ids=["string", "numbers", "strings", "empty strings"],
 )
