@@ -50,13 +50,22 @@ def load_conditioning(path: str) -> Conditioning:
     fields = parse_json(metadata[_KEY], f"{path}: {_KEY}", "save the conditioning again")
     try:
         with safe_open(path, framework="pt") as file:
-            loaded = _restore(fields, file)
+            loaded = _restore(fields, dict.fromkeys(file.keys(), file))
     except (SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise QuantError(f"{path}: not the fields of a conditioning ({error}); save the conditioning again") from None
     match loaded:
-        case [*prompts] if prompts and all(isinstance(prompt, list) and len(prompt) == 2 for prompt in prompts):
+        case [*prompts] if prompts and all(map(_is_prompt, prompts)):
             return prompts
     raise QuantError(f"{path}: not a list of prompts with their fields; save the conditioning again")
+
+
+def _is_prompt(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and isinstance(value[0], torch.Tensor)
+        and isinstance(value[1], dict)
+    )
 
 
 def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  # noqa: ANN401
@@ -79,20 +88,25 @@ def _flatten(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:  #
     )
 
 
-def _restore(value: Any, file: Any) -> Any:  # noqa: ANN401
+def _restore(value: Any, unread: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Return the value of a layout.
+
+    Args:
+        unread: the file, by the names of the tensors that are not read yet; each is in one place only.
+    """
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return file.get_tensor(content)
+        return unread.pop(content).get_tensor(content)
     if kind == "dict":
-        return {key: _restore(item, file) for key, item in content.items()}
+        return {key: _restore(item, unread) for key, item in content.items()}
     if kind == "clip_vision":
         output = _clip_vision_output()()
         for key, item in content.items():
-            output[key] = _restore(item, file)
+            output[key] = _restore(item, unread)
         return output
-    items = [_restore(item, file) for item in content]
+    items = [_restore(item, unread) for item in content]
     return tuple(items) if kind == "tuple" else items
 
 

@@ -20,7 +20,7 @@ from ..packed.layout import is_packed, pack
 from ..packed.linear import GGUFOps
 
 META = torch.device("meta")
-_BLOCK = re.compile(r"^(vace_)?blocks\.(\d+)\.")
+_BLOCK = re.compile(r"^(vace_)?blocks\.(\d{1,9})\.")
 _ONE_BLOCK = {"num_layers": 1}
 _SHORTENED = {
     "WanModel": _ONE_BLOCK,

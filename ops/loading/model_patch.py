@@ -26,7 +26,7 @@ _DTYPE = torch.bfloat16
 # The sizes that the host gives its own model patch; the file tells the others.
 _AUDIO_FRAMES, _VAE_FRAMES = 5, 4
 _CONTEXT_TOKENS = 32
-_BLOCK = re.compile(r"blocks\.(\d+)\.(norm_x|audio_cross_attn)\..+")
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.(norm_x|audio_cross_attn)\..+")
 _PROJECTION, _NORM, _ATTENTION = "audio_proj.proj1.weight", "audio_proj.norm.weight", "audio_cross_attn.proj.weight"
 
 

@@ -115,7 +115,7 @@ def _check(header: Header, names: Collection[str], clip_type: comfy.sd.CLIPType)
 
 
 def _blocks(names: Collection[str]) -> int:
-    return len({match[1] for name in names if (match := re.match(r"encoder\.block\.(\d+)\.", name))})
+    return len({match[1] for name in names if (match := re.match(r"encoder\.block\.(\d{1,9})\.", name))})
 
 
 def _config(state_dict: dict[str, Tensor]) -> dict[str, int]:

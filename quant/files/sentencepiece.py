@@ -29,6 +29,9 @@ _SPECIAL_IDS = {"unknown": (40, 0), "bos": (41, 1), "eos": (42, 2), "padding": (
 _MODEL_TYPE, _VOCABULARY_SIZE = 3, 4
 _CHARSMAP, _DUMMY_PREFIX, _REMOVE_SPACES = 2, 3, 4
 
+# The limits of a model's pieces, of the fields of a piece, and of all other fields; umT5 has 256,384 pieces.
+_MAX_PIECES, _MAX_PIECE_FIELDS, _MAX_FIELDS = 1 << 19, 16, 1 << 14
+
 # Types of pieces.
 _NORMAL, _UNUSED = 1, 5
 _UNUSED_SCORE = -10000.0
@@ -46,24 +49,32 @@ def parse_vocabulary(model: bytes, n_rows: int) -> dict[str, Any]:
     Raises:
         QuantError: `model` is not a SentencePiece model, or has more pieces than the embedding has rows.
     """
+    if n_rows > _MAX_PIECES:
+        raise QuantError(
+            f"tokenizer: an embedding of {n_rows} rows, expected at most {_MAX_PIECES}; download the text encoder again"
+        )
     try:
-        pieces, trainer, normalizer = _parts(model)
+        pieces, trainer, normalizer = _parts(model, n_rows)
         tokens = [_bytes(piece[_PIECE]).decode() for piece in pieces]
         scores = [struct.unpack("<f", piece.get(_SCORE, bytes(4)))[0] for piece in pieces]
+        if not np.isfinite(scores).all():
+            raise ValueError("a score is not finite")
         types = [_signed(piece.get(_TYPE, _NORMAL)) for piece in pieces]
         ids = {name: _signed(trainer.get(field, default)) for name, (field, default) in _SPECIAL_IDS.items()}
         charsmap = _bytes(normalizer.get(_CHARSMAP, b""))
+    except QuantError:
+        raise
     except (ValueError, TypeError, KeyError, IndexError, struct.error) as error:
         raise QuantError(
             f"tokenizer: {len(model)} bytes of something else, expected a SentencePiece model; use the spiece.model of"
             " this text encoder"
         ) from error
-    n_unused = n_rows - len(tokens)
-    if not tokens or n_unused < 0:
+    if not tokens:
         raise QuantError(
-            f"tokenizer: {len(tokens)} pieces, expected 1 to {n_rows}, the rows of the embedding; use the spiece.model"
+            f"tokenizer: 0 pieces, expected 1 to {n_rows}, the rows of the embedding; use the spiece.model"
             " of this text encoder"
         )
+    n_unused = n_rows - len(tokens)
     return {
         "tokenizer.ggml.model": "t5",
         "tokenizer.ggml.pre": "default",
@@ -130,18 +141,39 @@ def _normalizer(metadata: TypedMetadata) -> bytes:
     return _message(_CHARSMAP, charsmap) + _integer(_DUMMY_PREFIX, add_prefix) + _integer(_REMOVE_SPACES, remove_spaces)
 
 
-def _parts(model: bytes) -> tuple[list[dict[int, Any]], dict[int, Any], dict[int, Any]]:
-    """Return the fields of each piece, of the TrainerSpec and of the NormalizerSpec."""
-    fields = list(_fields(model))
-    parts = {part: b"".join(value for field, value in fields if field == part) for part in (_TRAINER, _NORMALIZER)}
-    pieces = [dict(_fields(value)) for field, value in fields if field == _PIECES]
-    return pieces, dict(_fields(parts[_TRAINER])), dict(_fields(parts[_NORMALIZER]))
+def _parts(model: bytes, n_rows: int) -> tuple[list[dict[int, Any]], dict[int, Any], dict[int, Any]]:
+    """Return the fields of each piece, of the TrainerSpec and of the NormalizerSpec.
+
+    Raises:
+        QuantError: more pieces than the embedding has rows.
+    """
+    pieces: list[dict[int, Any]] = []
+    specs: dict[int, list[bytes]] = {_TRAINER: [], _NORMALIZER: []}
+    for field, value in _fields(model, _MAX_PIECES + _MAX_FIELDS):
+        if field == _PIECES and len(pieces) == n_rows:
+            raise QuantError(
+                f"tokenizer: more than {n_rows} pieces, expected 1 to {n_rows}, the rows of the embedding; use the"
+                " spiece.model of this text encoder"
+            )
+        if field == _PIECES:
+            pieces.append(dict(_fields(value, _MAX_PIECE_FIELDS)))
+        elif field in specs:
+            specs[field].append(value)
+    trainer, normalizer = (dict(_fields(b"".join(spec), _MAX_FIELDS)) for spec in specs.values())
+    return pieces, trainer, normalizer
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each field of a protobuf message: int for a varint, else bytes."""
-    position = 0
+def _fields(message: bytes, limit: int) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each field of a protobuf message: int for a varint, else bytes.
+
+    Raises:
+        ValueError: not such a message, or more than `limit` fields.
+    """
+    position = n_fields = 0
     while position < len(message):
+        n_fields += 1
+        if n_fields > limit:
+            raise ValueError(f"more than {limit} fields")
         key, position = _read_varint(message, position)
         field, wire = key >> 3, key & 7
         if wire == 0:

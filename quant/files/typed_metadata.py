@@ -57,11 +57,14 @@ class TypedMetadata:
         raise self._error(key, value, "an array of strings")
 
     def numbers(self, key: str, dtype: type[np.generic]) -> NDArray[Any]:
-        """Return an array of numbers as `dtype`, (n,), empty by default."""
+        """Return an array of finite numbers as `dtype`, (n,), empty by default; integers are not rounded."""
         value = self._metadata.get(key, np.empty(0, dtype))
         if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iufb":
-            return np.asarray(value, dtype)
-        raise self._error(key, value, "an array of numbers")
+            with np.errstate(all="ignore"):
+                numbers = value.astype(dtype)
+            if np.isfinite(numbers).all() and (numbers.dtype.kind == "f" or np.array_equal(numbers, value)):
+                return numbers
+        raise self._error(key, value, f"an array of finite numbers of {np.dtype(dtype)}")
 
     def raw(self, key: str) -> bytes:
         """Return an array of bytes, empty by default."""

@@ -40,7 +40,7 @@ _SAMPLED_ELEMENTS = 1 << 16
 # Source: arXiv 2606.00957 (Wan 2.1 14B: the first two and the last three blocks), and the published NVFP4 mixes of Wan
 # (keys and values of cross attention in blocks 0 to 10).
 _FIRST_BLOCKS, _LAST_BLOCKS = 2, 3
-_BLOCK = re.compile(r"blocks\.(\d+)\.")
+_BLOCK = re.compile(r"blocks\.(\d{1,9})\.")
 _EARLY_CROSS = re.compile(r"blocks\.(\d|10)\.cross_attn\.[kv](_img)?\.weight")
 
 

@@ -38,9 +38,9 @@ VACE_14B = SIZES["14B"]._replace(vace_layers=8)
 _TEXT_DIM, _TIME_DIM, _IMAGE_DIM, _CONTROL_DIM = 4096, 256, 1280, 96
 
 _ROLES = (
-    ("self_attn", r"blocks\.\d+\.self_attn\.[qkvo]\.weight"),
-    ("cross_attn", r"blocks\.\d+\.cross_attn\.([qkvo]|[kv]_img)\.weight"),
-    ("ffn", r"blocks\.\d+\.ffn\.\d+\.weight"),
+    ("self_attn", r"blocks\.\d{1,9}\.self_attn\.[qkvo]\.weight"),
+    ("cross_attn", r"blocks\.\d{1,9}\.cross_attn\.([qkvo]|[kv]_img)\.weight"),
+    ("ffn", r"blocks\.\d{1,9}\.ffn\.\d{1,9}\.weight"),
     ("embedding", r"(^|\.)\w+_(embedding|projection|emb)\w*\."),
     ("head", r"^head\."),
 )

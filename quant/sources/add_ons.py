@@ -17,7 +17,7 @@ from .layers import MARKER
 _ADD_ON_NAME = re.compile(
     r"(vace_blocks|vace_patch_embedding|control_adapter|ref_conv|face_adapter|face_encoder|motion_encoder"
     r"|pose_patch_embedding|casual_audio_encoder|audio_injector|audio_proj|cond_encoder|trainable_cond_mask"
-    r"|proj_model|blocks\.\d+\.(audio_cross_attn|norm_x|motion_attn|self_attn\.ref_adapter"
+    r"|proj_model|blocks\.\d{1,9}\.(audio_cross_attn|norm_x|motion_attn|self_attn\.ref_adapter"
     r"|cross_attn\.(ip_adapter|k_proj|v_proj)))\..+"
 )
 
@@ -28,13 +28,13 @@ _TALKING_REMEDY = (
 _OTHER_SOFTWARE = "it works in software that has these layers, such as ComfyUI-WanVideoWrapper"
 _WITHOUT_LAYERS = (
     (
-        re.compile(r"audio_proj\.(proj1|proj1_vf|proj2|proj3|norm)\..+|blocks\.\d+\.(audio_cross_attn|norm_x)\..+"),
+        re.compile(r"audio_proj\.(proj1|proj1_vf|proj2|proj3|norm)\..+|blocks\.\d{1,9}\.(audio_cross_attn|norm_x)\..+"),
         "InfiniteTalk or MultiTalk",
         _TALKING_REMEDY,
     ),
-    (re.compile(r"proj_model\..+|blocks\.\d+\.cross_attn\.[kv]_proj\..+"), "FantasyTalking", _OTHER_SOFTWARE),
-    (re.compile(r"blocks\.\d+\.(self_attn\.ref|cross_attn\.ip)_adapter\..+"), "Lynx", _OTHER_SOFTWARE),
-    (re.compile(r"blocks\.\d+\.motion_attn\..+"), "MTV Crafter", _OTHER_SOFTWARE),
+    (re.compile(r"proj_model\..+|blocks\.\d{1,9}\.cross_attn\.[kv]_proj\..+"), "FantasyTalking", _OTHER_SOFTWARE),
+    (re.compile(r"blocks\.\d{1,9}\.(self_attn\.ref|cross_attn\.ip)_adapter\..+"), "Lynx", _OTHER_SOFTWARE),
+    (re.compile(r"blocks\.\d{1,9}\.motion_attn\..+"), "MTV Crafter", _OTHER_SOFTWARE),
 )
 """The tensors for which ComfyUI's Wan models have no layers, whose they are, and what takes them."""
 
@@ -87,7 +87,7 @@ def check_add_on(base: _Source, add_on: _Source) -> None:
                 f"{add_on.path}: tensor {name}: is in {base.path.name} too, which has this add-on already;"
                 " leave out the add-on"
             )
-        twin = base.tensors.get(re.sub(r"^vace_blocks\.\d+\.", "blocks.0.", name))
+        twin = base.tensors.get(re.sub(r"^vace_blocks\.\d{1,9}\.", "blocks.0.", name))
         if twin is not None and twin.shape != tensor.shape:
             raise QuantError(
                 f"{add_on.path}: tensor {name}: shape {tensor.shape}, expected {twin.shape} as in the blocks of"

@@ -30,9 +30,9 @@ RULES = (
         (r"motion_encoder\.conv_in\.weight", f"{_CONVOLUTIONS}.0.0.weight"),
         (r"motion_encoder\.conv_in\.act_fn\.", f"{_CONVOLUTIONS}.0.1."),
         (r"motion_encoder\.conv_out\.", f"{_CONVOLUTIONS}.8."),
-        (r"face_adapter\.(\d+)\.norm_([qk])\.", r"face_adapter.fuser_blocks.\1.\2_norm."),
-        (r"face_adapter\.(\d+)\.to_([qkv])\.", r"face_adapter.fuser_blocks.\1.linear1_\2."),
-        (r"face_adapter\.(\d+)\.to_out\.", r"face_adapter.fuser_blocks.\1.linear2."),
+        (r"face_adapter\.(\d{1,9})\.norm_([qk])\.", r"face_adapter.fuser_blocks.\1.\2_norm."),
+        (r"face_adapter\.(\d{1,9})\.to_([qkv])\.", r"face_adapter.fuser_blocks.\1.linear1_\2."),
+        (r"face_adapter\.(\d{1,9})\.to_out\.", r"face_adapter.fuser_blocks.\1.linear2."),
     ),
     *(
         rule

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..files.strict_json import parse_json
+from .json_tensor import MAX_BYTES, read_json
 from .tensors import StoredTensor
 
 _TENSOR = ".comfy_attention.config"
 _KEY = "comfy_attention."
-_MAX_BYTES = 1 << 16
+_DAMAGED = "the file is damaged, download it again"
 
 
 def take_preferences(
@@ -36,9 +38,16 @@ def take_preferences(
 
 
 def preference_tensors(metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors of the preferences in `metadata` by name: uint8, (bytes of the text,)."""
-    texts = {key.removeprefix(_KEY) + _TENSOR: text for key, text in metadata.items() if key.startswith(_KEY)}
-    return {name: torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) for name, text in texts.items()}
+    """Return the tensors of the preferences in `metadata` by name: uint8, (bytes of the text,).
+
+    Raises:
+        QuantError: a preference that ComfyUI could not read.
+    """
+    texts = {key.removeprefix(_KEY): text for key, text in metadata.items() if key.startswith(_KEY)}
+    return {
+        module + _TENSOR: torch.frombuffer(bytearray(_checked(module, text)), dtype=torch.uint8)
+        for module, text in texts.items()
+    }
 
 
 def without_preferences(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -52,17 +61,20 @@ def preference_metadata(configs: Mapping[str, object]) -> dict[str, str]:
 
 
 def _text(tensor: StoredTensor) -> str:
-    if tensor.dtype not in ("U8", "I8") or not 0 < tensor.nbytes <= _MAX_BYTES:
-        raise _error(tensor, f"{tensor.nbytes} bytes of {tensor.dtype}, expected 1 to {_MAX_BYTES} bytes of U8")
-    try:
-        text = tensor.peek().numpy().tobytes().decode()
-        preference = json.loads(text)
-    except (ValueError, RecursionError):
-        raise _error(tensor, "not JSON text, expected the preference that ComfyUI writes") from None
-    if not isinstance(preference, dict | list):
-        raise _error(tensor, f"{text!r:.40}, expected a JSON object or a list of objects")
+    text, preference = read_json(tensor, "the preference that ComfyUI writes")
+    _check(preference, f"{tensor.file.path}: tensor {tensor.name}: {text!r:.40}")
     return text
 
 
-def _error(tensor: StoredTensor, problem: str) -> QuantError:
-    return QuantError(f"{tensor.file.path}: tensor {tensor.name}: {problem}; the file is damaged, download it again")
+def _checked(module: str, text: str) -> bytes:
+    """Return the bytes of a preference in metadata, which any program can have written."""
+    where = f"metadata {_KEY}{module}: the preference"
+    _check(parse_json(text, where, _DAMAGED), f"{where} is {text!r:.40}")
+    if len(encoded := text.encode()) > MAX_BYTES:
+        raise QuantError(f"{where} has {len(encoded)} bytes, expected at most {MAX_BYTES}; {_DAMAGED}")
+    return encoded
+
+
+def _check(preference: object, found: str) -> None:
+    if not isinstance(preference, dict | list):
+        raise QuantError(f"{found}, expected a JSON object or a list of objects; {_DAMAGED}")

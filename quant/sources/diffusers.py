@@ -17,7 +17,7 @@ KEY = "condition_embedder.time_proj.weight"
 QUERY = "blocks.0.attn1.to_q.weight"
 """The names of two tensors that every transformer has."""
 
-_BLOCK = r"((?:vace_)?blocks\.\d+\.)"
+_BLOCK = r"((?:vace_)?blocks\.\d{1,9}\.)"
 _RULES = (
     *rules(
         (r"condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),

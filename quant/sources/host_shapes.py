@@ -23,7 +23,7 @@ _IMAGE_DIM = 1280
 _SHAPES = [
     (re.compile(name), shape)
     for name, shape in (
-        (r"(vace_)?blocks\.\d+\.modulation", (1, 6, _REST)),
+        (r"(vace_)?blocks\.\d{1,9}\.modulation", (1, 6, _REST)),
         (r"head(_global)?\.modulation", (1, 2, _REST)),
         (r"img_emb\.emb_pos", (1, _REST, _IMAGE_DIM)),
         (r"casual_audio_encoder\.weights", (1, _REST, 1, 1)),
@@ -34,7 +34,7 @@ _SHAPES = [
         (r"frame_packer\.proj_2x\.weight", (_OUT, _REST, 2, 4, 4)),
         (r"frame_packer\.proj_4x\.weight", (_OUT, _REST, 4, 8, 8)),
         (r"(ref_conv|control_adapter\.conv)\.weight", (_OUT, _REST, 2, 2)),
-        (r"control_adapter\.residual_blocks\.\d+\.conv\d\.weight", (_OUT, _REST, 3, 3)),
+        (r"control_adapter\.residual_blocks\.\d{1,9}\.conv\d\.weight", (_OUT, _REST, 3, 3)),
         (r"(casual_audio_encoder\.encoder|face_encoder)\.conv\w+\.conv\.weight", (_OUT, _REST, 3)),
     )
 ]
@@ -56,6 +56,8 @@ def host_shape(name: str, shapes: Mapping[str, Shape]) -> Shape:
     bias = shapes.get(f"{name.removesuffix('weight')}bias", ())
     sizes = [prod(bias) if size == _OUT else size for size in expected]
     known = prod(size for size in sizes if size != _REST)
+    if known == 0:  # an empty bias, which is refused where it is read
+        return stored
     shape = tuple(prod(stored) // known if size == _REST else size for size in sizes)
     return shape if _is_regrouping(stored, shape) else stored
 

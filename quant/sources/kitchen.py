@@ -9,12 +9,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .scaled import FoldedTensor, Layer, expect, numbers, rotation_group
+from .scaled import FoldedTensor, Layer, expect, numbers, rotation_group, single_number
 from .tensors import SourceTensor
 
 # Block scales are stored in tiles of 128 rows and 4 blocks, the layout of cuBLAS.
 _TILE_ROWS, _TILE_BLOCKS = 128, 4
 _BLOCK_ELEMENTS = {"nvfp4": 16, "mxfp8": 32}
+_SCALE_DTYPES = {"nvfp4": ("F8_E4M3", "U8"), "mxfp8": ("F8_E8M0", "U8")}
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,13 @@ def fold_blocks(layer: Layer) -> SourceTensor:
             " the file is damaged, download it again"
         )
     n_bytes = -(-layer.rows // _TILE_ROWS) * _TILE_ROWS * _padded_blocks(layer, in_features)
-    if layer.scale.nbytes != n_bytes:
+    if layer.scale.nbytes != n_bytes or layer.scale.dtype not in _SCALE_DTYPES[name]:
         raise layer.error(
-            f"{layer.scale.nbytes} bytes of block scales, expected {n_bytes}; the file is damaged, download it again"
+            f"{layer.scale.nbytes} bytes of block scales of {layer.scale.dtype}, expected {n_bytes} of"
+            f" {' or '.join(_SCALE_DTYPES[name])}; the file is damaged, download it again"
         )
+    if layer.tensor_scale is not None:
+        single_number(layer, layer.tensor_scale)
     _kitchen(layer)
     return BlockScaledTensor(layer.weight.name, torch.float32, (layer.rows, in_features), name.upper(), layer)
 

@@ -6,14 +6,15 @@ text in `<layer>.comfy_quant` that names the format. `source_tensors` combines t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import QuantError
+from ..files.strict_json import parse_json
 from ..qtype import QTYPES
 from .grouped import fold_affine, fold_levels
+from .json_tensor import read_json
 from .kitchen import fold_blocks, fold_int4
 from .scaled import Layer, fold_floats, fold_int8
 from .tensors import DTYPES, NUMBERS, PackedTensor, PlainTensor, SourceTensor, StoredTensor
@@ -53,14 +54,11 @@ def declared_formats(path: Path, metadata: Mapping[str, str]) -> dict[str, Layer
     """
     if QUANTIZATION_METADATA not in metadata:
         return {}
-    try:
-        layers = json.loads(metadata[QUANTIZATION_METADATA])["layers"]
-        return {str(name): dict(config) for name, config in layers.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise QuantError(
-            f"{path}: metadata {QUANTIZATION_METADATA} is malformed, expected JSON with a format for each layer;"
-            " the file is damaged, download it again"
-        ) from error
+    where, advice = f"{path}: metadata {QUANTIZATION_METADATA}", "the file is damaged, download it again"
+    match parse_json(metadata[QUANTIZATION_METADATA], where, advice):
+        case {"layers": dict(layers)} if all(isinstance(config, dict) for config in layers.values()):
+            return layers
+    raise QuantError(f"{where} is malformed, expected JSON with a format for each layer; {advice}")
 
 
 def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, LayerFormat]) -> Iterator[SourceTensor]:
@@ -143,6 +141,7 @@ def _fold(layer: Layer) -> SourceTensor:
             f"format {layer.config.get('format')!r:.40} is unknown, expected one of {known};"
             " use the full-precision checkpoint"
         )
+    _check_parts(layer)
     factor = layer.input_factor
     if factor is not None and (factor.dtype not in DTYPES or len(layer.weight.shape) != 2):
         raise layer.error(
@@ -158,15 +157,27 @@ def _fold(layer: Layer) -> SourceTensor:
     return tensor
 
 
+def _check_parts(layer: Layer) -> None:
+    """Refuse a layer of which a tensor has no values."""
+    parts = (layer.weight, layer.scale, layer.tensor_scale, layer.input_factor, *layer.parts.values())
+    empty = next((part for part in parts if part is not None and part.nbytes == 0), None)
+    if empty is not None or not layer.weight.shape:
+        got = f"shape {layer.weight.shape}" if empty is None else f"{empty.name} has shape {empty.shape}"
+        raise layer.error(
+            f"{got}, expected at least 1 dimension and no size of 0; the file is damaged, download it again"
+        )
+
+
 def _marker(stored: StoredTensor | None) -> LayerFormat | None:
     if stored is None:
         return None
-    try:
-        return dict(json.loads(stored.peek().numpy().tobytes()))
-    except (ValueError, TypeError, RecursionError) as error:
+    _, marker = read_json(stored, "the JSON object that ComfyUI writes")
+    if not isinstance(marker, dict):
         raise _error(
-            stored, "not the JSON object that ComfyUI writes; the file is damaged, download it again"
-        ) from error
+            stored,
+            f"{marker!r:.40}, expected the JSON object that ComfyUI writes; the file is damaged, download it again",
+        )
+    return marker
 
 
 def _error(tensor: StoredTensor, problem: str) -> QuantError:

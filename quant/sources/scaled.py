@@ -19,6 +19,8 @@ from torch import Tensor
 from ..errors import QuantError
 from .tensors import DTYPES, SourceTensor, StoredTensor
 
+# The matrix of a rotation has as many rows and columns; published files have 256.
+_MAX_ROTATION = 1 << 12
 _NUMBERS = DTYPES | {"I8": torch.int8}
 
 
@@ -164,13 +166,14 @@ def rotation_group(layer: Layer, in_features: int) -> int:
     """Return the number of input channels per rotation of ConvRot.
 
     Raises:
-        QuantError: not a power of 4 that divides `in_features`.
+        QuantError: not a power of 4 that divides `in_features`, or far above those of real files.
     """
     group = layer.number("convrot_groupsize", 256)
-    if group < 4 or in_features % group or group & (group - 1) or group.bit_length() % 2 == 0:
+    is_power_of_4 = group & (group - 1) == 0 and group.bit_length() % 2 == 1
+    if not 4 <= group <= _MAX_ROTATION or in_features % group or not is_power_of_4:
         raise layer.error(
-            f"convrot_groupsize is {group}, expected a power of 4 that divides the {in_features} input channels;"
-            " the file is damaged, download it again"
+            f"convrot_groupsize is {group}, expected a power of 4 that divides the {in_features} input channels, up to"
+            f" {_MAX_ROTATION}; the file is damaged, download it again"
         )
     return group
 
@@ -188,6 +191,15 @@ def expect(layer: Layer, *dtypes: str) -> None:
         raise layer.error(
             f"{got} in format {layer.config['format']}, expected {' or '.join(dtypes)} and 2 dimensions;"
             " the file is damaged, download it again"
+        )
+
+
+def single_number(layer: Layer, part: StoredTensor) -> None:
+    """Refuse a part of a layer that is not one floating point number."""
+    if part.dtype not in DTYPES or part.nbytes != DTYPES[part.dtype].itemsize:
+        raise layer.error(
+            f"{part.name.rpartition('.')[2]} is {part.dtype} of shape {part.shape}, expected one number of"
+            f" {', '.join(DTYPES)}; the file is damaged, download it again"
         )
 
 

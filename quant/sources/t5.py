@@ -30,38 +30,38 @@ _EPSILON = 1e-6
 _TRANSFORMERS = rules(
     (r"(shared|encoder\.embed_tokens)\.", "token_embd."),
     (r"encoder\.final_layer_norm\.", "enc.output_norm."),
-    (r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
-    (r"encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.", r"enc.blk.\1.attn_rel_b."),
-    (r"encoder\.block\.(\d+)\.layer\.0\.layer_norm\.", r"enc.blk.\1.attn_norm."),
-    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"enc.blk.\1.ffn_gate."),
-    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi(_1)?\.", r"enc.blk.\1.ffn_up."),
-    (r"encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"enc.blk.\1.ffn_down."),
-    (r"encoder\.block\.(\d+)\.layer\.1\.layer_norm\.", r"enc.blk.\1.ffn_norm."),
+    (r"encoder\.block\.(\d{1,9})\.layer\.0\.SelfAttention\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
+    (r"encoder\.block\.(\d{1,9})\.layer\.0\.SelfAttention\.relative_attention_bias\.", r"enc.blk.\1.attn_rel_b."),
+    (r"encoder\.block\.(\d{1,9})\.layer\.0\.layer_norm\.", r"enc.blk.\1.attn_norm."),
+    (r"encoder\.block\.(\d{1,9})\.layer\.1\.DenseReluDense\.wi_0\.", r"enc.blk.\1.ffn_gate."),
+    (r"encoder\.block\.(\d{1,9})\.layer\.1\.DenseReluDense\.wi(_1)?\.", r"enc.blk.\1.ffn_up."),
+    (r"encoder\.block\.(\d{1,9})\.layer\.1\.DenseReluDense\.wo\.", r"enc.blk.\1.ffn_down."),
+    (r"encoder\.block\.(\d{1,9})\.layer\.1\.layer_norm\.", r"enc.blk.\1.ffn_norm."),
 )
 # A checkpoint of the whole T5 has its encoder's blocks under `encoder.`.
 _WAN = rules(
     (r"(?:encoder\.)?token_embedding\.", "token_embd."),
     (r"(?:encoder\.)?norm\.", "enc.output_norm."),
-    (r"(?:encoder\.)?blocks\.(\d+)\.attn\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
-    (r"(?:encoder\.)?blocks\.(\d+)\.pos_embedding\.embedding\.", r"enc.blk.\1.attn_rel_b."),
-    (r"(?:encoder\.)?blocks\.(\d+)\.norm1\.", r"enc.blk.\1.attn_norm."),
-    (r"(?:encoder\.)?blocks\.(\d+)\.ffn\.gate\.0\.", r"enc.blk.\1.ffn_gate."),
-    (r"(?:encoder\.)?blocks\.(\d+)\.ffn\.fc1\.", r"enc.blk.\1.ffn_up."),
-    (r"(?:encoder\.)?blocks\.(\d+)\.ffn\.fc2\.", r"enc.blk.\1.ffn_down."),
-    (r"(?:encoder\.)?blocks\.(\d+)\.norm2\.", r"enc.blk.\1.ffn_norm."),
+    (r"(?:encoder\.)?blocks\.(\d{1,9})\.attn\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
+    (r"(?:encoder\.)?blocks\.(\d{1,9})\.pos_embedding\.embedding\.", r"enc.blk.\1.attn_rel_b."),
+    (r"(?:encoder\.)?blocks\.(\d{1,9})\.norm1\.", r"enc.blk.\1.attn_norm."),
+    (r"(?:encoder\.)?blocks\.(\d{1,9})\.ffn\.gate\.0\.", r"enc.blk.\1.ffn_gate."),
+    (r"(?:encoder\.)?blocks\.(\d{1,9})\.ffn\.fc1\.", r"enc.blk.\1.ffn_up."),
+    (r"(?:encoder\.)?blocks\.(\d{1,9})\.ffn\.fc2\.", r"enc.blk.\1.ffn_down."),
+    (r"(?:encoder\.)?blocks\.(\d{1,9})\.norm2\.", r"enc.blk.\1.ffn_norm."),
 )
 _LLAMA = rules((r"(token_embd|enc)\.", r"\1."))
 
 _TO_TRANSFORMERS = rules(
     (r"token_embd\.", "shared."),
     (r"enc\.output_norm\.", "encoder.final_layer_norm."),
-    (r"enc\.blk\.(\d+)\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
-    (r"enc\.blk\.(\d+)\.attn_rel_b\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
-    (r"enc\.blk\.(\d+)\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"enc\.blk\.(\d+)\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"enc\.blk\.(\d+)\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"enc\.blk\.(\d+)\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-    (r"enc\.blk\.(\d+)\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
+    (r"enc\.blk\.(\d{1,9})\.attn_([qkvo])\.", r"encoder.block.\1.layer.0.SelfAttention.\2."),
+    (r"enc\.blk\.(\d{1,9})\.attn_rel_b\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"enc\.blk\.(\d{1,9})\.attn_norm\.", r"encoder.block.\1.layer.0.layer_norm."),
+    (r"enc\.blk\.(\d{1,9})\.ffn_gate\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
+    (r"enc\.blk\.(\d{1,9})\.ffn_up\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
+    (r"enc\.blk\.(\d{1,9})\.ffn_down\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
+    (r"enc\.blk\.(\d{1,9})\.ffn_norm\.", r"encoder.block.\1.layer.1.layer_norm."),
 )
 
 _TABLES: Sequence[tuple[str, Sequence[Rule]]] = (
@@ -82,7 +82,7 @@ _DTYPES_OF_BYTES = {
     **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
 }
 # The tokenizer of umT5 has 4.5 MB.
-_MAX_TOKENIZER_BYTES = 16 << 20
+_MAX_TOKENIZER_BYTES = 8 << 20
 
 
 class EncoderNaming(NamedTuple):
@@ -209,6 +209,8 @@ def _tensor_bytes(dtype: str, data: Tensor) -> bytes:
             f"tensor {SPIECE_TENSOR}: {data.numel():,} bytes of {dtype}, expected up to {_MAX_TOKENIZER_BYTES:,}"
             " numbers from 0 to 255; download the file again"
         )
+    if dtype == "U8":
+        return data.numpy().tobytes()
     # A copy, because a tensor may begin anywhere in its file.
     numbers = data.clone().view(number).double()
     if not bool(((numbers >= -128) & (numbers <= 255) & (numbers == numbers.round())).all()):
@@ -224,7 +226,7 @@ def _dimensions(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
                 f"{path}: tensor {name}: shape {shapes[name]}, expected 2 dimensions; download the file again"
             )
     buckets, heads = shapes["enc.blk.0.attn_rel_b.weight"]
-    blocks = [int(match[1]) for name in shapes if (match := re.match(r"enc\.blk\.(\d+)\.", name))]
+    blocks = [int(match[1]) for name in shapes if (match := re.match(r"enc\.blk\.(\d{1,9})\.", name))]
     return {
         "t5encoder.context_length": _CONTEXT_LENGTH,
         "t5encoder.embedding_length": shapes["token_embd.weight"][1],

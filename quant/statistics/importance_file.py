@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..files.regular_file import open_regular
+from ..files.safetensors_header import MAX_ITEMS
 from ..files.typed_metadata import TypedMetadata
 from ..gguf.layout import TensorSpec
 from ..gguf.reader import GGUFTensor, open_gguf
@@ -26,7 +27,7 @@ from .importance import Importance
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _PREFIX = "model.diffusion_model."
 _MAX_NAME_BYTES = 1 << 10
-_MAX_LEGACY_BYTES = 1 << 28
+_MAX_LEGACY_BYTES = 1 << 27
 
 
 def write_importance(path: str | Path, importance: Importance, *, overwrite: bool = False) -> Path:
@@ -73,7 +74,7 @@ def read_importance(path: str | Path) -> Importance:
     except OSError as error:
         raise QuantError(f"{path}: cannot be read ({error.strerror}); give the path of an importance matrix") from error
     for name, sums in importance.sums.items():
-        if not importance.counts[name] > 0:
+        if not 0 < importance.counts[name] < math.inf:
             raise QuantError(
                 f"{path}: tensor {name}: its count is {importance.counts[name]:g}, expected more than 0 tokens;"
                 " collect the importance matrix again"
@@ -116,6 +117,8 @@ def _read_legacy(path: Path, content: bytes) -> Importance:
     counts: dict[str, float] = {}
     try:
         (entries,), at = struct.unpack_from("<i", content), 4
+        if entries > MAX_ITEMS:
+            raise ValueError(f"{entries} entries, expected at most {MAX_ITEMS}")
         for _ in range(entries):
             (length,), at = struct.unpack_from("<i", content, at), at + 4
             if not 0 < length <= _MAX_NAME_BYTES:

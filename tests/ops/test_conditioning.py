@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from comfy.clip_vision import Output as ClipVisionOutput
@@ -74,3 +76,26 @@ def test_other_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, weights, metadata={"wanquant.conditioning": "["})
     with pytest.raises(QuantError, match="conditioning is not JSON"):
         load_conditioning(str(weights))
+
+
+PROMPT = {"list": [{"tensor": "x"}, {"dict": {}}]}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"list": [{"list": [{"list": [{"tensor": "x"}] * 300_000}, {"dict": {}}]}]},
+        {"list": [PROMPT, PROMPT]},
+        {"list": [{"list": [5, 6]}]},
+        {"list": [{"list": [{"tensor": "x"}, None]}]},
+        {"list": [{"list": [{"tensor": None}, {"dict": {}}]}]},
+    ],
+    ids=["one tensor many times", "one tensor twice", "numbers", "without fields", "without a name"],
+)
+def test_layouts_that_are_never_written_are_refused(tmp_path, layout):
+    path = str(tmp_path / "a.safetensors")
+    save_file({"x": torch.zeros(1, 1, 4)}, path, metadata={"wanquant.conditioning": json.dumps(layout)})
+    with pytest.raises(QuantError, match="save the conditioning again"):
+        load_conditioning(path)
+    save_file({"x": torch.ones(1, 1, 4)}, path, metadata={"wanquant.conditioning": json.dumps({"list": [PROMPT]})})
+    assert same(load_conditioning(path), [[torch.ones(1, 1, 4), {}]])

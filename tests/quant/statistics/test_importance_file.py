@@ -12,6 +12,7 @@ import torch
 from wanquant.quant import QuantError
 from wanquant.quant.statistics.importance import Importance
 from wanquant.quant.statistics.importance_file import read_importance, write_importance
+from wanquant.tests.counting import counted_calls
 
 A, B = "blocks.0.ffn.0.weight", "blocks.0.ffn.2.weight"
 
@@ -88,12 +89,23 @@ def test_files_of_llama_cpp_and_stable_diffusion_cpp_are_read(tmp_path, prefix):
         ({f"{A}.in_sum2": [[1.0, np.nan]], f"{A}.counts": [[1.0]]}, "holds NaN"),
         ({f"{A}.in_sum2": [[1.0, -2.0]], f"{A}.counts": [[1.0]]}, "holds .* negative"),
         ({f"{A}.in_sum2": [[1.0, 2.0]], f"{A}.counts": [[np.nan]]}, "its count is nan"),
+        ({f"{A}.in_sum2": [[1.0, 2.0]], f"{A}.counts": [[np.inf]]}, "its count is inf"),
         ({f"{A}.in_sum2": [[1.0, 2.0]]}, "one row of sums and one count"),
         ({f"{A}.counts": [[1.0]], f"{B}.in_sum2": [[1.0]], f"{B}.counts": [[1.0]]}, "one row of sums and one count"),
         ({f"{A}.in_sum2": [[1.0], [2.0]], f"{A}.counts": [[1.0], [1.0]]}, "one row of sums and one count"),
         ({A: [[1.0]]}, "not an importance matrix"),
     ],
-    ids=["zero count", "nan", "negative", "nan count", "no count", "no sums", "experts", "other file"],
+    ids=[
+        "zero count",
+        "nan",
+        "negative",
+        "nan count",
+        "infinite count",
+        "no count",
+        "no sums",
+        "experts",
+        "other file",
+    ],
 )
 def test_malformed_files_are_refused(tmp_path, rows, problem):
     path = as_llama_cpp_writes(tmp_path / "a.gguf", rows)
@@ -120,6 +132,14 @@ def test_legacy_entry_that_never_ran_is_refused(tmp_path):
     (tmp_path / "a.dat").write_bytes(as_legacy((A, 0, [2.0, 4.0])))
     with pytest.raises(QuantError, match="its count is 0"):
         read_importance(tmp_path / "a.dat")
+
+
+def test_more_legacy_entries_than_a_model_has_layers(tmp_path):
+    many = as_legacy(*((f"{number:x}", 1, [1.0]) for number in range(20_000)))
+    (tmp_path / "a.dat").write_bytes(many)
+    with counted_calls() as calls, pytest.raises(QuantError, match="20000 entries, expected at most 16384"):
+        read_importance(tmp_path / "a.dat")
+    assert calls.count < 1000
 
 
 def test_missing_file_is_refused(tmp_path):
