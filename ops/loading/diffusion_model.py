@@ -179,9 +179,10 @@ def _find_naming(header: Header, *, needed: bool) -> Naming | None:
 
 
 def _refuse_other_files(header: Header, naming: Naming | None) -> None:
-    if "imatrix" in (header.metadata.get("general.type"), header.metadata.get("general.architecture")):
+    kind, architecture = (str(header.metadata.get(f"general.{key}")) for key in ("type", "architecture"))
+    if "imatrix" in (kind, architecture):
         raise _not_a_model(header, "an importance matrix")
-    if header.metadata.get("general.type") == "adapter":
+    if kind == "adapter":
         raise _not_a_model(header, "a LoRA")
     if naming is not None and naming.is_add_on:
         useless = find_without_layers([name.removeprefix(naming.prefix) for name in header.tensors])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from pathlib import Path
 
 import comfy.sd
 import torch
@@ -11,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...quant import QuantError, open_gguf
+from .by_host import built_by_host
 
 _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ALPHA_KEY = "adapter.lora.alpha"
@@ -37,7 +40,8 @@ def load_lora(patcher: ModelPatcher, path: str | os.PathLike[str], strength: flo
         QuantError: a malformed GGUF, a file that is not a LoRA, or a LoRA for another model.
     """
     tensors = read_lora(path)
-    patched, _ = comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)
+    with built_by_host(Path(path), "add this LoRA, whose tensors are incomplete or of other shapes"):
+        patched, _ = comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)
     before = sum(map(len, patcher.patches.values()))
     if sum(map(len, patched.patches.values())) == before:
         raise QuantError(
@@ -68,7 +72,9 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         least = next((dims for pattern, dims in _LEAST_DIMS if pattern.search(name)), 0)
         tensors[name] = values[(None,) * (least - values.ndim)]
     alpha = file.metadata.get(_ALPHA_KEY)
-    if isinstance(alpha, int | float):
+    if alpha is not None:
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise QuantError(f"{path}: {_ALPHA_KEY}: {alpha!r:.40}, expected a finite number; download the LoRA again")
         for layer in [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]:
             tensors.setdefault(f"{layer}.alpha", torch.tensor(float(alpha)))
     return tensors

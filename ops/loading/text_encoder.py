@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import comfy.sd
@@ -74,7 +75,7 @@ def load_text_encoder(
     state_dict = {name: annotated_tensor(record, data(record), torch.bfloat16) for name, record in names.items()}
     options = {
         "custom_operations": computing_in(dtype) if dtype else GGUFOps,
-        "umt5xxl_model_config": _config(state_dict),
+        "umt5xxl_model_config": _config(header.path, state_dict),
     }
     if clip_type is comfy.sd.CLIPType.WAN:  # The host brings the tokenizers of other models.
         state_dict["spiece_model"] = host.annotate_source(
@@ -118,10 +119,17 @@ def _blocks(names: Collection[str]) -> int:
     return len({match[1] for name in names if (match := re.match(r"encoder\.block\.(\d{1,9})\.", name))})
 
 
-def _config(state_dict: dict[str, Tensor]) -> dict[str, int]:
+def _config(path: Path, state_dict: dict[str, Tensor]) -> dict[str, int]:
     """Return the sizes of the encoder; without them the host assumes those of umt5-xxl."""
+    biases = next(name for name in state_dict if name.endswith("relative_attention_bias.weight"))
+    for name in (_EMBEDDING, _QUERY, _FFN, biases):
+        if state_dict[name].ndim != 2:
+            raise QuantError(
+                f"{path}: tensor {name}: shape {tuple(state_dict[name].shape)}, expected 2 dimensions;"
+                " download or convert the text encoder again"
+            )
     vocabulary, width = state_dict[_EMBEDDING].shape
-    heads = next(t.shape[1] for name, t in state_dict.items() if name.endswith("relative_attention_bias.weight"))
+    heads = state_dict[biases].shape[1]
     return {
         "vocab_size": vocabulary,
         "d_model": width,

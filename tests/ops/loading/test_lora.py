@@ -118,3 +118,29 @@ def test_other_files_are_refused(model, t2v, tmp_path):
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
     with pytest.raises(QuantError, match=r"b\.gguf"):
         load_lora(model, tmp_path / "b.gguf", 1.0)
+
+
+LAYER = "diffusion_model.blocks.0.ffn.0"
+FACTORS = {f"{LAYER}.lora_A.weight": torch.ones(4, 256), f"{LAYER}.lora_B.weight": torch.ones(256, 4)}
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        FACTORS | {f"{LAYER}.alpha": torch.ones(2)},
+        {f"{LAYER}.lora_B.weight": torch.ones(256, 4)},
+        {f"{LAYER}.hada_w1_a": torch.ones(256, 4), f"{LAYER}.hada_w1_b": torch.ones(4, 256)},
+    ],
+    ids=["two alphas", "without down", "half a LoHa"],
+)
+def test_incomplete_tensors_are_refused(model, tmp_path, tensors):
+    path = write(tmp_path / "a.gguf", tensors)
+    with pytest.raises(QuantError, match=r"a\.gguf: ComfyUI cannot add this LoRA, whose tensors are incomplete"):
+        load_lora(model, path, 1.0)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_an_alpha_that_is_not_finite_is_refused(model, tmp_path, alpha):
+    path = write(tmp_path / "a.gguf", FACTORS, metadata={"adapter.lora.alpha": alpha})
+    with pytest.raises(QuantError, match=r"adapter\.lora\.alpha: (nan|inf), expected a finite number"):
+        load_lora(model, path, 1.0)

@@ -156,6 +156,24 @@ def test_other_files_are_refused(tmp_path, weights, t2v, spiece, write_gguf):
         load_text_encoder(small, comfy.sd.CLIPType.WAN)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("shared.weight", (32,)),
+        ("shared.weight", (2, 2, 32)),
+        ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32,)),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", (1,)),
+        ("encoder.block.0.layer.1.DenseReluDense.wi_1.weight", (4,)),
+    ],
+)
+def test_matrices_with_other_dimensions(tmp_path, weights, spiece, name, shape):
+    changed = {n: (llama, torch.ones(shape) if n == name else w) for n, (llama, w) in first_blocks(weights, 1).items()}
+    metadata = {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
+    path = write_packed(tmp_path / "a.gguf", changed, metadata, by_llama=False)
+    with pytest.raises(QuantError, match=rf"tensor {name}: shape .*, expected 2 dimensions"):
+        load_text_encoder(path, comfy.sd.CLIPType.WAN)
+
+
 def test_file_without_a_tokenizer(tmp_path, weights):
     bare = write_packed(tmp_path / "bare.gguf", first_blocks(weights, 1), {}, by_llama=True)
     with pytest.raises(QuantError, match=r"bare\.gguf: has no tokenizer .*put spiece\.model into the same folder"):
