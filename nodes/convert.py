@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from comfy_api.latest import io
 
+from ..quant import QuantError
 from ..quant.conversion.convert import convert
 from ..quant.qtype import Effort
 from ..quant.statistics.importance import Importance
@@ -16,7 +17,7 @@ from .folders import (
     IMPORTANCE_SUFFIXES,
     NONE,
     check_names,
-    destinations,
+    destination,
     model_path,
     output_path,
     path_token,
@@ -112,7 +113,11 @@ class WanQuantConvert(io.ComfyNode):
         module: str | None = NONE,
         more_modules: Sequence[str] | None = (),
     ) -> bool | str:
-        named = [(source_folder(name), name) for name in (source, *_add_ons(module, more_modules or ()))]
+        try:
+            names = (source, *_add_ons(module, () if more_modules is None else more_modules))
+            named = [(source_folder(name), name) for name in names]
+        except QuantError as error:
+            return str(error)
         if importance != NONE and importance_path == "":  # a linked path is still None here
             named.append((IMPORTANCE, importance))
         return check_names(*named)
@@ -132,7 +137,7 @@ class WanQuantConvert(io.ComfyNode):
         **_: object,
     ) -> str:
         add_ons = _add_ons(module, more_modules)
-        path = destinations().get(folder, folder)
+        path = destination(folder)
         target = os.path.join(path, _file_name(path, output_name, source, add_ons, recipe, target_size))
         read = [*((source_folder(file), file) for file in (source, *add_ons)), (IMPORTANCE, importance)]
         tokens = [stat_token(where, what) for where, what in read]
@@ -156,7 +161,7 @@ class WanQuantConvert(io.ComfyNode):
         more_modules: Sequence[str] = (),
     ) -> io.NodeOutput:
         add_ons = _add_ons(module, more_modules)
-        path = destinations()[folder]
+        path = destination(folder)
         target = output_path(path, _file_name(path, output_name, source, add_ons, recipe, target_size), ".gguf")
         if importance != NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
@@ -181,7 +186,13 @@ def _read(importance_path: str) -> Importance:
 
 
 def _add_ons(first: str | None, more: Sequence[str]) -> list[str]:
-    """Return the chosen add-on files that are known already: during validation a linked name is None."""
+    """Return the chosen add-on files that are known already: during validation a linked name is None.
+
+    Raises:
+        QuantError: `more` is not a list.
+    """
+    if not isinstance(more, list | tuple):
+        raise QuantError(f"{more!r:.40} in place of a list of add-on files: choose them from the list")
     return [name for name in (first, *more) if name is not None and name != NONE]
 
 

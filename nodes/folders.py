@@ -12,6 +12,7 @@ from pathlib import Path
 import folder_paths
 
 from ..quant import QuantError
+from ..quant.errors import printable
 from ..quant.files.shards import Shard
 from ..quant.sources.t5 import SPIECE_FILE
 
@@ -29,6 +30,7 @@ IMPORTANCE_SUFFIXES = (".gguf", ".dat", ".safetensors")
 LORAS = "loras"
 GGUF_LORAS = "loras_gguf"
 OUTPUT = "output"
+_MAX_NAME_CHARS, _MAX_PATH_CHARS, _MAX_SUBFOLDERS = 200, 1000, 20
 NONE = "none"
 """The list entry that chooses no file."""
 
@@ -61,9 +63,11 @@ def source_names() -> list[str]:
 
 def source_folder(name: str | None) -> str:
     """Return the name of the folder list that contains a checkpoint; of two files with the same name, the model's."""
-    if name is not None and _has_suffix(name, ".gguf"):
+    if not isinstance(name, str):  # linked, or refused by `check_names`
+        return MODELS
+    if _has_suffix(name, ".gguf"):
         return GGUF
-    elsewhere = name is not None and _find(MODELS, name) is None and bool(_checkpoints()) and _find(CHECKPOINTS, name)
+    elsewhere = _find(MODELS, name) is None and bool(_checkpoints()) and _find(CHECKPOINTS, name)
     return CHECKPOINTS if elsewhere else MODELS
 
 
@@ -96,8 +100,6 @@ def model_path(folder: str, name: str) -> str:
     Raises:
         QuantError: there is no such file. The message suggests the most similar name.
     """
-    if not isinstance(name, str):  # a prompt over the API may have null
-        raise QuantError(f"{name} in place of the name of a file: choose one from {folder}")
     path = _find(folder, name)
     if path is None:
         raise QuantError(_absence(folder, name))
@@ -111,7 +113,10 @@ def check_names(*named: tuple[str, str | None]) -> bool | str:
     check a combo that is an argument there, and by itself would accept only its own system's path separators.
     """
     known = ((folder, name) for folder, name in named if name is not None)
-    return next((_absence(folder, name) for folder, name in known if _find(folder, name) is None), True)
+    try:
+        return next((_absence(folder, name) for folder, name in known if _find(folder, name) is None), True)
+    except QuantError as error:
+        return str(error)
 
 
 def _find(folder: str, name: str) -> str | None:
@@ -122,7 +127,13 @@ def _find(folder: str, name: str) -> str | None:
 
 
 def portable(name: str) -> str:
-    """Return a name in the form of Linux: Windows has another separator, and macOS decomposes accents."""
+    """Return a name in the form of Linux: Windows has another separator, and macOS decomposes accents.
+
+    Raises:
+        QuantError: it is not a text, since a prompt over the API may have null, a number or a table in its place.
+    """
+    if not isinstance(name, str):
+        raise QuantError(f"{name!r:.40} in place of the name of a file, expected text: choose or type a name")
     return unicodedata.normalize("NFC", name.replace("\\", "/"))
 
 
@@ -130,12 +141,15 @@ def _absence(folder: str, name: str) -> str:
     where = " or ".join(folder_paths.get_folder_paths(folder))
     listed = {portable(other): other for other in folder_paths.get_filename_list(folder)}
     if portable(name) in listed:
-        return f"{name!r} in {where} is a broken link: repair it, or choose another file"
+        return printable(f"{name!r} in {where} is a broken link: repair it, or choose another file")
     # Compare file names only, because the same file is often in another subfolder.
     by_stem = {Path(other).name.lower(): listed[other] for other in listed}
-    near = difflib.get_close_matches(Path(portable(name)).name.lower(), by_stem, n=1)
+    near = difflib.get_close_matches(portable(name).rpartition("/")[2][:_MAX_NAME_CHARS].lower(), by_stem, n=1)
     hint = f"the nearest name there is {by_stem[near[0]]!r}" if near else "no file there has a similar name"
-    return f"{name!r} is not in {where}, and {hint}: choose a file, or put this one there and press R to refresh"
+    shown = printable(repr(name), _MAX_NAME_CHARS)
+    return printable(
+        f"{shown} is not in {where}, and {hint}: choose a file, or put this one there and press R to refresh"
+    )
 
 
 def stat_token(folder: str, name: str | None) -> str:
@@ -156,7 +170,7 @@ def path_token(path: str | None) -> str:
     """
     if path is None:
         return _READS.token()
-    shard = Shard.parse(os.path.basename(path))
+    shard = Shard.parse(portable(path).rpartition("/")[2])
     parts = shard.series(Path(path).parent) if shard else [Path(path)]
     return " ".join((path, *map(_status, (*parts, Path(path).parent / SPIECE_FILE))))
 
@@ -170,7 +184,7 @@ def read_path(path: str, *suffixes: str) -> str:
     Raises:
         QuantError: the path has another suffix.
     """
-    if suffixes and not path.lower().endswith(suffixes):
+    if suffixes and not portable(path).lower().endswith(suffixes):
         raise QuantError(f"{path}: not a name that ends in {' or '.join(suffixes)}; connect the path of such a file")
     _READS.add(path)
     return path
@@ -225,21 +239,37 @@ def destinations() -> dict[str, str]:
 
 def within(folder: str, name: str) -> str:
     """Return a default name for a file below `folder`: `name`, or its last part if a linked subfolder leads outside."""
-    inside = Path(folder, name).resolve().is_relative_to(Path(folder).resolve())
-    return name if inside else os.path.basename(name)
+    return name if _leads_inside(folder, name) else os.path.basename(name)
+
+
+def destination(label: str) -> str:
+    """Return one of `destinations`.
+
+    Raises:
+        QuantError: there is none with this label.
+    """
+    folders = destinations()
+    if not isinstance(label, str) or label not in folders:
+        raise QuantError(f"folder {label!r:.80} is unknown, expected one of {', '.join(folders)}: choose one")
+    return folders[label]
 
 
 def output_path(folder: str, name: str, suffix: str) -> str:
     """Return the full path of a file to write below `folder`, and create the folder that will contain it.
 
     Raises:
-        QuantError: `name` is outside `folder`, lacks `suffix`, or is refused by the operating system.
+        QuantError: `name` is not a text, has unprintable characters or too many of them, is outside `folder`, lacks
+            `suffix`, or is refused by the operating system.
     """
     name = portable(name)
+    if not name.isprintable() or len(name) > _MAX_PATH_CHARS or name.count("/") > _MAX_SUBFOLDERS:
+        raise QuantError(
+            f"output name {printable(repr(name), _MAX_NAME_CHARS)} of {len(name)} characters: expected up to"
+            f" {_MAX_PATH_CHARS} printable ones and {_MAX_SUBFOLDERS} subfolders: give a shorter name of letters and"
+            " digits"
+        )
     path = os.path.abspath(os.path.join(folder, name))
-    # Resolve links, so that one that points outside the folder is refused.
-    inside = Path(path).resolve().is_relative_to(Path(folder).resolve())
-    if os.path.isabs(name) or not inside or path == os.path.abspath(folder):
+    if os.path.isabs(name) or not _leads_inside(folder, name) or path == os.path.abspath(folder):
         raise QuantError(f"output name {name!r} is outside {folder}: give a name below that folder")
     if not _has_suffix(path, suffix):
         raise QuantError(f"output name {name!r} does not end in {suffix}: give a name like model{suffix}")
@@ -250,3 +280,12 @@ def output_path(folder: str, name: str, suffix: str) -> str:
     except OSError as error:
         raise QuantError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from None
     return path
+
+
+def _leads_inside(folder: str, name: str) -> bool:
+    """Return whether a name below a folder leads into it, after links are resolved."""
+    try:
+        return Path(os.path.realpath(os.path.join(folder, name))).is_relative_to(os.path.realpath(folder))
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise QuantError(f"name {name!r:.80} cannot be used ({reason}): choose another name") from None

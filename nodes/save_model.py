@@ -11,7 +11,7 @@ from ..ops.merged_source import merged_checkpoint
 from ..quant.conversion.convert import convert
 from ..quant.qtype import Effort
 from . import encoding
-from .folders import destinations, output_path, written_token
+from .folders import destination, output_path, portable, written_token
 
 
 class WanQuantSaveModel(io.ComfyNode):
@@ -40,7 +40,7 @@ class WanQuantSaveModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str, folder: str, **_: object) -> str:
-        return written_token(os.path.join(destinations().get(folder, folder), name))
+        return written_token(os.path.join(destination(folder), portable(name)))
 
     @classmethod
     def execute(
@@ -54,7 +54,7 @@ class WanQuantSaveModel(io.ComfyNode):
         device: str,
         target_size: float = 0.0,
     ) -> io.NodeOutput:
-        target = output_path(destinations()[folder], name, ".gguf")
+        target = output_path(destination(folder), name, ".gguf")
         encoder_device = encoding.encoder_device(device)
         report = convert(
             merged_checkpoint(model, encoder_device),
