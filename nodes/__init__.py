@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy_api.latest import ComfyExtension, io
 
 from ..ops.host_version import host_version
+from ..quant.errors import PrintableLog
 from .compare_latents import WanQuantCompareLatents
 from .convert import WanQuantConvert
 from .folders import register_folders
@@ -18,7 +17,7 @@ from .save_conditioning import WanQuantSaveConditioning
 from .save_importance import WanQuantSaveImportance
 from .save_recovery_lora import WanQuantSaveRecoveryLora
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 
 class WanQuantExtension(ComfyExtension):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-
 import folder_paths
 from comfy_api.latest import io
 
 from ..ops.budget.expert_pair import load_expert_pair
+from ..quant.errors import PrintableLog
 from .encoding import show_on_node
 from .folders import GGUF, check_names, model_path, stat_token
 from .load_diffusion_model import DTYPES, dtype_input
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 
 class WanQuantExpertPairLoader(io.ComfyNode):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import comfy.model_management
 import comfy.sd
 import folder_paths
@@ -11,9 +9,10 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loading.text_encoder import load_text_encoder
+from ..quant.errors import PrintableLog
 from .folders import GGUF_ENCODERS, check_names, model_path, stat_token
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 # float16 is missing because products in T5's gated layers overflow it, which makes the prompt NaN.
 # Source: transformers 5.23 modeling_t5.py, which keeps T5DenseGatedActDense.wo in float32 and clamps in T5Block.

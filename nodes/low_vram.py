@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
@@ -12,8 +10,9 @@ from ..ops.budget.experts import simulator_for
 from ..ops.budget.sampling import expected_job, is_wan, with_budget
 from ..ops.budget.vae_tiles import HOST_TILES, tiles_within
 from ..quant import QuantError
+from ..quant.errors import PrintableLog
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 
 class WanQuantLowVRAM(io.ComfyNode):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import re
 from functools import cache
 
 from ..quant import QuantError
+from ..quant.errors import PrintableLog
 
 MINIMUM_HOST = "0.24.0"
 NEWEST_TESTED_HOST = "0.33.0"
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 
 def require_host(version: str | None = None) -> None:

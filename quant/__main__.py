@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, get_args
+from typing import Any, Protocol, TextIO, TypeAlias, get_args
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -17,7 +17,7 @@ from .conversion.batch import list_targets
 from .conversion.convert import ConversionReport, convert_all
 from .conversion.restore import DTYPES, restore
 from .conversion.settings import Settings
-from .errors import QuantError
+from .errors import QuantError, escaped
 from .inspection.report import inspect
 from .inspection.verify import verify
 from .plan.recipe import RECIPES
@@ -58,13 +58,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = command(options)
     except QuantError as error:
-        print(error, file=sys.stderr)
+        _print(str(error), sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; no unfinished file is left", file=sys.stderr)
+        _print("interrupted; no unfinished file is left", sys.stderr)
         return 1
-    print(json.dumps(report.json(), indent=2) if options.json else report.text())
+    _print(json.dumps(report.json(), indent=2, allow_nan=False) if options.json else report.text(), sys.stdout)
     return 0
+
+
+def _print(text: str, file: TextIO) -> None:
+    """Print a text; characters that the terminal's encoding does not have are escaped."""
+    encoding = file.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -211,7 +217,7 @@ def _bar() -> Iterator[Progress]:
 
         def progress(done: int, total: int, name: str) -> None:
             bar.total = total
-            bar.set_postfix_str(name, refresh=False)
+            bar.set_postfix_str(escaped(name), refresh=False)
             bar.update(done - bar.n)
 
         yield progress

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # Python 3.10 cannot subscript it
+
 MAX_CHARS = 500
 """Characters of a message; a longer one loses its middle."""
 
@@ -25,7 +34,29 @@ def printable(text: str, limit: int = MAX_CHARS) -> str:
     if len(text) > limit:
         keep = (limit - 5) // 2
         text = f"{text[:keep]} ... {text[-keep:]}"
-    if not text.isprintable():
-        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-        return printable(text, limit) if len(text) > limit else text
-    return text
+    shown = escaped(text)
+    return printable(shown, limit) if len(shown) > limit else shown
+
+
+def escaped(text: str) -> str:
+    """Return a text of any length on one line, with control characters and lone surrogates as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def printable_lines(lines: Iterable[str]) -> str:
+    """Return a text of these lines; names within them add no line and no control character."""
+    return "\n".join(map(escaped, lines))
+
+
+class PrintableLog(_Adapter):
+    """A logger of one module, whose messages are printable whatever names they contain."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(logging.getLogger(name), {})
+
+    def log(self, level: int, msg: object, *args: object, **options: Any) -> None:  # noqa: ANN401
+        if self.isEnabledFor(level):
+            message = str(msg) % args if args else str(msg)
+            super().log(level, "%s", escaped(message), **{"stacklevel": 2, **options})

@@ -19,7 +19,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -34,6 +33,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ...quant.errors import PrintableLog
 from ...quant.units import GIB
 from .. import host
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
@@ -44,7 +44,7 @@ from .experts import simulator_for
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator, check_predictable
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 _KEY = "wanquant.budget"
 _COMPILED_RUNS_STOCK = (

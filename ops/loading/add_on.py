@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ...quant import QTYPES, QuantError
+from ...quant.errors import PrintableLog
 from ...quant.gguf.header import Header, TensorRecord
 from ...quant.sources.add_ons import check_add_on, find_without_layers, part_of_add_on
 from ...quant.sources.checkpoint import open_checkpoint
@@ -20,7 +20,7 @@ from .wan_header import SourceRecord
 
 _TYPES = {dtype: name for name, dtype in DTYPES.items() if name in QTYPES}
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 
 def with_add_on(base: Header, path: str | os.PathLike[str], dtype: torch.dtype = torch.bfloat16) -> Header:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from functools import partial
 from math import prod
@@ -15,6 +14,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor
 
 from ...quant import QuantError
+from ...quant.errors import PrintableLog
 from ...quant.gguf.header import Header, TensorRecord, read_header
 from ...quant.gguf.provenance import source_metadata
 from ...quant.sources.add_ons import find_without_layers
@@ -35,7 +35,7 @@ from .main_memory import check_memory
 from .prefetch import prefetch_blocks
 from .wan_header import copied_bytes, wan_header, with_copies
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

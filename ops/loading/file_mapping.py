@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...quant.errors import PrintableLog
 from ...quant.gguf.header import FileIdentity, Header, TensorRecord
 from ...quant.gguf.reader import map_private
 from .. import host
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 TensorData = Callable[[TensorRecord], Tensor]
 """Returns the mapped bytes of a record without a copy: uint8, (*stored_shape[:-1], row_bytes)."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-
 import comfy.model_management
 import torch
 
 from ...quant import QuantError
+from ...quant.errors import PrintableLog
 from ...quant.gguf.header import Header
 from ...quant.units import GIB
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 
 def check_memory(header: Header, dequantized: int) -> None:

@@ -8,7 +8,6 @@ Source: comfy/lora.py load_lora, ComfyUI 0.30.0.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import comfy.utils
@@ -17,9 +16,10 @@ from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 from torch import Tensor
 
 from ...quant import QuantError
+from ...quant.errors import PrintableLog
 from .patch_check import check_finite, computed_problem
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 _NAMED = 3
 """How many mismatches a message names; it counts the others."""

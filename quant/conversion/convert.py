@@ -6,7 +6,6 @@ of the same conversion is reused.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..device import usable_device
+from ..errors import PrintableLog, printable_lines
 from ..files.disk_space import leftovers
 from ..inspection.report import FileReport, inspect
 from ..plan.recipe import Fallback
@@ -31,7 +31,7 @@ from .resources import check_resources
 from .settings import Settings, Target
 from .stream import Stream
 
-_log = logging.getLogger(__name__)
+_log = PrintableLog(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class ConversionReport(FileReport):
 
     def text(self) -> str:
         done = "is up to date already" if self.reused else f"written in {self.seconds:.1f} s"
-        return "\n".join(
+        return printable_lines(
             (
                 f"{self.source.name} ({self.source_bytes / GIB:.3f} GiB) -> {self.path.name}"
                 f" ({self.nbytes / GIB:.3f} GiB), {done}",
                 *self.warnings,
                 *(f"{f.name}: {f.got} instead of {f.wanted}: {f.reason}" for f in self.fallbacks),
-                super().text(),
+                *super().text().splitlines(),
             )
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import QuantError
+from ..errors import PrintableLog, QuantError
 from ..files.disk_space import temporary_of
 from ..files.regular_file import check_path
 from ..gguf.header import Header, read_header
@@ -40,7 +39,7 @@ from ..statistics.importance import Importance
 from .layer_encoder import revisions_today
 from .settings import Settings, Target
 
-_log = logging.getLogger(__name__)
+_log = PrintableLog(__name__)
 
 # LLAMA_FTYPE_GUESSED of llama.cpp's include/llama.h: a reader finds the types in the tensors.
 _MIXED = 1024

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ..errors import QuantError, escaped
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.sentencepiece import has_tokenizer, sentencepiece_model
@@ -49,7 +49,7 @@ class Restoration:
     seconds: float
 
     def text(self) -> str:
-        return (
+        return escaped(
             f"{self.source.name} -> {self.path.name} ({self.nbytes / GIB:.3f} GiB, {self.tensors} tensors,"
             f" quantized ones as {self.dtype}), written in {self.seconds:.1f} s"
         )

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import QuantError
+from ..errors import QuantError, escaped
 from ..units import GIB
 from .file_lock import try_lock
 from .regular_file import open_regular
@@ -52,8 +52,10 @@ def check_space(nbytes: Mapping[Path, int]) -> None:
 def leftovers(paths: Collection[Path]) -> list[str]:
     """Return a sentence about each unfinished file of another name that a killed process left in these folders."""
     return [
-        f"{path}: {size / GIB:.2f} GiB left by a process that was killed;"
-        f" write {path.stem[1:]} again to complete it, or delete this file"
+        escaped(
+            f"{path}: {size / GIB:.2f} GiB left by a process that was killed;"
+            f" write {path.stem[1:]} again to complete it, or delete this file"
+        )
         for path, size in _unfinished(paths)
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ..errors import PrintableLog, QuantError
 from ..files.atomic_file import AtomicFile
 from ..files.journal import Journal, JournalEntry
 from .layout import FileLayout, TensorSpec
 
-_log = logging.getLogger(__name__)
+_log = PrintableLog(__name__)
 
 _READ_BYTES = 16 << 20
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import QuantError, printable
+from ..errors import QuantError, printable, printable_lines
 from ..gguf.header import ORIG_SHAPE_KEY, read_header
 from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
@@ -100,7 +100,7 @@ class FileReport:
         errors = sorted(
             ((tensor.relative_error, tensor.name) for tensor in self.tensors if tensor.relative_error), reverse=True
         )
-        return "\n".join(
+        return printable_lines(
             (
                 f"{self.path.name}: {self.kind}",
                 f"{self.nbytes / GIB:.3f} GiB, {len(self.tensors)} tensors, {self.bits_per_weight:.3f} bits per weight",
@@ -154,7 +154,9 @@ def _readable(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | int | fl
     for key, value in metadata.items():
         if key.startswith(ORIG_SHAPE_KEY):
             continue
-        if isinstance(value, (bool, int, float)):
+        if isinstance(value, float) and not math.isfinite(value):
+            yield key, str(value)  # JSON has no such numbers
+        elif isinstance(value, (bool, int, float)):
             yield key, value
         elif isinstance(value, str):
             cut = len(value) > _MAX_VALUE_CHARS

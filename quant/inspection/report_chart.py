@@ -68,7 +68,8 @@ def _draw(report: FileReport) -> Image.Image:
     name = printable(report.path.name, _NAME_CHARS)
     figure.text(0.02, 1 - 0.25 / height, name, fontsize=min(14, 900 / len(name)), va="center")
     figure.text(0.02, 1 - 0.53 / height, _summary(report), fontsize=10, va="center", color="#667085")
-    _draw_bytes(axes(_LABELS, _HEAD, _WIDTH - _LABELS - 0.1, bars), report, roles)
+    if roles:
+        _draw_bytes(axes(_LABELS, _HEAD, _WIDTH - _LABELS - 0.1, bars), report, roles)
     top, tall = _HEAD + bars + legend + 0.4, _ROW * len(layers)
     each = (_WIDTH - _LABELS) / max(1, len(maps))
     for index, (title, value) in enumerate(maps):

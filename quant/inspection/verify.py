@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import QuantError
+from ..errors import QuantError, printable_lines
 from ..gguf.provenance import DATA_SHA256, NON_FINITE
 from ..gguf.reader import GGUFFile, GGUFTensor
 from ..plan.wan_shapes import role
@@ -61,7 +61,7 @@ class Verification:
         return [_total(name, group) for name, group in (*groups.items(), ("all", self.tensors))]
 
     def text(self) -> str:
-        return "\n".join(
+        return printable_lines(
             (
                 f"{'tensor':<48}{'type':<8}{'relative error':>15}{'SQNR dB':>10}",
                 *(map(_row, self.tensors)),

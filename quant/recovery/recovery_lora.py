@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..device import usable_device
-from ..errors import QuantError
+from ..errors import QuantError, printable_lines
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..gguf.provenance import DATA_SHA256, VERSION
@@ -78,7 +78,7 @@ class Recovery:
         ranks = sorted(layer.rank for layer in self.layers)
         file = f"{self.path.name} ({self.nbytes / GIB:.4f} GiB), ranks {ranks[0]} to {ranks[-1]} in {len(ranks)} layers"
         effect = f"removes {self.share:.1%} of the squared error of their outputs"
-        return "\n".join((*self.warnings, f"{file}, {effect}; written in {self.seconds:.1f} s"))
+        return printable_lines((*self.warnings, f"{file}, {effect}; written in {self.seconds:.1f} s"))
 
     def json(self) -> dict[str, Any]:
         return {**asdict(self), "path": str(self.path), "share": self.share}
