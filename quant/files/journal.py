@@ -35,6 +35,11 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def check(self) -> None:
+        """Refuse a name that is taken by a folder; `delete` removes anything else."""
+        if self.path.is_dir() and not self.path.is_symlink():
+            raise QuantError(f"{self.path}: is a folder, expected a file or none; delete it")
+
     def read(self) -> list[JournalEntry]:
         """Return the entries up to the first that is cut off or damaged; none if there is no file."""
         entries: list[JournalEntry] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import TypeVar
@@ -59,13 +60,21 @@ def create_or_open(path: Path) -> BufferedRandom:
         QuantError: the name is taken by a link, a folder, a pipe or a device, or the file has a second name.
     """
     flags = os.O_CREAT | _NOFOLLOW | _NONBLOCK
-    if path.is_symlink():  # the flag prevents a race, but Windows does not have it, and its error names no link
-        raise QuantError(f"{path}: is a link, which is not written through; delete it")
+    _check_kind(path)  # the flags prevent a race, but Windows has none, and their errors name no kind
     file = _regular(path, open(path, "r+b", opener=lambda name, mode: os.open(name, mode | flags, 0o666)))  # noqa: SIM115
     if os.fstat(file.fileno()).st_nlink > 1:
         file.close()
         raise QuantError(f"{path}: has a second name as a hard link, which writing would change too; delete it")
     return file
+
+
+def _check_kind(path: Path) -> None:
+    """Refuse a name that is taken by anything but a file."""
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "a device")
+            raise QuantError(f"{path}: is {kind}, which is not written through; delete it")
 
 
 def _regular(path: Path, file: _File) -> _File:

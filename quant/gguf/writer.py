@@ -60,6 +60,7 @@ class GGUFWriter:
         self._is_closed = False
 
     def __enter__(self) -> GGUFWriter:
+        self._journal.check()
         with ExitStack() as stack:
             stack.enter_context(self._file)
             stack.callback(self._journal.delete)

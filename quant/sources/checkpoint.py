@@ -14,7 +14,7 @@ from ..errors import QuantError
 from ..gguf.provenance import source_metadata
 from .add_ons import check_add_on, check_has_layers, is_add_on
 from .animate import joined_tensor, with_joined_halves
-from .attention import take_preferences
+from .attention import take_preferences, without_preferences
 from .completeness import check_complete, few_blocks
 from .files import SourceFiles, SourceIdentity
 from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
@@ -132,7 +132,8 @@ def checkpoint_of(path: Path, opened: OpenedFiles, find: Callable[[Path, Collect
     files = SourceFiles(opened.files)
     try:
         naming = find(path, {tensor.name for tensor in opened.tensors})
-        metadata = source_metadata(opened.metadata) if opened.is_gguf else dict(opened.metadata)
+        # In safetensors, preferences are tensors; a text of such a name is something else.
+        metadata = source_metadata(opened.metadata) if opened.is_gguf else without_preferences(opened.metadata)
         stored, preferences = take_preferences(model_tensors(naming, opened.tensors))
         metadata |= preferences
         formats = _by_new_name(declared_formats(path, metadata), stored)

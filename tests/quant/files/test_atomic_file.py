@@ -170,3 +170,21 @@ def test_the_space_of_an_unfinished_file_counts_as_free(tmp_path: Path, monkeypa
     with AtomicFile(tmp_path / "a", 150):
         pass
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no pipes in folders")
+@pytest.mark.parametrize(
+    ("kind", "make"),
+    [
+        ("a pipe", os.mkfifo),
+        ("a folder", os.mkdir),
+        ("a link", lambda path: path.symlink_to("victim")),
+        ("a link", lambda path: path.symlink_to("/dev/full")),
+    ],
+)
+def test_a_temporary_name_that_is_taken_is_named_with_its_kind(tmp_path: Path, kind, make):
+    (tmp_path / "victim").write_bytes(b"precious")
+    make(tmp_path / ".a.tmp")
+    with pytest.raises(QuantError, match=rf"\.a\.tmp: is {kind}, which is not written through; delete it"):
+        write(tmp_path / "a")
+    assert (tmp_path / "victim").read_bytes() == b"precious"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from wanquant.quant import open_gguf
+from wanquant.quant import QuantError, open_gguf
 from wanquant.quant.conversion.convert import convert, convert_all
 from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.files.journal import Journal, JournalEntry
@@ -130,3 +130,13 @@ def test_journal_ends_at_the_first_damaged_line(tmp_path):
     assert journal.read() == entries[:1]
     journal.delete()
     assert journal.read() == [] and not names(tmp_path)
+
+
+def test_a_folder_in_place_of_the_journal_is_noticed_first(tmp_path):
+    source = write_tiny_wan(tmp_path / "a.safetensors", layers=1)
+    (tmp_path / ".a.gguf.journal" / "x").mkdir(parents=True)
+    calls = []
+    with pytest.raises(QuantError, match=r"\.a\.gguf\.journal: is a folder, expected a file or none"):
+        convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast", progress=lambda *call: calls.append(call))
+    assert not calls
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.gguf.journal", "a.safetensors"]

@@ -62,3 +62,14 @@ def test_malformed_preferences_are_refused(tensor, message, state, tmp_path):
     save_file(state | {NAME: tensor}, tmp_path / "a.safetensors")
     with pytest.raises(QuantError, match=rf"tensor {NAME}: .*{message}.*; the file is damaged, download it again$"):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("value", ["zzz", "5", "[" * 9000, json.dumps(["x" * 70_000])])
+def test_preferences_in_metadata_that_the_host_cannot_read(value, state, tmp_path):
+    """In safetensors they are ordinary metadata; a GGUF that has them is not restored to a file without use."""
+    with pytest.raises(QuantError, match=r"metadata comfy_attention\.blocks\.0\.x"):
+        preference_tensors({"comfy_attention.blocks.0.x": value})
+    save_file(state, tmp_path / "a.safetensors", metadata={"comfy_attention.blocks.0.x": value, "config": "{}"})
+    gguf = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "Q8_0", effort="fast").path
+    assert source_metadata(open_gguf(gguf).metadata) == {"config": "{}"}
+    assert load_file(restore(gguf, tmp_path / "b.safetensors").path).keys() == state.keys()
