@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...quant.errors import PrintableLog
-from ...quant.gguf.header import FileIdentity, Header, TensorRecord
+from ...quant.gguf.file_identity import FileIdentity
+from ...quant.gguf.header import Header, TensorRecord
 from ...quant.gguf.reader import map_private
 from .. import host
 

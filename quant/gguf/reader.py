@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from .header import FileIdentity, Header, TensorRecord, read_header
+from .file_identity import FileIdentity
+from .header import Header, TensorRecord, read_header
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..files.regular_file import open_regular
-from ..gguf.header import FileIdentity
+from ..gguf.file_identity import FileIdentity
 
 _HASH_CHUNK_BYTES = 16 << 20
 

@@ -66,7 +66,7 @@ def test_malformed_preferences_are_refused(tensor, message, state, tmp_path):
 
 @pytest.mark.parametrize("value", ["zzz", "5", "[" * 9000, json.dumps(["x" * 70_000])])
 def test_preferences_in_metadata_that_the_host_cannot_read(value, state, tmp_path):
-    """In safetensors they are ordinary metadata; a GGUF that has them is not restored to a file without use."""
+    """Texts of such a name in safetensors are ordinary metadata. A GGUF that has them is not restored."""
     with pytest.raises(QuantError, match=r"metadata comfy_attention\.blocks\.0\.x"):
         preference_tensors({"comfy_attention.blocks.0.x": value})
     save_file(state, tmp_path / "a.safetensors", metadata={"comfy_attention.blocks.0.x": value, "config": "{}"})
