@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import QuantError
 from .atomic_file import AtomicFile
+from .safetensors_header import check_header
 
 _DTYPES = {
     torch.bool: "BOOL",
@@ -56,7 +57,7 @@ class SafetensorsContent:
     """The tensors of a file, in the order in which they are written, and its metadata.
 
     Raises:
-        QuantError: the format cannot store the dtype of a tensor.
+        QuantError: the format cannot store the dtype of a tensor, or `read_safetensors_header` would refuse the file.
     """
 
     def __init__(self, tensors: Iterable[StreamedTensor], metadata: Mapping[str, str]) -> None:
@@ -92,4 +93,5 @@ class SafetensorsContent:
             entries[tensor.name] = {"dtype": _DTYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
+        check_header(text, len(self.tensors), len(metadata) + 1)
         return len(text).to_bytes(8, "little") + text

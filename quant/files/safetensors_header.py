@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..errors import QuantError
 from .lookalikes import HEAD_BYTES, lookalike
 from .regular_file import open_regular
-from .strict_json import parse_json
+from .strict_json import MAX_VALUES, count_values, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 """Far above real headers: Wan 14B has 100 KiB. The format allows 100 MB, which would need gigabytes to parse."""
@@ -72,6 +72,20 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, str], list[TensorEntr
     )
     _check_coverage(path, entries, data_start, file_bytes)
     return metadata, entries
+
+
+def check_header(text: bytes, tensors: int, keys: int) -> None:
+    """Refuse a header that `read_safetensors_header` would refuse for its size.
+
+    Raises:
+        QuantError: too many bytes, values, tensors or keys of metadata.
+    """
+    size, values = len(text), count_values(text.decode())
+    if size > MAX_HEADER_BYTES or values > MAX_VALUES or max(tensors, keys) > MAX_ITEMS:
+        raise QuantError(
+            f"a safetensors header of {size} bytes, {tensors} tensors, {keys} keys and {values} values, expected"
+            f" at most {MAX_HEADER_BYTES}, {MAX_ITEMS}, {MAX_ITEMS} and {MAX_VALUES}; shorten the metadata"
+        )
 
 
 def check_number(path: Path, count: int, kind: str) -> None:

@@ -26,11 +26,16 @@ def parse_json(data: str | bytes, where: str, advice: str) -> Any:  # noqa: ANN4
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
-        if (size := sum(map(text.count, _STRUCTURE))) > MAX_VALUES:
+        if (size := count_values(text)) > MAX_VALUES:
             raise ValueError(f"{size} commas, colons and brackets, expected at most {MAX_VALUES}")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_int=_integer)
     except (ValueError, RecursionError) as error:
         raise QuantError(f"{where} is not JSON ({error}); {advice}") from None
+
+
+def count_values(text: str) -> int:
+    """Return the number of commas, colons and brackets, which is at least that of the values but one."""
+    return sum(map(text.count, _STRUCTURE))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanquant.quant import QuantError, convert, open_gguf
+from wanquant.quant import QTYPES, QuantError, convert, open_gguf
+from wanquant.quant.conversion.restore import restore
+from wanquant.quant.gguf.layout import TensorSpec
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 
@@ -64,3 +67,14 @@ def test_what_the_reader_takes_is_written(source, tmp_path):
     converted = open_gguf(convert(path, tmp_path / "wan.gguf", "Q4_0", effort="fast").path)
     assert converted.tensors["extra name é"].dequantize().tolist() == torch.arange(8.0).view(1, 1, 1, 2, 2, 2).tolist()
     assert converted.metadata["wanquant.source_metadata." + "k" * 65_000] == "a\nb"
+
+
+def test_metadata_that_no_safetensors_header_holds(tmp_path):
+    """A GGUF may have more text than a header of safetensors."""
+    spec = TensorSpec("x", QTYPES["F32"], (1,))
+    metadata = {"general.architecture": "wan", "wanquant.source_metadata.workflow": "x" * (17 << 20)}
+    with GGUFWriter(tmp_path / "a.gguf", metadata, [spec]) as writer:
+        writer.write("x", torch.zeros(4, dtype=torch.uint8))
+    with pytest.raises(QuantError, match=r"a safetensors header of 17825[0-9]+ bytes, .*; shorten the metadata"):
+        restore(tmp_path / "a.gguf", tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
