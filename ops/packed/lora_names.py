@@ -10,7 +10,6 @@ and dora.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -20,9 +19,10 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch import Tensor
 
 from ...quant import QuantError
+from ...quant.errors import PrintableLog
 from ...quant.sources.lora_names import PREFIX, layer_name, lora_names
 
-logger = logging.getLogger(__name__)
+logger = PrintableLog(__name__)
 
 _NAMED = 3
 """How many names a message has; it counts the others."""
@@ -83,6 +83,7 @@ def _renamed(lora: dict[str, Tensor], pairs: Sequence[tuple[str, str]]) -> dict[
     tensors: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     by_name = {new: lora[old] for new, old in pairs}
+    _check_alphas(by_name)
     for new, old in pairs:
         tensor = _as_the_host_has_it(new, old, lora[old], by_name)
         if not torch.equal(tensors.setdefault(new, tensor), tensor):
@@ -94,13 +95,22 @@ def _renamed(lora: dict[str, Tensor], pairs: Sequence[tuple[str, str]]) -> dict[
     return tensors
 
 
+def _check_alphas(tensors: dict[str, Tensor]) -> None:
+    name = next((name for name, tensor in tensors.items() if name.endswith(".alpha") and tensor.numel() != 1), None)
+    if name is not None:
+        raise QuantError(
+            f"LoRA whose {name} has shape {tuple(tensors[name].shape)}, expected one number; the file is damaged,"
+            " download it again or choose another LoRA"
+        )
+
+
 def _as_the_host_has_it(new: str, old: str, tensor: Tensor, by_name: dict[str, Tensor]) -> Tensor:
     """Return PEFT's magnitude as a column, the bias of its factor times the LoRA's scale, and others as they are."""
     if "lora_magnitude_vector" in old:
         return tensor.reshape(-1, *(1,) * (max(tensor.ndim, 2) - 1))
     layer = new.removesuffix(".diff_b")
     down = next((by_name[layer + name] for name in _DOWN if layer + name in by_name), None)
-    alpha = by_name.get(f"{layer}.alpha")
+    alpha = by_name.get(f"{layer}.alpha") if down is not None and down.ndim and len(down) else None
     return tensor * (alpha / len(down)) if old.endswith(".bias") and alpha is not None and down is not None else tensor
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import QuantError, escaped
+from ..errors import PrintableLog, QuantError, escaped
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.sentencepiece import has_tokenizer, sentencepiece_model
@@ -27,7 +26,7 @@ from ..sources.t5 import SPIECE_TENSOR, transformers_name
 from ..sources.tensors import NUMBERS, SourceTensor
 from ..units import GIB
 
-_log = logging.getLogger(__name__)
+_log = PrintableLog(__name__)
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _KEPT = {*DTYPES, *NUMBERS}

@@ -84,3 +84,9 @@ def test_the_constraint_of_oft_is_no_obstacle(model, alpha):
     blocks = torch.randn(4, 64, 64, generator=torch.Generator().manual_seed(0)) / 100
     constraint = {} if alpha is None else {"alpha": torch.tensor(alpha)}
     assert with_lora(model, named(oft_blocks=blocks, **constraint)).patches.keys() == {f"{LAYER}.weight"}
+
+
+def test_an_alpha_of_several_numbers_under_a_name_of_another_trainer(model):
+    tensors = {"lora_A.default.weight": DOWN, "lora_B.default.weight": UP, "alpha": ones(2)}
+    with pytest.raises(QuantError, match=r"whose .*self_attn\.o\.alpha has shape \(2,\), expected one number"):
+        with_lora(model, {f"blocks.0.self_attn.o.{name}": tensor for name, tensor in tensors.items()})
