@@ -55,9 +55,11 @@ def computed_problem(key: str, value: object, weight: Tensor) -> str | None:
         applied.append(difference)
         return difference
 
-    target = torch.empty(weight.shape, device=_META)
     try:
-        patched = comfy.lora.calculate_weight([(1.0, _on_meta(value), 1.0, None, function)], target, key)
+        # The host runs nodes in inference mode, in which tensors do not count how often they are written to.
+        with torch.inference_mode(False), torch.no_grad():
+            target = torch.empty(weight.shape, device=_META)
+            patched = comfy.lora.calculate_weight([(1.0, _on_meta(value), 1.0, None, function)], target, key)
     except NotImplementedError:  # an operation that the meta device does not have
         return None
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

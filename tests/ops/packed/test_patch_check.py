@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfy.weight_adapter import LoRAAdapter
 from torch import ones
 
+from wanquant.ops.packed.patch_check import computed_problem
 from wanquant.quant import QuantError
 from wanquant.tests.ops.packed.patching import forward, load, lora, with_lora
 
@@ -68,6 +70,15 @@ def test_shapes_that_cannot_be_computed(model, tensors, problem):
     with pytest.raises(QuantError, match=problem):
         with_lora(model, tensors)
     assert model.patches == {}
+
+
+@torch.inference_mode()
+def test_nodes_run_in_inference_mode():
+    def problem(up):
+        return computed_problem("k", LoRAAdapter(set(), (up, ones(4, 256), None, None, None, None)), ones(256, 256))
+
+    assert problem(ones(256, 4)) is None
+    assert problem(ones(256, 8)) == NO_PRODUCT
 
 
 def test_layers_without_a_product_are_left_out(model, state, caplog):
