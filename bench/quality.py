@@ -23,6 +23,7 @@ PEERS = {
     "importance": "ggml + importance",
     "importance + LoRA": "importance",
     "calibrated": "ggml + importance",
+    "thorough": "calibrated",
 }
 """The method that each method is compared with: ggml's encoders with the same statistics, or the method it extends."""
 

@@ -17,6 +17,7 @@ from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
 from wanquant.quant import convert, open_gguf
+from wanquant.quant.qtype import Effort
 from wanquant.quant.recovery.recovery_lora import recover
 from wanquant.quant.statistics.calibration import Calibration, CalibrationCollector
 from wanquant.quant.statistics.importance import Collector, Importance
@@ -92,6 +93,9 @@ class Workshop:
     def calibrated(self, recipe: str) -> Encoded:
         return self._converted(recipe, self.calibration)
 
+    def thorough(self, recipe: str) -> Encoded:
+        return self._converted(recipe, self.calibration, "thorough")
+
     def ggml(self, recipe: str) -> Encoded:
         return self._by_ggml(recipe, {})
 
@@ -111,9 +115,9 @@ class Workshop:
                 weights[layer.name] = weights[layer.name] + up @ down
         return Encoded(file.nbytes + report.nbytes, weights, file.quantized)
 
-    def _converted(self, recipe: str, importance: Importance | None) -> Encoded:
+    def _converted(self, recipe: str, importance: Importance | None, effort: Effort = "best") -> Encoded:
         path = self.path(recipe, importance)
-        report = convert(self.checkpoint, path, recipe, importance=importance)
+        report = convert(self.checkpoint, path, recipe, effort=effort, importance=importance, overwrite=True)
         tensors = open_gguf(path).tensors
         quantized = frozenset(name for name, tensor in tensors.items() if tensor.qtype.block_size > 1)
         return Encoded(report.nbytes, {name: tensor.dequantize() for name, tensor in tensors.items()}, quantized)
@@ -140,5 +144,6 @@ METHODS: dict[str, Callable[[Workshop, str], Encoded]] = {
     "importance": Workshop.weighted,
     "importance + LoRA": Workshop.recovered,
     "calibrated": Workshop.calibrated,
+    "thorough": Workshop.thorough,
 }
 """The methods to make a file, by their names in the tables."""
