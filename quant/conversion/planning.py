@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -31,21 +32,18 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
         check_size(output.target.target_bytes, tensors, output.metadata, five_d=settings.five_d, small=searches)
     fronts: Mapping[str, ParetoFront] = {}
     if sized:
-        sizes = [(output.target.target_bytes, tensors, output.metadata) for output in sized]
-        small = searches and any(is_small(*size, five_d=settings.five_d) for size in sizes)
+        small = searches and any(_is_small(stream, output) for output in sized)
         statistics, effort = stream.importance, settings.effort
         fronts = measure(tensors, statistics, effort, stream.device, lambda t: stream.advance(t, 0), small=small)
     plans = [_plan(stream, output, fronts) for output in outputs]
-    _try_encoders(
-        stream,
-        {
-            qtype
-            for plan, output in zip(plans, outputs, strict=True)
-            if not output.reused
-            for qtype in plan.types.values()
-        },
-    )
+    made = [plan.types.values() for plan, output in zip(plans, outputs, strict=True) if not output.reused]
+    _try_encoders(stream, set(itertools.chain.from_iterable(made)))
     return plans
+
+
+def _is_small(stream: Stream, output: Output) -> bool:
+    size, tensors, metadata = output.target.target_bytes, stream.checkpoint.tensors, output.metadata
+    return is_small(size, tensors, metadata, five_d=stream.settings.five_d)
 
 
 def _try_encoders(stream: Stream, qtypes: Iterable[QuantType]) -> None:
@@ -65,6 +63,8 @@ def _plan(stream: Stream, output: Output, fronts: Mapping[str, ParetoFront]) -> 
         type_plan = plan_types(find_recipe(target.recipe), tensors)
     else:
         five_d = stream.settings.five_d
+        if not _is_small(stream, output):  # whatever other files of this pass needed
+            fronts = {name: front.without_small() for name, front in fronts.items()}
         type_plan = plan_for_size(target.target_bytes, tensors, output.metadata, fronts, five_d=five_d)
     return _with_bf16(stream, type_plan)
 

@@ -60,6 +60,8 @@ class ParetoFront:
     """All of them, with ascending bytes and descending error."""
     hull: tuple[TypeOption, ...]
     """Those on the convex hull: each minimizes error + multiplier * bytes for some multiplier."""
+    measured: tuple[TypeOption, ...] = ()
+    """All options that were measured, also those that are not on the front."""
     is_sensitive: bool = False
     """True if the tensor gets the next larger option of the hull, because its error harms the result more."""
 
@@ -73,7 +75,12 @@ class ParetoFront:
         while hull[-1] is not front[-1]:
             larger = front[front.index(hull[-1]) + 1 :]
             hull.append(max(reversed(larger), key=lambda option: _error_per_byte(hull[-1], option)))
-        return cls(tuple(front), tuple(hull), is_sensitive)
+        return cls(tuple(front), tuple(hull), tuple(options), is_sensitive)
+
+    def without_small(self) -> ParetoFront:
+        """Return the front of the options that are not IQ1, IQ2 or IQ3."""
+        options = [option for option in self.measured if option.qtype.name not in _SMALL_TYPES]
+        return ParetoFront.of(options, is_sensitive=self.is_sensitive)
 
     @property
     def multipliers(self) -> tuple[float, ...]:

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, QuantError
-from wanquant.quant.conversion.convert import convert
+from wanquant.quant.conversion.convert import convert, convert_all
+from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.plan import target_size as budget
@@ -161,3 +162,14 @@ def test_sizes_below_that_of_q3_k_use_the_small_types(tmp_path, source):
     small = {QTYPES[name] for name in budget._SMALL_TYPES}
     assert small & set(qtypes(sized(source, tmp_path, low + 8192, effort="best")).values())
     assert not small & set(qtypes(sized(source, tmp_path, high + 8192, effort="best")).values())
+
+
+def test_a_file_does_not_depend_on_the_other_sizes_of_its_pass(tmp_path, source):
+    with open_checkpoint(source) as checkpoint:
+        sizes = [
+            predicted_size(plan_types(RECIPES[recipe], checkpoint.tensors).types, checkpoint.tensors) + 8192
+            for recipe in ("IQ2_XXS", "Q3_K_M")
+        ]
+    targets = [Target(tmp_path / f"{nbytes}.gguf", target_size=nbytes / GIB) for nbytes in sizes]
+    for report, nbytes in zip(convert_all(source, targets, Settings()), sizes, strict=True):
+        assert qtypes(report) == qtypes(sized(source, tmp_path, nbytes, effort="best"))
