@@ -33,7 +33,7 @@ def recipe_input() -> io.Combo.Input:
         "recipe",
         options=list(RECIPES),
         default="Q4_K_M",
-        tooltip="Trades size for quality: Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_M and below need a"
+        tooltip="Trades size for quality: Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_XXS and below need a"
         " calibration to be worth having, and IQ1_M, the smallest, is experimental.",
     )
 
