@@ -111,6 +111,7 @@ def convert(
             and `recipe` is ignored.
         effort: "best" searches for the scales and codes of least squared error, in which large weights count more, and
             then restores the gain of every row. "fast" writes the same bytes as ggml. With `importance`, both search.
+            "thorough" takes longer than "best" for less error with a calibration, and is the same without one.
         importance: the statistics of the layers' inputs, from `read_importance` or `read_calibration`. By tensor name,
             a floating point tensor of shape (in_features,) with the mean square of each input channel, by which the
             squared error of a weight counts. With a calibration, weights are also rounded as in GPTQ for the least

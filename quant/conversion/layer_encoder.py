@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.rounding import BEST, THOROUGH, Moments, round_for_outputs
-from ..encoders.search import Encoder, GridEncoder
+from ..encoders.search import SearchEncoder
 from ..qtype import QTYPES, Effort, QuantType, elements_at_a_time
 from ..statistics.calibration import Calibration
 from .row_gain import error_weights, restore_gain
@@ -26,9 +26,8 @@ from .row_gain import error_weights, restore_gain
 # In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
 # the compensation already makes up for large weights that are cut (TinyWan: 0.5 dB in Q4_K_M).
 _COARSE = 3
+# The rounding works on one channel of all rows at a time, so that it needs more rows than a search.
 _ROUNDED_ELEMENTS = 1 << 20
-
-
 # Counts how often the bytes of calibrated files have changed since version 0.1.0.
 _CALIBRATED_REVISION = 1
 
@@ -41,7 +40,7 @@ def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
     """
     calibrated = _CALIBRATED_REVISION if isinstance(importance, Calibration) else 0
     return {
-        name: qtype.revision + (calibrated if isinstance(qtype.best, Encoder | GridEncoder) else 0)
+        name: qtype.revision + (calibrated if isinstance(qtype.best, SearchEncoder) else 0)
         for name, qtype in QTYPES.items()
     }
 
@@ -80,25 +79,21 @@ class LayerEncoder(NamedTuple):
             uint8, (out_features, bytes per row), on the same device.
         """
         encoder = qtype.best
-        if not isinstance(encoder, Encoder | GridEncoder) or (effort == "fast" and self.moments is None):
+        if not isinstance(encoder, SearchEncoder) or (effort == "fast" and self.moments is None):
             return qtype.quantize(weight, self.importance, effort)
-        if self.importance is not None and self.moments is not None:
-            # Its operations take one channel of all rows, so that they need more rows than a search.
-            step, weight = _ROUNDED_ELEMENTS // weight.shape[-1], weight.float()
-            parts = torch.split(weight, max(1, step))
-            return torch.cat([self._round(encoder, qtype, part, effort) for part in parts])
-        parts = torch.split(weight.float(), max(1, elements_at_a_time(weight.device) // weight.shape[-1]))
-        return torch.cat([self._search(encoder, qtype, part) for part in parts])
+        at_a_time = elements_at_a_time(weight.device)
+        if self.moments is not None:
+            at_a_time = max(at_a_time, _ROUNDED_ELEMENTS)
+        parts = torch.split(weight.float(), max(1, at_a_time // weight.shape[-1]))
+        return torch.cat([self._encode(encoder, qtype, part, effort) for part in parts])
 
-    def _round(self, encoder: Encoder | GridEncoder, qtype: QuantType, weight: Tensor, effort: Effort) -> Tensor:
-        assert self.importance is not None and self.moments is not None
-        is_coarse = qtype.bits_per_weight <= _COARSE
-        weighting = error_weights(weight, self.importance) if is_coarse else self.importance.expand_as(weight)
-        how = THOROUGH if effort == "thorough" else BEST
-        return round_for_outputs(encoder, qtype.block_size, weight, weighting, self.moments, how)
-
-    def _search(self, encoder: Encoder | GridEncoder, qtype: QuantType, weight: Tensor) -> Tensor:
+    def _encode(self, encoder: SearchEncoder, qtype: QuantType, weight: Tensor, effort: Effort) -> Tensor:
         weighting = error_weights(weight, self.importance)
+        if self.importance is not None and self.moments is not None:
+            if qtype.bits_per_weight > _COARSE:
+                weighting = self.importance.expand_as(weight)
+            how = THOROUGH if effort == "thorough" else BEST
+            return round_for_outputs(encoder, qtype.block_size, weight, weighting, self.moments, how)
         blocks = weight.reshape(-1, qtype.block_size)
         packed = encoder(blocks, weighting.view_as(blocks)).view(len(weight), -1)
         return restore_gain(qtype, packed, weight, self.importance)

@@ -80,16 +80,17 @@ class Output:
     @property
     def notes(self) -> tuple[str, ...]:
         """Sentences on a reused file of older encoders, and on an experimental recipe."""
-        name, recipe = self.target.destination.name, find_recipe(self.target.recipe)
-        older = (
-            f"{name} is used as it is: it was made by an older encoder of {', '.join(self.older)}; turn overwrite on to"
-            " make it anew"
-        )
-        experimental = (
-            f"{name}: {recipe.name} is experimental: its errors are large, and no real model of it has been judged"
-        )
-        is_experimental = recipe.experimental and not self.target.target_bytes
-        return (*([older] if self.older else []), *([experimental] if is_experimental else []))
+        name, recipe, notes = self.target.destination.name, find_recipe(self.target.recipe), []
+        if self.older:
+            notes.append(
+                f"{name} is used as it is: it was made by an older encoder of {', '.join(self.older)}; turn overwrite"
+                " on to make it anew"
+            )
+        if recipe.experimental and not self.target.target_bytes:
+            notes.append(
+                f"{name}: {recipe.name} is experimental: its errors are large, and no real model of it has been judged"
+            )
+        return tuple(notes)
 
     def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> GGUFWriter:
         """Return a writer of the file, which continues a killed conversion if there is one."""

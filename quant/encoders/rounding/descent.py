@@ -15,9 +15,10 @@ from torch import Tensor
 from ..search.levels import Integers, OddIntegers
 from ..search.sub_blocks import reciprocal_or_zero
 from .exact import exact_product, rounded_matrix, sum_channels
-from .feedback import Option, Rounded, better, times
+from .feedback import Option, Rounded, better
 from .grid import Grid
 from .moments import Moments
+from .small_matrices import root_and_inverse, times
 
 # Relative determinant of the normal equations below which d and dmin are not told apart.
 _SINGULAR = 1e-5
@@ -64,10 +65,10 @@ class Descent:
         round_group = self._grid.rounding(scale[:, 0], self._grid.offset(levels))
         for first in range(0, self._grid.size, together):
             group = slice(first, first + together)
-            root, inverse = _root_and_inverse(matrix[:, group, group])
+            root, inverse = root_and_inverse(matrix[:, group, group])
             old = levels[:, group]
             # The values of least error if any were allowed.
-            free = _times(gradient[:, group], inverse).addcmul_(old, scale)
+            free = times(gradient[:, group], inverse).addcmul_(old, scale)
             new = round_group(free, root)
             if together > 1:
                 new = _closer(new, old, free, scale, root)
@@ -90,7 +91,9 @@ class Descent:
             return
         product = exact_product(rounded_matrix(matrix), levels)
         of_levels, of_ones = sum_channels(levels * gradient), sum_channels(gradient)
-        squares, mixed, ones = sum_channels(levels * product), sum_channels(product), matrix.sum((1, 2))[:, None]
+        squares, mixed = sum_channels(levels * product), sum_channels(product)
+        # Float32 sums could depend on threads.
+        ones = matrix.double().sum((1, 2)).float()[:, None]
         scale, minimum = rounded.scales[:, sub], rounded.mins[:, sub]
 
         def option(scale_step: int, min_step: int) -> Option:
@@ -147,30 +150,13 @@ def _least_squares(parts: Sequence[Tensor], products: Sequence[Tensor], gradient
     return [torch.where(solved, both[0] * inverse, alone), torch.where(solved, both[1] * inverse, 0.0)]
 
 
-def _root_and_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the upper triangular P with P P^T = H, and the inverse of H, for matrices H; all float32 (n, k, k)."""
-    if matrix.shape[1] == 1:
-        return matrix, matrix.reciprocal()
-    reversed_matrix = matrix.double().flip(1, 2)
-    root = torch.linalg.cholesky(reversed_matrix)
-    return root.flip(1, 2).float(), torch.cholesky_inverse(root).flip(1, 2).float()
-
-
-def _times(values: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply columns with symmetric matrices in a fixed order, (n, k, rows) and (n, k, k) -> (n, k, rows)."""
-    product = values[:, :1] * matrix[:, 0, :, None]
-    for i in range(1, matrix.shape[1]):
-        product.addcmul_(matrix[:, i, :, None], values[:, i, None])
-    return product
-
-
 def _closer(new: Tensor, old: Tensor, values: Tensor, scale: Tensor, root: Tensor) -> Tensor:
     """Return the new levels of a group where they have less error than the old ones: a grid's are not always the best.
 
     Args:
         new, old, values: float32 (n, k, rows).
         scale: float32 (n, 1, rows).
-        root: float32 (n, k, k), from `_root_and_inverse`.
+        root: float32 (n, k, k), from `root_and_inverse`.
     """
     costs = [sum_channels(times(values - scale * levels, root).square_()) for levels in (new, old)]
     return torch.where((costs[0] < costs[1])[:, None], new, old)

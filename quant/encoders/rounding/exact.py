@@ -17,7 +17,7 @@ def rounded_matrix(matrix: Tensor) -> Tensor:
 
 
 def exact_product(matrix: Tensor, values: Tensor) -> Tensor:
-    """Multiply matrices with values that are rounded to 22 bits of the largest in their row.
+    """Multiply matrices with values, which are rounded to 22 bits of the largest that a row has in these channels.
 
     Args:
         matrix: float64 (n, m, k) from `rounded_matrix`, where k is at most 256.

@@ -17,6 +17,7 @@ from ..search.sub_blocks import SubBlocks
 from .exact import exact_product, rounded_matrix, sum_channels
 from .grid import Grid
 from .moments import Moments
+from .small_matrices import times, triangular_inverse
 
 Option = tuple[Tensor, ...]
 """A cost, float32 (n, rows), and what has it, (n, rows) or (n, channels, rows)."""
@@ -127,8 +128,11 @@ class _Turns:
         Returns:
             The levels, and the errors that spread over the later channels; both float32 (n, size, rows).
         """
+        together = self.grid.together
+        groups = [slice(first, first + together) for first in range(0, weight.shape[1], together)]
+        costs = [triangular_inverse(factors[:, group, group]) for group in groups]
         first, *others = (
-            self._option(weight, factors, scale, minimum, offset)
+            self._option(weight, factors, list(zip(groups, costs, strict=True)), scale, minimum, offset)
             for scale, minimum in self._integers(sub, weight, factors)
             for offset in self.grid.offsets
         )
@@ -156,40 +160,24 @@ class _Turns:
                 options += [(scale, mins.nearest(minimum + step)) for step in (-mins.step, mins.step)]
         return options
 
-    def _option(self, weight: Tensor, factors: Tensor, scale: Tensor, minimum: Tensor, offset: float) -> Option:
+    def _option(
+        self,
+        weight: Tensor,
+        factors: Tensor,
+        groups: Sequence[tuple[slice, Tensor]],
+        scale: Tensor,
+        minimum: Tensor,
+        offset: float,
+    ) -> Option:
         """Round the weights of a sub-block in their order; the errors of a group spread over the later groups."""
         real, shifted = self.d[:, 0] * scale, weight + (self.dmin[:, 0] * minimum)[:, None]
-        round_group, together = self.grid.rounding(real, offset), self.grid.together
+        round_group = self.grid.rounding(real, offset)
         levels, errors = torch.empty_like(weight), torch.empty_like(weight)
-        for first in range(0, weight.shape[1], together):
-            group = slice(first, first + together)
-            costs = triangular_inverse(factors[:, group, group])
+        for group, costs in groups:
             levels[:, group] = round_group(shifted[:, group], costs)
             error = shifted[:, group].addcmul_(levels[:, group], real[:, None], value=-1)
             errors[:, group] = times(error, costs)
-            for channel in range(first, first + together):
-                later = factors[:, channel, first + together :, None]
-                shifted[:, first + together :].addcmul_(later, errors[:, channel, None], value=-1)
+            for channel in range(group.start, group.stop):
+                later = factors[:, channel, group.stop :, None]
+                shifted[:, group.stop :].addcmul_(later, errors[:, channel, None], value=-1)
         return sum_channels(errors.square()), scale, minimum, levels, errors
-
-
-def triangular_inverse(matrix: Tensor) -> Tensor:
-    """Invert upper triangular matrices, float32 (n, k, k)."""
-    if matrix.shape[1] == 1:
-        return matrix.reciprocal()
-    identity = torch.eye(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    inverse: Tensor = torch.linalg.solve_triangular(matrix.double(), identity, upper=True).float()
-    return inverse
-
-
-def times(values: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply columns with upper triangular matrices, matrix^T @ values, in a fixed order.
-
-    Args:
-        values: float32 (n, k, rows).
-        matrix: float32 (n, k, k).
-    """
-    product = values * matrix.diagonal(dim1=1, dim2=2)[:, :, None]
-    for i in range(matrix.shape[1] - 1):
-        product[:, i + 1 :].addcmul_(matrix[:, i, i + 1 :, None], values[:, i, None])
-    return product

@@ -18,7 +18,7 @@ Returns the levels c, of the shape of the values, of least error ||(values - sca
 has one nearest level, whatever P is."""
 
 
-class Integral(Protocol):
+class StoredIntegers(Protocol):
     """The integers that a block stores for its sub-blocks."""
 
     @property
@@ -44,7 +44,7 @@ class Grid(Protocol):
         """Each sub-block adds one of these to all of its levels."""
 
     @property
-    def search(self) -> Integral:
+    def search(self) -> StoredIntegers:
         """The integers of the type."""
 
     def fit_scales(self, sub_blocks: SubBlocks, n_blocks: int) -> BlockScales:

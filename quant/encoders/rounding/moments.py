@@ -31,11 +31,6 @@ class Moments:
         return rounded_matrix(self.matrix)
 
     @functools.cached_property
-    def diagonal(self) -> Tensor:
-        """The mean square of each channel, float32 (n, span)."""
-        return self.matrix.diagonal(dim1=1, dim2=2).float()
-
-    @functools.cached_property
     def feedback(self) -> Tensor:
         """How an error spreads over later channels: float64 (n, span, span).
 

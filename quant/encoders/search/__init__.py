@@ -27,4 +27,7 @@ from __future__ import annotations
 from .encoders import Encoder
 from .grid_encoder import GridEncoder
 
-__all__ = ["Encoder", "GridEncoder"]
+SearchEncoder = Encoder | GridEncoder
+"""The encoders that search, of types with levels for each weight and of types with grids."""
+
+__all__ = ["Encoder", "GridEncoder", "SearchEncoder"]
