@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, QuantError
-from wanquant.quant.conversion.convert import convert, convert_all
+from wanquant.quant.conversion.convert import convert
+from wanquant.quant.conversion.output import Output
+from wanquant.quant.conversion.planning import plan_outputs
 from wanquant.quant.conversion.settings import Settings, Target
+from wanquant.quant.conversion.stream import Stream
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.plan import target_size as budget
@@ -153,23 +157,25 @@ def test_tensors_are_quantized_from_the_source(tmp_path, source):
         assert torch.equal(tensor.data.flatten(), tensor.qtype.quantize(weights[name], effort="fast").flatten())
 
 
-def test_sizes_below_that_of_q3_k_use_the_small_types(tmp_path, source):
-    with open_checkpoint(source) as checkpoint:
-        low, high = (
-            predicted_size(plan_types(RECIPES[recipe], checkpoint.tensors).types, checkpoint.tensors)
-            for recipe in ("IQ2_XXS", "Q3_K_M")
-        )
+def planned(checkpoint, folder, *sizes):
+    """Return the types that files of these sizes get if they are made in one pass."""
+    targets = [Target(folder / f"{nbytes}.gguf", target_size=nbytes / GIB) for nbytes in sizes]
+    outputs = [Output.of(target, checkpoint, Settings()) for target in targets]
+    plans = plan_outputs(Stream(checkpoint, Settings(), torch.device("cpu"), None), outputs)
+    return [plan.types for plan in plans]
+
+
+def test_sizes_below_that_of_q3_k_use_the_small_types_whatever_else_is_made(tmp_path, source, monkeypatch):
+    # The errors of Gaussian weights, nearly; those of grids are a little less at the same size.
     small = {QTYPES[name] for name in budget._SMALL_TYPES}
-    assert small & set(qtypes(sized(source, tmp_path, low + 8192, effort="best")).values())
-    assert not small & set(qtypes(sized(source, tmp_path, high + 8192, effort="best")).values())
-
-
-def test_a_file_does_not_depend_on_the_other_sizes_of_its_pass(tmp_path, source):
+    monkeypatch.setattr(
+        budget, "relative_error", lambda qtype, *_: 4**-qtype.bits_per_weight * (0.9 if qtype in small else 1)
+    )
+    # The second is just large enough for Q3_K everywhere, in place of which IQ3_S would be chosen.
+    recipes = RECIPES["IQ2_XXS"], replace(RECIPES["Q3_K_S"], protected="Q8_0")
     with open_checkpoint(source) as checkpoint:
-        sizes = [
-            predicted_size(plan_types(RECIPES[recipe], checkpoint.tensors).types, checkpoint.tensors) + 8192
-            for recipe in ("IQ2_XXS", "Q3_K_M")
-        ]
-    targets = [Target(tmp_path / f"{nbytes}.gguf", target_size=nbytes / GIB) for nbytes in sizes]
-    for report, nbytes in zip(convert_all(source, targets, Settings()), sizes, strict=True):
-        assert qtypes(report) == qtypes(sized(source, tmp_path, nbytes, effort="best"))
+        plans = [plan_types(recipe, checkpoint.tensors).types for recipe in recipes]
+        low, high = (predicted_size(types, checkpoint.tensors) + 8192 for types in plans)
+        together = planned(checkpoint, tmp_path, low, high)
+        assert together == [*planned(checkpoint, tmp_path, low), *planned(checkpoint, tmp_path, high)]
+    assert [bool(small & set(types.values())) for types in together] == [True, False]
