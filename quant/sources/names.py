@@ -128,7 +128,7 @@ def _chosen(path: Path, prefixes: Sequence[str]) -> tuple[str, str]:
     named = f"the tensors of {len(prefixes)} models, under {' and '.join(map(_quoted, prefixes))}"
     if len(prefixes) - sum(_AVERAGE.search(prefix) is not None for prefix in prefixes) != 1:
         raise QuantError(f"{path}: {named}, expected those of one; save each model as its own file, and choose one")
-    return chosen, f"{path}: {named}: {' and '.join(map(_quoted, others))} is left out"
+    return chosen, f"{path}: {named}; left out: {' and '.join(map(_quoted, others))}"
 
 
 def _quoted(prefix: str) -> str:

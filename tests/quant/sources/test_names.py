@@ -143,7 +143,7 @@ def test_two_models_in_one_file_are_refused(tmp_path, rename, prefixes):
 def test_averages_beside_the_model_are_left_out_with_a_warning(tmp_path, average):
     path, expected = two_models(tmp_path, "model.", average)
     with open_checkpoint(path) as checkpoint:
-        assert [warning.endswith(f"'{average}' is left out") for warning in checkpoint.warnings] == [True]
+        assert [warning.endswith(f"; left out: '{average}'") for warning in checkpoint.warnings] == [True]
         assert checkpoint.tensors.keys() == expected.keys()
         assert all(torch.equal(t.read().view(t.shape), expected[name]) for name, t in checkpoint.tensors.items())
 
