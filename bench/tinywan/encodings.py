@@ -51,14 +51,19 @@ class Encoded:
         """Return the SQNR of the outputs in dB, with the relative errors averaged over the layers.
 
         Args:
-            products: by the name of the weight, the means of x x^T over the inputs x: float32, (columns, columns).
+            products: by the name of the weight, the means of x x^T over the inputs x, which end with a 1 for the bias:
+                float32, (columns + 1, columns + 1).
         """
+
+        def error(name: str) -> Tensor:
+            bias = f"{name.removesuffix('.weight')}.bias"
+            return torch.column_stack([self.weights[n] - source[n] for n in (name, bias)])
 
         def square(weight: Tensor, product: Tensor) -> float:
             return float((weight @ product * weight).sum())
 
         names = self.quantized & products.keys()
-        shares = (square(self.weights[n] - source[n], products[n]) / square(source[n], products[n]) for n in names)
+        shares = (square(error(n), products[n]) / square(source[n], products[n][:-1, :-1]) for n in names)
         return -10 * math.log10(sum(shares) / len(names))
 
 
@@ -113,6 +118,8 @@ class Workshop:
             if layer.rank:
                 up, down = factors[f"{key}.lora_B.weight"].float(), factors[f"{key}.lora_A.weight"].float()
                 weights[layer.name] = weights[layer.name] + up @ down
+                bias = f"{layer.name.removesuffix('.weight')}.bias"
+                weights[bias] = weights[bias] + factors[f"{key}.diff_b"].float()
         return Encoded(file.nbytes + report.nbytes, weights, file.quantized)
 
     def _converted(self, recipe: str, importance: Importance | None, effort: Effort = "best") -> Encoded:

@@ -98,9 +98,9 @@ def gains(files: Sequence[Errors], peers: Sequence[Errors]) -> dict[str, Gain]:
 
 class _Products(Collector):
     @staticmethod
-    def measure(inputs: Tensor) -> Tensor:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        return rows.mT @ rows
+    def measure(inputs: Tensor) -> tuple[Tensor, ...]:
+        rows = torch.nn.functional.pad(inputs.reshape(-1, inputs.shape[-1]), (0, 1), value=1.0)
+        return (rows.mT @ rows,)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,10 @@ class Reference:
         return generate(model, self.captions, seed=self.seed, steps=STEPS, batch=len(self.captions))
 
     def products(self, weights: Weights) -> Importance:
-        """Return the means of x x^T over the inputs x of every Linear in sampling these clips: (columns, columns)."""
+        """Return the means of x x^T over the inputs x of every Linear in sampling these clips.
+
+        Each x ends with a 1, for the bias: (columns + 1, columns + 1).
+        """
         return collect(weights, self.captions, _Products(), seed=self.seed)
 
     @torch.no_grad()

@@ -19,12 +19,13 @@ from ..device import usable_device
 from ..errors import PrintableLog, printable_lines
 from ..files.disk_space import leftovers
 from ..inspection.report import FileReport, inspect
-from ..plan.recipe import Fallback
+from ..plan.recipe import Fallback, TypePlan
 from ..progress import Progress
 from ..qtype import Effort
 from ..sources.checkpoint import Checkpoint, open_checkpoint
 from ..statistics.importance import check_importance
 from ..units import GIB
+from .bias_correction import corrected_biases, with_biases_last
 from .output import Output
 from .planning import plan_outputs
 from .resources import check_resources
@@ -43,6 +44,8 @@ class ConversionReport(FileReport):
     fallbacks: tuple[Fallback, ...]
     """The tensors that got another type than the recipe's."""
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
+    """Sentences on what the statistics of the inputs were used for."""
     seconds: float
     reused: bool
     """True if the destination already held the result of this conversion, so that nothing was written."""
@@ -59,6 +62,7 @@ class ConversionReport(FileReport):
                 f"{self.source.name} ({self.source_bytes / GIB:.3f} GiB) -> {self.path.name}"
                 f" ({self.nbytes / GIB:.3f} GiB), {done}",
                 *self.warnings,
+                *self.notes,
                 *(f"{f.name}: {f.got} instead of {f.wanted}: {f.reason}" for f in self.fallbacks),
                 *super().text().splitlines(),
             )
@@ -73,6 +77,7 @@ class ConversionReport(FileReport):
             "reused": self.reused,
             "fallbacks": [fallback._asdict() for fallback in self.fallbacks],
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
 
 
@@ -163,13 +168,15 @@ def convert_all(
         checkpoint.check_complete()
         checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
         missing_importance = check_importance(settings.importance, checkpoint.tensors)
+        biases = corrected_biases(settings, checkpoint.tensors)
+        checkpoint = with_biases_last(checkpoint, biases)
         outputs = [Output.of(target, checkpoint, settings) for target in targets]
         unfinished = leftovers([target.destination for target in targets])
         doubts = (*checkpoint.warnings, *_requantization_warning(checkpoint))
         warnings = (*unfinished, *doubts, *missing_importance)
         for warning in (*warnings, *(note for output in outputs for note in output.notes)):
             _log.warning(warning)
-        stream = Stream(checkpoint, settings, device, progress)
+        stream = Stream(checkpoint, settings, device, progress, biases)
         with checkpoint.files.without_hashing():
             plans = plan_outputs(stream, outputs)
         pairs = list(zip(outputs, plans, strict=True))
@@ -184,11 +191,25 @@ def convert_all(
             source_bytes=checkpoint.identity.size,
             fallbacks=plan.fallbacks,
             warnings=(*warnings, *output.notes, *_non_finite_warning(checkpoint)),
+            notes=() if output.reused else _notes(stream, plan),
             seconds=seconds,
             reused=output.reused,
         )
         for output, plan in pairs
     ]
+
+
+def _notes(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
+    notes = []
+    if stream.biases:
+        notes.append(f"{len(stream.biases)} biases make up for the mean error of their layers")
+    plainer = [name for name, qtype in plan.types.items() if (name, qtype.name) in stream.encoders.plainer]
+    if plainer:
+        notes.append(
+            f"{len(plainer)} matrices were rounded by importance alone, because the calibration did not help on tokens"
+            f" that it had not seen; the first is {plainer[0]}"
+        )
+    return tuple(notes)
 
 
 def _requantization_warning(checkpoint: Checkpoint) -> list[str]:

@@ -6,12 +6,13 @@ least error. At effort "best", a `LayerEncoder` uses all that is known of the in
 - nothing: it searches for the least squared error, then restores the gain of each row (see `row_gain`);
 - an importance matrix: it does the same, and weights each squared error by the mean square of its input channel;
 - a calibration: it rounds the weights for the least error of the outputs, so that their errors make up for each other
-  (`encoders/rounding`). Effort "thorough" tries more of these roundings.
+  (`encoders/rounding`). Effort "thorough" tries more of these roundings. A layer for which that does not help on
+  tokens that were held out is encoded with the importance matrix: see `LayerEncoder.tried`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,16 @@ from ..encoders.rounding import BEST, THOROUGH, Moments, round_for_outputs
 from ..encoders.search import SearchEncoder
 from ..qtype import QTYPES, Effort, QuantType, elements_at_a_time
 from ..statistics.calibration import Calibration
+from ..statistics.importance import Importance
+from .damping import damped, output_error
 from .row_gain import error_weights, restore_gain
 
 # In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
 # the compensation already makes up for large weights that are cut (TinyWan: 0.5 dB in Q4_K_M).
 _COARSE = 3
-# The rounding works on one channel of all rows at a time, so that it needs more rows than a search.
-_ROUNDED_ELEMENTS = 1 << 20
+# The rounding works on one channel of all rows and a part of the spans at a time, so that it needs more rows than a
+# search.
+ROUNDED_ELEMENTS = 1 << 22
 # Counts how often the bytes of calibrated files have changed since version 0.1.0.
 _CALIBRATED_REVISION = 1
 
@@ -49,21 +53,62 @@ class LayerEncoder(NamedTuple):
     """An encoder of one layer's weight, and what is known of the layer's inputs."""
 
     importance: Tensor | None = None
-    """float32, (in_features,): the mean square of each input channel."""
+    """float32, (in_features,): the mean square of each input channel, or its variance if there is a `mean`."""
     moments: Moments | None = None
-    """The second moments of the inputs, from `Calibration.moments`; requires `importance`."""
+    """The second moments of the inputs; requires `importance`."""
+    held_out: Tensor | None = None
+    """float32, (tokens, in_features): inputs that `moments` was not measured on."""
+    mean: Tensor | None = None
+    """float32, (in_features,): the mean of each input channel, if the layer's bias makes up for what it leads to."""
 
     @classmethod
-    def of(cls, importance: Mapping[str, Tensor], name: str) -> LayerEncoder:
-        """Return the encoder of the weight `name`; `importance` may be a calibration, and may lack the name."""
+    def of(cls, importance: Mapping[str, Tensor], name: str, *, has_bias: bool = False) -> LayerEncoder:
+        """Return the encoder of a weight.
+
+        Args:
+            importance: the mean square of each input channel by name, floating point (in_features,). It may be a
+                calibration, and may lack the name.
+            name: the name of the weight.
+            has_bias: whether the layer has a bias, which can make up for the mean of its inputs.
+
+        Raises:
+            QuantError: a calibration's moments are not positive definite.
+        """
         if name not in importance:
             return cls()
-        return cls(importance[name], Moments(importance.moments(name)) if isinstance(importance, Calibration) else None)
+        mean = importance.mean(name) if has_bias and isinstance(importance, Importance) else None
+        squares = importance[name] if mean is None else (importance[name] - mean.square()).clamp(min=0)
+        if not isinstance(importance, Calibration):
+            return cls(squares, mean=mean)
+        held_out = importance.held_out.get(name)
+        if held_out is not None:
+            held_out = held_out.float() if mean is None else held_out.float() - mean
+        second = importance.moments(name, centered=mean is not None)
+        moments = damped(second, held_out, f"{importance.name}: tensor {name}")
+        return cls(squares, moments, held_out, mean)
 
     def to(self, device: torch.device) -> LayerEncoder:
         """Return this encoder with its tensors on `device`."""
-        importance = None if self.importance is None else self.importance.to(device, torch.float32)
-        return LayerEncoder(importance, None if self.moments is None else self.moments.to(device))
+        importance, held_out, mean = (
+            None if values is None else values.to(device, torch.float32)
+            for values in (self.importance, self.held_out, self.mean)
+        )
+        return LayerEncoder(importance, None if self.moments is None else self.moments.to(device), held_out, mean)
+
+    def tried(self, qtype: QuantType, rows: Tensor) -> LayerEncoder:
+        """Return this encoder, without the moments if rounding with them does not help on the held-out tokens.
+
+        Args:
+            rows: float32 (rows, in_features), some rows of the weight.
+        """
+        plain = self._replace(moments=None)
+        if self.moments is None or self.held_out is None or not isinstance(qtype.best, SearchEncoder):
+            return self
+        with_moments, without = (
+            output_error(qtype.dequantize(encoder.quantize(qtype, rows)) - rows, self.held_out)
+            for encoder in (self, plain)
+        )
+        return self if with_moments < without else plain
 
     def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
         """Quantize the weight like `QuantType.quantize`, but for the least error of the layer's outputs.
@@ -83,7 +128,7 @@ class LayerEncoder(NamedTuple):
             return qtype.quantize(weight, self.importance, effort)
         at_a_time = elements_at_a_time(weight.device)
         if self.moments is not None:
-            at_a_time = max(at_a_time, _ROUNDED_ELEMENTS)
+            at_a_time = max(at_a_time, ROUNDED_ELEMENTS)
         parts = torch.split(weight.float(), max(1, at_a_time // weight.shape[-1]))
         return torch.cat([self._encode(encoder, qtype, part, effort) for part in parts])
 
@@ -97,3 +142,34 @@ class LayerEncoder(NamedTuple):
         blocks = weight.reshape(-1, qtype.block_size)
         packed = encoder(blocks, weighting.view_as(blocks)).view(len(weight), -1)
         return restore_gain(qtype, packed, weight, self.importance)
+
+
+class LayerEncoders:
+    """The encoders of all weights of one pass, one weight after the other.
+
+    Args:
+        biases: the names of the weights whose layers have a bias that is corrected.
+    """
+
+    def __init__(self, importance: Mapping[str, Tensor], biases: Collection[str], device: torch.device) -> None:
+        self._importance, self._biases, self._device = importance, biases, device
+        self._name, self._encoder = "", LayerEncoder()
+        self._tried: dict[str, LayerEncoder] = {}
+        self.plainer: set[tuple[str, str]] = set()
+        """The names and types of the weights for which the moments did not help: see `LayerEncoder.tried`."""
+
+    def of(self, name: str, qtype: QuantType, rows: Tensor | None) -> LayerEncoder:
+        """Return the encoder of a weight in one type.
+
+        Args:
+            rows: float32 (rows, in_features), to try it on; None after the first slice of the weight.
+        """
+        if name != self._name:
+            encoder = LayerEncoder.of(self._importance, name, has_bias=name in self._biases)
+            self._name, self._encoder, self._tried = name, encoder.to(self._device), {}
+        if qtype.name not in self._tried:
+            encoder = self._encoder if rows is None else self._encoder.tried(qtype, rows)
+            self._tried[qtype.name] = encoder
+            if encoder.moments is not self._encoder.moments:
+                self.plainer.add((name, qtype.name))
+        return self._tried[qtype.name]

@@ -16,6 +16,7 @@ from ..files.regular_file import check_path
 from ..gguf.header import Header, read_header
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import (
+    CORRECTED_BIASES,
     DATA_SHA256,
     FIVE_D,
     NON_FINITE,
@@ -36,6 +37,7 @@ from ..plan.recipe import TypePlan, find_recipe
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import shard_of
 from ..statistics.importance import Importance
+from .bias_correction import corrected_biases
 from .layer_encoder import revisions_today
 from .settings import Settings, Target
 
@@ -111,7 +113,7 @@ class Output:
 
 def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:
     """Return the metadata of the file; its last three values are placeholders until all tensors are written."""
-    recipe, importance = find_recipe(target.recipe), settings.importance
+    recipe, importance, tensors = find_recipe(target.recipe), settings.importance, checkpoint.tensors
     return {
         "general.architecture": checkpoint.architecture,
         "general.quantization_version": 2,
@@ -123,6 +125,7 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         "wanquant.effort": settings.effort,
         "wanquant.importance": fingerprint(importance),
         **encoders(revisions_today(importance)),
+        **({CORRECTED_BIASES: biases} if (biases := list(corrected_biases(settings, tensors).values())) else {}),
         FIVE_D: settings.five_d,
         "wanquant.source_name": checkpoint.name,
         "wanquant.source_size": np.uint64(checkpoint.identity.size),
@@ -135,7 +138,7 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         **({SOURCE_PARTS: parts} if (parts := checkpoint.identity.digest) else {}),
         SOURCE_SHA256: "0" * 64,
         DATA_SHA256: "0" * 64,
-        RELATIVE_ERROR: np.zeros(len(checkpoint.tensors), np.float32),
+        RELATIVE_ERROR: np.zeros(len(tensors), np.float32),
     }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +23,18 @@ from ..gguf.writer import GGUFWriter
 from ..progress import Progress
 from ..qtype import Effort, QuantType
 from ..sources.checkpoint import Checkpoint, SourceTensor
+from ..sources.tensors import sample_rows
 from ..squares import sum_of_squares
-from .layer_encoder import LayerEncoder
+from ..statistics.calibration import Calibration
+from .bias_correction import mean_error
+from .layer_encoder import ROUNDED_ELEMENTS, LayerEncoder, LayerEncoders
 from .settings import Settings
 
 # The size of a slice bounds its float32 temporaries and the time between two progress reports. Accelerators get larger
 # slices because they prefer few launches.
 _SLICE_ELEMENTS = {"cpu": 1 << 20}
 _SLICE_ELEMENTS_DEFAULT = 1 << 23
+_TRIED_ROWS = 32
 _UNSUSPICIOUS = torch.finfo(torch.float16).max ** 2
 """A squared error that a slice within the range of every type may have; types have factors in float16."""
 
@@ -45,15 +48,19 @@ class Slice(NamedTuple):
     packed: Tensor | None
     """uint8: the bytes that `weight` was dequantized from; None if the source does not store a ggml type."""
     is_last: bool
+    tried: Tensor | None = None
+    """float32, (rows, in_features): rows of the whole tensor to try its encoder on; only in the first slice."""
 
 
 @dataclass
 class OpenFile:
-    """A file that is being written, and the squared error of its current tensor."""
+    """A file that is being written, and the errors of its current tensor."""
 
     writer: GGUFWriter
     errors: list[float] = field(init=False)
     noise: float = 0.0
+    mean_errors: list[Tensor] = field(default_factory=list)
+    """float32 (rows,) each: by how much the outputs of the last weight are off on average."""
     _pending: Future[None] | None = None
 
     def __post_init__(self) -> None:
@@ -69,11 +76,26 @@ class OpenFile:
         if part.packed is not None and part.tensor.stored == qtype.name:
             return part.packed
         packed = encoder.quantize(qtype, part.weight, effort)
-        noise = qtype.dequantize(packed).sub_(part.weight).square_().sum().item()
-        if not noise <= _UNSUSPICIOUS:
-            noise = self._noise_within_range(part, qtype, packed)
-        self.noise += noise
+        error = qtype.dequantize(packed).sub_(part.weight)
+        if encoder.mean is not None:
+            self.mean_errors.append(mean_error(error, encoder.mean))
+        self._count(error, part, qtype, packed)
         return packed.cpu()
+
+    def correct(self, part: Slice, qtype: QuantType) -> Tensor:
+        """Return the bytes of a bias, less the mean error of the outputs of the weight before it."""
+        weight = part.weight
+        if self.mean_errors:  # not if the weight's bytes are the source's
+            weight = weight - torch.cat(self.mean_errors).view_as(weight)
+        self.mean_errors = []
+        packed = qtype.quantize(weight)
+        self._count(qtype.dequantize(packed).sub_(part.weight), part, qtype, packed)
+        return packed.cpu()
+
+    def _count(self, error: Tensor, part: Slice, qtype: QuantType, packed: Tensor) -> None:
+        """Add the squared error of a slice."""
+        noise = error.square_().sum().item()
+        self.noise += noise if noise <= _UNSUSPICIOUS else self._noise_within_range(part, qtype, packed)
 
     def _noise_within_range(self, part: Slice, qtype: QuantType, packed: Tensor) -> float:
         """Return the squared error of a slice, and refuse values beyond the range of the type."""
@@ -98,11 +120,14 @@ class OpenFile:
             self._pending.result()
 
     def end_tensor(self, pool: ThreadPoolExecutor, signal: float) -> None:
-        """Record the relative error of the tensor whose sum of squares is `signal`."""
+        """Record the relative error of the tensor whose sum of squares is `signal`.
+
+        A weight is recorded together with its bias, which cannot be corrected without it.
+        """
         self.errors.append(math.sqrt(self.noise / signal) if signal else 0.0)
         self.noise = 0.0
         self.wait()
-        self._pending = pool.submit(self.writer.record, self.errors[-1])
+        self._pending = pool.submit(self.writer.record, self.errors[-1], with_next=bool(self.mean_errors))
 
 
 @dataclass
@@ -113,7 +138,12 @@ class Stream:
     settings: Settings
     device: torch.device
     progress: Progress | None
+    biases: Mapping[str, str] = field(default_factory=dict)
+    """The biases that are corrected, by the names of their weights, which they follow: see `bias_correction`."""
     done_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.encoders = LayerEncoders(self.importance, self.biases, self.device)
 
     @property
     def importance(self) -> Mapping[str, Tensor]:
@@ -161,8 +191,7 @@ class Stream:
     def _quantize(self, files: list[OpenFile], pool: ThreadPoolExecutor) -> None:
         specs = [{spec.name: spec.qtype for spec in file.writer.tensors} for file in files]
         signal = 0.0
-        encoder_of = lru_cache(1)(self._encoder_of)  # all slices of a tensor share one encoder
-        missing = []
+        corrected, missing = set(self.biases.values()), []
         for tensor in self.checkpoint.tensors.values():
             if all(file.holds(tensor.name) for file in files):
                 self.advance(tensor, tensor.nbytes)
@@ -175,16 +204,18 @@ class Stream:
                 for file, types in zip(files, specs, strict=True):
                     if file.holds(name):
                         continue
-                    file.write(pool, name, file.quantize(part, types[name], encoder_of(name), self.settings.effort))
+                    if name in corrected:
+                        packed = file.correct(part, types[name])
+                    else:
+                        encoder = self.encoders.of(name, types[name], part.tried)
+                        packed = file.quantize(part, types[name], encoder, self.settings.effort)
+                    file.write(pool, name, packed)
                     if part.is_last:
                         file.end_tensor(pool, signal)
                 signal = 0.0 if part.is_last else signal
                 self.advance(part.tensor, part.weight.numel() * part.tensor.dtype.itemsize)
         for file in files:
             file.wait()
-
-    def _encoder_of(self, name: str) -> LayerEncoder:
-        return LayerEncoder.of(self.importance, name).to(self.device)
 
     def _sum_of_squares(self, part: Slice) -> float:
         signal = sum_of_squares(part.weight)
@@ -200,15 +231,31 @@ class Stream:
         for tensor in tensors:
             in_features = tensor.shape[-1]
             rows = math.prod(tensor.shape) // in_features
-            step = max(1, _SLICE_ELEMENTS.get(self.device.type, _SLICE_ELEMENTS_DEFAULT) // in_features)
+            step = max(1, self._slice_elements(tensor.name) // in_features)
             for start in range(0, rows, step):
                 yield tensor, start, min(start + step, rows)
+
+    def _slice_elements(self, name: str) -> int:
+        n_elements = _SLICE_ELEMENTS.get(self.device.type, _SLICE_ELEMENTS_DEFAULT)
+        is_rounded = isinstance(self.importance, Calibration) and name in self.importance
+        return max(n_elements, ROUNDED_ELEMENTS) if is_rounded else n_elements
 
     def _read(self, tensor: SourceTensor, start: int, stop: int) -> Slice:
         in_features = tensor.shape[-1]
         first, last = start * in_features, stop * in_features
-        weight = tensor.read(first, last).to(self.device).float().view(-1, in_features)
-        return Slice(tensor, weight, tensor.read_packed(first, last), last == math.prod(tensor.shape))
+        tried = None
+        if start == 0 and isinstance(self.importance, Calibration) and tensor.name in self.importance.held_out:
+            with self.checkpoint.files.without_hashing():
+                tried = sample_rows(tensor, _TRIED_ROWS).to(self.device)
+        weight = self._weight(tensor, first, last).to(self.device).float().view(-1, in_features)
+        return Slice(tensor, weight, tensor.read_packed(first, last), last == math.prod(tensor.shape), tried)
+
+    def _weight(self, tensor: SourceTensor, first: int, last: int) -> Tensor:
+        """Return elements of a tensor as they are stored."""
+        if tensor.name not in self.biases.values():
+            return tensor.read(first, last)
+        with self.checkpoint.files.without_hashing():  # they are read out of order
+            return tensor.read(first, last)
 
 
 def _final_metadata(file: OpenFile, sha256: str) -> dict[str, Any]:

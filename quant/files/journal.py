@@ -27,6 +27,8 @@ class JournalEntry(NamedTuple):
 
     It shows whether the disk has lost bytes, which are then written again.
     """
+    with_next: bool = False
+    """Whether the tensor is only kept together with the next one."""
 
 
 class Journal:
@@ -46,8 +48,10 @@ class Journal:
         with suppress(QuantError), open_regular(self.path) as file:
             for line in file.read(_MAX_BYTES).splitlines():
                 match parse_json(line, str(self.path), "it is not used"):
-                    case {"relative_error": float(error), "sha256": str(sha256)} if math.isfinite(error):
-                        entries.append(JournalEntry(error, sha256))
+                    case {"relative_error": float(error), "sha256": str(sha256), "with_next": bool(with_next)} if (
+                        math.isfinite(error)
+                    ):
+                        entries.append(JournalEntry(error, sha256, with_next))
                     case _:
                         break
         return entries

@@ -26,6 +26,8 @@ ENCODERS = "wanquant.encoders"
 """STRING, for example "Q2_K 1, Q4_K 2": the revisions of the encoders; a type that is not named has revision 0."""
 CALIBRATED = "wanquant.calibrated"
 """BOOL, true or absent: codes were rounded for the least error of the layers' outputs."""
+CORRECTED_BIASES = "wanquant.corrected_biases"
+"""ARRAY of STRING, may be absent: the biases that make up for the mean error of their layers' weights."""
 TARGET_SIZE = "wanquant.target_size"
 """UINT64: the size in bytes that the file was to have at most; 0 if a recipe was given."""
 DATA_SHA256 = "wanquant.data_sha256"
@@ -82,6 +84,13 @@ def encoder_revisions(metadata: Mapping[str, Any]) -> dict[str, int]:
     return {name: int(revision) for name, revision in pairs}
 
 
+def corrected_in(metadata: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the corrected biases that a file records; nothing for a file of another program."""
+    recorded = metadata.get(CORRECTED_BIASES)
+    names = recorded if isinstance(recorded, Sequence) and not isinstance(recorded, str) else ()
+    return frozenset(name for name in names if isinstance(name, str))
+
+
 def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     """Return whether a file's metadata names the same source, settings and tokenizer as `wanted`.
 
@@ -91,6 +100,7 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
     same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED)
     is_same = all(existing.get(key) == wanted.get(key) for key in same)
     # The tokenizer can come from a file beside the source.
+    is_same = is_same and corrected_in(existing) == corrected_in(wanted)
     return is_same and _tokenizer(existing) == _tokenizer(wanted)
 
 

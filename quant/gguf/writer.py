@@ -109,10 +109,14 @@ class GGUFWriter:
             self._append(bytes(self._layout.padded(spec.nbytes) - spec.nbytes))
             self._n_written, self._n_bytes = self._n_written + 1, 0
 
-    def record(self, relative_error: float) -> None:
-        """Record the tensor just completed, so that it survives if this process is killed."""
+    def record(self, relative_error: float, *, with_next: bool = False) -> None:
+        """Record the tensor just completed, so that it survives if this process is killed.
+
+        Args:
+            with_next: whether it only survives together with the next tensor, which cannot be made without it.
+        """
         self._file.flush()
-        self._journal.append(JournalEntry(relative_error, self.sha256))
+        self._journal.append(JournalEntry(relative_error, self.sha256, with_next))
 
     def close(self, metadata: Mapping[str, Any] | None = None) -> Path:
         """Move the complete file to its path.
@@ -139,16 +143,19 @@ class GGUFWriter:
 
     def _resume(self) -> None:
         """Keep the tensors that a killed writer recorded, up to the first whose bytes are not those recorded."""
-        header, kept, size = self._file.read(len(self._layout.header)), [], len(self._layout.header)
+        header, size = self._file.read(len(self._layout.header)), len(self._layout.header)
+        kept: list[JournalEntry] = []
         if header == self._layout.header:
+            digest, end, same = self._digest.copy(), size, []
             for entry, spec in zip(self._journal.read(), self.tensors, strict=False):
-                digest = self._digest.copy()
                 for start in range(0, self._layout.padded(spec.nbytes), _READ_BYTES):
                     digest.update(self._file.read(min(_READ_BYTES, self._layout.padded(spec.nbytes) - start)))
                 if digest.hexdigest() != entry.sha256:
                     break
-                self._digest, size = digest, size + self._layout.padded(spec.nbytes)
-                kept.append(entry)
+                end += self._layout.padded(spec.nbytes)
+                same.append(entry)
+                if not entry.with_next:
+                    self._digest, size, kept = digest.copy(), end, list(same)
             _log.warning("%s: resumed after %d of %d tensors", self.path, len(kept), len(self.tensors))
         elif header:
             _log.warning(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError, printable_lines
-from ..gguf.provenance import DATA_SHA256, NON_FINITE
+from ..gguf.provenance import DATA_SHA256, NON_FINITE, corrected_in
 from ..gguf.reader import GGUFFile, GGUFTensor
 from ..plan.wan_shapes import role
 from ..sources.checkpoint import SourceTensor, open_checkpoint
@@ -51,14 +51,17 @@ class Verification:
     """The names of tensors that are only in the source."""
     unknown: tuple[str, ...]
     """The names of tensors that are only in the GGUF."""
+    corrected: frozenset[str] = frozenset()
+    """The names of biases that differ on purpose, to make up for the errors of weights; no total counts them."""
 
     @property
     def by_role(self) -> list[TensorError]:
         """The totals of each role (self_attn, cross_attn, ffn, ...), then the total of the model."""
         groups: dict[str, list[TensorError]] = {}
-        for tensor in self.tensors:
+        counted = [tensor for tensor in self.tensors if tensor.name not in self.corrected]
+        for tensor in counted:
             groups.setdefault(role(tensor.name), []).append(tensor)
-        return [_total(name, group) for name, group in (*groups.items(), ("all", self.tensors))]
+        return [_total(name, group) for name, group in (*groups.items(), ("all", counted))]
 
     def text(self) -> str:
         return printable_lines(
@@ -67,6 +70,7 @@ class Verification:
                 *(map(_row, self.tensors)),
                 "",
                 *(map(_row, self.by_role)),
+                *self._corrections(),
                 *(f"only in the source: {name}" for name in self.missing),
                 *(f"only in the GGUF: {name}" for name in self.unknown),
             )
@@ -79,7 +83,15 @@ class Verification:
             "by_role": [_plain(total) for total in self.by_role],
             "missing": list(self.missing),
             "unknown": list(self.unknown),
+            "corrected": sorted(self.corrected),
         }
+
+    def _corrections(self) -> Iterator[str]:
+        if self.corrected:
+            yield (
+                f"{len(self.corrected)} biases differ on purpose and are in no total: they make up for the mean errors"
+                " of their layers"
+            )
 
 
 def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] = ()) -> Verification:
@@ -106,7 +118,7 @@ def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] =
         errors = tuple(_compare(packed[name], checkpoint.tensors[name]) for name in names)
         missing = tuple(name for name in checkpoint.tensors if name not in packed)
         unknown = tuple(name for name in packed if name not in checkpoint.tensors)
-    return Verification(errors, missing, unknown)
+    return Verification(errors, missing, unknown, corrected_in(file.metadata) & set(names))
 
 
 def _check_data(file: GGUFFile) -> None:

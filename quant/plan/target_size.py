@@ -25,6 +25,7 @@ from torch import Tensor
 from ..errors import QuantError
 from ..qtype import QTYPES, Effort, QuantType
 from ..sources.checkpoint import SourceTensor
+from ..sources.tensors import sample_rows
 from ..units import GIB
 from .file_size import header_bytes, padded_bytes
 from .recipe import EMBEDDING, EMBEDDING_TYPE, TypePlan, required_precision, sixteen_bit, type_or_fallback
@@ -197,7 +198,7 @@ def measure(
         if len(qtypes) == 1:
             options = [TypeOption(qtypes[0], padded_bytes(qtypes[0], tensor), 0.0)]
         else:
-            weight = _sample(tensor, device)
+            weight = sample_rows(tensor, _SAMPLED_ELEMENTS // tensor.shape[-1]).to(device)
             options = [
                 TypeOption(q, padded_bytes(q, tensor), relative_error(q, weight, importance.get(name), effort))
                 for q in qtypes
@@ -241,15 +242,6 @@ def relative_error(qtype: QuantType, weight: Tensor, importance: Tensor | None, 
             return math.inf
         error, output = error / largest, ((weight / largest).square() * mean_squares).sum()
     return float((error.square_() * mean_squares).sum() / output)
-
-
-def _sample(tensor: SourceTensor, device: torch.device) -> Tensor:
-    in_features = tensor.shape[-1]
-    n_rows = math.prod(tensor.shape[:-1])
-    count = min(n_rows, max(1, _SAMPLED_ELEMENTS // in_features))
-    starts = [(2 * index + 1) * n_rows // (2 * count) * in_features for index in range(count)]
-    rows = [tensor.read(start, start + in_features) for start in starts]
-    return torch.stack(rows).to(device).float()
 
 
 def _is_sensitive(name: str, n_blocks: int) -> bool:

@@ -19,14 +19,14 @@ from ..device import usable_device
 from ..errors import QuantError, printable_lines
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
-from ..gguf.provenance import DATA_SHA256, VERSION
+from ..gguf.provenance import DATA_SHA256, VERSION, corrected_in
 from ..gguf.reader import GGUFFile, GGUFTensor
 from ..plan.recipe import required_precision
 from ..progress import Progress
 from ..sources.checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from ..sources.model_tensors import open_model
 from ..sources.names import WAN
-from ..statistics.importance import check_importance
+from ..statistics.importance import Importance, check_importance
 from ..units import GIB
 from .low_rank import DTYPE, LowRankCorrection, choose_ranks
 
@@ -124,7 +124,8 @@ def recover(
         destination: path of the .safetensors file.
         size: the largest size of the LoRA in GiB.
         importance: floating point, (in_features,), by tensor name: the mean square of each input channel, by which the
-            squared error of a weight counts. See `read_importance`.
+            squared error of a weight counts. See `read_importance`. A file with corrected biases needs the matrix that
+            it was made with.
         add_ons: add-on files that were merged onto the source.
         device: the device that computes the corrections.
         overwrite: replace an existing destination.
@@ -145,9 +146,12 @@ def recover(
     ):
         warnings = check_importance(importance, checkpoint.tensors)
         layers = _layers(packed, checkpoint)
+        means = _means(packed, layers, importance)
         nbytes = int(size * GIB) - _header_bytes(layers)
-        corrections = _corrections(layers, importance or {}, nbytes, device, progress)
-        tensors = sorted((entry for each in corrections for entry in _named(each)), key=lambda entry: entry[0])
+        nbytes -= sum(layer.source.shape[0] * DTYPE.itemsize for layer in layers if layer.source.name in means)
+        corrections = _corrections(layers, importance or {}, means, nbytes, device, progress)
+        named = (entry for each in corrections for entry in _named(each, means.get(each.name)))
+        tensors = sorted(named, key=lambda entry: entry[0])
         if not tensors:
             raise QuantError(
                 f"{destination}: {size:g} GiB are too small for rank 1 of a single layer; give a larger size"
@@ -180,16 +184,36 @@ def _layers(packed: GGUFFile, checkpoint: Checkpoint) -> list[_Layer]:
     return layers
 
 
-def _named(correction: LowRankCorrection) -> Iterator[tuple[str, Tensor]]:
+def _means(packed: GGUFFile, layers: Sequence[_Layer], importance: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the mean inputs of the layers whose bias already makes up for the mean error: float32 (in_features,)."""
+    corrected, means = corrected_in(packed.metadata), {}
+    for layer in layers:
+        name = layer.source.name
+        if f"{name.removesuffix('.weight')}.bias" not in corrected:
+            continue
+        mean = importance.mean(name) if isinstance(importance, Importance) else None
+        if mean is None:
+            raise QuantError(
+                f"{packed.path}: the bias of {name} makes up for the error of its weight, expected the importance"
+                " matrix or calibration that the file was made with; give it with --importance"
+            )
+        means[name] = mean
+    return means
+
+
+def _named(correction: LowRankCorrection, mean: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     layer = _PREFIX + correction.name.removesuffix(".weight")
     if correction.rank:
         yield f"{layer}.lora_A.weight", correction.down.contiguous()
         yield f"{layer}.lora_B.weight", correction.up.contiguous()
+        if mean is not None:
+            # What the LoRA adds on average, the bias holds already.
+            yield f"{layer}.diff_b", -(correction.up.float() @ (correction.down.float() @ mean)).to(DTYPE)
 
 
 def _header_bytes(layers: Sequence[_Layer]) -> int:
     """Return an upper bound for the bytes of the file's header."""
-    return _METADATA_BYTES + sum(2 * (len(_PREFIX + layer.source.name) + _ENTRY_BYTES) for layer in layers)
+    return _METADATA_BYTES + sum(3 * (len(_PREFIX + layer.source.name) + _ENTRY_BYTES) for layer in layers)
 
 
 def _metadata(packed: GGUFFile) -> dict[str, str]:
@@ -200,6 +224,7 @@ def _metadata(packed: GGUFFile) -> dict[str, str]:
 def _corrections(
     layers: Sequence[_Layer],
     importance: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
     nbytes: int,
     device: torch.device,
     progress: Progress | None,
@@ -214,6 +239,8 @@ def _corrections(
         done += layer.source.nbytes
         error = layer.error(device)
         mean_squares = importance.get(layer.source.name, torch.ones(error.shape[1])).to(device, torch.float32)
+        if layer.source.name in means:
+            mean_squares = (mean_squares - means[layer.source.name].to(device).square()).clamp(min=0)
         correction = LowRankCorrection.of(layer.source.name, error, mean_squares, max(1, rank))
         # A rank that is dropped now would also be dropped at the end, because more layers only add competition.
         corrections = choose_ranks([*corrections, correction], nbytes)

@@ -154,3 +154,12 @@ class PackedTensor(SourceTensor):
     def read_packed(self, start: int, stop: int) -> Tensor:
         block, size = self.qtype.block_size, self.qtype.type_size
         return self.data.read(start // block * size, stop // block * size)
+
+
+def sample_rows(tensor: SourceTensor, count: int) -> Tensor:
+    """Return rows of a tensor at even distances, float32 (rows, in_features): at least 1, at most `count` or all."""
+    in_features = tensor.shape[-1]
+    n_rows = math.prod(tensor.shape[:-1])
+    count = min(n_rows, max(1, count))
+    starts = [(2 * index + 1) * n_rows // (2 * count) * in_features for index in range(count)]
+    return torch.stack([tensor.read(start, start + in_features) for start in starts]).float()

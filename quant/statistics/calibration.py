@@ -5,11 +5,12 @@ matrix is X^T X, the Gram matrix of the inputs, which GPTQ calls the Hessian. Th
 matrix; its other elements say how correlated two input channels are. Where they are correlated, the rounding error of
 one weight can be compensated by the weights of the later channels.
 
-A full X^T X is large, so only its diagonal blocks of `SPAN` channels are kept. Channels of one block (a "span")
-compensate for each other, those of different blocks do not.
+A full X^T X is large, so only two parts of it are kept: its diagonal blocks of `SPAN` channels ("spans"), and its
+leading eigenvectors. The eigenvectors say how channels of different spans belong together: see `leading_factors`.
 
-A conversion takes a `Calibration` in place of an importance matrix. `Calibration.moments` prepares the matrices for the
-encoder, which then rounds a weight column by column.
+A few tokens are held out: they are in none of the sums. A conversion tries its roundings on them: see `HeldOut`.
+
+A conversion takes a `Calibration` in place of an importance matrix, and rounds each weight column by column for it.
 
 Source: GPTQ (arXiv 2210.17323).
 """
@@ -19,87 +20,127 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
 from ..gguf.provenance import CALIBRATED
-from .importance import Collector, Importance
+from .held_out import HeldOut
+from .importance import Collector, Importance, sum_of_inputs
+from .leading_factors import leading_factors, sketch
 
 SPAN = 256
 """Input channels per diagonal block, as many as a super-block has weights.
 
-For Wan 14B, a calibration has 1.5 GiB; the full matrices would have 48 GiB.
+For Wan 14B, the spans have 1.5 GiB; the full matrices would have 48 GiB.
 """
 
 # The most tokens that are used of one evaluation of the model. A block of 256 channels needs a few thousand tokens in
 # all, which a few steps of one clip have.
 _TOKENS = 1 << 10
-# The fraction of the mean of a block's diagonal that is added to the diagonal, as in GPTQ. Without it, sums in float32
-# are not positive definite.
-_DAMPING = 0.01
+_KEPT = 0.999
+"""Of the leading factors."""
+
+
+class SecondMoments(NamedTuple):
+    """The second moments of a layer's inputs, or their covariances: blocks on the diagonal plus factors @ factors^T."""
+
+    blocks: Tensor
+    """float64 (in_features / span, span, span), symmetric."""
+    factors: Tensor
+    """float64 (in_features / span, span, rank); the rank may be 0."""
+
+    def within_spans(self) -> SecondMoments:
+        """Return these moments without what the spans have in common."""
+        return SecondMoments(self.blocks + self.factors @ self.factors.mT, self.factors[:, :, :0])
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration(Importance):
-    """An importance matrix with the diagonal blocks of the Gram matrix X^T X of each layer's inputs."""
+    """An importance matrix with parts of the Gram matrix X^T X of each layer's inputs."""
 
     products: Mapping[str, Tensor] = field(default_factory=dict)
     """float32, (in_features / span, span, span): sums of x x^T over all tokens; their diagonals are `sums`.
 
     `span` is the greatest common divisor of `SPAN` and in_features.
     """
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32, (in_features, rank): see `leading_factors`; layers of one span and older files lack them."""
+    held_out: Mapping[str, Tensor] = field(default_factory=dict)
+    """bfloat16, (tokens, in_features), inputs that are in no sum; there may be 0 tokens. Older files lack them."""
 
     @property
     def metadata(self) -> dict[str, Any]:
         return {**super().metadata, CALIBRATED: True}
 
-    def moments(self, name: str) -> Tensor:
-        """Return the diagonal blocks of X^T X / tokens with a damped diagonal, as GPTQ uses them.
+    def moments(self, name: str, *, centered: bool = False) -> SecondMoments:
+        """Return the second moments of the inputs of a layer, on the CPU.
 
-        Returns:
-            float64, (in_features / span, span, span), on the CPU.
-
-        Raises:
-            QuantError: a block is not positive definite, which sums of x x^T always are once they are damped.
+        Args:
+            centered: return the covariances instead; requires that the mean was measured.
         """
-        moments = self.products[name].double() / self.counts[name]
-        scale = moments.diagonal(dim1=1, dim2=2).mean(1)
-        damping = torch.where(scale > 0, _DAMPING * scale, 1.0)
-        moments.diagonal(dim1=1, dim2=2).add_(damping[:, None])
-        _, failed = torch.linalg.cholesky_ex(moments)
-        if failed.any():
-            raise QuantError(
-                f"{self.name}: tensor {name}: got a matrix that is not positive definite, expected the Gram matrix"
-                " (X^T X) of the layer's inputs; collect the calibration again"
-            )
-        return moments
+        blocks = self.products[name].double() / self.counts[name]
+        shape = blocks.shape[:2]
+        factors = self.factors[name].double() if name in self.factors else torch.zeros(blocks[:, :, 0].numel(), 0)
+        factors = factors.double().view(*shape, -1)
+        mean = self.mean(name)
+        if mean is not None:
+            column = mean.double().view(*shape, 1)
+            blocks = blocks - column @ column.mT
+        # Less than all of the leading part, so that rounding errors leave the rest positive.
+        factors = factors * _KEPT
+        blocks = blocks - factors @ factors.mT
+        if mean is not None and not centered:
+            # The factors are those of the covariances; the mean is one direction more.
+            if factors.shape[2]:
+                factors = torch.cat([factors, column], 2)
+            else:
+                blocks = blocks + column @ column.mT
+        return SecondMoments(blocks, factors)
 
 
 class CalibrationCollector(Collector):
-    """A collector of the diagonal blocks of X^T X while a model runs.
+    """A collector of parts of X^T X while a model runs; each evaluation adds at most 1024 tokens per layer."""
 
-    Each evaluation adds at most 1024 tokens per layer.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self._held_out: dict[str, HeldOut] = {}
 
     def add(self, name: str, inputs: Tensor, weight: float = 1.0) -> None:
         """Add tokens at even distances of one call of a layer; the arguments are those of `Collector.add`."""
         tokens = inputs.detach().reshape(-1, inputs.shape[-1])
         step = math.ceil(len(tokens) / _TOKENS)
         # The next evaluation starts at the next token, so that it adds other ones.
-        super().add(name, tokens[self.samples % step :: step], weight)
+        tokens = tokens[self.samples % step :: step]
+        held_out = self._held_out.setdefault(name, HeldOut(tokens.shape[1])).choose(tokens)
+        super().add(name, tokens[held_out.logical_not_()], weight)
 
     def result(self) -> Calibration:
-        collected = super().result()
-        diagonals = {name: products.diagonal(dim1=1, dim2=2).flatten() for name, products in collected.sums.items()}
-        return Calibration(diagonals, collected.counts, collected.samples, products=collected.sums)
+        products, totals, sketches = self.collected()
+        sums = {name: values.diagonal(dim1=1, dim2=2).flatten() for name, values in products.items()}
+        counts = dict(self._counts)
+        wide = [name for name, values in sketches.items() if values.numel()]
+        factors = {name: leading_factors(sketches[name], totals[name], counts[name]) for name in wide}
+        held_out = {name: kept.tokens for name, kept in self._held_out.items()}
+        return Calibration(
+            sums, counts, self.samples, totals=totals, products=products, factors=factors, held_out=held_out
+        )
 
     @staticmethod
-    def measure(inputs: Tensor) -> Tensor:
-        """Return the diagonal blocks of X^T X: see `gram_blocks`."""
-        return gram_blocks(inputs)
+    def measure(inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return the diagonal blocks of X^T X, the sum of each channel, and a sketch of X^T X, all on the CPU.
+
+        Args:
+            inputs: floating point, (tokens, in_features).
+
+        Returns:
+            float32: (in_features / span, span, span), (in_features,), and (in_features, n), where n is 0 if there is
+            one span only.
+        """
+        blocks = gram_blocks(inputs)
+        sketched = sketch(inputs.float()).cpu() if len(blocks) > 1 else torch.zeros(inputs.shape[-1], 0)
+        return blocks, sum_of_inputs(inputs).cpu(), sketched
 
 
 def gram_blocks(inputs: Tensor) -> Tensor:

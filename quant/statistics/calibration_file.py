@@ -1,17 +1,19 @@
-"""Files of calibrations: a safetensors file with the blocks of X^T X, by the name of the layer's weight.
+"""Files of calibrations: a safetensors file with what is known of the inputs, by the name of the layer's weight.
 
-Each tensor is F32, (in_features / span, span, span): see `Calibration.products`.
+`<weight>` is F32, (in_features / span, span, span): see `Calibration.products`. Beside it lie `<weight>.totals`, F32
+(in_features,), `<weight>.factors`, F32 (in_features, rank), and `<weight>.held_out`, BF16 (tokens, in_features), which
+files of version 0.1.0 lack, and of which the last two may be absent.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import QuantError
@@ -20,9 +22,15 @@ from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.safetensors_header import TensorEntry, read_safetensors_header
 from ..files.strict_json import parse_json
 from ..sources.files import HashedFile
+from ..sources.tensors import DTYPES
 from .calibration import SPAN, Calibration
+from .held_out import TOKENS
+from .importance_file import check_totals
+from .leading_factors import RANK
 
 SUFFIX = ".safetensors"
+PARTS = ("totals", "factors", "held_out")
+"""What may lie beside the products, by the names of the attributes of a `Calibration`."""
 
 _KEY = "wanquant.calibration"
 """JSON: {"samples": evaluations, "counts": {weight: tokens}, "same": {weight: another one with the same inputs}}."""
@@ -38,7 +46,12 @@ def write_calibration(path: str | Path, calibration: Calibration, *, overwrite: 
     """
     first: dict[bytes, str] = {}
     shared = {name: first.setdefault(calibration.sums[name].numpy().tobytes(), name) for name in sorted(calibration)}
-    tensors = {name: calibration.products[name] for name in first.values()}
+    tensors = {}
+    for name in first.values():
+        tensors[name] = calibration.products[name]
+        for part in PARTS:
+            if name in (values := getattr(calibration, part)):
+                tensors[f"{name}.{part}"] = values[name]
     described = {
         "samples": calibration.samples,
         "counts": {name: calibration.counts[name] for name in sorted(calibration)},
@@ -64,9 +77,8 @@ def read_calibration(path: str | Path) -> Calibration:
     file = HashedFile(path)
     metadata, entries = read_safetensors_header(path)
     samples, counts, same = _description(path, metadata)
-    products = _StoredProducts(
-        file, {entry.name: entry for entry in entries}, {name: same.get(name, name) for name in counts}
-    )
+    stored = _Stored(file, {entry.name: entry for entry in entries}, {name: same.get(name, name) for name in counts})
+    products = _Values(counts, stored.products)
     sums = {}
     for name, count in counts.items():
         if not 0 < count < math.inf:
@@ -81,7 +93,18 @@ def read_calibration(path: str | Path) -> Calibration:
                 f"{path}: tensor {name}: holds NaN, infinity or a negative square, expected sums of x x^T;"
                 " collect the calibration again"
             )
-    return Calibration(sums, counts, samples, path.name, products=products)
+    totals = {name: stored.totals(name) for name in counts if stored.has(name, "totals")}
+    factors, held_out = (
+        _Values([name for name in counts if stored.has(name, part)], partial(stored.rows, part))
+        for part in ("factors", "held_out")
+    )
+    for _ in (*factors.values(), *held_out.values()):
+        pass  # reading checks them
+    calibration = Calibration(
+        sums, counts, samples, path.name, totals=totals, products=products, factors=factors, held_out=held_out
+    )
+    check_totals(calibration, str(path))
+    return calibration
 
 
 def _description(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str, float], dict[str, str]]:
@@ -98,28 +121,81 @@ def _description(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str
     )
 
 
-class _StoredProducts(Mapping[str, Tensor]):
-    """The products of a calibration, which are read from the file at each access."""
+class _Values(Mapping[str, Tensor]):
+    """Values that are read from the file at each access."""
+
+    def __init__(self, names: Collection[str], read: Callable[[str], Tensor]) -> None:
+        self._names, self._read = dict.fromkeys(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Stored:
+    """The tensors of a file.
+
+    Args:
+        places: by the name of a weight, that of the weight whose values it shares.
+    """
 
     def __init__(self, file: HashedFile, entries: Mapping[str, TensorEntry], places: Mapping[str, str]) -> None:
         self._file, self._entries, self._places = file, entries, places
 
-    def __getitem__(self, name: str) -> Tensor:
+    def has(self, name: str, part: str) -> bool:
+        """Return whether a part lies beside the products of a weight."""
+        return f"{self._places[name]}.{part}" in self._entries
+
+    def products(self, name: str) -> Tensor:
+        """Return the products of a weight: see `Calibration.products`."""
         entry = self._entries.get(self._places[name])
         match entry:
-            case TensorEntry(dtype="F32", shape=(n, rows, span), begin=begin, end=end) if (
+            case TensorEntry(dtype="F32", shape=(n, rows, span)) if (
                 n and rows == span and span % math.gcd(n * span, SPAN) == 0
             ):
-                values = self._file.peek(begin, end - begin)
-                return values.view(torch.float32).view(entry.shape)
+                return self._read(entry)
+        raise self._misfit(name, "products", entry, "F32 (n, span, span)")
+
+    def totals(self, name: str) -> Tensor:
+        """Return the sums of a layer's inputs: see `Calibration.totals`."""
+        return self._part(name, "totals", "F32", (self._width(name),))
+
+    def rows(self, part: str, name: str) -> Tensor:
+        """Return the factors of a layer, or its held-out tokens: see `Calibration`."""
+        shape = self._entries[f"{self._places[name]}.{part}"].shape or (0,)
+        if part == "factors":
+            values = self._part(name, part, "F32", (self._width(name), min(shape[-1], RANK)))
+        else:
+            values = self._part(name, part, "BF16", (min(shape[0], TOKENS), self._width(name)))
+        if not values.isfinite().all():
+            raise QuantError(
+                f"{self._file.path}: tensor {name}: {part} hold NaN or infinity, expected finite numbers;"
+                " collect the calibration again"
+            )
+        return values
+
+    def _width(self, name: str) -> int:
+        return math.prod(self._entries[self._places[name]].shape[:2])
+
+    def _part(self, name: str, part: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+        entry = self._entries[f"{self._places[name]}.{part}"]
+        if (entry.dtype, entry.shape) != (dtype, shape):
+            raise self._misfit(name, part, entry, f"{dtype} {shape}")
+        return self._read(entry)
+
+    def _read(self, entry: TensorEntry) -> Tensor:
+        values = self._file.peek(entry.begin, entry.end - entry.begin)
+        return values.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def _misfit(self, name: str, part: str, entry: TensorEntry | None, expected: str) -> QuantError:
         got = "none" if entry is None else f"{entry.dtype} {entry.shape}"
-        raise QuantError(
-            f"{self._file.path}: tensor {name}: products are {got}, expected F32 (n, span, span);"
-            " collect the calibration again"
+        return QuantError(
+            f"{self._file.path}: tensor {name}: {part} are {got}, expected {expected}; collect the calibration again"
         )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)

@@ -5,15 +5,18 @@ uncorrelated input channels, the expected squared error of the outputs is a weig
 The weight of each squared error is the mean square of its input channel. A conversion with an importance matrix
 minimizes that sum instead of the plain squared error: it moves the error to the channels whose inputs are small.
 
+The mean of each input channel is kept as well. It says by how much the error of a weight shifts the outputs on average,
+for which the bias of the layer can make up.
+
 `Collector` adds up the squares while a model samples; `importance_file` reads and writes the result.
 
-Source: llama.cpp tools/imatrix/imatrix.cpp @ 050fc7f, which stores the same sums and counts.
+Source: llama.cpp tools/imatrix/imatrix.cpp @ 050fc7f, which stores the same sums of squares and counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +46,12 @@ class Importance(Mapping[str, Tensor]):
     """The name of the file, for messages and for the metadata of files that are made with it."""
     datasets: tuple[str, ...] = ()
     """The names of the data that the model was run on."""
+    totals: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32, (in_features,): the sum of each input channel over all tokens; files of other programs lack it."""
+
+    def mean(self, name: str) -> Tensor | None:
+        """Return the mean of each input channel, float32 (in_features,), or None where it was not measured."""
+        return self.totals[name] / self.counts[name] if name in self.totals else None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.sums[name] / self.counts[name]
@@ -65,13 +74,16 @@ class Importance(Mapping[str, Tensor]):
 
 
 class Collector:
-    """A collector of the squares of the layers' inputs while a model runs; it adds them up on the inputs' device."""
+    """A collector of the sums and squares of the layers' inputs while a model runs.
+
+    They are added up on the inputs' device.
+    """
 
     def __init__(self) -> None:
         self.samples = 0
         self.watched: set[str] = set()
         """The names of the weights of all layers whose inputs are to be collected."""
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[Tensor, ...]] = {}
         self._counts: dict[str, float] = {}
 
     @property
@@ -87,9 +99,11 @@ class Collector:
             inputs: floating point, (..., in_features).
             weight: how often each row of `inputs` counts.
         """
-        sums = self.measure(inputs).mul_(weight)
+        sums = tuple(values.mul_(weight) for values in self.measure(inputs))
         known = self._sums.get(name)
-        self._sums[name] = sums if known is None else known.add_(sums.to(known.device))
+        if known is not None:
+            sums = tuple(one.add_(other.to(one.device)) for one, other in zip(known, sums, strict=True))
+        self._sums[name] = sums
         self._counts[name] = self._counts.get(name, 0.0) + inputs.numel() // inputs.shape[-1] * weight
 
     def result(self) -> Importance:
@@ -98,24 +112,34 @@ class Collector:
         Raises:
             QuantError: nothing was collected, or the inputs of a layer hold NaN or infinity.
         """
+        squares, *totals = self.collected()
+        return Importance(squares, dict(self._counts), self.samples, totals=totals[0] if totals else {})
+
+    def collected(self) -> list[dict[str, Tensor]]:
+        """Return a copy on the CPU of each statistic, by the name of the weight; it raises what `result` raises."""
         if not self._sums:
             raise QuantError(
                 "importance: nothing collected yet, expected the inputs of at least one layer; sample with the model"
                 " output of Collect Importance Matrix before saving"
             )
-        sums = {name: values.to("cpu", copy=True) for name, values in self._sums.items()}
-        broken = next((name for name, values in sums.items() if not values.isfinite().all()), None)
+        sums = {name: [values.to("cpu", copy=True) for values in parts] for name, parts in self._sums.items()}
+        broken = next((n for n, parts in sums.items() if not all(values.isfinite().all() for values in parts)), None)
         if broken is not None:
             raise QuantError(
                 f"importance: tensor {broken}: its inputs hold NaN or infinity, expected finite numbers;"
                 " collect again with another compute dtype"
             )
-        return Importance(sums, dict(self._counts), self.samples)
+        n_statistics = len(next(iter(sums.values())))
+        return [{name: parts[i] for name, parts in sums.items()} for i in range(n_statistics)]
 
     @staticmethod
-    def measure(inputs: Tensor) -> Tensor:
-        """Return the statistic that is added up: float32, (in_features,), from inputs of shape (..., in_features)."""
-        return sum_of_squares(inputs)
+    def measure(inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return what is added up, from inputs of shape (..., in_features).
+
+        Returns:
+            The sum of squares and the sum of each input channel, float32 (in_features,) each.
+        """
+        return sum_of_squares(inputs), sum_of_inputs(inputs)
 
 
 def sum_of_squares(inputs: Tensor) -> Tensor:
@@ -135,6 +159,19 @@ def sum_of_squares(inputs: Tensor) -> Tensor:
     for part in torch.split(rows, max(1, _SLICE_ELEMENTS // rows.shape[-1])):
         total += part.to(torch.float32, copy=True).square_().sum(0)
     return total
+
+
+def sum_of_inputs(inputs: Tensor) -> Tensor:
+    """Return the sum of each input channel.
+
+    Args:
+        inputs: floating point, (..., in_features).
+
+    Returns:
+        float32, (in_features,), on the same device.
+    """
+    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    return rows.sum(0, dtype=torch.float32)
 
 
 def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:

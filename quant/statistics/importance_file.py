@@ -24,8 +24,9 @@ from ..gguf.writer import GGUFWriter
 from ..qtype import QTYPES
 from .importance import Importance
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+_SUMS, _COUNTS, _TOTALS = ".in_sum2", ".counts", ".in_sum"
 _PREFIX = "model.diffusion_model."
+_TOLERANCE = 1e-3
 _MAX_NAME_BYTES = 1 << 10
 _MAX_LEGACY_BYTES = 1 << 27
 
@@ -33,7 +34,8 @@ _MAX_LEGACY_BYTES = 1 << 27
 def write_importance(path: str | Path, importance: Importance, *, overwrite: bool = False) -> Path:
     """Write an importance matrix as a GGUF.
 
-    Each layer has two F32 tensors: `<weight>.in_sum2`, (1, in_features), and `<weight>.counts`, (1, 1).
+    Each layer has F32 tensors: `<weight>.in_sum2` and `<weight>.in_sum`, (1, in_features), the latter where it was
+    measured, and `<weight>.counts`, (1, 1).
 
     Returns:
         The path of the file, which can differ from `path`: see `AtomicFile.commit`.
@@ -49,6 +51,8 @@ def write_importance(path: str | Path, importance: Importance, *, overwrite: boo
     for name in sorted(importance):
         values[name + _SUMS] = importance.sums[name].float()
         values[name + _COUNTS] = torch.tensor([float(importance.counts[name])])
+        if name in importance.totals:
+            values[name + _TOTALS] = importance.totals[name].float()
     specs = [TensorSpec(name, QTYPES["F32"], (1, len(tensor))) for name, tensor in values.items()]
     with GGUFWriter(path, metadata, specs, overwrite=overwrite) as writer:
         for name, tensor in values.items():
@@ -84,7 +88,27 @@ def read_importance(path: str | Path) -> Importance:
                 f"{path}: tensor {name}: holds NaN, infinity or a negative value, expected sums of squares;"
                 " collect the importance matrix again"
             )
+    check_totals(importance, str(path))
     return importance
+
+
+def check_totals(importance: Importance, label: str) -> None:
+    """Refuse sums of inputs that these sums of squares cannot have.
+
+    Args:
+        label: the start of the message.
+
+    Raises:
+        QuantError: another number of channels, NaN, infinity, or a mean above the root mean square.
+    """
+    for name, totals in importance.totals.items():
+        sums = importance.sums.get(name, torch.zeros(0))
+        bound = (sums.double() * importance.counts.get(name, 0.0)).sqrt() * (1 + _TOLERANCE)
+        if totals.shape != sums.shape or not (totals.abs() <= bound + _TOLERANCE * bound.mean()).all():
+            raise QuantError(
+                f"{label}: tensor {name}: its sums of inputs do not fit the sums of their squares;"
+                " collect the importance matrix again"
+            )
 
 
 def _read_gguf(path: Path) -> Importance:
@@ -92,6 +116,7 @@ def _read_gguf(path: Path) -> Importance:
     metadata = TypedMetadata(file.metadata, str(path))
     sums = {_weight(name, _SUMS): tensor for name, tensor in file.tensors.items() if name.endswith(_SUMS)}
     counts = {_weight(name, _COUNTS): tensor for name, tensor in file.tensors.items() if name.endswith(_COUNTS)}
+    totals = {_weight(name, _TOTALS): tensor for name, tensor in file.tensors.items() if name.endswith(_TOTALS)}
     if not sums:
         raise QuantError(
             f"{path}: not an importance matrix (it has no tensor *{_SUMS}); collect one, or use a file of llama-imatrix"
@@ -109,6 +134,7 @@ def _read_gguf(path: Path) -> Importance:
         metadata.integer("imatrix.chunk_count", 0),
         path.name,
         metadata.texts("imatrix.datasets"),
+        {name: tensor.dequantize().flatten() for name, tensor in totals.items()},
     )
 
 

@@ -1,7 +1,7 @@
 """Rounding for the least error of a layer's outputs, by the second moments of its inputs.
 
 The squared error of the outputs is e H e^T for the error e of each row, where H holds the second moments of the inputs
-(`moments.py`). The rounding has two stages:
+(`moments.py`). Runs of input channels (spans) take turns. In its turn, a span is rounded in two stages:
 
 1. `feedback.py` takes the sub-blocks in the order of their input channels. When the turn of one comes, its scale
    and min are searched for. Its weights are rounded, and the later weights then make up for its errors.
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .descent import Descent
+from .exact import exact_product
 from .feedback import round_with_feedback
 from .grid import Grid
 from .moments import Moments
@@ -56,13 +57,27 @@ def round_for_outputs(
     Returns:
         uint8 (rows, bytes per row).
     """
-    rows, n = len(weight), len(moments.matrix)
+    rows, n = len(weight), len(moments.blocks)
 
     def by_channel(values: Tensor) -> Tensor:
         return values.view(rows, n, -1).permute(1, 2, 0).contiguous()
 
-    weight = by_channel(weight)
-    rounded = round_with_feedback(grid, block_size, weight, by_channel(importance), moments, neighbors=how.neighbors)
-    Descent(grid, weight, moments, rounded).run(how.sweeps)
-    blocks = [grid.pack_levels(*block).view(n, rows, -1) for block in rounded.blocks()]
-    return torch.stack(blocks, 2).transpose(0, 1).reshape(rows, -1)
+    weight, importance = by_channel(weight), by_channel(importance)
+    # F^T e of the turns so far.
+    left = weight.new_zeros(1, moments.factors.shape[2], rows)
+    packed = []
+    for turn in moments.turns:
+        target = weight[turn.spans]
+        if turn.spans.start:
+            target = target + exact_product(turn.answer, left.expand(len(target), -1, -1))
+        rounded = round_with_feedback(
+            grid, block_size, target, importance[turn.spans], turn.moments, neighbors=how.neighbors
+        )
+        Descent(grid, target, turn.moments, rounded).run(how.sweeps)
+        if turn.spans.stop < n:
+            error = weight[turn.spans] - rounded.values(slice(0, rounded.scales.shape[1]))
+            for part in exact_product(turn.factors, error):
+                left = left + part
+        blocks = [grid.pack_levels(*block).view(len(target), rows, -1) for block in rounded.blocks()]
+        packed.append(torch.stack(blocks, 2))
+    return torch.cat(packed).transpose(0, 1).reshape(rows, -1)

@@ -17,7 +17,7 @@ from ..search.sub_blocks import reciprocal_or_zero
 from .exact import exact_product, rounded_matrix, sum_channels
 from .feedback import Option, Rounded, better
 from .grid import Grid
-from .moments import Moments
+from .moments import SpanMoments
 from .small_matrices import root_and_inverse, times
 
 # Relative determinant of the normal equations below which d and dmin are not told apart.
@@ -31,7 +31,7 @@ class Descent:
         weight: float32 (n, span, rows).
     """
 
-    def __init__(self, grid: Grid, weight: Tensor, moments: Moments, rounded: Rounded) -> None:
+    def __init__(self, grid: Grid, weight: Tensor, moments: SpanMoments, rounded: Rounded) -> None:
         self._grid, self._moments, self._rounded = grid, moments, rounded
         self._n_subs = rounded.scales.shape[1]
         error = weight - rounded.values(slice(0, self._n_subs))

@@ -16,7 +16,7 @@ from ..search.fit import BlockScales
 from ..search.sub_blocks import SubBlocks
 from .exact import exact_product, rounded_matrix, sum_channels
 from .grid import Grid
-from .moments import Moments
+from .moments import SpanMoments
 from .small_matrices import times, triangular_inverse
 
 Option = tuple[Tensor, ...]
@@ -65,7 +65,7 @@ class Rounded:
 
 
 def round_with_feedback(
-    grid: Grid, block_size: int, weight: Tensor, importance: Tensor, moments: Moments, *, neighbors: bool
+    grid: Grid, block_size: int, weight: Tensor, importance: Tensor, moments: SpanMoments, *, neighbors: bool
 ) -> Rounded:
     """Round a weight, each sub-block for the weights as the errors before have left them.
 
@@ -123,7 +123,7 @@ class _Turns:
 
         Args:
             weight: float32 (n, size, rows).
-            factors: float32 (n, size, size), the part of `Moments.feedback` for these channels.
+            factors: float32 (n, size, size), the part of `SpanMoments.feedback` for these channels.
 
         Returns:
             The levels, and the errors that spread over the later channels; both float32 (n, size, rows).

@@ -39,7 +39,8 @@ class SubBlocks:
         x = blocks.nan_to_num(0.0).clamp_(-_MAX_MAGNITUDE, _MAX_MAGNITUDE).reshape(-1, size).t().contiguous()
         if importance is None:
             return cls(x)
-        mean = importance.mean(1, keepdim=True)
+        # A mean along another axis of memory could depend on the number of blocks.
+        mean = importance.contiguous().mean(1, keepdim=True)
         relative = torch.where(mean > 0, importance / mean, torch.ones_like(importance)).clamp_(min=_MIN_IMPORTANCE)
         return cls(x, relative.reshape(-1, size).t().contiguous())
 

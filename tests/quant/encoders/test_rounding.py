@@ -23,8 +23,9 @@ def layer():
 
 def cost(weight, packed, qtype, moments):
     """Return the mean squared error of the outputs, float64."""
-    error = (qtype.dequantize(packed) - weight).double().view(len(weight), len(moments.matrix), -1).transpose(0, 1)
-    return ((error @ moments.matrix) * error).sum() / len(weight)
+    error = (qtype.dequantize(packed) - weight).double().view(len(weight), len(moments.blocks), -1).transpose(0, 1)
+    within, across = ((error @ moments.blocks) * error).sum(), (error @ moments.factors).sum(0).square().sum()
+    return (within + across) / len(weight)
 
 
 @pytest.mark.parametrize("name", TYPES)

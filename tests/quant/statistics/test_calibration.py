@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from wanquant.quant import QuantError, open_gguf
 from wanquant.quant.conversion.convert import convert
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
 from wanquant.quant.plan.recipe import required_precision
 from wanquant.quant.plan.wan_shapes import wan_shapes
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import SPAN, Calibration, CalibrationCollector
+from wanquant.quant.statistics.held_out import HeldOut
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.quant.samples import collected, correlated
 
@@ -26,11 +28,99 @@ def test_products_are_blocks_of_the_gram_matrix():
     collector.add("w", first)
     collector.add("w", second, weight=0.5)
     calibration = collector.result()
-    rows = torch.cat((first.float().view(6, 512), second * 0.5**0.5))
-    wanted = torch.stack([part.t() @ part for part in rows.split(256, 1)])
+    rows, weights = torch.cat((first.float().view(6, 512), second)), torch.tensor([1.0] * 6 + [0.5] * 5)
+    weights *= ~is_held_out(rows, calibration.held_out["w"])
+    count, weighted = weights.sum().item(), rows * weights[:, None]
+    wanted = torch.stack([a.t() @ b for a, b in zip(rows.split(256, 1), weighted.split(256, 1), strict=True)])
     torch.testing.assert_close(calibration.products["w"], wanted)
-    assert calibration.counts["w"] == 8.5
-    torch.testing.assert_close(calibration["w"], rows.square().sum(0) / 8.5)
+    assert calibration.counts["w"] == count
+    torch.testing.assert_close(calibration["w"], (rows * weighted).sum(0) / count)
+    torch.testing.assert_close(calibration.mean("w"), weighted.sum(0) / count)
+
+
+def is_held_out(rows, held_out):
+    """Return which rows are among the held-out tokens: float32 (rows, columns), bfloat16 (tokens, columns)."""
+    return (rows.bfloat16()[:, None] == held_out).all(2).any(1)
+
+
+def test_a_held_out_token_is_in_no_sum_however_often_it_comes():
+    collector, tokens = CalibrationCollector(), torch.randn(1000, 512)
+    for _ in range(3):
+        collector.add("w", tokens)
+    calibration = collector.result()
+    kept = ~is_held_out(tokens, calibration.held_out["w"])
+    assert len(calibration.held_out["w"]) == 64
+    assert calibration.counts["w"] == 3 * kept.sum() == 3 * 936
+    torch.testing.assert_close(calibration["w"], tokens[kept].square().mean(0))
+
+
+def test_held_out_tokens_are_those_of_the_least_hashes_of_all_calls():
+    calls = torch.randn(8, 500, 512)
+    together, one_by_one = CalibrationCollector(), CalibrationCollector()
+    for call in calls:
+        one_by_one.add("w", call)
+    for pair in calls.view(4, 1000, 512):
+        together.add("w", pair)
+    sets = [{tuple(row.tolist()) for row in each.result().held_out["w"]} for each in (together, one_by_one)]
+    assert len(sets[0]) == 64 and sets[0] == sets[1]
+
+
+def test_padding_and_lone_tokens_are_not_held_out():
+    padded = torch.cat([torch.zeros(400, 512), torch.randn(112, 512)])
+    collector = CalibrationCollector()
+    collector.add("padded", padded)
+    for token in torch.randn(40, 1, 512):
+        collector.add("lone", token)
+    held_out = collector.result().held_out
+    assert len(held_out["padded"]) and held_out["padded"].any(1).all()
+    assert held_out["lone"].shape == (0, 512)
+
+
+@pytest.fixture
+def without_held_out(monkeypatch):
+    monkeypatch.setattr(HeldOut, "choose", lambda _, tokens: torch.zeros(len(tokens), dtype=torch.bool))
+
+
+@pytest.mark.usefixtures("without_held_out")
+@pytest.mark.parametrize("columns", [512, 1536, 96])
+def test_factors_are_the_leading_part_of_the_covariances(columns):
+    collector, inputs = CalibrationCollector(), correlated(columns) + torch.linspace(-3, 3, columns)
+    inputs = inputs[:1000]
+    for part in inputs.split(500):
+        collector.add("w", part)
+    calibration = collector.result()
+    assert calibration.counts["w"] == 1000
+    used = inputs.double()
+    wanted = (used - used.mean(0)).t() @ (used - used.mean(0)) / len(used)
+    factors = calibration.factors["w"].double()
+    values, vectors = torch.linalg.eigh(wanted)
+    leading = vectors[:, -factors.shape[1] :]
+    best = (leading * values[-factors.shape[1] :]) @ leading.t()
+    found = factors @ factors.t()
+    assert factors.shape == (columns, 64)
+    closest = (wanted - best).norm()
+    assert (wanted - found).norm() < 2 * closest + 0.05 * wanted.norm()
+    least = torch.linalg.eigvalsh(wanted - 0.999**2 * found).min()
+    assert least > -1e-3 * wanted.diagonal().mean()
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("columns", [256, 1024])
+def test_moments_are_those_of_the_inputs_within_a_span(centered, columns):
+    collector, inputs = CalibrationCollector(), correlated(columns) + 2
+    collector.add("w", inputs)
+    calibration = collector.result()
+    used = inputs[::2]
+    used = used[~is_held_out(used, calibration.held_out["w"])].double()
+    used = used - used.mean(0) if centered else used
+    second = calibration.moments("w", centered=centered)
+    n = columns // 256
+    blocks = second.blocks + second.factors @ second.factors.mT
+    wanted = (used.t() @ used / len(used)).view(n, 256, n, 256)
+    torch.testing.assert_close(blocks, torch.stack([wanted[i, :, i] for i in range(n)]), rtol=1e-3, atol=1e-4)
+    if n > 1:
+        across = second.factors[0] @ second.factors[1].mT
+        assert (across - wanted[0, :, 1]).norm() < 0.3 * wanted[0, :, 1].norm()
 
 
 def test_span_divides_the_input_channels_of_narrow_layers():
@@ -38,6 +128,7 @@ def test_span_divides_the_input_channels_of_narrow_layers():
     assert calibration.products["w"].shape == (3, 32, 32)
 
 
+@pytest.mark.usefixtures("without_held_out")
 def test_other_tokens_are_used_in_each_evaluation():
     collector = CalibrationCollector()
     inputs = torch.arange(3000.0)[:, None].expand(-1, 32)
@@ -70,7 +161,7 @@ def test_products_that_are_not_positive_definite_are_refused():
     products = torch.tensor([[[1.0, 2.0], [2.0, 1.0]]])
     calibration = Calibration({"w": torch.ones(2)}, {"w": 1.0}, 1, "c.safetensors", products={"w": products})
     with pytest.raises(QuantError, match=r"c\.safetensors: tensor w: got a matrix that is not positive definite"):
-        calibration.moments("w")
+        LayerEncoder.of(calibration, "w")
 
 
 @pytest.fixture(scope="module")

@@ -31,19 +31,60 @@ def test_round_trip(tmp_path, calibration):
     assert set(read) == set(read.products) == set(calibration)
     for name in calibration:
         assert torch.equal(read[name], calibration[name])
-        assert torch.equal(read.moments(name), calibration.moments(name))
+        for part in ("products", "totals", "factors", "held_out"):
+            assert torch.equal(getattr(read, part)[name], getattr(calibration, part)[name])
 
 
 def test_inputs_that_several_layers_share_are_written_once(tmp_path, calibration):
     path = write_calibration(tmp_path / "c.safetensors", calibration)
     assert {name: tensor.shape for name, tensor in load_file(path).items()} == {
         "b.k.weight": (2, 256, 256),
+        "b.k.weight.totals": (512,),
+        "b.k.weight.factors": (512, 64),
+        "b.k.weight.held_out": (len(calibration.held_out["b.k.weight"]), 512),
         "b.o.weight": (3, 32, 32),
+        "b.o.weight.totals": (96,),
+        "b.o.weight.factors": (96, 64),
+        "b.o.weight.held_out": (len(calibration.held_out["b.o.weight"]), 96),
     }
 
 
-def write(path, products, **described):
-    save_file({"w": products}, path, {_KEY: json.dumps({"samples": 1, "counts": {"w": 2}, "same": {}} | described)})
+def write(path, products, parts=None, **described):
+    tensors = {"w": products, **{f"w.{part}": values for part, values in (parts or {}).items()}}
+    save_file(tensors, path, {_KEY: json.dumps({"samples": 1, "counts": {"w": 2}, "same": {}} | described)})
+
+
+def test_files_of_version_0_1_0_have_only_products(tmp_path):
+    path = tmp_path / "c.safetensors"
+    write(path, torch.eye(64)[None])
+    read = read_calibration(path)
+    assert read.mean("w") is None
+    assert not read.factors and not read.held_out
+    second = read.moments("w")
+    assert torch.equal(second.blocks, torch.eye(64)[None].double() / 2)
+    assert second.factors.shape == (1, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "problem"),
+    [
+        ("totals", torch.ones(32).half(), r"totals are F16 \(32,\), expected F32 \(64,\)"),
+        ("totals", torch.full((64,), 3.0), "its sums of inputs do not fit the sums of their squares"),
+        ("totals", torch.full((64,), torch.nan), "its sums of inputs do not fit"),
+        ("factors", torch.ones(32, 64), r"factors are F32 \(32, 64\), expected F32 \(64, 64\)"),
+        ("factors", torch.ones(64, 65), r"factors are F32 \(64, 65\), expected F32 \(64, 64\)"),
+        ("factors", torch.ones(()), r"factors are F32 \(\)"),
+        ("factors", torch.full((64, 2), torch.inf), "factors hold NaN or infinity"),
+        ("held_out", torch.ones(2, 64), r"held_out are F32 \(2, 64\), expected BF16 \(2, 64\)"),
+        ("held_out", torch.ones(65, 64).bfloat16(), r"held_out are BF16 \(65, 64\), expected BF16 \(64, 64\)"),
+        ("held_out", torch.full((2, 64), torch.nan).bfloat16(), "held_out hold NaN or infinity"),
+    ],
+)
+def test_malformed_parts_are_refused_with_their_name(tmp_path, part, values, problem):
+    path = tmp_path / "c.safetensors"
+    write(path, torch.eye(64)[None], {part: values})
+    with pytest.raises(QuantError, match=f"tensor w: {problem}"):
+        read_calibration(path)
 
 
 @pytest.mark.parametrize(

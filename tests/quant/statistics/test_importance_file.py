@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import gguf
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from wanquant.quant import QuantError
-from wanquant.quant.statistics.importance import Importance
+from wanquant.quant.statistics.importance import Collector, Importance
 from wanquant.quant.statistics.importance_file import read_importance, write_importance
 from wanquant.tests.counting import counted_calls
 
@@ -53,6 +54,20 @@ def test_round_trip(tmp_path, importance):
     assert read.counts == importance.counts
     assert (read.samples, read.datasets, read.name) == (5, ("a ball", "a cube"), "a.gguf")
     torch.testing.assert_close(read[A], importance.sums[A] / 30)
+
+
+def test_means_are_kept(tmp_path):
+    collector = Collector()
+    inputs = torch.randn(30, 8) + 1
+    collector.add(A, inputs)
+    collected = collector.result()
+    read = read_importance(write_importance(tmp_path / "a.gguf", collected))
+    torch.testing.assert_close(read.mean(A), inputs.mean(0))
+    torch.testing.assert_close(read[A], inputs.square().mean(0))
+    totals = {A: collected.sums[A] * 30}
+    broken = write_importance(tmp_path / "b.gguf", dataclasses.replace(collected, totals=totals))
+    with pytest.raises(QuantError, match=f"tensor {A}: its sums of inputs do not fit"):
+        read_importance(broken)
 
 
 def test_layout_is_that_of_llama_cpp(tmp_path, importance):

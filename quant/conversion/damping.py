@@ -1,0 +1,79 @@
+"""What the held-out tokens of a calibration decide: how far its moments are to be trusted, and whether at all.
+
+A calibration of few tokens knows the inputs of a layer badly. Rounding then makes up for errors in directions that
+other inputs do not have. More damping, a larger diagonal, lets it make up for less.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..encoders.rounding import Moments
+from ..errors import QuantError
+from ..statistics.calibration import SecondMoments
+
+# Fractions of the mean of a span's diagonal that are added to the diagonal. The first, that of GPTQ (arXiv 2210.17323),
+# is taken without held-out tokens.
+_DAMPINGS = (0.01, 0.001, 0.1, 1.0)
+
+
+def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moments:
+    """Return the moments with the damping that suits the held-out tokens best.
+
+    Args:
+        held_out: float32 (tokens, in_features), or None.
+        label: the file and the tensor, for the message.
+
+    Raises:
+        QuantError: the moments are not positive definite, as those of inputs are once they are damped.
+    """
+    usual, *others = (_with_damping(second, damping) for damping in _DAMPINGS)
+    if not _is_positive_definite(usual) and second.factors.shape[2]:
+        return damped(second.within_spans(), held_out, label)
+    if not _is_positive_definite(usual):
+        raise QuantError(
+            f"{label}: got a matrix that is not positive definite, expected the Gram matrix (X^T X) of the layer's"
+            " inputs; collect the calibration again"
+        )
+    if held_out is None or not len(held_out):
+        return usual
+    usable = [usual, *filter(_is_positive_definite, others)]
+    return min(usable, key=lambda moments: _expected_error(moments, held_out))
+
+
+def output_error(error: Tensor, inputs: Tensor) -> float:
+    """Return the sum of the squares of what an error of a weight does to outputs.
+
+    Args:
+        error: float32 (rows, in_features).
+        inputs: float32 (tokens, in_features).
+    """
+    return float((error.double() @ inputs.double().mT).square().sum())
+
+
+def _with_damping(second: SecondMoments, damping: float) -> Moments:
+    blocks = second.blocks.clone()
+    scale = (blocks.diagonal(dim1=1, dim2=2) + second.factors.square().sum(2)).mean(1)
+    blocks.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, damping * scale, 1.0)[:, None])
+    return Moments(blocks, second.factors)
+
+
+def _is_positive_definite(moments: Moments) -> bool:
+    _, failed = torch.linalg.cholesky_ex(moments.blocks)
+    return not failed.any()
+
+
+def _expected_error(moments: Moments, tokens: Tensor) -> float:
+    """Return the error of the outputs if each channel is rounded with an error of size 1 and random sign.
+
+    Args:
+        tokens: float32 (tokens, in_features).
+    """
+    error = 0.0
+    for turn in moments.turns:
+        feedback = turn.moments.feedback
+        spread = feedback / feedback.diagonal(dim1=1, dim2=2)[:, :, None]
+        inputs = tokens.view(len(tokens), len(moments.blocks), -1)[:, turn.spans].double()
+        error += float(torch.einsum("tni,nji->tnj", inputs, spread).square().sum())
+    return error
