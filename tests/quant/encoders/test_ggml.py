@@ -14,7 +14,7 @@ from wanquant.tests.quant import samples
 from wanquant.tests.quant.encoders import test_search
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-HARD = ("zeros", "sparse", "subnormal scales", "subnormal weights", *test_search.HARD)
+HARD = (*test_search.SPECIAL, *test_search.HARD)
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 

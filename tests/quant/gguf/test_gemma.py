@@ -79,7 +79,7 @@ def samples(file: GGUFFile) -> Iterator[NDArray[np.float32]]:
 def test_error_of_best_is_at_most_that_of_ggml_on_any_tensor(name: str, gemma: GGUFFile, libggml: LibGGML) -> None:
     for weight in samples(gemma):
         ours, theirs = errors(name, weight, libggml)
-        assert ours <= theirs
+        assert ours.mean() <= theirs.mean()
 
 
 @pytest.mark.usefixtures("torch_only")
