@@ -11,14 +11,14 @@ from wanquant.quant.encoders.rounding import Thoroughness, round_for_outputs
 from wanquant.quant.encoders.rounding.exact import exact_product, rounded_matrix
 from wanquant.tests.quant.samples import collected, correlated
 
-IQ = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+IQ = ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # IQ2_XXS is IQ2_XS with longer sub-blocks
 TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", *IQ)
 
 
 @pytest.fixture(scope="module")
 def layer():
-    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(3))
-    return weight, LayerEncoder.of(collected(w=correlated(512)), "w")
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(3))
+    return weight, LayerEncoder.of(collected(w=correlated(256)), "w")
 
 
 def cost(weight, packed, qtype, moments):
@@ -40,7 +40,7 @@ def test_every_stage_lowers_the_error(name, layer):
         return cost(weight, packed, qtype, moments)
 
     plain = cost(weight, qtype.quantize(weight, importance), qtype, moments)
-    first, *later = [rounded(False, sweeps) for sweeps in (0, 1, 3)]
+    first, *later = [rounded(False, sweeps) for sweeps in (0, 1, 2)]
     assert first < plain
     assert later[0] < first and later[1] <= later[0] * 1.001
     assert rounded(True, 0) <= first * 1.01
@@ -59,10 +59,11 @@ def test_products_are_exact_in_any_order():
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q2_K", "Q4_K", "IQ4_XS", *IQ])
-@pytest.mark.parametrize("weight", [torch.zeros(3, 256), torch.full((3, 256), 0.25), torch.eye(3, 256) * 1e4])
-def test_weights_without_variety(name, weight):
+def test_weights_without_variety(name):
+    kinds = (torch.zeros(1, 256), torch.full((1, 256), 0.25), torch.eye(3, 256) * 1e4)
     encoder = LayerEncoder.of(collected(w=correlated(256)), "w")
-    qtype = QTYPES[name]
+    qtype, weight, rows = QTYPES[name], torch.cat(kinds), [len(kind) for kind in kinds]
     packed = encoder.quantize(qtype, weight, "thorough"), qtype.quantize(weight, encoder.importance)
-    thorough, plain = (cost(weight, each, qtype, encoder.moments) for each in packed)
-    assert thorough <= plain * 1.0001 + 1e-12
+    for kind, thorough, plain in zip(kinds, *(each.split(rows) for each in packed), strict=True):
+        costs = [cost(kind, each, qtype, encoder.moments) for each in (thorough, plain)]
+        assert costs[0] <= costs[1] * 1.0001 + 1e-12
