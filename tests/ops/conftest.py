@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,15 @@ def tiny_wan():
     from wanquant.testing import tiny_wan
 
     return vars(tiny_wan)
+
+
+@pytest.fixture(scope="session")
+def variant_file(tiny_wan, tmp_path_factory):
+    """Return the function that writes the checkpoint of a variant, once, and returns its path."""
+    from wanquant.tests.ops.test_variants import write_variant
+
+    folder = tmp_path_factory.mktemp("variants")
+    return cache(lambda name: write_variant(name, folder, tiny_wan))
 
 
 @pytest.fixture(scope="session")

@@ -108,8 +108,8 @@ def name(request):
     return request.param
 
 
-def test_variant(name, tmp_path, tiny_wan, sqnr):
-    source = write_variant(name, tmp_path, tiny_wan)
+def test_variant(name, tmp_path, variant_file, sqnr):
+    source = variant_file(name)
     gguf = convert(source, tmp_path / f"{name}.gguf", "Q8_0", effort="fast").path
     dense = comfy.sd.load_diffusion_model_state_dict(load_file(source), metadata=METADATA.get(name))
     packed = load_diffusion_model(gguf)
@@ -139,8 +139,8 @@ def as_matrix(shape):
 
 
 @pytest.mark.parametrize("reshape", [as_ggml, as_matrix])
-def test_shapes_of_other_tools(name, reshape, tmp_path, tiny_wan):
-    source = write_variant(name, tmp_path, tiny_wan)
+def test_shapes_of_other_tools(name, reshape, tmp_path, variant_file):
+    source = variant_file(name)
     dense = {key: value.float() for key, value in load_file(source).items()}
     # The motion encoder is Animate's. Its convolutions have no bias, from which the channels follow.
     kept = "motion_encoder" if reshape is as_matrix else "-"
@@ -181,9 +181,9 @@ def test_names_that_a_variant_must_have(name):
     assert lacking == {key: [] if key in OPTIONAL.get(name, ()) else [key] for key in names}
 
 
-def test_incomplete_variants_are_refused(name, tmp_path, tiny_wan, write_gguf):
+def test_incomplete_variants_are_refused(name, tmp_path, variant_file, write_gguf):
     """Buffers may be absent, since the host computes them; every parameter must be there."""
-    state = load_file(write_variant(name, tmp_path, tiny_wan))
+    state = load_file(variant_file(name))
     metadata = carried_metadata(METADATA.get(name, {}))
     buffers = [key for key in state if key.endswith(".kernel")]
     complete = {key: value for key, value in state.items() if key not in buffers}

@@ -14,7 +14,7 @@ from wanquant.ops.budget.sampling_job import ConditioningOutline, SamplingJob, c
 from wanquant.ops.budget.simulator import _SAMPLER_LATENTS, Simulator, run_forwards
 from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.tests.ops.budget.test_simulator import FlashAttention, FusedNorms
-from wanquant.tests.ops.test_variants import METADATA, VARIANTS, write_variant
+from wanquant.tests.ops.test_variants import METADATA, VARIANTS
 
 FRAMES, SIDE = 3, 16
 VIDEO, IMAGE = (1, 16, FRAMES, SIDE, SIDE), (1, 16, 1, SIDE, SIDE)
@@ -75,12 +75,12 @@ def simulated(patcher, latent, entries, plan):
 
 
 @pytest.fixture
-def load(tmp_path, tiny_wan):
+def load(variant_file):
     def load(name):
         """Return a small dense model and the shape of a latent for it."""
         if VARIANTS[name][0] is None:
             pytest.skip(f"this host has no {name}")
-        state = load_file(write_variant(name, tmp_path, tiny_wan))
+        state = load_file(variant_file(name))
         options = {"dtype": torch.bfloat16}
         patcher = comfy.sd.load_diffusion_model_state_dict(state, options, metadata=METADATA.get(name))
         assert type(patcher.model.model_config).__name__ == VARIANTS[name][2]
