@@ -189,13 +189,19 @@ def test_type_of_another_model_family(tmp_path, own_file, weights):
         load_text_encoder(t5, comfy.sd.CLIPType.WAN)
 
 
-@pytest.mark.parametrize("flag", ["fp8_e4m3fn", "fp8_e5m2", "fp16", "bf16", "fp32"])
-def test_flags_of_the_host_round_no_unquantized_tensor(tmp_path, weights, spiece, sqnr, monkeypatch, flag):
+@pytest.fixture(scope="module")
+def with_norms(tmp_path_factory, weights, spiece):
+    """Return a file with random norms, these norms by name, and a prompt as it is encoded without a flag."""
     generator = torch.Generator().manual_seed(1)
     norms = {n: (o, torch.rand(w.shape, generator=generator)) for n, (o, w) in weights.items() if w.ndim == 1}
     metadata = {SPIECE_KEY: np.frombuffer(spiece, np.uint8)}
-    path = write_packed(tmp_path / "umt5.gguf", weights | norms, metadata, by_llama=False)
-    expected = load_text_encoder(path, comfy.sd.CLIPType.WAN).encode(TEXTS[0])
+    path = write_packed(tmp_path_factory.mktemp("norms") / "umt5.gguf", weights | norms, metadata, by_llama=False)
+    return path, norms, load_text_encoder(path, comfy.sd.CLIPType.WAN).encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("flag", ["fp8_e5m2", "fp16", "bf16"])
+def test_flags_of_the_host_round_no_unquantized_tensor(with_norms, sqnr, monkeypatch, flag):
+    path, norms, expected = with_norms
     monkeypatch.setattr(args, f"{flag}_text_enc", True)
     clip = load_text_encoder(path, comfy.sd.CLIPType.WAN)
     assert sqnr(expected, clip.encode(TEXTS[0])) > 60
