@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from wanquant.quant import convert
+from wanquant.quant.__main__ import main
 from wanquant.quant.conversion.restore import restore
 from wanquant.quant.errors import PrintableLog, escaped, printable_lines
 from wanquant.quant.files.disk_space import leftovers
@@ -54,18 +56,48 @@ def test_escapes():
     assert printable_lines(["a\nb", "c"]) == "a\\nb\nc"
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
-@pytest.mark.parametrize("name", [b"a\xff.gguf", EVIL.encode() + b".gguf", "万.gguf".encode()])
-@pytest.mark.parametrize("content", [RawGGUF().pack(), b"no GGUF"], ids=["good", "bad"])
-def test_the_command_line(tmp_path, encoding, name, content):
-    path = os.path.join(os.fsencode(tmp_path), name)
+GOOD, BAD = RawGGUF().pack(), b"no GGUF"
+
+
+def named_file(folder, name, content):
+    """Write a file of any name and return its path as bytes."""
+    path = os.path.join(os.fsencode(folder), name)
     with open(path, "wb") as file:
         file.write(content)
-    command = [sys.executable, ROOT / "wanquant.py", "inspect", path]
+    return path
+
+
+def assert_printable(out, err, encoding):
+    assert b"Traceback" not in err
+    assert all(map(str.isprintable, (out + err).decode(encoding).splitlines()))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
+@pytest.mark.parametrize("name", [b"a\xff.gguf", EVIL.encode() + b".gguf", "万.gguf".encode()])
+@pytest.mark.parametrize("content", [GOOD, BAD], ids=["good", "bad"])
+def test_commands_in_every_encoding(tmp_path, encoding, name, content, monkeypatch):
+    streams = {which: io.TextIOWrapper(io.BytesIO(), encoding, newline="\n") for which in ("stdout", "stderr")}
+    with monkeypatch.context() as patch:
+        for which, stream in streams.items():
+            patch.setattr(sys, which, stream)
+        code = main(["inspect", os.fsdecode(named_file(tmp_path, name, content))])
+    for stream in streams.values():
+        stream.flush()
+    out, err = (stream.buffer.getvalue() for stream in streams.values())
+    assert (code, bool(out), bool(err)) == ((1, False, True) if content == BAD else (0, True, False))
+    assert_printable(out, err, encoding)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "name", "content"),
+    [("ascii", b"a\xff.gguf", BAD), ("cp1252", "万.gguf".encode(), GOOD)],
+    ids=["bad", "good"],
+)
+def test_the_command_line(tmp_path, encoding, name, content):
+    command = [sys.executable, ROOT / "wanquant.py", "inspect", named_file(tmp_path, name, content)]
     run = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding})
-    assert run.returncode == (content == b"no GGUF")
-    assert b"Traceback" not in run.stderr
-    assert all(map(str.isprintable, (run.stdout + run.stderr).decode(encoding).splitlines()))
+    assert run.returncode == (content == BAD)
+    assert_printable(run.stdout, run.stderr, encoding)
 
 
 def test_numbers_that_json_does_not_have(tmp_path):
