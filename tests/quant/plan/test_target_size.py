@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, QuantError
-from wanquant.quant.conversion.convert import convert
+from wanquant.quant.conversion.convert import convert, convert_all
 from wanquant.quant.conversion.output import Output
 from wanquant.quant.conversion.planning import plan_outputs
 from wanquant.quant.conversion.settings import Settings, Target
@@ -86,15 +86,15 @@ def test_error_of_an_allocation_is_nearly_the_smallest_of_all():
         assert sum(option.error for option in chosen.values()) <= 1.1 * best
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.35, 0.6, 0.9])
-def test_size_is_used_and_never_exceeded(tmp_path, source, fraction):
+def test_size_is_used_and_never_exceeded(tmp_path, source):
     with pytest.raises(QuantError, match=r"choose a size from ([\d.]+) to ([\d.]+) GiB") as refused:
         sized(source, tmp_path, 1)
     low, high = (float(word) * GIB for word in str(refused.value).split()[-4:-1:2])
-    wanted = int(low + fraction * (high - low))
-    report = sized(source, tmp_path, wanted)
-    assert 0.99 * wanted <= report.nbytes <= wanted
-    assert report.nbytes == report.destination.stat().st_size
+    wanted = [int(low + fraction * (high - low)) for fraction in (0.1, 0.35, 0.6, 0.9)]
+    targets = [Target(tmp_path / f"{nbytes}.gguf", target_size=nbytes / GIB) for nbytes in wanted]
+    for report, nbytes in zip(convert_all(source, targets, Settings(effort="fast")), wanted, strict=True):
+        assert 0.99 * nbytes <= report.nbytes <= nbytes
+        assert report.nbytes == report.destination.stat().st_size
 
 
 def test_error_is_below_that_of_the_recipe_of_the_same_size(tmp_path, source):
