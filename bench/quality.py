@@ -13,9 +13,10 @@ from itertools import product
 from statistics import fmean
 
 from wanquant.bench import harness
+from wanquant.bench.comparison import Gain, Spread
 from wanquant.bench.tinywan.encodings import METHODS, Workshop
 from wanquant.bench.tinywan.pictures import draw_quality
-from wanquant.bench.tinywan.reference import Errors, Gain, Reference, Spread, gains, load_model, origin, prompts
+from wanquant.bench.tinywan.reference import Errors, Reference, gains, load_model, origin, prompts
 
 RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 PEERS = {

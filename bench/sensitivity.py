@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from wanquant.bench import harness
+from wanquant.bench.comparison import Gain, Spread
 from wanquant.bench.tinywan.allocation import HALVES, Allocator, Network, Split, half_of
 from wanquant.bench.tinywan.data import noise_level
 from wanquant.bench.tinywan.pictures import draw_sensitivity
-from wanquant.bench.tinywan.reference import STEPS, Gain, Reference, Spread, gains, load_model, load_weights, origin
+from wanquant.bench.tinywan.reference import STEPS, Reference, gains, load_model, load_weights, origin
 from wanquant.quant import QTYPES
 from wanquant.quant.conversion.layer_encoder import LayerEncoder
 

@@ -9,7 +9,7 @@ import torch
 
 from ..quant.gguf.layout import TensorSpec
 from ..quant.plan.recipe import RECIPES, Recipe, plan_types
-from ..quant.plan.wan_shapes import SIZES, wan_shapes
+from ..quant.plan.wan_shapes import SIZES, WanSize, transformer_shapes, wan_shapes
 from . import harness
 
 
@@ -26,10 +26,15 @@ def rows() -> list[dict[str, object]]:
     ]
 
 
-def tensor_bytes(size: str, recipe: Recipe) -> int:
-    shapes = wan_shapes(size)
+def tensor_specs(size: WanSize, recipe: Recipe) -> list[TensorSpec]:
+    """Return the tensors of a file in this recipe, whose source is in bfloat16."""
+    shapes = transformer_shapes(size)
     types = plan_types(recipe, {name: Source(shape) for name, shape in shapes.items()}).types
-    return sum(TensorSpec(name, types[name], shape).nbytes for name, shape in shapes.items())
+    return [TensorSpec(name, types[name], shape) for name, shape in shapes.items()]
+
+
+def tensor_bytes(size: str, recipe: Recipe) -> int:
+    return sum(spec.nbytes for spec in tensor_specs(SIZES[size], recipe))
 
 
 def gib_by_model(recipe: Recipe) -> dict[str, object]:

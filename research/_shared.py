@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from wanquant.bench import harness
+from wanquant.bench.comparison import Gain
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.model import velocity
-from wanquant.bench.tinywan.reference import STEPS, Errors, Gain, gains, origin
+from wanquant.bench.tinywan.reference import STEPS, Errors, gains, origin
 from wanquant.bench.tinywan.score import generate
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from wanquant.bench import harness
+from wanquant.bench.comparison import Spread
 from wanquant.bench.tinywan.data import TRAINING
 from wanquant.bench.tinywan.reference import (
     CHECKPOINT,
     Reference,
-    Spread,
     collect,
     load_model,
     load_weights,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from wanquant.bench.comparison import decibels, output_error
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
@@ -45,7 +46,7 @@ class Encoded:
     def weight_sqnr(self, source: Weights) -> float:
         """Return the SQNR of all quantized weights in dB."""
         noise = sum(float((self.weights[name] - source[name]).square().sum()) for name in self.quantized)
-        return 10 * math.log10(sum(float(source[name].square().sum()) for name in self.quantized) / noise)
+        return decibels(noise / sum(float(source[name].square().sum()) for name in self.quantized))
 
     def output_sqnr(self, source: Weights, products: Mapping[str, Tensor]) -> float:
         """Return the SQNR of the outputs in dB, with the relative errors averaged over the layers.
@@ -55,16 +56,10 @@ class Encoded:
                 float32, (columns + 1, columns + 1).
         """
 
-        def error(name: str) -> Tensor:
-            bias = f"{name.removesuffix('.weight')}.bias"
-            return torch.column_stack([self.weights[n] - source[n] for n in (name, bias)])
-
-        def square(weight: Tensor, product: Tensor) -> float:
-            return float((weight @ product * weight).sum())
-
-        names = self.quantized & products.keys()
-        shares = (square(error(n), products[n]) / square(source[n], products[n][:-1, :-1]) for n in names)
-        return -10 * math.log10(sum(shares) / len(names))
+        names, biases = self.quantized & products.keys(), {n: f"{n.removesuffix('.weight')}.bias" for n in products}
+        shifts = {n: self.weights[biases[n]] - source[biases[n]] for n in names}
+        errors = (output_error(source[n], self.weights[n], products[n], shifts[n]) for n in names)
+        return decibels(fmean(errors))
 
 
 @dataclass(frozen=True)

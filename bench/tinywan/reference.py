@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import fmean, stdev
+from statistics import fmean
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wanquant.bench.comparison import Gain, Products
 from wanquant.bench.harness import machine
 from wanquant.bench.tinywan.data import HELD_OUT, TRAINING, Caption
 from wanquant.bench.tinywan.model import Model, build, velocity
@@ -32,37 +33,6 @@ _STEP_CLIPS = 4
 
 Weights = Mapping[str, Tensor]
 Inputs = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean and a standard deviation in dB; the deviation of a single value is NaN."""
-
-    mean: float
-    deviation: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        return cls(fmean(values), stdev(values) if len(values) > 1 else math.nan)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.deviation:.1f}"
-
-
-@dataclass(frozen=True)
-class Gain:
-    """The dB by which files are closer than their peers: a mean, and its standard error."""
-
-    mean: float
-    error: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Gain:
-        spread = Spread.of(values)
-        return cls(spread.mean, spread.deviation / len(values) ** 0.5)
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.error:.2f}"
 
 
 @dataclass(frozen=True)
@@ -94,13 +64,6 @@ def gains(files: Sequence[Errors], peers: Sequence[Errors]) -> dict[str, Gain]:
     """Return the gain in each of the `means`, comparing file by file."""
     pairs = [(file.means, peer.means) for file, peer in zip(files, peers, strict=True)]
     return {key: Gain.of([ours[key] - theirs[key] for ours, theirs in pairs]) for key in pairs[0][0]}
-
-
-class _Products(Collector):
-    @staticmethod
-    def measure(inputs: Tensor) -> tuple[Tensor, ...]:
-        rows = torch.nn.functional.pad(inputs.reshape(-1, inputs.shape[-1]), (0, 1), value=1.0)
-        return (rows.mT @ rows,)
 
 
 @dataclass(frozen=True)
@@ -146,7 +109,7 @@ class Reference:
 
         Each x ends with a 1, for the bias: (columns + 1, columns + 1).
         """
-        return collect(weights, self.captions, _Products(), seed=self.seed)
+        return collect(weights, self.captions, Products(), seed=self.seed)
 
     @torch.no_grad()
     def velocity_sqnr(self, model: Model) -> list[float]:
