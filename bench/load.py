@@ -1,4 +1,4 @@
-"""Time that the pack adds to ComfyUI's start, and time from a GGUF on disk to the first forward pass."""
+"""Time that the pack adds to ComfyUI's start; size of a GGUF, time and memory from disk to the first forward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ import torch
 
 from ..quant.gguf.layout import TensorSpec
 from ..quant.gguf.writer import GGUFWriter
-from ..quant.plan.wan_shapes import SIZES, Shape, transformer_shapes
-from ..quant.qtype import QTYPES
+from ..quant.plan.recipe import RECIPES
+from ..quant.plan.wan_shapes import SIZES
+from ..quant.qtype import Effort
 from ..testing.hosts import ROOT, checkout
 from . import harness
+from .convert import resident
+from .sizes import tensor_specs
 
 START_UP_MS = 150.0
 """Limit of the milliseconds that the pack adds."""
@@ -69,25 +72,19 @@ def late_modules(modules: list[str]) -> set[str]:
     return {name for name in modules if LATE & set(name.split(".")) and not name.startswith("pack")}
 
 
-def write_model(path: Path, size: str, layers: int) -> Path:
-    """Write a Q8_0 file of true shapes whose rows repeat one row of noise, which is fast to write."""
-    shapes = transformer_shapes(SIZES[size]._replace(layers=layers))
-    specs = [
-        TensorSpec(name, QTYPES["Q8_0" if _is_matrix(name, shape) else "F32"], shape) for name, shape in shapes.items()
-    ]
+def write_model(path: Path, specs: Sequence[TensorSpec]) -> Path:
+    """Write a file whose rows repeat one row of noise for each tensor, which is fast to write."""
     with GGUFWriter(path, {"general.architecture": "wan"}, specs, overwrite=True) as writer:
         for spec in specs:
-            row = spec.qtype.quantize(0.02 * torch.randn(spec.shape[-1]), effort="fast")
+            # ggml's encoders of the smallest types need an importance.
+            effort: Effort = "best" if spec.qtype.fast_in_c else "fast"
+            row = spec.qtype.quantize(0.02 * torch.randn(spec.shape[-1]), effort=effort)
             writer.write(spec.name, row.expand(spec.qtype.packed_shape(spec.shape)).contiguous())
     return path
 
 
-def _is_matrix(name: str, shape: Shape) -> bool:
-    return len(shape) == 2 and name.endswith(".weight")
-
-
 def from_disk(path: Path) -> dict[str, float]:
-    """Return the seconds to read the file, to load it, and of two forward passes.
+    """Return the seconds to read the file, to load it, and of two forward passes of few tokens.
 
     The file is dropped from the page cache before each but the last.
     """
@@ -97,11 +94,12 @@ def from_disk(path: Path) -> dict[str, float]:
     patchers: list[Any] = []
     load = timed(path, lambda: patchers.append(load_diffusion_model(path)))
     model = patchers[0].model.diffusion_model
-    inputs = torch.randn(1, model.in_dim, 1, 2, 2), torch.tensor([500.0]), torch.randn(1, 1, 4096)
+    inputs = torch.randn(1, model.in_dim, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 4, 4096)
 
     def forward() -> None:
         with torch.inference_mode():
-            model(*inputs)
+            if not model(*inputs).isfinite().all():
+                raise SystemExit(f"{path}: the model's output holds NaN or infinity, expected finite numbers")
 
     return {"read": read, "load": load, "first_forward": timed(path, forward), "second_forward": timed(None, forward)}
 
@@ -127,23 +125,32 @@ def _read(path: Path) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="14B", choices=SIZES)
-    parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the file; 22 need 8 GiB at 14B")
+    parser.add_argument("--recipe", default="Q8_0", choices=RECIPES)
+    parser.add_argument("--blocks", type=int, default=4, help="transformer blocks of the file; 40 are a whole 14B")
     options = parser.parse_args()
     folder = ROOT / "out" / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     starts = [start_up()["ms"] for _ in range(3)]
     harness.import_comfyui(cpu=not torch.accelerator.is_available())
-    path = write_model(folder / f"load-{options.size}-{options.blocks}.gguf", options.size, options.blocks)
-    gib = path.stat().st_size / harness.GIB
-    seconds = from_disk(path)
+    specs = tensor_specs(SIZES[options.size]._replace(layers=options.blocks), RECIPES[options.recipe])
+    path = write_model(folder / f"load-{options.size}-{options.blocks}-{options.recipe}.gguf", specs)
+    file = {"model": options.size, "blocks": options.blocks, "recipe": options.recipe}
+    gib, predicted = path.stat().st_size / harness.GIB, sum(spec.nbytes for spec in specs) / harness.GIB
+    with harness.sampled(lambda: resident("self")["RssAnon"], 0.02) as anonymous:
+        seconds = from_disk(path)
+    peaks = {"anonymous": max(anonymous) / harness.GIB, "resident": resident("self")["VmHWM"] / harness.GIB}
     path.unlink()
     # The second pass is arithmetic alone; the rest of the first one is loading.
     loading = seconds["load"] + seconds["first_forward"] - seconds["second_forward"]
-    result = {"machine": harness.machine(), "start_up_ms": starts, "gib": gib, "loading": loading, **seconds}
+    result = {"machine": harness.machine(), "start_up_ms": starts, **file, "gib": gib, "predicted_gib": predicted}
+    result |= {"loading": loading, **seconds}
+    result |= {f"peak_{kind}_gib": peak for kind, peak in peaks.items()}
     text = f"""{result["machine"]}
 ComfyUI's start: {min(starts)} ms more of processor time (at most {START_UP_MS:.0f})
-{gib:.2f} GiB in Q8_0, seconds: {", ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in seconds.items())}
-loading to the first forward, arithmetic not counted: {loading / seconds["read"]:.2f} x reading the file"""
+{options.blocks} blocks in {options.recipe}: {gib:.3f} GiB, {predicted:.3f} predicted for its tensors
+seconds: {", ".join(f"{key.replace('_', ' ')} {value:.2f}" for key, value in seconds.items())}
+loading to the first forward, arithmetic not counted: {loading / seconds["read"]:.2f} x reading the file
+peak GiB of memory: {peaks["anonymous"]:.2f}, with the pages of the file {peaks["resident"]:.2f}"""
     harness.conclude(options, result, text)
 
 
