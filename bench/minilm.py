@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..quant.conversion.bias_correction import mean_error
 from ..quant.conversion.layer_encoder import LayerEncoder
 from ..quant.qtype import QTYPES, Effort, QuantType
 from ..quant.statistics.calibration import CalibrationCollector
@@ -58,8 +60,20 @@ class Statistics:
         )
 
 
-Encode = Callable[[Statistics, str, QuantType, Tensor], "Tensor | None"]
+Encode = Callable[[Statistics, str, QuantType, Tensor], "Encoded | None"]
 """Takes a weight with its name, and returns it quantized and dequantized; None if ggml requires an importance."""
+
+
+class Encoded(NamedTuple):
+    """A weight after quantization, and by how much its layer's bias changes.
+
+    Attributes:
+        weight: float32 (rows, columns).
+        shift: float32 (rows,).
+    """
+
+    weight: Tensor
+    shift: Tensor
 
 
 @dataclass(frozen=True)
@@ -111,25 +125,28 @@ def _gain(errors: Sequence[float], peers: Sequence[float]) -> Gain:
     return Gain.of([decibels(ours) - decibels(theirs) for ours, theirs in zip(errors, peers, strict=True)])
 
 
-def by_ggml(statistics: Statistics, name: str, qtype: QuantType, weight: Tensor) -> Tensor | None:
+def by_ggml(statistics: Statistics, name: str, qtype: QuantType, weight: Tensor) -> Encoded | None:
     return None if qtype.fast_in_c == "requires importance" else _by_library(qtype, weight, None)
 
 
-def by_ggml_weighted(statistics: Statistics, name: str, qtype: QuantType, weight: Tensor) -> Tensor:
+def by_ggml_weighted(statistics: Statistics, name: str, qtype: QuantType, weight: Tensor) -> Encoded:
     return _by_library(qtype, weight, statistics.importance[name])
 
 
-def _by_library(qtype: QuantType, weight: Tensor, importance: Tensor | None) -> Tensor:
+def _by_library(qtype: QuantType, weight: Tensor, importance: Tensor | None) -> Encoded:
     library = load_libggml()
     packed = library.quantize(qtype.name, weight.numpy(), None if importance is None else importance.numpy())
-    return torch.from_numpy(library.dequantize(qtype.name, packed))
+    return Encoded(torch.from_numpy(library.dequantize(qtype.name, packed)), torch.zeros(len(weight)))
 
 
 def by_us(known: Callable[[Statistics], Mapping[str, Tensor]], effort: Effort = "best") -> Encode:
     """Return our encoder with the statistics that `known` selects."""
 
-    def encode(statistics: Statistics, name: str, qtype: QuantType, weight: Tensor) -> Tensor:
-        return qtype.dequantize(LayerEncoder.of(known(statistics), name).quantize(qtype, weight, effort))
+    def encode(statistics: Statistics, name: str, qtype: QuantType, weight: Tensor) -> Encoded:
+        encoder = LayerEncoder.of(known(statistics), name, has_bias=True).tried(qtype, weight)
+        rounded = qtype.dequantize(encoder.quantize(qtype, weight, effort))
+        shift = torch.zeros(len(weight)) if encoder.mean is None else -mean_error(rounded - weight, encoder.mean)
+        return Encoded(rounded, shift)
 
     return encode
 
@@ -167,9 +184,9 @@ def measure(network: Bert, collected: Sequence[Tensor], judged: Sequence[Tensor]
         found: dict[str, Errors] = {}
         for method, encode in METHODS.items():
             encoded = {name: encode(statistics, name, qtype, network.weights[name]) for name in names}
-            weights = {name: weight for name, weight in encoded.items() if weight is not None}
-            if weights:
-                found[method] = _errors(network, weights, statistics.products, judged, expected)
+            layers = {name: layer for name, layer in encoded.items() if layer is not None}
+            if layers:
+                found[method] = _errors(network, layers, statistics.products, judged, expected)
         rows += [errors.row(qtype.name, method, found.get(PEERS.get(method, ""))) for method, errors in found.items()]
     return rows
 
@@ -180,11 +197,18 @@ def embeddings(network: Bert, texts: Sequence[Tensor]) -> Tensor:
 
 
 def _errors(
-    network: Bert, weights: Mapping[str, Tensor], products: Importance, texts: Sequence[Tensor], expected: Tensor
+    network: Bert, layers: Mapping[str, Encoded], products: Importance, texts: Sequence[Tensor], expected: Tensor
 ) -> Errors:
-    found = embeddings(Bert({**network.weights, **weights}), texts)
+    weights = dict(network.weights)
+    for name, (weight, shift) in layers.items():
+        bias = f"{name.removesuffix('.weight')}.bias"
+        weights |= {name: weight, bias: weights[bias] + shift}
+    found = embeddings(Bert(weights), texts)
     return Errors(
-        [output_error(network.weights[name], weight, products[name]) for name, weight in weights.items()],
+        [
+            output_error(network.weights[name], layer.weight, products[name], layer.shift)
+            for name, layer in layers.items()
+        ],
         (found - expected).square().sum(1).tolist(),
         (_neighbors(found) == _neighbors(expected)).tolist(),
     )

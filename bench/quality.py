@@ -6,9 +6,11 @@ are quantized, each by all methods and with its own seeds, and the methods are c
 
 from __future__ import annotations
 
-from collections import defaultdict
+import multiprocessing
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from statistics import fmean
 
@@ -78,8 +80,12 @@ class Quality:
         )
 
 
+Files = dict[tuple[str, str], Sample]
+"""The files of one network, by recipe and method."""
+
+
 def measure(
-    recipes: Sequence[str], methods: Sequence[str], *, roundings: int, clips: int, captions: int
+    recipes: Sequence[str], methods: Sequence[str], *, roundings: int, clips: int, captions: int, jobs: int = 1
 ) -> list[Quality]:
     """Measure every recipe by every method.
 
@@ -87,25 +93,35 @@ def measure(
         roundings: the number of networks.
         clips: per network.
         captions: that the statistics are collected from.
+        jobs: the number of networks that are measured at the same time, each in a process.
     """
-    files = defaultdict(list)
-    for order in range(roundings):
-        reference = Reference.sample(clips, order)
-        with Workshop.open(prompts(captions), order) as workshop:
-            products = reference.products(workshop.source)
-            for recipe, method in product(recipes, methods):
-                file = METHODS[method](workshop, recipe)
-                sample = Sample(
-                    **vars(reference.errors(load_model(file.weights))),
-                    nbytes=file.nbytes,
-                    weight_sqnr=file.weight_sqnr(workshop.source),
-                    output_sqnr=file.output_sqnr(workshop.source, products),
-                )
-                files[recipe, method].append(sample)
+    of_network = partial(measure_network, recipes=recipes, methods=methods, clips=clips, captions=captions)
+    if jobs == 1:
+        networks = list(map(of_network, range(roundings)))
+    else:
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+            networks = list(pool.map(of_network, range(roundings)))
+    files = {key: [network[key] for network in networks] for key in product(recipes, methods)}
     return [
         Quality.of(recipe, method, found, files.get((recipe, PEERS.get(method, ""))))
         for (recipe, method), found in files.items()
     ]
+
+
+def measure_network(order: int, *, recipes: Sequence[str], methods: Sequence[str], clips: int, captions: int) -> Files:
+    """Measure every recipe by every method on the network whose channels have this order."""
+    reference, files = Reference.sample(clips, order), {}
+    with Workshop.open(prompts(captions), order) as workshop:
+        products = reference.products(workshop.source)
+        for recipe, method in product(recipes, methods):
+            file = METHODS[method](workshop, recipe)
+            files[recipe, method] = Sample(
+                **vars(reference.errors(load_model(file.weights))),
+                nbytes=file.nbytes,
+                weight_sqnr=file.weight_sqnr(workshop.source),
+                output_sqnr=file.output_sqnr(workshop.source, products),
+            )
+    return files
 
 
 def text(rows: Sequence[Quality]) -> str:
@@ -140,9 +156,10 @@ def main() -> None:
     parser.add_argument("--roundings", type=int, default=16, help="networks; the first is the unchanged TinyWan")
     parser.add_argument("--seeds", type=int, default=1, help="clips per network")
     parser.add_argument("--prompts", type=int, default=8, help="captions that the statistics are collected from")
+    parser.add_argument("--jobs", type=int, default=1, help="networks that are measured at the same time")
     options = parser.parse_args()
     given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
-    rows = measure(options.recipes, options.methods, **given)
+    rows = measure(options.recipes, options.methods, **given, jobs=options.jobs)
     result = {**origin(), **given, "rows": [asdict(row) for row in rows]}
     if options.update:
         draw_quality(result["rows"], harness.PICTURES / "quality.png")
