@@ -38,7 +38,7 @@ class WanQuantCollectImportance(io.ComfyNode):
                     default=False,
                     optional=True,
                     tooltip="Also measure how the inputs correlate, for rounding that compensates for its own errors."
-                    " The file of a 14B model has 1.5 GiB.",
+                    " The file of a 14B model has 2.1 GiB.",
                 ),
             ],
             outputs=[

@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.utils import ExecutionContext, get_executing_context
 from server import PromptServer
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .. import quant
 from ..quant.conversion.convert import ConversionReport
@@ -26,6 +27,8 @@ from .pictures import picture_tensor, text_and_picture
 _ENCODER_BYTES = 1 << 30
 # As in the host's own progress bar: thousands of small tensors must not flood the websocket.
 _SECONDS_BETWEEN_NAMES = 0.1
+# What the first seconds took says little about the rest.
+_SECONDS_BEFORE_TIME_LEFT = 3.0
 
 
 def recipe_input() -> io.Combo.Input:
@@ -118,9 +121,12 @@ def read_importance(path: str) -> Importance:
 
 
 def progress_bar() -> Progress:
-    """Return a callback that shows a bar and the tensor's name on the running node, and lets the user interrupt it."""
+    """Return a callback that shows a bar, the tensor's name and the time left on the running node.
+
+    It lets the user interrupt the node.
+    """
     bar = comfy.utils.ProgressBar(1)
-    running, last_shown = get_executing_context(), 0.0
+    running, started, last_shown = get_executing_context(), time.monotonic(), 0.0
 
     def progress(done: int, total: int, name: str) -> None:
         nonlocal last_shown
@@ -128,9 +134,16 @@ def progress_bar() -> Progress:
         bar.update_absolute(done, total)
         if time.monotonic() - last_shown > _SECONDS_BETWEEN_NAMES:
             last_shown = time.monotonic()
-            _show(running, name)
+            _show(running, name + _time_left(last_shown - started, done / total))
 
     return progress
+
+
+def _time_left(seconds: float, share: float) -> str:
+    """Return the time left after so many seconds for this share of the work, once it can be told."""
+    if seconds < _SECONDS_BEFORE_TIME_LEFT or not share:
+        return ""
+    return f", {tqdm.format_interval(seconds * (1 - share) / share)} left"
 
 
 def show_on_node(text: str) -> None:

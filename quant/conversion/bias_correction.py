@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..encoders.rounding.exact import exact_product, rounded_matrix
 from ..sources.checkpoint import Checkpoint, SourceTensor
-from ..statistics.calibration import SPAN
+from ..statistics.calibration import SPAN, Calibration
 from ..statistics.importance import Importance
 from .settings import Settings
 
@@ -24,12 +24,13 @@ from .settings import Settings
 def corrected_biases(settings: Settings, tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
     """Return the biases that are corrected, by the names of their weights.
 
-    They are those of the layers whose mean input was measured. At effort "fast" there are none: all of its bytes are
-    ggml's.
+    They are those of the layers whose mean input was measured. At effort "fast" there are none without a calibration,
+    because all of its bytes are ggml's.
     """
-    if settings.effort == "fast" or not isinstance(settings.importance, Importance):
+    known = settings.importance
+    if not isinstance(known, Importance) or (settings.effort == "fast" and not isinstance(known, Calibration)):
         return {}
-    pairs = {name: f"{name.removesuffix('.weight')}.bias" for name in settings.importance.totals}
+    pairs = {name: f"{name.removesuffix('.weight')}.bias" for name in known.totals}
     return {weight: bias for weight, bias in pairs.items() if weight in tensors and bias in tensors}
 
 

@@ -83,7 +83,7 @@ class OpenFile:
         return packed.cpu()
 
     def correct(self, part: Slice, qtype: QuantType) -> Tensor:
-        """Return the bytes of a bias, less the mean error of the outputs of the weight before it."""
+        """Return the bytes of a bias less the mean error of the outputs of its weight, uint8 (1, bytes)."""
         weight = part.weight
         if self.mean_errors:  # not if the weight's bytes are the source's
             weight = weight - torch.cat(self.mean_errors).view_as(weight)

@@ -116,7 +116,10 @@ class Collector:
         return Importance(squares, dict(self._counts), self.samples, totals=totals[0] if totals else {})
 
     def collected(self) -> list[dict[str, Tensor]]:
-        """Return a copy on the CPU of each statistic, by the name of the weight; it raises what `result` raises."""
+        """Return a copy of each statistic that `measure` returns, by the name of the weight.
+
+        Each is float32, of the shape that `measure` gives it, on the CPU. It raises what `result` raises.
+        """
         if not self._sums:
             raise QuantError(
                 "importance: nothing collected yet, expected the inputs of at least one layer; sample with the model"

@@ -211,6 +211,17 @@ def test_a_typed_path_is_opened_only_if_its_suffix_is_of_the_kind(tmp_path):
         WanQuantLoader.execute("", "default", path=str(secret))
 
 
+def test_progress_shows_the_tensor_and_the_time_left(monkeypatch):
+    shown, now = [], [100.0]
+    monkeypatch.setattr(encoding, "_show", lambda _, text: shown.append(text))
+    monkeypatch.setattr(encoding, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = encoding.progress_bar()
+    for seconds, done in ((1, 10), (20, 100), (60, 300)):
+        now[0] = 100.0 + seconds
+        progress(done, 400, "blocks.0.ffn.0.weight")
+    assert shown == [f"blocks.0.ffn.0.weight{left}" for left in ("", ", 01:00 left", ", 00:20 left")]
+
+
 def test_text_on_the_node_is_neither_html_nor_control_characters(monkeypatch):
     shown = []
     server = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append(text))
