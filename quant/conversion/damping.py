@@ -16,6 +16,7 @@ from ..statistics.calibration import SecondMoments
 # Fractions of the mean of a span's diagonal that are added to the diagonal. The first, that of GPTQ (arXiv 2210.17323),
 # is taken without held-out tokens.
 _DAMPINGS = (0.01, 0.001, 0.1, 1.0)
+_FEWEST_TOKENS = 8
 
 
 def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moments:
@@ -42,14 +43,20 @@ def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moment
     return min(usable, key=lambda moments: _expected_error(moments, held_out))
 
 
-def output_error(error: Tensor, inputs: Tensor) -> float:
-    """Return the sum of the squares of what an error of a weight does to outputs.
+def is_clearly_less(error: Tensor, than: Tensor, tokens: Tensor) -> bool:
+    """Return whether an error of a weight does less to the outputs than another one, beyond chance.
+
+    That is so if the mean difference over the tokens is above two standard errors. Few tokens cannot show it.
 
     Args:
-        error: float32 (rows, in_features).
-        inputs: float32 (tokens, in_features).
+        error, than: float32 (rows, in_features).
+        tokens: float32 (tokens, in_features).
     """
-    return float((error.double() @ inputs.double().mT).square().sum())
+    if len(tokens) < _FEWEST_TOKENS:
+        return False
+    ours, theirs = ((each.double() @ tokens.double().mT).square().sum(0) for each in (error, than))
+    gains = theirs - ours
+    return bool(gains.mean() > 2 * gains.std() / len(gains) ** 0.5)
 
 
 def _with_damping(second: SecondMoments, damping: float) -> Moments:

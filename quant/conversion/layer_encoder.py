@@ -23,7 +23,7 @@ from ..encoders.search import SearchEncoder
 from ..qtype import QTYPES, Effort, QuantType, elements_at_a_time
 from ..statistics.calibration import Calibration
 from ..statistics.importance import Importance
-from .damping import damped, output_error
+from .damping import damped, is_clearly_less
 from .row_gain import error_weights, restore_gain
 
 # In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
@@ -104,11 +104,8 @@ class LayerEncoder(NamedTuple):
         plain = self._replace(moments=None)
         if self.moments is None or self.held_out is None or not isinstance(qtype.best, SearchEncoder):
             return self
-        with_moments, without = (
-            output_error(qtype.dequantize(encoder.quantize(qtype, rows)) - rows, self.held_out)
-            for encoder in (self, plain)
-        )
-        return self if with_moments < without else plain
+        error, without = (qtype.dequantize(encoder.quantize(qtype, rows)) - rows for encoder in (self, plain))
+        return self if is_clearly_less(error, without, self.held_out) else plain
 
     def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
         """Quantize the weight like `QuantType.quantize`, but for the least error of the layer's outputs.

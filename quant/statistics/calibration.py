@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..gguf.provenance import CALIBRATED
 from .held_out import HeldOut
-from .importance import Collector, Importance, sum_of_inputs
+from .importance import Collector, Importance
 from .leading_factors import leading_factors, sketch
 
 SPAN = 256
@@ -140,7 +140,7 @@ class CalibrationCollector(Collector):
         """
         blocks = gram_blocks(inputs)
         sketched = sketch(inputs.float()).cpu() if len(blocks) > 1 else torch.zeros(inputs.shape[-1], 0)
-        return blocks, sum_of_inputs(inputs).cpu(), sketched
+        return blocks, inputs.sum(0, dtype=torch.float32).cpu(), sketched
 
 
 def gram_blocks(inputs: Tensor) -> Tensor:

@@ -142,39 +142,28 @@ class Collector:
         Returns:
             The sum of squares and the sum of each input channel, float32 (in_features,) each.
         """
-        return sum_of_squares(inputs), sum_of_inputs(inputs)
+        return sum_up(inputs)
 
 
-def sum_of_squares(inputs: Tensor) -> Tensor:
-    """Return the sum of squares of each input channel, without a float32 copy of the whole input.
+def sum_up(inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of squares and the sum of each input channel, without a float32 copy of the whole input.
 
     Args:
         inputs: floating point, (..., in_features).
 
     Returns:
-        float32, (in_features,), on the same device.
+        float32, (in_features,) each, on the same device.
     """
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
     if rows.device.type != "cpu":
         norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
-        return norms.square_()
-    total = torch.zeros(rows.shape[-1])
+        return norms.square_(), rows.sum(0, dtype=torch.float32)
+    squares, total = torch.zeros(2, rows.shape[-1])
     for part in torch.split(rows, max(1, _SLICE_ELEMENTS // rows.shape[-1])):
-        total += part.to(torch.float32, copy=True).square_().sum(0)
-    return total
-
-
-def sum_of_inputs(inputs: Tensor) -> Tensor:
-    """Return the sum of each input channel.
-
-    Args:
-        inputs: floating point, (..., in_features).
-
-    Returns:
-        float32, (in_features,), on the same device.
-    """
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    return rows.sum(0, dtype=torch.float32)
+        values = part.to(torch.float32, copy=True)
+        total += values.sum(0)
+        squares += values.square_().sum(0)
+    return squares, total
 
 
 def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:

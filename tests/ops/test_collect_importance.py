@@ -97,6 +97,8 @@ def test_products_of_every_linear(model):
     hook.remove()
     calibration = collector.result()
     rows = torch.cat([x.reshape(-1, x.shape[-1]) for x in seen])
+    held_out = calibration.held_out[NAME]
+    rows = rows[~(rows.bfloat16()[:, None] == held_out).all(2).any(1)]
     expected = torch.stack([part.t() @ part for part in rows.split(256, 1)])
     torch.testing.assert_close(calibration.products[NAME], expected, rtol=1e-4, atol=1e-5)
     assert calibration.samples == STEPS
@@ -213,11 +215,11 @@ class Passes(TorchDispatchMode):
 
 
 def test_goes_over_inputs_a_few_times():
-    """Collecting makes a float32 copy, squares it in place, and sums it."""
+    """Collecting makes a float32 copy, sums it, squares it in place, and sums it again."""
     inputs = torch.randn(512, 8960, dtype=torch.bfloat16)
     with Passes() as passes:
         Collector().add("ffn.2", inputs)
-    assert passes.elements < 6 * inputs.numel()
+    assert passes.elements < 7 * inputs.numel()
 
 
 def test_sums_are_kept_outside_the_hosts_allocation_graph(monkeypatch):

@@ -43,7 +43,7 @@ def test_every_stage_lowers_the_error(name, layer):
     first, *later = [rounded(False, sweeps) for sweeps in (0, 1, 2)]
     assert first < plain
     assert later[0] < first and later[1] <= later[0] * 1.001
-    assert rounded(True, 0) <= first * 1.01
+    assert rounded(True, 0) <= first * 1.02
 
 
 def test_products_are_exact_in_any_order():

@@ -13,7 +13,7 @@ from wanquant.quant.plan import target_size as budget
 from wanquant.quant.plan.recipe import required_precision
 from wanquant.quant.plan.target_size import relative_error
 from wanquant.quant.sources.checkpoint import open_checkpoint
-from wanquant.quant.statistics.importance import Collector, Importance, sum_of_squares
+from wanquant.quant.statistics.importance import Collector, Importance, sum_up
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 NAME = "blocks.0.ffn.0.weight"
@@ -43,7 +43,7 @@ def test_squares_are_summed_over_all_rows_in_float32(dtype, shape):
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = inputs.clone()
     expected = inputs.double().square().reshape(-1, shape[-1]).sum(0).float()
-    torch.testing.assert_close(sum_of_squares(inputs), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sum_up(inputs)[0], expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(inputs, before)
 
 
