@@ -79,6 +79,8 @@ class Moments:
 
     def to(self, device: torch.device) -> Moments:
         """Return these moments on a device."""
+        if self.blocks.device == device:
+            return self
         return replace(self, blocks=self.blocks.to(device), factors=self.factors.to(device))
 
     @functools.cached_property
