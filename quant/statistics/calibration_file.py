@@ -7,6 +7,7 @@ files of version 0.1.0 lack, and of which the last two may be absent.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -98,7 +99,7 @@ def read_calibration(path: str | Path) -> Calibration:
         _Values([name for name in counts if stored.has(name, part)], partial(stored.rows, part))
         for part in ("factors", "held_out")
     )
-    for _ in (*factors.values(), *held_out.values()):
+    for _ in itertools.chain(factors.values(), held_out.values()):
         pass  # reading checks them
     calibration = Calibration(
         sums, counts, samples, path.name, totals=totals, products=products, factors=factors, held_out=held_out
@@ -131,6 +132,9 @@ class _Values(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

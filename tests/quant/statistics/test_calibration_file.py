@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, read_calibration, write_calibration
+from wanquant.quant.sources.files import HashedFile
 from wanquant.quant.statistics.calibration import CalibrationCollector
 from wanquant.quant.statistics.calibration_file import _KEY
 
@@ -33,6 +34,13 @@ def test_round_trip(tmp_path, calibration):
         assert torch.equal(read[name], calibration[name])
         for part in ("products", "totals", "factors", "held_out"):
             assert torch.equal(getattr(read, part)[name], getattr(calibration, part)[name])
+
+
+def test_asking_for_a_name_reads_nothing(tmp_path, calibration, monkeypatch):
+    """A conversion asks on the thread that reads the source."""
+    read = read_calibration(write_calibration(tmp_path / "c.safetensors", calibration))
+    monkeypatch.setattr(HashedFile, "peek", None)
+    assert "b.o.weight" in read.held_out and "b.o.weight" in read.products and "other" not in read.factors
 
 
 def test_inputs_that_several_layers_share_are_written_once(tmp_path, calibration):
