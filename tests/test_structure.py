@@ -65,11 +65,12 @@ FLOORS = {
             "torch_op",
             "files",
         ),
-        *("gguf", "sources", "plan", "statistics", "inspection", "conversion", "recovery", "__init__", "__main__"),
+        *("gguf", "sources", "plan", "statistics", "inspection", "conversion"),
+        *("tuning", "recovery", "__init__", "__main__"),
     ),
     "ops": (
         *("__init__", "host_version", "host", "packed", "host_check", "conditioning", "latents", "loading"),
-        *("lean", "budget", "collect_importance", "merged_source"),
+        *("lean", "budget", "collect_importance", "merged_source", "tuning"),
     ),
 }
 

@@ -17,6 +17,7 @@ from ..gguf.header import Header, read_header
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import (
     CORRECTED_BIASES,
+    CALIBRATED,
     DATA_SHA256,
     FIVE_D,
     NON_FINITE,
@@ -25,6 +26,7 @@ from ..gguf.provenance import (
     SOURCE_PARTS,
     SOURCE_SHA256,
     TARGET_SIZE,
+    TUNED,
     VERSION,
     carried_metadata,
     encoder_revisions,
@@ -133,6 +135,7 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         **checkpoint.gguf_metadata,
         **carried_metadata(checkpoint.metadata),
         **({} if checkpoint.zeroed is None else {NON_FINITE: True}),
+        **({TUNED: settings.tuned, CALIBRATED: True} if settings.tuned else {}),
         **(importance.metadata if isinstance(importance, Importance) else {}),
         SOURCE_MTIME: np.int64(checkpoint.identity.mtime_ns),
         **({SOURCE_PARTS: parts} if (parts := checkpoint.identity.digest) else {}),

@@ -84,7 +84,7 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
 
 
 def without_factor(packed: Tensor, qtype: QuantType, place: int | tuple[int, ...]) -> Tensor:
-    """Return a copy in which this factor of each block is 0."""
+    """Return a copy of blocks, uint8 of any shape, in which this factor of each block is 0."""
     blocks = packed.view(-1, qtype.type_size).clone()
     write_factor(blocks, place, torch.zeros(len(blocks), 1, device=blocks.device))
     return blocks.view_as(packed)

@@ -36,7 +36,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of all files of a conversion; they are the arguments of `convert`, which documents them."""
+    """The settings of all files of a conversion; most are the arguments of `convert`, which documents them."""
 
     effort: Effort = "best"
     importance: Mapping[str, Tensor] | None = None
@@ -45,3 +45,5 @@ class Settings:
     five_d: bool = False
     allow_non_finite: bool = False
     add_ons: Sequence[str | Path] = ()
+    tuned: str = ""
+    """The SHA-256 of the capture that the file is tuned with; empty in a conversion."""

@@ -27,14 +27,17 @@ class AtomicFile:
         overwrite: `path` may exist; `commit` replaces it.
         resume: keep the content of a temporary file that a killed process left, for `read` and `restart`. Otherwise it
             is emptied.
+        keep: an exception leaves the temporary file as a killed process would.
 
     Raises:
         QuantError: on entering, `path` exists and `overwrite` is off, another process is writing the file, or its
             folder is missing, unwritable or has too little space. Later, a write fails.
     """
 
-    def __init__(self, path: Path, nbytes: int, *, overwrite: bool = False, resume: bool = False) -> None:
-        self.path, self.nbytes, self.overwrite, self.resume = path, nbytes, overwrite, resume
+    def __init__(
+        self, path: Path, nbytes: int, *, overwrite: bool = False, resume: bool = False, keep: bool = False
+    ) -> None:
+        self.path, self.nbytes, self.overwrite, self.resume, self.keep = path, nbytes, overwrite, resume, keep
         self._temporary = temporary_of(path)
         self._file: BinaryIO
         self._is_committed = False
@@ -60,7 +63,7 @@ class AtomicFile:
         if sys.platform == "win32":  # Windows deletes only closed files
             with suppress(OSError):
                 self._file.close()
-        if not self._is_committed:
+        if not self._is_committed and not (self.keep and kind):
             with suppress(OSError):
                 self._temporary.unlink()
         with suppress(OSError):

@@ -28,6 +28,8 @@ CALIBRATED = "wanquant.calibrated"
 """BOOL, true or absent: codes were rounded for the least error of the layers' outputs."""
 CORRECTED_BIASES = "wanquant.corrected_biases"
 """ARRAY of STRING, may be absent: the biases that make up for the mean error of their layers' weights."""
+TUNED = "wanquant.tuned"
+"""STRING or absent: the SHA-256 of the capture that the file was tuned with, block by block."""
 TARGET_SIZE = "wanquant.target_size"
 """UINT64: the size in bytes that the file was to have at most; 0 if a recipe was given."""
 DATA_SHA256 = "wanquant.data_sha256"
@@ -97,7 +99,7 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
     The source is compared by its name and size only. Versions and encoder revisions may differ: an update of the pack
     must not stop a saved graph.
     """
-    same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED)
+    same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED, TUNED)
     is_same = all(existing.get(key) == wanted.get(key) for key in same)
     # The tokenizer can come from a file beside the source.
     is_same = is_same and corrected_in(existing) == corrected_in(wanted)

@@ -26,13 +26,15 @@ _READ_BYTES = 16 << 20
 class GGUFWriter:
     """A context manager that writes the declared tensors in their order.
 
-    Leaving the `with` block normally closes the writer. Leaving it by an exception removes what was written. If the
-    process is killed, the tensors for which `record` was called stay on the disk, in a file beside `path`.
+    Leaving the `with` block normally closes the writer. Leaving it by an exception removes what was written, unless
+    `keep` is on. If the process is killed, the tensors for which `record` was called stay on the disk, in a file beside
+    `path`.
 
     Args:
         five_d: see `FileLayout`.
         resume: keep the tensors that a killed writer of the same metadata and tensors recorded. `recorded` then has
             their relative errors, and only the tensors after them are to be written.
+        keep: an exception leaves what a killed process would.
 
     Raises:
         QuantError: a name, a shape or a metadata value cannot be stored; on entering, also what `AtomicFile` raises.
@@ -47,13 +49,15 @@ class GGUFWriter:
         overwrite: bool = False,
         five_d: bool = False,
         resume: bool = False,
+        keep: bool = False,
     ) -> None:
         self._layout = FileLayout(path, metadata, tensors, five_d=five_d)
         self.path, self.tensors = self._layout.path, self._layout.tensors
         self.nbytes = self._layout.nbytes
         """The size of the finished file in bytes."""
         self.recorded: list[float] = []
-        self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite, resume=resume)
+        self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite, resume=resume, keep=keep)
+        self._keep = keep
         self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"))
         self._digest = hashlib.sha256()
         self._n_written = self._n_bytes = 0
@@ -75,7 +79,8 @@ class GGUFWriter:
             if kind is None and not self._is_closed:
                 self.close()
         finally:
-            self._journal.delete()
+            if self._is_closed or not self._keep:
+                self._journal.delete()
             self._file.__exit__(kind, error, traceback)
 
     @property

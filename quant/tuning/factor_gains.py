@@ -1,7 +1,7 @@
 """FactorGains, through which a packed weight is optimized while its integers stay as they are.
 
-All values of a block are linear in its one or two float16 factors. So a gain of each factor is a parameter with an exact
-gradient, and the result is written into the same bytes.
+All values of a block are linear in its one or two float16 factors. So a gain of each factor is a parameter with an
+exact gradient, and the result is written into the same bytes.
 """
 
 from __future__ import annotations

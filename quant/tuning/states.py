@@ -103,10 +103,11 @@ class StateFolder:
         return metadata.get(_KEY) == self._fingerprint and len(entries) == len(self._calls)
 
     def _streamed(self, state: ReadState) -> Iterable[StreamedTensor]:
+        def pieces(index: int) -> Callable[[], Iterable[Tensor]]:
+            return lambda: (state(index).cpu(),)
+
         for index in range(len(self._calls)):
-            yield StreamedTensor(
-                f"{index:06}", torch.float32, self._calls.shape(index), lambda index=index: (state(index).cpu(),)
-            )
+            yield StreamedTensor(f"{index:06}", torch.float32, self._calls.shape(index), pieces(index))
 
     def _reader(self, path: Path) -> ReadState:
         file = HashedFile(path)
