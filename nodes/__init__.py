@@ -51,6 +51,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         from .load_text_encoder import WanQuantTextEncoderLoader
         from .low_vram import WanQuantLowVRAM
         from .save_model import WanQuantSaveModel
+        from .tune import WanQuantTune
     except (ImportError, AttributeError) as error:
         logger.error(
             "WanQuant: the nodes that load models cannot start in ComfyUI %s (%s), but Convert to GGUF and GGUF Info"
@@ -71,4 +72,5 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         WanQuantCollectImportance,
         WanQuantSaveModel,
         WanQuantLowVRAM,
+        WanQuantTune,
     ]

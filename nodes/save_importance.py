@@ -10,8 +10,11 @@ from comfy_api.latest import io, ui
 from ..quant import write_calibration, write_importance
 from ..quant.statistics.calibration import Calibration
 from ..quant.statistics.importance import Collector
-from .collect_importance import ImportanceIO
+from ..quant.tuning.capture import Capture
+from .collect_importance import BlocksIO, ImportanceIO
 from .folders import IMPORTANCE, output_path, without_suffix
+
+BLOCKS_SUFFIX = ".blocks.safetensors"
 
 
 class WanQuantSaveImportance(io.ComfyNode):
@@ -38,8 +41,18 @@ class WanQuantSaveImportance(io.ComfyNode):
                     tooltip="The result of the sampler, so that saving waits for it. Disconnect it to save what an"
                     " interrupted run has measured.",
                 ),
+                BlocksIO.Input(
+                    "blocks",
+                    optional=True,
+                    tooltip="The blocks of Collect Importance Matrix, which get a file of their own for Tune to GGUF.",
+                ),
             ],
-            outputs=[io.String.Output(display_name="path", tooltip="Connect to importance_path of Convert to GGUF.")],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="Connect to importance_path of Convert to GGUF."),
+                io.String.Output(
+                    display_name="blocks_path", tooltip="Connect to blocks_path of Tune to GGUF. Empty without blocks."
+                ),
+            ],
         )
 
     @classmethod
@@ -47,7 +60,9 @@ class WanQuantSaveImportance(io.ComfyNode):
         return float("nan")  # never equal: the collector holds more after each run
 
     @classmethod
-    def execute(cls, importance: Collector, name: str, latent: object = None) -> io.NodeOutput:
+    def execute(
+        cls, importance: Collector, name: str, latent: object = None, blocks: Capture | None = None
+    ) -> io.NodeOutput:
         collected, folder = importance.result(), os.path.join(folder_paths.get_output_directory(), IMPORTANCE)
         if isinstance(collected, Calibration):
             name = without_suffix(name) + ".safetensors"
@@ -57,4 +72,10 @@ class WanQuantSaveImportance(io.ComfyNode):
         text = f"{len(collected)} layers over {collected.samples} evaluations of the model"
         if importance.unseen:
             text += f"; {len(importance.unseen)} layers received no input, first {importance.unseen[0]}"
-        return io.NodeOutput(written, ui=ui.PreviewText(f"Saved {name}: {text}"))
+        text, blocks_path = f"Saved {name}: {text}", ""
+        if blocks is not None:
+            blocks_name = without_suffix(name) + BLOCKS_SUFFIX
+            path = output_path(folder, blocks_name, BLOCKS_SUFFIX)
+            blocks_path = str(blocks.write(path, overwrite=True))
+            text += f". Saved {blocks_name}: {len(blocks)} of {blocks.seen} evaluations"
+        return io.NodeOutput(written, blocks_path, ui=ui.PreviewText(text))

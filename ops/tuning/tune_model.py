@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import comfy.ldm.modules.attention
-import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
 
 from ...quant import QuantError
 from ...quant.conversion.convert import ConversionReport
@@ -59,8 +54,7 @@ def block_module(model: torch.nn.Module, patcher: ModelPatcher) -> BlockModule:
     config.pop("disable_unet_model_creation", None)
     kind: Any = type(model)
     (block,) = kind(**config, device=_META, operations=torch.nn).blocks
-    options = {OPTIONS: {"optimized_attention_override": _attention}}
-    return BlockModule(block.requires_grad_(False), options, _training)
+    return BlockModule(block.requires_grad_(False), {OPTIONS: {}})
 
 
 def _check_same(calls: CapturedCalls, model: torch.nn.Module) -> None:
@@ -73,19 +67,3 @@ def _check_same(calls: CapturedCalls, model: torch.nn.Module) -> None:
         f"{calls.path}: was captured from another model ({len(captured)} blocks) than the connected one ({len(own)}"
         " blocks); connect that model, or capture this one"
     )
-
-
-def _attention(_: object, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
-    """Run PyTorch's attention in place of the selected one, which may have no gradients."""
-    attended: Tensor = comfy.ldm.modules.attention.attention_pytorch(*args, **kwargs)
-    return attended
-
-
-@contextmanager
-def _training() -> Iterator[None]:
-    """Select the host's own code for rotary embeddings that has gradients."""
-    before, comfy.model_management.in_training = comfy.model_management.in_training, True
-    try:
-        yield
-    finally:
-        comfy.model_management.in_training = before

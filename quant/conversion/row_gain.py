@@ -71,7 +71,7 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
     gains = torch.where(products > 0, wanted / products, 1.0).expand(len(qtype.block.factors), -1)
     if len(qtype.block.factors) == 2:
         # The contributions of the scales alone; the minima contribute the rest.
-        scaled = qtype.dequantize(without_factor(packed, qtype, qtype.block.factors[1]))
+        scaled = qtype.dequantize(_without_factor(packed, qtype, qtype.block.factors[1]))
         product, total = (weighted * scaled).sum(1), (magnitudes * scaled).sum(1)
         matrix = torch.stack([product, products - product, total, (magnitudes * dequantized).sum(1) - total])
         both = _solve(matrix, wanted, (magnitudes * weight).sum(1))
@@ -83,8 +83,8 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
     return packed
 
 
-def without_factor(packed: Tensor, qtype: QuantType, place: int | tuple[int, ...]) -> Tensor:
-    """Return a copy of blocks, uint8 of any shape, in which this factor of each block is 0."""
+def _without_factor(packed: Tensor, qtype: QuantType, place: int | tuple[int, ...]) -> Tensor:
+    """Return a copy in which this factor of each block is 0."""
     blocks = packed.view(-1, qtype.type_size).clone()
     write_factor(blocks, place, torch.zeros(len(blocks), 1, device=blocks.device))
     return blocks.view_as(packed)

@@ -1,9 +1,16 @@
-"""One block: its run with any weights, the inputs of its layers, and its tuning."""
+"""One block: its run with any weights, the inputs of its layers, and its rounding in the order in which they run.
+
+Calibrated rounding takes the inputs of a layer from the unquantized model. In the quantized model these inputs carry
+the errors of all layers before. Here each layer is rounded for the inputs that the layers before it give once they are
+rounded. A ridge regression first finds the weight whose outputs for these inputs are nearest to the unquantized ones.
+The bias then makes the mean of each output right.
+
+Source: GPTAQ (arXiv 2504.02692), whose asymmetric objective the regression solves before the rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +22,17 @@ from ..conversion.layer_encoder import LayerEncoder
 from ..qtype import Effort, QuantType
 from ..statistics.calibration import CalibrationCollector
 from .capture import CapturedCalls
-from .factor_gains import FactorGains
 from .states import Chains, ReadState
 
 Weights = Mapping[str, Tensor]
 """The tensors of a block by their names in it: float32, on the device of the tuning."""
 
-# Of Adam, for gains and for the tensors that are not quantized. Larger ones lose what the rounding has found.
-_RATE = 1e-4
+# The ridge, relative to the mean square of the inputs. With less, the regression fits the few captured calls too well.
+_RIDGE = 0.5
+
+
+class _Seen(Exception):  # noqa: N818 - not an error
+    """Raised to leave a block when the last wanted layer has been reached."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,10 @@ class BlockModule:
     Args:
         module: computes in float32; its own parameters are not used.
         options: further arguments of each call.
-        training: a context in which the module has gradients.
     """
 
     module: torch.nn.Module
     options: Mapping[str, Any] = field(default_factory=dict)
-    training: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, weights: Weights, hidden: Tensor, others: Mapping[str, Any]) -> Tensor:
         """Run a block.
@@ -52,25 +60,52 @@ class BlockModule:
         output: Tensor = functional_call(self.module, dict(weights), (hidden,), {**others, **self.options})
         return output
 
-    @property
-    def layers(self) -> list[str]:
-        """The names of the Linears."""
-        return [name for name, layer in self.module.named_modules() if hasattr(layer, "in_features")]
+    def inputs(
+        self, layers: Sequence[str], weights: Weights, hidden: Tensor, others: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Return the inputs of some Linears in the order in which they run; what comes after the last does not run.
 
-    @contextmanager
-    def collecting(self, collector: CalibrationCollector) -> Iterator[None]:
-        """Add the inputs of all Linears to a collector until the context ends."""
+        Args:
+            layers: the names of the Linears.
+            hidden: float32, (batch, tokens, channels).
+
+        Returns:
+            By name, float32, of the shape that the layer gets.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str, inputs: Tensor) -> None:
+            seen[name] = inputs
+            if len(seen) == len(layers):
+                raise _Seen
+
         hooks = [
-            self.module.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, name=name: collector.add(f"{name}.weight", inputs[0])
-            )
-            for name in self.layers
+            self.module.get_submodule(name).register_forward_pre_hook(lambda _, given, name=name: keep(name, given[0]))
+            for name in layers
         ]
         try:
-            yield
+            self(weights, hidden, others)
+        except _Seen:
+            pass
         finally:
             for hook in hooks:
                 hook.remove()
+        return seen
+
+    def stages(self, weights: Weights, hidden: Tensor, others: Mapping[str, Any]) -> list[list[str]]:
+        """Return the Linears in the order in which they run; those of one stage have the same input.
+
+        The arguments are those of `inputs`.
+        """
+        names = [name for name, layer in self.module.named_modules() if hasattr(layer, "in_features")]
+        stages: list[list[str]] = []
+        last: Tensor | None = None
+        for name, given in self.inputs(names, weights, hidden, others).items():
+            if given is not last:
+                stages.append([])
+            stages[-1].append(name)
+            last = given
+        return stages
 
 
 @dataclass(frozen=True)
@@ -102,65 +137,111 @@ class BlockTuning:
     calls: CapturedCalls
     chains: Chains
     device: torch.device
-    step: Callable[[], None]
+    step: Callable[[str], None]
 
-    @staticmethod
-    def passes(n_calls: int, steps: int) -> int:
-        """Return how often `run` and the states after it call `step`, for that many calls and steps."""
-        return 3 * n_calls + steps
-
-    def run(self, effort: Effort, steps: int) -> TunedBlock:
-        """Round the block for the inputs that the blocks before it give, and tune it for its unquantized output.
+    @torch.no_grad()
+    def run(self, effort: Effort) -> TunedBlock:
+        """Round the layers one after the other.
 
         Args:
             effort: of the rounding.
-            steps: of the optimization.
         """
-        packed = self._rounded(effort)
-        gained = {name: FactorGains(self.types[name], blocks) for name, blocks in packed.items()}
-        free = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in self.source.items() if name not in packed}
-        self._optimize(gained, free, steps)
-        packed = {name: gains.packed() for name, gains in gained.items()}
-        dequantized = {name: self.types[name].dequantize(blocks) for name, blocks in packed.items()}
-        return TunedBlock(packed, {**{name: tensor.detach() for name, tensor in free.items()}, **dequantized})
+        others = self.calls.others(0, self.device)
+        stages = self.block.stages(self.source, self._state(self.chains.exact, 0), others)
+        weights = dict(self.source)
+        packed: dict[str, Tensor] = {}
+        for stage in stages:
+            if any(f"{layer}.weight" in self.types for layer in stage):
+                packed |= self._round(stage, weights, effort)
+        for name in self.types.keys() - packed.keys():
+            packed[name] = LayerEncoder().quantize(self.types[name], self.source[name], effort)
+            weights[name] = self.types[name].dequantize(packed[name])
+        return TunedBlock(packed, weights)
 
-    def after(self, weights: Weights, state: ReadState) -> ReadState:
+    @torch.no_grad()
+    def output(self, weights: Weights, state: ReadState) -> ReadState:
         """Return the states after the block with some weights, from those before it."""
 
         def read(index: int) -> Tensor:
-            return self._output(weights, state, index)
+            self.step("")
+            with torch.no_grad():
+                return self.block(weights, self._state(state, index), self.calls.others(index, self.device))
 
         return read
 
-    @torch.no_grad()
-    def _output(self, weights: Weights, state: ReadState, index: int) -> Tensor:
-        self.step()
-        return self.block(weights, state(index).to(self.device), self.calls.others(index, self.device))
+    def _state(self, state: ReadState, index: int) -> Tensor:
+        return state(index).to(self.device)
 
-    def _rounded(self, effort: Effort) -> dict[str, Tensor]:
-        collector = CalibrationCollector()
-        with self.block.collecting(collector):
-            for index in range(len(self.calls)):
-                self._output(self.source, self.chains.quantized, index)
-                collector.samples += 1
-        calibration = collector.result()
-        return {
-            name: LayerEncoder.of(calibration, name).to(self.device).quantize(qtype, self.source[name], effort)
-            for name, qtype in self.types.items()
-        }
+    def _round(self, stage: Sequence[str], weights: dict[str, Tensor], effort: Effort) -> dict[str, Tensor]:
+        """Round the layers of a stage, and put what a file with their bytes holds into `weights`."""
+        inputs, packed = self._inputs(stage, weights), {}
+        for layer in stage:
+            name, bias = f"{layer}.weight", f"{layer}.bias"
+            qtype = self.types.get(name)
+            if qtype is None:
+                continue
+            self.step(f", {layer}")
+            wanted = inputs.corrected(self.source[name])
+            packed[name] = inputs.encoder.quantize(qtype, wanted, effort)
+            weights[name] = qtype.dequantize(packed[name])
+            if bias in weights:
+                weights[bias] = weights[bias] + inputs.missing(self.source[name], weights[name])
+        return packed
 
-    def _optimize(self, gained: Mapping[str, FactorGains], free: Mapping[str, Tensor], steps: int) -> None:
-        trained = [*free.values(), *(each.gains for each in gained.values() if each.gains.requires_grad)]
-        optimizer = torch.optim.Adam(trained, lr=_RATE, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-        generator = torch.Generator().manual_seed(0)
-        for index in torch.randint(len(self.calls), (steps,), generator=generator).tolist():
-            wanted = self._output(self.source, self.chains.exact, index)
-            given, others = self.chains.quantized(index).to(self.device), self.calls.others(index, self.device)
-            with self.block.training(), torch.enable_grad():
-                output = self.block({**free, **{name: each() for name, each in gained.items()}}, given, others)
-                loss = (output - wanted).square().sum() / (wanted - given).square().sum()
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
+    def _inputs(self, stage: Sequence[str], weights: Weights) -> StageInputs:
+        """Return the statistics of what a stage gets in both chains."""
+        first, collector, sums = stage[0], CalibrationCollector(), _Sums()
+        for index in range(len(self.calls)):
+            self.step(f", {first}")
+            others = self.calls.others(index, self.device)
+            exact, quantized = (
+                self.block.inputs([first], tensors, self._state(state, index), others)[first].flatten(0, -2)
+                for tensors, state in ((self.source, self.chains.exact), (weights, self.chains.quantized))
+            )
+            collector.add(first, quantized)
+            collector.samples += 1
+            sums.add(exact, quantized)
+        return StageInputs(sums, LayerEncoder.of(collector.result(), first).to(self.device))
+
+
+class _Sums:
+    """Sums over the inputs of a layer in both chains."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.products = self.cross = self.exact = self.quantized = torch.zeros(())
+
+    def add(self, exact: Tensor, quantized: Tensor) -> None:
+        """Add inputs, float32 (tokens, in_features), of the same tokens in both chains."""
+        self.count += len(exact)
+        self.products = self.products.to(exact.device) + quantized.mT @ quantized
+        self.cross = self.cross.to(exact.device) + (exact - quantized).mT @ quantized
+        self.exact = self.exact.to(exact.device) + exact.sum(0)
+        self.quantized = self.quantized.to(exact.device) + quantized.sum(0)
+
+
+class StageInputs:
+    """What the layers of a stage get: the encoder for these inputs, and the corrections of weights and biases."""
+
+    def __init__(self, sums: _Sums, encoder: LayerEncoder) -> None:
+        self._sums, self.encoder = sums, encoder
+        moments = sums.products.clone()
+        moments.diagonal().add_(_RIDGE * moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny))
+        self._factor = torch.linalg.cholesky(moments)
+
+    def corrected(self, weight: Tensor) -> Tensor:
+        """Return the weight whose outputs in the quantized chain are nearest to those of `weight` in the exact one.
+
+        Args:
+            weight: float32, (out_features, in_features).
+        """
+        missing = weight @ self._sums.cross
+        return weight + torch.cholesky_solve(missing.mT, self._factor).mT
+
+    def missing(self, weight: Tensor, rounded: Tensor) -> Tensor:
+        """Return what the mean outputs of the rounded weight lack: float32, (out_features,).
+
+        Args:
+            weight, rounded: float32, (out_features, in_features).
+        """
+        return (weight @ self._sums.exact - rounded @ self._sums.quantized) / self._sums.count

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ..errors import PrintableLog, QuantError
 from ..files.atomic_file import AtomicFile
+from ..files.disk_space import check_space
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.safetensors_header import TensorEntry, read_safetensors_header
 from ..files.strict_json import parse_json
@@ -47,17 +49,22 @@ Arguments = dict[str, Any]
 
 
 class Capture:
-    """A random few of a model's evaluations, within a number of bytes; each is a file in a folder until it is saved.
+    """A random few of a model's evaluations, within a number of bytes; each is a temporary file until it is saved.
 
     Every evaluation has the same chance to stay, however many there will be.
 
     Args:
-        folder: an empty folder of its own.
+        parent: the folder in which a temporary one is made. It is deleted together with this object.
         max_bytes: of all kept calls.
+
+    Raises:
+        QuantError: the disk has less space.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
+    def __init__(self, parent: Path, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        check_space({parent / "capture": max_bytes})
+        self._folder = tempfile.TemporaryDirectory(prefix="wanquant-", dir=parent, ignore_cleanup_errors=True)
         self.seen = 0
         """The number of calls so far."""
         self.signature: Tensor | None = None
@@ -88,7 +95,7 @@ class Capture:
         if not self.seen:
             _log.info("Captures up to %d evaluations of %.3f GiB each", self.max_bytes // nbytes, nbytes / GIB)
         self.signature = signature
-        rank, path = self._random.random(), self.folder / f"{self.seen}.safetensors"
+        rank, path = self._random.random(), Path(self._folder.name) / f"{self.seen}.safetensors"
         self.seen += 1
         if self._room(rank, nbytes):
             try:

@@ -44,6 +44,8 @@ _log = PrintableLog(__name__)
 
 _BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 _EXACT = "F32"
+_UNITS = 1000
+"""The units of progress in a block."""
 _MINUTE = 90
 """The seconds from which a time is given in minutes."""
 
@@ -54,7 +56,6 @@ class TuneSettings:
 
     Args:
         effort: of the rounding.
-        steps: of the optimization of each block; 0 only rounds.
         device: that runs the blocks and quantizes them.
         overwrite: replace a destination that is another file.
         progress: is called with the passes done, the passes in total, and the block and the time left. It may raise any
@@ -62,7 +63,6 @@ class TuneSettings:
     """
 
     effort: Effort = "best"
-    steps: int = 64
     device: str | torch.device = "cpu"
     overwrite: bool = False
     progress: Progress | None = None
@@ -94,7 +94,7 @@ def tune(
     """
     started = time.monotonic()
     device = usable_device(settings.device)
-    made_with = Settings(settings.effort, None, device, settings.overwrite, tuned=f"{calls.sha256} {settings.steps}")
+    made_with = Settings(settings.effort, None, device, settings.overwrite, tuned=calls.sha256)
     with checkpoint:
         _check_source(checkpoint, calls)
         target = Target(destination, recipe)
@@ -152,9 +152,9 @@ class _Walk:
         self._groups = [(number, list(group)) for number, group in groupby(specs, _block_number)]
         self._device = usable_device(settings.device)
         recipe = metadata["wanquant.recipe"]
-        fingerprint = f"{metadata[SOURCE_SHA256]} {calls.sha256} {recipe} {settings.effort} {settings.steps}"
+        fingerprint = f"{metadata[SOURCE_SHA256]} {calls.sha256} {recipe} {settings.effort}"
         self._states = StateFolder(path, fingerprint, calls)
-        self._pace = _Pace(settings.progress, len(calls.signature), BlockTuning.passes(len(calls), settings.steps))
+        self._pace = _Pace(settings.progress, len(calls.signature))
         self._errors: list[float] = []
 
     def run(self) -> Path:
@@ -171,8 +171,6 @@ class _Walk:
                     self._write(writer, missing, {})
                 elif missing:
                     self._tune(writer, number, specs, missing)
-                else:
-                    self._pace.skip_block()
             self._checkpoint.identity.check_unchanged()
             errors = np.array(self._errors, np.float32)
             path = writer.close({RELATIVE_ERROR: errors, DATA_SHA256: writer.sha256})
@@ -192,9 +190,9 @@ class _Walk:
         types = {local[spec.name]: spec.qtype for spec in specs if spec.qtype.name != _EXACT}
         chains = self._states.before(number)
         tuning = BlockTuning(self._block, source, types, self._calls, chains, self._device, self._pace.step)
-        tuned = tuning.run(self._settings.effort, self._settings.steps)
+        tuned = tuning.run(self._settings.effort)
         if number + 1 < len(self._calls.signature):
-            after = tuning.after(source, chains.exact), tuning.after(tuned.weights, chains.quantized)
+            after = tuning.output(source, chains.exact), tuning.output(tuned.weights, chains.quantized)
             self._states.write(number + 1, *after)
         self._write(writer, missing, {name: (tuned, local[name]) for name in local})
         self._states.keep_only(number + 1)
@@ -228,33 +226,32 @@ class _Walk:
 
 
 class _Pace:
-    """The progress of a walk, with the time that is left."""
+    """The progress of a walk in blocks, with the time that is left."""
 
-    def __init__(self, progress: Progress | None, blocks: int, passes: int) -> None:
-        self._progress, self._blocks, self._passes = progress, blocks, passes
-        self._done = self._skipped = self._block = 0
-        self._started = time.monotonic()
-
-    def skip_block(self) -> None:
-        """Count a block that is in the file already."""
-        self._done += self._passes
-        self._skipped += self._passes
+    def __init__(self, progress: Progress | None, blocks: int) -> None:
+        self._progress, self._blocks = progress, blocks
+        self._block = self._steps = self._steps_of_block = 0
+        self._started: tuple[float, int] | None = None
+        """The time and the block at which this walk began."""
 
     def begin_block(self, block: int) -> None:
-        self._block = block
+        """Begin a block; those before are finished, now or by an earlier walk."""
+        self._started = self._started or (time.monotonic(), block)
+        self._block, self._steps_of_block, self._steps = block, self._steps, 0
 
-    def step(self) -> None:
-        """Report one more pass through a block."""
-        total = self._blocks * self._passes
+    def step(self, where: str) -> None:
+        """Report what runs next in the block."""
+        share = min(self._steps / self._steps_of_block, 1.0) if self._steps_of_block else 0.0
+        self._steps += 1
         if self._progress is not None:
-            self._progress(self._done, total, f"block {self._block + 1} of {self._blocks}{self._left(total)}")
-        self._done += 1
+            done, number = self._block + share, f"block {self._block + 1} of {self._blocks}"
+            self._progress(int(done * _UNITS), self._blocks * _UNITS, f"{number}{where}{self._left(done)}")
 
-    def _left(self, total: int) -> str:
-        passes = self._done - self._skipped
-        if passes < self._passes // 4:  # too few for an estimate
+    def _left(self, done: float) -> str:
+        time_of_start, first = self._started or (0.0, 0)
+        if self._block == first:  # the first block has no other to compare with
             return ""
-        seconds = (time.monotonic() - self._started) / passes * (total - self._done)
+        seconds = (time.monotonic() - time_of_start) / (done - first) * (self._blocks - done)
         return f", {seconds / 60:.0f} min left" if seconds > _MINUTE else f", {seconds:.0f} s left"
 
 

@@ -18,7 +18,7 @@ from wanquant.quant.tuning.capture import Capture, CapturedCalls
 from wanquant.quant.tuning.tune import TuneSettings
 
 STEPS = 2
-SETTINGS = TuneSettings(steps=4)
+SETTINGS = TuneSettings()
 
 
 def sample(model, seed=0):
@@ -39,8 +39,7 @@ def dense(t2v):
 def captured(dense, tmp_path_factory):
     """The path of a capture of `dense`."""
     folder = tmp_path_factory.mktemp("capture")
-    (folder / "calls").mkdir()
-    capture = Capture(folder / "calls", 1 << 24)
+    capture = Capture(folder, 1 << 24)
     observed, plain = sample(with_capture(dense, capture)), sample(dense)
     assert torch.equal(observed, plain), "results do not change"
     assert capture.seen == len(capture) == STEPS
@@ -87,7 +86,7 @@ def test_same_tuning_is_reused(tuned, dense, captured):
     assert tune_model(dense, captured, tuned, "Q3_K_M", SETTINGS).reused
     assert tuned.stat().st_mtime_ns == written
     with pytest.raises(QuantError, match="is not this conversion"):
-        tune_model(dense, captured, tuned, "Q3_K_M", TuneSettings(steps=5))
+        tune_model(dense, captured, tuned, "Q3_K_M", TuneSettings(effort="thorough"))
 
 
 class StopError(Exception):
@@ -104,10 +103,10 @@ def test_interrupted_tuning_continues(tuned, dense, captured, tmp_path, stop_at)
 
     stopped: list[str] = []
     with pytest.raises(StopError):
-        tune_model(dense, captured, tmp_path / "a.gguf", "Q3_K_M", TuneSettings(steps=4, progress=stop))
+        tune_model(dense, captured, tmp_path / "a.gguf", "Q3_K_M", TuneSettings(progress=stop))
     assert not (tmp_path / "a.gguf").exists()
     seen: list[str] = []
-    settings = TuneSettings(steps=4, progress=lambda _done, _total, text: seen.append(text))
+    settings = TuneSettings(progress=lambda _done, _total, text: seen.append(text))
     again = tune_model(dense, captured, tmp_path / "a.gguf", "Q3_K_M", settings).path
     assert all(text.startswith("block 2") for text in seen) == (stop_at == "block 2 of 2")
     assert again.read_bytes() == tuned.read_bytes(), "the same bytes as in one go"
