@@ -68,6 +68,10 @@ class Comparison:
         found = gains(tuned, converted)
         return cls(recipe, nbytes, {key: fmean(file.means[key] for file in converted) for key in found}, found)
 
+    def cells(self) -> list[str]:
+        """Return the figures of a row of the table."""
+        return [f"{self.thorough[key]:.1f} ({gain})" for key, gain in self.gains.items()]
+
 
 @contextmanager
 def captured(source: Weights, captions: Sequence[Caption]) -> Iterator[CapturedCalls]:
@@ -128,11 +132,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="captions to calibrate and to capture")
     options = parser.parse_args()
     rows = measure(options.recipes, options.roundings, options.seeds, options.prompts)
-    cells = [
-        [row.recipe, f"{row.nbytes / 1e6:.2f}"]
-        + [f"{row.thorough[key]:.1f} ({gain})" for key, gain in row.gains.items()]
-        for row in rows
-    ]
+    cells = [[row.recipe, f"{row.nbytes / 1e6:.2f}", *row.cells()] for row in rows]
     settings = {**origin(), "roundings": options.roundings, "seeds": options.seeds, "prompts": options.prompts}
     result = {**settings, "rows": [asdict(row) for row in rows]}
     harness.conclude(options, result, harness.table(("recipe", "MB", *rows[0].gains), cells))

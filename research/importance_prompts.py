@@ -22,7 +22,7 @@ from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import CalibrationCollector
 from wanquant.quant.statistics.importance import Collector
-from wanquant.research._shared import RESULTS
+from wanquant.testing.hosts import ROOT
 
 COUNTS = (0, 1, 2, 4, 8, 16, len(TRAINING))
 COLLECTORS = {"importance": Collector, "calibrated": CalibrationCollector}
@@ -68,7 +68,7 @@ def text(points: Sequence[Point]) -> str:
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__, update=RESULTS / "importance-prompts.json")
+    parser = harness.arguments(__doc__, update=ROOT / "research" / "results" / "importance-prompts.json")
     parser.add_argument("--recipe", default="Q3_K_M")
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS)
     parser.add_argument("--draws", type=int, default=3, help="random sets of captions for each count")

@@ -95,7 +95,8 @@ class BlockModule:
     def stages(self, weights: Weights, hidden: Tensor, others: Mapping[str, Any]) -> list[list[str]]:
         """Return the Linears in the order in which they run; those of one stage have the same input.
 
-        The arguments are those of `inputs`.
+        Args:
+            hidden: float32, (batch, tokens, channels).
         """
         names = [name for name, layer in self.module.named_modules() if hasattr(layer, "in_features")]
         stages: list[list[str]] = []

@@ -83,9 +83,16 @@ def columns() -> Columns:
         "recover": node("WanQuantSaveRecoveryLora", model_name=QUANTIZED, source=SOURCE, size=0.5),
     }
     measured = {
-        "collect": node("WanQuantCollectImportance", model=["dense", 0], steps="alike"),
+        "collect": node("WanQuantCollectImportance", model=["dense", 0], steps="alike", blocks=0.1),
         "importance": node(
-            "WanQuantSaveImportance", importance=["collect", 1], name="TinyWan.gguf", latent=["full", 0]
+            "WanQuantSaveImportance",
+            importance=["collect", 1],
+            name="TinyWan.gguf",
+            latent=["full", 0],
+            blocks=["collect", 2],
+        ),
+        "tuned": node(
+            "WanQuantTune", model=["dense", 0], name="TinyWan-tuned.gguf", recipe="Q4_0", blocks_path=["importance", 1]
         ),
         "budget": node("WanQuantLowVRAM", model=["model", 0], budget_gib=0.75, frames=17, **_SIZE),
         "peak": node("PreviewAny", source=["budget", 1]),

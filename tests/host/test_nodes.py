@@ -146,6 +146,30 @@ def test_importance_is_collected_and_used(server: HostServer, target: Path):
     assert "quantize.imatrix.file: job.gguf" in shown["convert"]["text"][0]
 
 
+def test_model_is_captured_and_tuned(server: HostServer, target: Path):
+    save_conditioning([[0.1 * torch.randn(1, 16, 4096), {}]], str(server.models / "conditioning" / PROMPT))
+    model = video({"loader": node("UNETLoader", unet_name=NAME, weight_dtype="default")}, "tuned")
+    sampled = {key: model[key] for key in ("loader", "prompt", "empty", "sampler")}
+    sampled["empty"]["inputs"] |= {"width": 64, "height": 64, "length": 5}
+    sampled["model"] = node("WanQuantCollectImportance", model=["loader", 0], steps="alike", blocks=0.1)
+    collected = {"importance": ["model", 1], "blocks": ["model", 2], "latent": ["sampler", 0]}
+    save = node("WanQuantSaveImportance", name="tuned.gguf", **collected)
+    tune = node("WanQuantTune", model=["loader", 0], blocks="none", name="tuned.gguf", recipe="Q4_0", **SAVED)
+    tune["inputs"]["blocks_path"] = ["save", 1]
+    graph = {**sampled, "save": save, "tune": tune}
+    events: list[Event] = []
+    shown = server.run(graph, events.append)
+    assert f"Saved tuned.blocks.safetensors: {STEPS} of {STEPS} evaluations" in shown["save"]["text"][0]
+    assert "written in" in shown["tune"]["text"][0]
+    texts = [event["data"]["text"] for event in events if event["type"] == "progress_text"]
+    assert any(text.startswith("block 1 of 1") for text in texts)
+    tensors = open_gguf(server.models / "diffusion_models" / "tuned.gguf").tensors
+    assert tensors["blocks.0.ffn.0.weight"].qtype.name == "Q4_0"
+    with pytest.raises(GraphError, match="has no blocks"):
+        del tune["inputs"]["blocks_path"]
+        server.run({"loader": sampled["loader"], "tune": tune})
+
+
 def test_model_with_lora_is_saved(server: HostServer, target: Path):
     stem = "diffusion_model.blocks.0.ffn.0"
     factors = {f"{stem}.lora_A.weight": torch.randn(4, 256), f"{stem}.lora_B.weight": torch.randn(1024, 4)}

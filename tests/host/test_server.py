@@ -29,6 +29,7 @@ NODES = [
     "WanQuantSaveModel",
     "WanQuantSaveRecoveryLora",
     "WanQuantTextEncoderLoader",
+    "WanQuantTune",
 ]
 
 

@@ -17,7 +17,7 @@ from wanquant.quant.gguf.provenance import TUNED
 from wanquant.quant.tuning.capture import Capture, CapturedCalls
 from wanquant.quant.tuning.tune import TuneSettings
 
-STEPS = 2
+STEPS, RECIPE = 2, "Q4_0"
 SETTINGS = TuneSettings()
 
 
@@ -49,7 +49,7 @@ def captured(dense, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tuned(dense, captured, tmp_path_factory):
-    return tune_model(dense, captured, tmp_path_factory.mktemp("tuned") / "a.gguf", "Q3_K_M", SETTINGS).path
+    return tune_model(dense, captured, tmp_path_factory.mktemp("tuned") / "a.gguf", RECIPE, SETTINGS).path
 
 
 def test_blocks_without_the_model_repeat_what_it_computes(dense, captured):
@@ -69,7 +69,7 @@ def test_blocks_without_the_model_repeat_what_it_computes(dense, captured):
 
 def test_file_has_the_types_and_the_size_of_a_conversion(tuned, dense, tmp_path):
     source = merged_checkpoint(dense, torch.device("cpu"))
-    report = convert(source, tmp_path / "a.gguf", "Q3_K_M", effort="fast")
+    report = convert(source, tmp_path / "a.gguf", RECIPE, effort="fast")
     ours, theirs = open_gguf(tuned), open_gguf(report.path)
     assert {n: t.qtype.name for n, t in ours.tensors.items()} == {n: t.qtype.name for n, t in theirs.tensors.items()}
     assert sum(t.data.nbytes for t in ours.tensors.values()) == sum(t.data.nbytes for t in theirs.tensors.values())
@@ -83,10 +83,10 @@ def test_file_loads_and_samples(tuned, dense, sqnr):
 
 def test_same_tuning_is_reused(tuned, dense, captured):
     written = tuned.stat().st_mtime_ns
-    assert tune_model(dense, captured, tuned, "Q3_K_M", SETTINGS).reused
+    assert tune_model(dense, captured, tuned, RECIPE, SETTINGS).reused
     assert tuned.stat().st_mtime_ns == written
     with pytest.raises(QuantError, match="is not this conversion"):
-        tune_model(dense, captured, tuned, "Q3_K_M", TuneSettings(effort="thorough"))
+        tune_model(dense, captured, tuned, RECIPE, TuneSettings(effort="thorough"))
 
 
 class StopError(Exception):
@@ -103,11 +103,11 @@ def test_interrupted_tuning_continues(tuned, dense, captured, tmp_path, stop_at)
 
     stopped: list[str] = []
     with pytest.raises(StopError):
-        tune_model(dense, captured, tmp_path / "a.gguf", "Q3_K_M", TuneSettings(progress=stop))
+        tune_model(dense, captured, tmp_path / "a.gguf", RECIPE, TuneSettings(progress=stop))
     assert not (tmp_path / "a.gguf").exists()
     seen: list[str] = []
     settings = TuneSettings(progress=lambda _done, _total, text: seen.append(text))
-    again = tune_model(dense, captured, tmp_path / "a.gguf", "Q3_K_M", settings).path
+    again = tune_model(dense, captured, tmp_path / "a.gguf", RECIPE, settings).path
     assert all(text.startswith("block 2") for text in seen) == (stop_at == "block 2 of 2")
     assert again.read_bytes() == tuned.read_bytes(), "the same bytes as in one go"
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
@@ -115,7 +115,7 @@ def test_interrupted_tuning_continues(tuned, dense, captured, tmp_path, stop_at)
 
 def test_packed_model_is_refused(t2v, captured, tmp_path):
     with pytest.raises(QuantError, match="is quantized already"):
-        tune_model(load_diffusion_model(t2v[1], dtype=torch.float32), captured, tmp_path / "a.gguf", "Q3_K_M", SETTINGS)
+        tune_model(load_diffusion_model(t2v[1], dtype=torch.float32), captured, tmp_path / "a.gguf", RECIPE, SETTINGS)
 
 
 def test_other_model_than_captured_is_refused(tiny_wan, captured, tmp_path):
@@ -123,12 +123,12 @@ def test_other_model_than_captured_is_refused(tiny_wan, captured, tmp_path):
         other = tiny_wan["write_tiny_wan"](tmp_path / "other.safetensors", ffn_dim=512, **change)
         model = comfy.sd.load_diffusion_model(str(other), {"dtype": torch.float32})
         with pytest.raises(QuantError, match="was captured from another model"):
-            tune_model(model, captured, tmp_path / "a.gguf", "Q3_K_M", SETTINGS)
+            tune_model(model, captured, tmp_path / "a.gguf", RECIPE, SETTINGS)
 
 
 def test_what_is_no_capture_is_refused(dense, t2v, tmp_path):
     with pytest.raises(QuantError, match="not a capture"):
-        tune_model(dense, t2v[0], tmp_path / "a.gguf", "Q3_K_M", SETTINGS)
+        tune_model(dense, t2v[0], tmp_path / "a.gguf", RECIPE, SETTINGS)
 
 
 def test_patched_blocks_are_refused(dense, tmp_path):
