@@ -59,9 +59,8 @@ def block_module(model: torch.nn.Module, patcher: ModelPatcher) -> BlockModule:
 
 def _check_same(calls: CapturedCalls, model: torch.nn.Module) -> None:
     own, captured = signature(model), calls.signature
-    if own.shape == captured.shape and torch.allclose(
-        own, captured, rtol=_TOLERANCE, atol=_TOLERANCE * float(own.std())
-    ):
+    is_as_wide = own.shape == captured.shape and own.shape[1] == 6 * calls.channels
+    if is_as_wide and torch.allclose(own, captured, rtol=_TOLERANCE, atol=_TOLERANCE * float(own.std())):
         return
     raise QuantError(
         f"{calls.path}: was captured from another model ({len(captured)} blocks) than the connected one ({len(own)}"

@@ -30,7 +30,7 @@ from ..files.safetensors_content import SafetensorsContent, StreamedTensor
 from ..files.safetensors_header import TensorEntry, read_safetensors_header
 from ..files.strict_json import parse_json
 from ..sources.files import HashedFile
-from ..sources.tensors import DTYPES
+from ..sources.tensors import DTYPES, NUMBERS
 from ..units import GIB
 
 _log = PrintableLog(__name__)
@@ -43,6 +43,8 @@ SIGNATURE = "signature"
 _KEY = "wanquant.capture"
 """JSON: for every call, {argument: number or null}."""
 _HOW = "capture anew with Collect Importance Matrix and its input blocks"
+
+_DTYPES = DTYPES | NUMBERS
 
 Arguments = dict[str, Any]
 """The arguments of a call by name: tensors, and numbers or None."""
@@ -167,15 +169,21 @@ class CapturedCalls:
             QuantError: not such a file, or one without calls.
         """
         path = Path(path)
-        file = HashedFile(path)
         metadata, entries = read_safetensors_header(path)
-        scalars: Any = parse_json(metadata.get(_KEY, "null"), f"{path}: {_KEY}", _HOW)
-        by_name = {entry.name: entry for entry in entries}
-        hidden = [by_name.get(f"{index}.{HIDDEN}") for index in range(len(scalars or ()))]
+        described: Any = parse_json(metadata.get(_KEY, "null"), f"{path}: {_KEY}", _HOW)
+        scalars = described if isinstance(described, list) and all(map(_are_scalars, described)) else []
+        by_name = {entry.name: entry for entry in entries if entry.dtype in _DTYPES}
+        hidden = [by_name.get(f"{index}.{HIDDEN}") for index in range(len(scalars))]
         are_states = all(entry is not None and len(entry.shape) == 3 for entry in hidden)
-        if not scalars or not are_states or SIGNATURE not in by_name:
+        signature = by_name.get(SIGNATURE)
+        if not scalars or not are_states or len(by_name) < len(entries) or not _is_matrix(signature):
             raise QuantError(f"{path}: not a capture of a model's blocks (no valid {_KEY} in its metadata); {_HOW}")
-        return cls(path, _read(file, by_name[SIGNATURE]), file, by_name, scalars)
+        file = HashedFile(path)
+        try:
+            return cls(path, _read(file, by_name[SIGNATURE]).float(), file, by_name, scalars)
+        except QuantError:
+            file.close()
+            raise
 
     def __len__(self) -> int:
         return len(self._scalars)
@@ -217,8 +225,16 @@ class CapturedCalls:
                 yield argument, tensor.float() if tensor.is_floating_point() else tensor
 
 
+def _are_scalars(described: object) -> bool:
+    return isinstance(described, dict) and all(isinstance(value, int | float | None) for value in described.values())
+
+
+def _is_matrix(entry: TensorEntry | None) -> bool:
+    return entry is not None and len(entry.shape) == 2
+
+
 def _read(file: HashedFile, entry: TensorEntry) -> Tensor:
-    values = file.peek(entry.begin, entry.end - entry.begin).view(DTYPES[entry.dtype]).view(entry.shape)
+    values = file.peek(entry.begin, entry.end - entry.begin).view(_DTYPES[entry.dtype]).view(entry.shape)
     if values.is_floating_point() and not bool(values.isfinite().all()):
         raise QuantError(f"{file.path}: tensor {entry.name}: holds NaN or infinity, expected finite numbers; {_HOW}")
     return values
