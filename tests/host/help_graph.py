@@ -91,9 +91,6 @@ def columns() -> Columns:
             latent=["full", 0],
             blocks=["collect", 2],
         ),
-        "tuned": node(
-            "WanQuantTune", model=["dense", 0], name="TinyWan-tuned.gguf", recipe="Q4_0", blocks_path=["importance", 1]
-        ),
         "budget": node("WanQuantLowVRAM", model=["model", 0], budget_gib=0.75, frames=17, **_SIZE),
         "peak": node("PreviewAny", source=["budget", 1]),
     }
@@ -107,7 +104,12 @@ def columns() -> Columns:
         "decode": node("WanQuantPreviewDecode", samples=["quantized", 0]),
         "frames": node("PreviewImage", images=["decode", 0]),
     }
-    parts = (loaders, files, shown, measured, sampled, results)
+    tuned = {
+        "tuned": node(
+            "WanQuantTune", model=["dense", 0], name="TinyWan-tuned.gguf", recipe="Q4_0", blocks_path=["importance", 1]
+        )
+    }
+    parts = (loaders, files, shown, measured, sampled, results, tuned)
     return [[Box("", {name: item}) for name, item in part.items()] for part in parts]
 
 

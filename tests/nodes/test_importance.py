@@ -40,7 +40,7 @@ def convert(**inputs):
 
 def test_model_is_a_clone_that_feeds_the_collector(t2v):
     model = load_diffusion_model(t2v[1])
-    observed, handle = WanQuantCollectImportance.execute(model, "alike").args
+    observed, handle, _ = WanQuantCollectImportance.execute(model, "alike").args
     assert observed.model is model.model and observed is not model
     assert isinstance(handle, Collector)
     with pytest.raises(QuantError, match="nothing collected"):
@@ -63,7 +63,8 @@ def test_saved_matrix_is_listed_and_used(models, t2v, collector):
 def test_calibration_is_saved_listed_and_used(models, t2v):
     import folder_paths
 
-    _, collector = WanQuantCollectImportance.execute(load_diffusion_model(t2v[1]), "alike", calibrate=True).args
+    observed = WanQuantCollectImportance.execute(load_diffusion_model(t2v[1]), "alike", calibrate=True)
+    collector = observed.args[1]
     collector.add(NAME, torch.randn(300, 256))
     shutil.copy(t2v[0], models / "diffusion_models" / "t2v.safetensors")
     path = WanQuantSaveImportance.execute(collector, "importance.gguf").args[0]
