@@ -34,6 +34,7 @@ CALLS: dict[str, tuple[int, str]] = {
     "comfy.model_management.unet_dtype": (0, "supported_dtypes"),
     "comfy.model_management.unet_manual_cast": (3, ""),
     "comfy.model_management.free_memory": (2, "keep_loaded"),
+    "comfy.model_management.unload_all_models": (0, ""),
     "comfy.model_management.unload_model_and_clones": (1, "all_devices"),
     "comfy.model_detection.detect_unet_config": (2, ""),
     "comfy.sd.load_diffusion_model_state_dict": (2, "metadata disable_dynamic"),

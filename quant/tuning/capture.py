@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,7 +103,7 @@ class Capture:
         if self._room(rank, nbytes):
             try:
                 save_file({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, path)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise QuantError(f"{path}: cannot be written: {error}; free some space on this disk") from None
             self._kept.append(_Kept(rank, nbytes, path, scalars, {name: _like(t) for name, t in tensors.items()}))
 

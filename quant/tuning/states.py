@@ -6,6 +6,7 @@ block is in the file, so that a tuning can stop at any time and continue there.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -47,6 +48,14 @@ class StateFolder:
         self.folder = path.with_name(f".{path.name}.tuning")
         self._fingerprint, self._calls = fingerprint, calls
         self._open: list[HashedFile] = []
+
+    @property
+    def missing_bytes(self) -> int:
+        """The bytes that the folder will need in addition to those that it has."""
+        of_a_chain = sum(4 * math.prod(self._calls.shape(index)) for index in range(len(self._calls)))
+        held = sum(path.stat().st_size for path in self.folder.glob("*.safetensors"))
+        # The states before a block and those after it, in both chains.
+        return max(0, 4 * of_a_chain - held)
 
     def has(self, block: int) -> bool:
         """Return whether both chains have arrived at this block; at the first one they always have."""

@@ -27,7 +27,7 @@ from ..conversion.settings import Settings, Target
 from ..conversion.stream import Stream
 from ..device import usable_device
 from ..errors import PrintableLog, QuantError
-from ..files.disk_space import temporary_of
+from ..files.disk_space import check_space, temporary_of
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from ..gguf.writer import GGUFWriter
@@ -162,20 +162,33 @@ class _Walk:
         overwrite = self._settings.overwrite
         writer = GGUFWriter(self._path, self._metadata, self._specs, overwrite=overwrite, resume=True, keep=True)
         check_resources(self._checkpoint, [writer])
-        with writer:
-            self._errors = list(writer.recorded)
-            kept = {spec.name for spec in self._specs[: len(self._errors)]}
-            for number, specs in self._groups:
-                missing = [spec for spec in specs if spec.name not in kept]
-                if number is None:
-                    self._write(writer, missing, {})
-                elif missing:
-                    self._tune(writer, number, specs, missing)
-            self._checkpoint.identity.check_unchanged()
-            errors = np.array(self._errors, np.float32)
-            path = writer.close({RELATIVE_ERROR: errors, DATA_SHA256: writer.sha256})
+        check_space({self._path: writer.nbytes, self._states.folder: self._states.missing_bytes})
+        try:
+            with writer:
+                path = self._write_all(writer)
+        except BaseException:
+            self._states.close()
+            _log.warning(
+                "%s: the tuning stopped; the same inputs continue it. To give it up, delete %s and %s",
+                self._path,
+                temporary_of(self._path),
+                self._states.folder,
+            )
+            raise
         self._states.delete()
         return path
+
+    def _write_all(self, writer: GGUFWriter) -> Path:
+        self._errors = list(writer.recorded)
+        kept = {spec.name for spec in self._specs[: len(self._errors)]}
+        for number, specs in self._groups:
+            missing = [spec for spec in specs if spec.name not in kept]
+            if number is None:
+                self._write(writer, missing, {})
+            elif missing:
+                self._tune(writer, number, specs, missing)
+        self._checkpoint.identity.check_unchanged()
+        return writer.close({RELATIVE_ERROR: np.array(self._errors, np.float32), DATA_SHA256: writer.sha256})
 
     def _tune(self, writer: GGUFWriter, number: int, specs: Sequence[TensorSpec], missing: list[TensorSpec]) -> None:
         """Tune a block, write the states after it, and then the tensors of it that are not in the file yet."""

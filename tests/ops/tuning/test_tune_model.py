@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from types import SimpleNamespace
+
 import comfy.sample
 import comfy.sd
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.merged_source import merged_checkpoint
-from wanquant.ops.tuning.capture_blocks import with_capture
+from wanquant.ops.tuning.capture_blocks import check_tunable, with_capture
 from wanquant.ops.tuning.tune_model import block_module, tune_model
 from wanquant.quant import QuantError, open_gguf
 from wanquant.quant.conversion.convert import convert
@@ -136,3 +139,16 @@ def test_patched_blocks_are_refused(dense, tmp_path):
     patched.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 0)
     with pytest.raises(QuantError, match="another node patches its blocks"):
         sample(with_capture(patched, Capture(tmp_path, 1 << 24)))
+
+
+def test_other_classes_are_refused():
+    with pytest.raises(QuantError, match="is a Linear, which cannot be tuned block by block"):
+        check_tunable(torch.nn.Linear(1, 1))
+
+
+def test_full_disk_is_refused_before_the_first_block(dense, captured, tmp_path, monkeypatch):
+    free = 1 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(QuantError, match="GiB free in the folder"):
+        tune_model(dense, captured, tmp_path / "a.gguf", RECIPE, SETTINGS)
+    assert not list(tmp_path.iterdir())
