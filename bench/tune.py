@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from wanquant.bench import harness
+from wanquant.bench.comparison import Gain
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.encodings import Workshop
 from wanquant.bench.tinywan.model import velocity
@@ -26,7 +27,6 @@ from wanquant.bench.tinywan.reference import (
     CALIBRATION_SEED,
     STEPS,
     Errors,
-    Gain,
     Reference,
     Weights,
     gains,

@@ -16,8 +16,8 @@ from ..files.regular_file import check_path
 from ..gguf.header import Header, read_header
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import (
-    CORRECTED_BIASES,
     CALIBRATED,
+    CORRECTED_BIASES,
     DATA_SHA256,
     FIVE_D,
     NON_FINITE,

@@ -175,7 +175,8 @@ class BlockTuning:
 
     def _round(self, stage: Sequence[str], weights: dict[str, Tensor], effort: Effort) -> dict[str, Tensor]:
         """Round the layers of a stage, and put what a file with their bytes holds into `weights`."""
-        inputs, packed = self._inputs(stage, weights), {}
+        has_bias = all(f"{layer}.bias" in weights for layer in stage)
+        inputs, packed = self._inputs(stage, weights, has_bias=has_bias), {}
         for layer in stage:
             name, bias = f"{layer}.weight", f"{layer}.bias"
             qtype = self.types.get(name)
@@ -185,11 +186,11 @@ class BlockTuning:
             wanted = inputs.corrected(self.source[name])
             packed[name] = inputs.encoder.quantize(qtype, wanted, effort)
             weights[name] = qtype.dequantize(packed[name])
-            if bias in weights:
+            if has_bias:
                 weights[bias] = weights[bias] + inputs.missing(self.source[name], weights[name])
         return packed
 
-    def _inputs(self, stage: Sequence[str], weights: Weights) -> StageInputs:
+    def _inputs(self, stage: Sequence[str], weights: Weights, *, has_bias: bool) -> StageInputs:
         """Return the statistics of what a stage gets in both chains."""
         first, collector, sums = stage[0], CalibrationCollector(), _Sums()
         for index in range(len(self.calls)):
@@ -202,7 +203,8 @@ class BlockTuning:
             collector.add(first, quantized)
             collector.samples += 1
             sums.add(exact, quantized)
-        return StageInputs(sums, LayerEncoder.of(collector.result(), first).to(self.device))
+        encoder = LayerEncoder.of(collector.result(), first, has_bias=has_bias).to(self.device)
+        return StageInputs(sums, encoder, centered=has_bias)
 
 
 class _Sums:
@@ -222,11 +224,19 @@ class _Sums:
 
 
 class StageInputs:
-    """What the layers of a stage get: the encoder for these inputs, and the corrections of weights and biases."""
+    """What the layers of a stage get: the encoder for these inputs, and the corrections of weights and biases.
 
-    def __init__(self, sums: _Sums, encoder: LayerEncoder) -> None:
+    Args:
+        centered: the biases make up for the means, so that weights are corrected for what varies.
+    """
+
+    def __init__(self, sums: _Sums, encoder: LayerEncoder, *, centered: bool) -> None:
         self._sums, self.encoder = sums, encoder
-        moments = sums.products.clone()
+        moments, self._cross = sums.products.clone(), sums.cross
+        if centered:
+            mean = sums.quantized / sums.count
+            moments -= sums.quantized[:, None] * mean
+            self._cross = sums.cross - (sums.exact - sums.quantized)[:, None] * mean
         moments.diagonal().add_(_RIDGE * moments.diagonal().mean().clamp(min=torch.finfo(moments.dtype).tiny))
         self._factor = torch.linalg.cholesky(moments)
 
@@ -236,7 +246,7 @@ class StageInputs:
         Args:
             weight: float32, (out_features, in_features).
         """
-        missing = weight @ self._sums.cross
+        missing = weight @ self._cross
         return weight + torch.cholesky_solve(missing.mT, self._factor).mT
 
     def missing(self, weight: Tensor, rounded: Tensor) -> Tensor:

@@ -114,6 +114,7 @@ def tune(
         source_bytes=checkpoint.identity.size,
         fallbacks=plan.fallbacks,
         warnings=output.notes,
+        notes=(),
         seconds=time.monotonic() - started,
         reused=output.reused,
     )

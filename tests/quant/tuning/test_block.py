@@ -52,7 +52,8 @@ def test_stages_are_the_layers_of_one_input(module):
     assert not any(layer._forward_pre_hooks for layer in module.module.modules()), "nothing stays hooked"
 
 
-def test_corrected_weight_makes_up_for_errors_of_the_inputs(monkeypatch):
+@pytest.mark.parametrize("centered", [False, True])
+def test_corrected_weight_makes_up_for_errors_of_the_inputs(monkeypatch, centered):
     monkeypatch.setattr(block, "_RIDGE", 0.05)
     weight, exact = torch.randn(32, 128, generator=torch.Generator().manual_seed(0)), correlated(128)
     quantized = exact + 0.3 * exact.roll(1, 1)
@@ -60,9 +61,12 @@ def test_corrected_weight_makes_up_for_errors_of_the_inputs(monkeypatch):
     sums.add(exact, quantized)
     same.add(exact, exact)
     wanted = exact @ weight.T
-    errors = [(wanted - quantized @ w.T).square().mean() for w in (weight, StageInputs(sums, None).corrected(weight))]
+    errors = [
+        (wanted - quantized @ w.T).square().mean()
+        for w in (weight, StageInputs(sums, None, centered=centered).corrected(weight))
+    ]
     assert errors[1] < 0.3 * errors[0]
-    torch.testing.assert_close(StageInputs(same, None).corrected(weight), weight)
+    torch.testing.assert_close(StageInputs(same, None, centered=centered).corrected(weight), weight)
 
 
 def test_missing_bias_makes_the_mean_right():
@@ -70,7 +74,7 @@ def test_missing_bias_makes_the_mean_right():
     rounded, quantized = weight + 0.1, exact * 0.9
     sums = _Sums()
     sums.add(exact, quantized)
-    missing = StageInputs(sums, None).missing(weight, rounded)
+    missing = StageInputs(sums, None, centered=True).missing(weight, rounded)
     torch.testing.assert_close((quantized @ rounded.T + missing).mean(0), (exact @ weight.T).mean(0), atol=1e-4, rtol=0)
 
 
