@@ -24,8 +24,8 @@ from .settings import Settings
 def corrected_biases(settings: Settings, tensors: Mapping[str, SourceTensor]) -> dict[str, str]:
     """Return the biases that are corrected, by the names of their weights.
 
-    They are those of the layers whose mean input was measured, or of all layers in the blocks if they are tuned. At effort "fast" there are none without a calibration,
-    because all of its bytes are ggml's.
+    They are those of the layers whose mean input was measured, or of all layers in the blocks if they are tuned. At
+    effort "fast" there are none without a calibration, because all of its bytes are ggml's.
     """
     if settings.tuned:
         weights = (name for name in tensors if name.startswith("blocks.") and name.endswith(".weight"))
