@@ -20,7 +20,7 @@ from ..quant.errors import printable
 from ..quant.plan.recipe import RECIPES
 from ..quant.progress import Progress
 from ..quant.statistics.importance import Importance
-from .folders import IMPORTANCE, MODELS, NONE, destinations
+from .folders import BLOCKS_SUFFIX, IMPORTANCE, MODELS, NONE, destinations
 from .pictures import picture_tensor, text_and_picture
 
 # The search for the least error needs this much memory on an accelerator, which loaded models may fill.
@@ -79,9 +79,10 @@ def device_input(what: str = "the weights are quantized") -> io.Combo.Input:
 
 
 def importance_input(tooltip: str) -> io.Combo.Input:
+    found = [name for name in folder_paths.get_filename_list(IMPORTANCE) if not name.endswith(BLOCKS_SUFFIX)]
     return io.Combo.Input(
         "importance",
-        options=[NONE, *folder_paths.get_filename_list(IMPORTANCE)],
+        options=[NONE, *found],
         default=NONE,
         optional=True,
         tooltip=f"An importance matrix of this model: {tooltip}",

@@ -27,6 +27,8 @@ GGUF_PATCHES = "model_patches_gguf"
 CONDITIONING = "conditioning"
 IMPORTANCE = "importance"
 IMPORTANCE_SUFFIXES = (".gguf", ".dat", ".safetensors")
+BLOCKS_SUFFIX = ".blocks.safetensors"
+"""Of what Tune to GGUF needs, in the same folder."""
 LORAS = "loras"
 GGUF_LORAS = "loras_gguf"
 OUTPUT = "output"

@@ -12,9 +12,7 @@ from ..quant.statistics.calibration import Calibration
 from ..quant.statistics.importance import Collector
 from ..quant.tuning.capture import Capture
 from .collect_importance import BlocksIO, ImportanceIO
-from .folders import IMPORTANCE, output_path, without_suffix
-
-BLOCKS_SUFFIX = ".blocks.safetensors"
+from .folders import BLOCKS_SUFFIX, IMPORTANCE, output_path, without_suffix
 
 
 class WanQuantSaveImportance(io.ComfyNode):

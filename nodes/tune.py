@@ -15,6 +15,7 @@ from ..quant.qtype import Effort
 from ..quant.tuning.tune import TuneSettings
 from . import encoding
 from .folders import (
+    BLOCKS_SUFFIX,
     IMPORTANCE,
     NONE,
     check_names,
@@ -27,7 +28,6 @@ from .folders import (
     stat_token,
     written_token,
 )
-from .save_importance import BLOCKS_SUFFIX
 
 
 class WanQuantTune(io.ComfyNode):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from wanquant.nodes.collect_importance import WanQuantCollectImportance
+from wanquant.nodes.convert import WanQuantConvert
 from wanquant.nodes.save_importance import WanQuantSaveImportance
 from wanquant.nodes.tune import WanQuantTune
 from wanquant.quant import QuantError
@@ -48,6 +49,8 @@ def test_captured_model_is_tuned_from_the_list_and_from_a_link(models, dense, te
     assert path.endswith("wan.gguf") and blocks.endswith("wan.blocks.safetensors")
     combo = next(entry for entry in WanQuantTune.define_schema().inputs if entry.id == "blocks")
     assert combo.options == ["none", "wan.blocks.safetensors"]
+    listed = next(entry for entry in WanQuantConvert.define_schema().inputs if entry.id == "importance")
+    assert listed.options == ["none", "wan.gguf"]
     assert WanQuantTune.validate_inputs(blocks="wan.blocks.safetensors")
     inputs = {"name": "tuned.gguf", "folder": "diffusion_models", "blocks": "wan.blocks.safetensors"}
     before = WanQuantTune.fingerprint_inputs(**inputs)
