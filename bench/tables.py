@@ -29,7 +29,7 @@ def quality_rows() -> str:
     rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
     gains: dict[str, list[str]] = {}
     for row in rows:
-        if row["method"] in ("plain", "importance", "calibrated"):
+        if row["method"] in ("plain", "importance", "calibrated", "thorough"):
             cells = (row["gains"][measure] for measure in ("velocity", "latent"))
             gains.setdefault(row["recipe"], []).extend(f"{gain['mean']:+.1f} ± {gain['error']:.1f}" for gain in cells)
     return "".join(f"| {' | '.join((recipe, *cells))} |\n" for recipe, cells in gains.items())

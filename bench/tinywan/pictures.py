@@ -20,6 +20,7 @@ _STYLES = {
     "importance": ("#009e73", "-", "WanQuant, importance matrix"),
     "importance + LoRA": ("#e69f00", ":", "the same and a recovery LoRA"),
     "calibrated": ("#d55e00", "-", "WanQuant, calibrated"),
+    "thorough": ("#cc79a7", "-", "the same, thorough"),
 }
 
 
