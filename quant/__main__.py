@@ -106,18 +106,10 @@ def _add_convert(commands: _Commands) -> None:
         metavar="GiB",
         help="the largest size of the file in GiB; the types are chosen for the least error at that size",
     )
-    statistics = command.add_mutually_exclusive_group()
-    statistics.add_argument(
-        "--imatrix",
-        type=Path,
-        metavar="FILE",
-        help="an importance matrix (.gguf or .dat); it moves the error to the input channels that matter least",
-    )
-    statistics.add_argument(
-        "--calibrate",
-        type=Path,
-        metavar="FILE",
-        help="a calibration (.safetensors); like --imatrix, and rounding errors are compensated for (GPTQ)",
+    _add_statistics_options(
+        command,
+        "it moves the error to the input channels that matter least",
+        "like --imatrix, and rounding errors are compensated for (GPTQ)",
     )
     command.add_argument(
         "--effort",
@@ -149,6 +141,15 @@ def _add_inspect(commands: _Commands) -> None:
     command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file, or the first part of a split one")
 
 
+def _add_statistics_options(command: argparse.ArgumentParser, of_imatrix: str, of_calibrate: str) -> None:
+    """Add the options whose files `_statistics` reads; both texts say what a file does."""
+    group = command.add_mutually_exclusive_group()
+    kinds = {"imatrix": f"an importance matrix (.gguf or .dat); {of_imatrix}"}
+    kinds["calibrate"] = f"a calibration (.safetensors); {of_calibrate}"
+    for name, text in kinds.items():
+        group.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+
+
 def _add_restore(commands: _Commands) -> None:
     command = _add(commands, "restore", _restore, "make a dequantized .safetensors file from a GGUF file")
     command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file, or the first part of a split one")
@@ -169,11 +170,8 @@ def _add_recover(commands: _Commands) -> None:
     command.add_argument("source", type=Path, metavar="SRC", help="the checkpoint that it was made from")
     command.add_argument("destination", type=Path, metavar="DST", help="a .safetensors file")
     command.add_argument("--size", type=float, required=True, metavar="GiB", help="the largest size of the LoRA in GiB")
-    command.add_argument(
-        "--imatrix",
-        type=Path,
-        metavar="FILE",
-        help="an importance matrix (.gguf or .dat); the error of input channels that matter most is removed first",
+    _add_statistics_options(
+        command, "the error of input channels that matter most is removed first", "like --imatrix, which it contains"
     )
     command.add_argument("--device", default="cpu", help="the device that computes: cpu (default), cuda, mps or xpu")
     _add_add_on_option(command)
@@ -228,14 +226,18 @@ def _restore(options: argparse.Namespace) -> Report:
         return restore(options.file, options.destination, options.dtype, overwrite=options.overwrite, progress=progress)
 
 
+def _statistics(options: argparse.Namespace) -> Importance | None:
+    """Return what is known of the layers' inputs, if a file was given."""
+    if options.calibrate:
+        return read_calibration(options.calibrate)
+    return read_importance(options.imatrix) if options.imatrix else None
+
+
 def _convert(options: argparse.Namespace) -> Report:
     batch = list_targets(options.source, options.destination, options.recipe, options.target_size, options.add_ons)
-    importance: Importance | None = None
-    if options.imatrix or options.calibrate:
-        importance = read_importance(options.imatrix) if options.imatrix else read_calibration(options.calibrate)
     settings = Settings(
         effort=options.effort,
-        importance=importance,
+        importance=_statistics(options),
         device=options.device,
         overwrite=options.overwrite,
         five_d=options.patch_embedding == "5d",
@@ -262,14 +264,13 @@ def _inspect(options: argparse.Namespace) -> Report:
 
 
 def _recover(options: argparse.Namespace) -> Report:
-    importance = read_importance(options.imatrix) if options.imatrix else None
     with _bar() as progress:
         return recover(
             options.file,
             options.source,
             options.destination,
             options.size,
-            importance=importance,
+            importance=_statistics(options),
             add_ons=options.add_ons,
             device=options.device,
             overwrite=options.overwrite,

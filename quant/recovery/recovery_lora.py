@@ -194,8 +194,8 @@ def _means(packed: GGUFFile, layers: Sequence[_Layer], importance: Mapping[str, 
         mean = importance.mean(name) if isinstance(importance, Importance) else None
         if mean is None:
             raise QuantError(
-                f"{packed.path}: the bias of {name} makes up for the error of its weight, expected the importance"
-                " matrix or calibration that the file was made with; give it with --importance"
+                f"{packed.path}: the bias of {name} makes up for the error of its weight, but no mean input is known;"
+                " give the importance matrix or calibration that the file was made with"
             )
         means[name] = mean
     return means
