@@ -47,6 +47,15 @@ def usable_device(device: str | torch.device) -> torch.device:
         raise QuantError(f"device {device}: not usable here ({str(error).splitlines()[0]}); use cpu") from error
 
 
+def has_float64(device: torch.device) -> bool:
+    """Return whether a device computes in float64, which those of Apple and some of Intel do not."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 @contextmanager
 def lasting_allocations() -> Iterator[None]:
     """Mark allocations that outlive the step; an inner context has no effect, since hosts cannot nest theirs."""

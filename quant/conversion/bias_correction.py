@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..device import has_float64
 from ..encoders.rounding.exact import exact_product, rounded_matrix
 from ..sources.checkpoint import Checkpoint, SourceTensor
 from ..statistics.calibration import SPAN, Calibration
@@ -27,15 +28,14 @@ def corrected_biases(settings: Settings, tensors: Mapping[str, SourceTensor]) ->
     They are those of the layers whose mean input was measured, or of all layers in the blocks if they are tuned. At
     effort "fast" there are none without a calibration, because all of its bytes are ggml's.
     """
-    if settings.tuned:
-        weights = (name for name in tensors if name.startswith("blocks.") and name.endswith(".weight"))
-        pairs = {name: f"{name.removesuffix('.weight')}.bias" for name in weights if len(tensors[name].shape) == 2}
-        return {weight: bias for weight, bias in pairs.items() if bias in tensors}
     known = settings.importance
-    if not isinstance(known, Importance) or (settings.effort == "fast" and not isinstance(known, Calibration)):
-        return {}
-    pairs = {name: f"{name.removesuffix('.weight')}.bias" for name in known.totals}
-    return {weight: bias for weight, bias in pairs.items() if weight in tensors and bias in tensors}
+    weights: list[str] = []
+    if settings.tuned:
+        weights = [name for name, tensor in tensors.items() if name.startswith("blocks.") and len(tensor.shape) == 2]
+    elif isinstance(known, Calibration) or (isinstance(known, Importance) and settings.effort != "fast"):
+        weights = [name for name in known.totals if name in tensors]
+    pairs = {name: f"{name.removesuffix('.weight')}.bias" for name in weights}
+    return {weight: bias for weight, bias in pairs.items() if bias in tensors}
 
 
 def with_biases_last(checkpoint: Checkpoint, biases: Mapping[str, str]) -> Checkpoint:
@@ -59,7 +59,10 @@ def mean_error(error: Tensor, mean: Tensor) -> Tensor:
     Returns:
         float32 (rows,), on the same device.
     """
+    device = error.device
+    if not has_float64(device):
+        error, mean = error.cpu(), mean.cpu()
     total = error.new_zeros(len(error), dtype=torch.float64)
     for part, means in zip(torch.split(error, SPAN, 1), torch.split(mean, SPAN), strict=True):
         total += exact_product(rounded_matrix(means[None, None]), part.t()[None])[0, 0]
-    return total.float()
+    return total.float().to(device)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import usable_device
+from ..device import has_float64, usable_device
 from ..errors import PrintableLog, printable_lines
 from ..files.disk_space import leftovers
 from ..inspection.report import FileReport, inspect
@@ -23,6 +23,7 @@ from ..plan.recipe import Fallback, TypePlan
 from ..progress import Progress
 from ..qtype import Effort
 from ..sources.checkpoint import Checkpoint, open_checkpoint
+from ..statistics.calibration import Calibration
 from ..statistics.importance import check_importance
 from ..units import GIB
 from .bias_correction import corrected_biases, with_biases_last
@@ -163,7 +164,7 @@ def convert_all(
         QuantError: as for `convert`.
     """
     started = time.monotonic()
-    device = usable_device(settings.device)
+    device = _device(settings)
     with source if isinstance(source, Checkpoint) else open_checkpoint(source, settings.add_ons) as checkpoint:
         checkpoint.check_complete()
         checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
@@ -197,6 +198,15 @@ def convert_all(
         )
         for output, plan in pairs
     ]
+
+
+def _device(settings: Settings) -> torch.device:
+    """Return the device of a conversion: the CPU for calibrated rounding where the given one lacks float64."""
+    device = usable_device(settings.device)
+    if isinstance(settings.importance, Calibration) and not has_float64(device):
+        _log.warning("Calibrated rounding needs float64, which %s lacks; the CPU converts", device)
+        return torch.device("cpu")
+    return device
 
 
 def _notes(stream: Stream, plan: TypePlan) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from ..statistics.calibration import SecondMoments
 # Fractions of the mean of a span's diagonal that are added to the diagonal. The first, that of GPTQ (arXiv 2210.17323),
 # is taken without held-out tokens.
 _DAMPINGS = (0.01, 0.001, 0.1, 1.0)
+# With fewer, two standard errors say little.
 _FEWEST_TOKENS = 8
 
 

@@ -39,8 +39,8 @@ For Wan 14B, the spans have 1.5 GiB; the full matrices would have 48 GiB.
 # The most tokens that are used of one evaluation of the model. A block of 256 channels needs a few thousand tokens in
 # all, which a few steps of one clip have.
 _TOKENS = 1 << 10
+# The share of the factors that is used. With all of it, rounding errors could make the rest of a matrix negative.
 _KEPT = 0.999
-"""Of the leading factors."""
 
 
 class SecondMoments(NamedTuple):
@@ -81,22 +81,14 @@ class Calibration(Importance):
             centered: return the covariances instead; requires that the mean was measured.
         """
         blocks = self.products[name].double() / self.counts[name]
-        shape = blocks.shape[:2]
-        factors = self.factors[name].double() if name in self.factors else torch.zeros(blocks[:, :, 0].numel(), 0)
-        factors = factors.double().view(*shape, -1)
-        mean = self.mean(name)
-        if mean is not None:
-            column = mean.double().view(*shape, 1)
-            blocks = blocks - column @ column.mT
-        # Less than all of the leading part, so that rounding errors leave the rest positive.
-        factors = factors * _KEPT
-        blocks = blocks - factors @ factors.mT
-        if mean is not None and not centered:
+        factors, mean = blocks[:, :, :0], self.mean(name)
+        if mean is not None and (centered or name in self.factors):
+            if name in self.factors:
+                factors = self.factors[name].double().view(*factors.shape[:2], -1) * _KEPT
+            column = mean.double().view(*factors.shape[:2], 1)
+            blocks = blocks - column @ column.mT - factors @ factors.mT
             # The factors are those of the covariances; the mean is one direction more.
-            if factors.shape[2]:
-                factors = torch.cat([factors, column], 2)
-            else:
-                blocks = blocks + column @ column.mT
+            factors = factors if centered else torch.cat([factors, column], 2)
         return SecondMoments(blocks, factors)
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanquant.quant import QuantError, open_gguf
-from wanquant.quant.conversion import stream
+from wanquant.quant import QuantError, open_gguf, write_calibration
+from wanquant.quant.__main__ import main
+from wanquant.quant.conversion import bias_correction, stream
+from wanquant.quant.conversion import convert as convert_module
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.plan.recipe import required_precision
@@ -91,6 +93,17 @@ def test_bytes_do_not_depend_on_slices(tmp_path, source, statistics, monkeypatch
     assert open_gguf(whole).metadata["wanquant.data_sha256"] == open_gguf(sliced).metadata["wanquant.data_sha256"]
 
 
+@pytest.mark.parametrize("kind", COLLECTORS)
+def test_a_device_without_float64_leaves_it_to_the_cpu(kind, tmp_path, source, statistics, monkeypatch, caplog):
+    """A CPU stands in for such a device, which is not here: it is refused the type that the device lacks."""
+    wanted = convert(source, tmp_path / "a.gguf", "Q4_0", importance=statistics[kind]).path.read_bytes()
+    monkeypatch.setattr(bias_correction, "has_float64", lambda device: False)
+    monkeypatch.setattr(convert_module, "has_float64", lambda device: False)
+    found = convert(source, tmp_path / "b.gguf", "Q4_0", importance=statistics[kind]).path.read_bytes()
+    assert found == wanted
+    assert ("needs float64" in caplog.text) == (kind == "calibration")
+
+
 class KilledError(BaseException):
     pass
 
@@ -135,12 +148,23 @@ def test_verify_counts_no_corrected_bias(tmp_path, source, statistics):
 def test_a_recovery_lora_leaves_the_mean_to_the_bias(tmp_path, source, statistics):
     known = statistics["importance"]
     path = convert(source, tmp_path / "a.gguf", "Q2_K", importance=known).path
-    with pytest.raises(QuantError, match="makes up for the error of its weight, expected the importance matrix"):
+    with pytest.raises(QuantError, match="makes up for the error of its weight, but no mean input is known"):
         recover(path, source, tmp_path / "l.safetensors", 1e-4)
     lora = load_file(recover(path, source, tmp_path / "l.safetensors", 2e-4, importance=known).path)
     layer = "diffusion_model.blocks.0.ffn.0"
     change = lora[f"{layer}.lora_B.weight"].float() @ lora[f"{layer}.lora_A.weight"].float()
     torch.testing.assert_close(lora[f"{layer}.diff_b"].float(), -(change @ known.mean(NAME)), rtol=0.02, atol=1e-4)
+
+
+def test_the_command_line_recovers_a_calibrated_file(tmp_path, source, statistics, capsys):
+    calibration = str(write_calibration(tmp_path / "c.safetensors", statistics["calibration"]))
+    file, lora = str(tmp_path / "a.gguf"), str(tmp_path / "l.safetensors")
+    assert main(["convert", str(source), file, "--recipe", "Q2_K", "--calibrate", calibration]) == 0
+    assert "biases make up for the mean error" in capsys.readouterr().out
+    arguments = ["recover", file, str(source), lora, "--size", "2e-4"]
+    assert main(arguments) == 1
+    assert "give the importance matrix or calibration that the file was made with" in capsys.readouterr().err
+    assert main([*arguments, "--calibrate", calibration]) == 0
 
 
 def test_a_source_whose_biases_come_first_gets_the_same_digest(tmp_path, source, statistics):
