@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ..quant.statistics.importance import Collector
 from . import host
+from .observed import Evaluation, with_observer
 
 _KEY = "wanquant.importance"
 
@@ -28,30 +28,16 @@ def with_collector(patcher: ModelPatcher, collector: Collector, *, by_step_size:
         by_step_size: weight a step by the square of the noise that it removes, because an error in it changes the
             result that much. Otherwise all evaluations have the same weight.
     """
-    observed = patcher.clone()
-    observed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_observe, collector, by_step_size))
-    return observed
+    return with_observer(patcher, _KEY, partial(_collecting_evaluation, collector, by_step_size))
 
 
-def _observe(
-    collector: Collector,
-    by_step_size: bool,
-    executor: WrapperExecutor,
-    x: Tensor,
-    t: Tensor,
-    c_concat: Tensor | None,
-    c_crossattn: Tensor | None,
-    control: object,
-    transformer_options: dict[str, Any],
-    **kwargs: object,
-) -> Tensor:
-    """Observe one evaluation; a wrapper of `BaseModel.apply_model`, whose arguments these are."""
-    weight = step_size(t, transformer_options.get("sample_sigmas")) ** 2 if by_step_size else 1.0
-    options = host.without_prefetch(transformer_options)
-    with collecting(executor.class_obj.diffusion_model, collector, weight):
-        output: Tensor = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-    collector.samples += len(x)
-    return output
+@contextmanager
+def _collecting_evaluation(collector: Collector, by_step_size: bool, evaluation: Evaluation) -> Iterator[None]:
+    sigmas = evaluation.options.get("sample_sigmas")
+    weight = step_size(evaluation.t, sigmas) ** 2 if by_step_size else 1.0
+    with collecting(evaluation.model, collector, weight):
+        yield
+    collector.samples += len(evaluation.x)
 
 
 @contextmanager

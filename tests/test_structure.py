@@ -70,7 +70,7 @@ FLOORS = {
     ),
     "ops": (
         *("__init__", "host_version", "host", "packed", "host_check", "conditioning", "latents", "loading"),
-        *("lean", "budget", "collect_importance", "merged_source", "tuning"),
+        *("lean", "budget", "observed", "collect_importance", "merged_source", "tuning"),
     ),
 }
 

@@ -1,4 +1,4 @@
 """Tuning of a loaded model: the capture of its blocks' inputs, and its blocks without their weights.
 
-It imports `host`, `packed`, `collect_importance` and `merged_source`.
+It imports `host`, `packed`, `observed` and `merged_source`.
 """

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
 from ...quant import QuantError
 from ...quant.tuning.capture import Capture
 from .. import host
+from ..observed import Evaluation, with_observer
 from ..packed.layout import dense
 
 _KEY = "wanquant.capture"
@@ -31,9 +33,7 @@ def with_capture(patcher: ModelPatcher, capture: Capture) -> ModelPatcher:
         QuantError: not a Wan transformer, or one whose blocks are not a plain chain.
     """
     check_tunable(patcher.model.diffusion_model)
-    observed = patcher.clone()
-    observed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, _KEY, partial(_observe, capture))
-    return observed
+    return with_observer(patcher, _KEY, partial(_capturing, capture))
 
 
 def check_tunable(model: torch.nn.Module) -> None:
@@ -59,28 +59,15 @@ def signature(model: Any) -> Tensor:  # noqa: ANN401
     return torch.stack(list(modulations))
 
 
-def _observe(
-    capture: Capture,
-    executor: WrapperExecutor,
-    x: Tensor,
-    t: Tensor,
-    c_concat: Tensor | None,
-    c_crossattn: Tensor | None,
-    control: object,
-    transformer_options: dict[str, Any],
-    **kwargs: object,
-) -> Tensor:
-    """Observe one evaluation; a wrapper of `BaseModel.apply_model`, whose arguments these are."""
-    _refuse_patches(transformer_options)
-    model = executor.class_obj.diffusion_model
-    first = model.blocks[0]
-    hook = first.register_forward_pre_hook(partial(_add, capture, model), with_kwargs=True)
+@contextmanager
+def _capturing(capture: Capture, evaluation: Evaluation) -> Iterator[None]:
+    _refuse_patches(evaluation.options)
+    model: Any = evaluation.model
+    hook = model.blocks[0].register_forward_pre_hook(partial(_add, capture, model), with_kwargs=True)
     try:
-        options = host.without_prefetch(transformer_options)
-        output: Tensor = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        yield
     finally:
         hook.remove()
-    return output
 
 
 def _refuse_patches(options: dict[str, Any]) -> None:
