@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 HOST = ("comfy", "comfy_execution", "comfyui_version.py", "cuda_malloc.py", "node_helpers.py")
-PACKAGES = ("comfy_aimdo", "comfy_kitchen", "safetensors", "packaging", "psutil", "einops", "tqdm")
+PACKAGES = ("comfy_aimdo", "comfy_kitchen", "gguf", "safetensors", "packaging", "psutil", "einops", "tqdm")
 STUBS = ("PIL", "av", "scipy", "tokenizers", "torchaudio", "torchsde", "torchvision", "transformers", "yaml")
 LARGEST_MIB = 8
 """The largest compiled module that is copied; comfy_kitchen works without its larger CUDA and HIP libraries."""
