@@ -1,4 +1,4 @@
-"""Devices: whether one is usable, and allocations on one that outlive the sampling step in which they are made.
+"""Devices: what one can do, how much fits, and allocations that outlive the sampling step in which they are made.
 
 Such allocations are the tables of formats and loaded kernels. A host that plans the memory of a step in advance, or
 records it in a graph, must leave them out. `allocate_within` sets the context in which they are made.
@@ -18,6 +18,14 @@ from .errors import QuantError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Elements to quantize at a time on a CPU: the temporaries then stay in its cache.
+_CPU_ELEMENTS = 1 << 18
+# On an accelerator, the more at a time, the faster: an H100 rounds Q4_K 6.5 times faster with 2^25 than with 2^22.
+# A search keeps up to 100 bytes of temporaries for each element. It may use half of the free memory.
+_DEVICE_ELEMENTS = 1 << 22
+_MOST_DEVICE_ELEMENTS = 1 << 24
+_FREE_BYTES_AN_ELEMENT = 256
 
 _context: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -54,6 +62,22 @@ def has_float64(device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory of a device that this process can still allocate, or None where torch cannot tell."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + cached
+
+
+def elements_at_a_time(device: torch.device) -> int:
+    """Return how many elements to quantize at a time."""
+    if device.type == "cpu":
+        return _CPU_ELEMENTS
+    free = free_bytes(device)
+    return _DEVICE_ELEMENTS if free is None else max(1, min(free // _FREE_BYTES_AN_ELEMENT, _MOST_DEVICE_ELEMENTS))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .device import elements_at_a_time
 from .encoders import ggml
 from .encoders.search import encoders as search
 from .encoders.search import grid_types as grid_search
@@ -26,11 +27,6 @@ DequantizeBlocks = Callable[[Tensor], Tensor]
 """Takes uint8 (n, type_size), returns float32 (n, block_size)."""
 EncodeBlocks = Callable[[Tensor, "Tensor | None"], Tensor]
 """Takes float32 (n, block_size) and importance of the same shape or None, returns uint8 (n, type_size)."""
-
-# Elements to quantize at a time. On a CPU, the temporaries then stay in its cache. An accelerator prefers few launches,
-# but a search keeps about 40 float32 temporaries of its input, which here need 640 MiB.
-_CPU_ELEMENTS = 1 << 18
-_DEVICE_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -213,11 +209,6 @@ class QuantType:
         step = max(1, elements_at_a_time(device) // self.block_size)
         for start in range(0, n_blocks, step):
             yield slice(start, min(start + step, n_blocks))
-
-
-def elements_at_a_time(device: torch.device) -> int:
-    """Return how many elements to quantize at a time."""
-    return _CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
 
 
 def qtype_of(ggml_type: int) -> QuantType:

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..device import elements_at_a_time
 from ..encoders.rounding import BEST, THOROUGH, Moments, round_for_outputs
 from ..encoders.search import SearchEncoder
-from ..qtype import QTYPES, Effort, QuantType, elements_at_a_time
+from ..qtype import QTYPES, Effort, QuantType
 from ..statistics.calibration import Calibration
 from ..statistics.importance import Importance
 from .damping import damped, is_clearly_less

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..device import elements_at_a_time
 from ..errors import QuantError
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from ..gguf.writer import GGUFWriter
@@ -32,8 +33,7 @@ from .settings import Settings
 
 # The size of a slice bounds its float32 temporaries and the time between two progress reports. Accelerators get larger
 # slices because they prefer few launches.
-_SLICE_ELEMENTS = {"cpu": 1 << 20}
-_SLICE_ELEMENTS_DEFAULT = 1 << 23
+_CPU_SLICE, _DEVICE_SLICE = 1 << 20, 1 << 23
 _TRIED_ROWS = 32
 _UNSUSPICIOUS = torch.finfo(torch.float16).max ** 2
 """A squared error that a slice within the range of every type may have; types have factors in float16."""
@@ -236,7 +236,7 @@ class Stream:
                 yield tensor, start, min(start + step, rows)
 
     def _slice_elements(self, name: str) -> int:
-        n_elements = _SLICE_ELEMENTS.get(self.device.type, _SLICE_ELEMENTS_DEFAULT)
+        n_elements = _CPU_SLICE if self.device.type == "cpu" else max(_DEVICE_SLICE, elements_at_a_time(self.device))
         is_rounded = isinstance(self.importance, Calibration) and name in self.importance
         return max(n_elements, ROUNDED_ELEMENTS) if is_rounded else n_elements
 

@@ -33,6 +33,18 @@ def contexts() -> Iterator[list[str]]:
     allocate_within(before)
 
 
+@pytest.mark.parametrize(("free", "cached", "elements"), [(40, 0, 1 << 24), (1, 1, 1 << 23), (0, 0, 1)])
+def test_what_is_encoded_at_a_time_leaves_half_of_the_memory(
+    free: int, cached: int, elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mocks stand for a GPU with `free` GiB, and `cached` more in torch's allocator."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: (cached + 3) << 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 3 << 30)
+    assert device.elements_at_a_time(torch.device("cuda", 0)) == elements
+    assert device.elements_at_a_time(torch.device("mps")) == 1 << 22
+
+
 def test_tables_are_made_once_within_the_context(contexts: list[str]) -> None:
     @cached_on_device
     def small(device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wanquant.quant import QTYPES, QuantError, QuantType, qtype
+from wanquant.quant import QTYPES, QuantError, QuantType, device
 from wanquant.quant.encoders import ggml as reference
 from wanquant.quant.kernels.optional import GGML
 from wanquant.quant.qtype import Effort
@@ -51,7 +51,7 @@ def test_importance_follows_its_input_channels_in_every_chunk(chunk: int, monkey
         seen.append((blocks.clone(), importance.clone()))
         return torch.zeros(len(blocks), 34, dtype=torch.uint8)
 
-    monkeypatch.setattr(qtype, "_CPU_ELEMENTS", chunk)
+    monkeypatch.setattr(device, "_CPU_ELEMENTS", chunk)
     importance = torch.arange(96.0)
     replace(Q8_0, best=spy).quantize(importance.repeat(5, 1), importance)
     assert sum(len(blocks) for blocks, _ in seen) == 15
@@ -73,7 +73,7 @@ def test_encoding_in_chunks_equals_encoding_at_once(quant: QuantType, monkeypatc
         return ((restored - weight).square() * importance).sum(1)
 
     whole = error()
-    monkeypatch.setattr(qtype, "_CPU_ELEMENTS", quant.block_size)
+    monkeypatch.setattr(device, "_CPU_ELEMENTS", quant.block_size)
     torch.testing.assert_close(error(), whole, rtol=1e-2, atol=0)
 
 

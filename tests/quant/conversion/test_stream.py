@@ -24,7 +24,7 @@ FFN = "blocks.0.ffn.0.weight"
 
 def test_slices_do_not_change_the_result(tmp_path, source, monkeypatch):
     whole = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast").destination.read_bytes()
-    monkeypatch.setitem(stream._SLICE_ELEMENTS, "cpu", 1000)
+    monkeypatch.setattr(stream, "_CPU_SLICE", 1000)
     sliced = convert(source, tmp_path / "b.gguf", "Q4_0", effort="fast").destination.read_bytes()
     assert len(whole) == len(sliced)
     file = open_gguf(tmp_path / "a.gguf")
