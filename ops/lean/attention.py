@@ -133,5 +133,7 @@ class LeanAttention:
         """Write the attention's output for a group of heads over its queries."""
         heads, at_once = self.width // self.attn.head_dim, self._needs_all_queries()
         options = host.attention_options(self.attn) | {"transformer_options": self.options}
-        for chunk in [slice(None)] if at_once else self.chunks:
+        # As many queries as have an output of the size of one chunk of all heads. A GPU needs many to be busy.
+        at_a_time = self.plan.token_chunk * self.plan.head_groups
+        for chunk in [slice(None)] if at_once else chunks(self.tokens, at_a_time):
             queries[:, chunk] = wan.optimized_attention(queries[:, chunk], k, v, heads=heads, **options)

@@ -10,10 +10,15 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
+# A GPU's kernels work on tiles of this many tokens.
+_ALIGNMENT = 128
+
 
 def chunks(tokens: int, size: int) -> Iterator[slice]:
-    """Yield slices of at most `size` tokens that cover `tokens` tokens in order."""
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+    """Yield slices of about equal length, at most `size` tokens, that cover `tokens` tokens in order."""
+    count = max(1, -(-tokens // size))
+    step = min(size, -(-tokens // count // _ALIGNMENT) * _ALIGNMENT)
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
 @dataclass

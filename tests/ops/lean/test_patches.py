@@ -167,7 +167,7 @@ def test_no_preference_changes_nothing(calls):
     for block in model.model.diffusion_model.blocks:
         block.self_attn.comfy_attention = block.cross_attn.comfy_attention = Preferred(None)
     assert error(forward(apply_lean(model, FINE)), forward(build())) < 1e-5
-    assert max(queries for queries, *_ in calls[: len(calls) // 2]) == FINE.token_chunk
+    assert max(queries for queries, *_ in calls[: len(calls) // 2]) == FINE.token_chunk * FINE.head_groups
 
 
 # Forwards of modules that other nodes replace, such as sparse attention, NAG and bypassed LoRAs.

@@ -62,6 +62,30 @@ def test_memory_is_bounded_by_the_tile(monkeypatch):
     assert len(matmul._scratch._bytes) == 32 * COLUMNS * 4
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._schema.name in ("aten::mm", "aten::addmm")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("tokens", "products"), [(512, 3), (8192, 1)], ids=["tiles", "whole"])
+def test_on_a_gpu_a_weight_that_is_smaller_than_the_output_is_used_whole(tokens, products):
+    """Meta tensors stand for those of a GPU; the decoded weight has 140 MiB."""
+    rows, columns = 14336, 5120
+    packed = torch.empty(QTYPES["Q6_K"].packed_shape((rows, columns)), dtype=torch.uint8, device="meta")
+    x = torch.empty(tokens, columns, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad(), Products() as seen:
+        out = matmul.packed_linear(x, pack(packed, "Q6_K", (rows, columns), x.dtype), x.new_empty(rows))
+    assert out.shape == (tokens, rows)
+    assert seen.count == products
+
+
 def test_no_allocation_but_output_once_warm():
     packed, x, bias = weight(), torch.randn(3, COLUMNS), torch.randn(ROWS)
     matmul.packed_linear(x, packed, bias)
