@@ -60,6 +60,7 @@ def of_predicted(row: Row, *, dynamic: bool) -> float | None:
     if "torch_gib" not in row or "resident_gib" not in row:
         return None
     parts = row["predicted_gib"]
-    tensors = parts["weights"] + parts["scratch"] + parts["activations"] + row["resident_gib"]
-    measured = row["device_gib"] if dynamic else row["torch_gib"]
-    return round(measured / (tensors + (parts["context"] if dynamic else 0)), 3)
+    measured, beside = row["device_gib"], 0.0
+    if not dynamic:
+        measured, beside = row["torch_gib"], parts["context"] + parts["fragmentation"]
+    return round(measured / (sum(parts.values()) - beside + row["resident_gib"]), 3)

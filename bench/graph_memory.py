@@ -81,7 +81,7 @@ def row(part: str, video: Video | None, budget: float | None, peak: Peak) -> Row
 
 
 def main() -> None:
-    options = harness.arguments(__doc__).parse_args()
+    options = harness.arguments(__doc__, update=harness.RESULTS / "graph-memory-simulated.json").parse_args()
     harness.import_comfyui()
     logging.getLogger().setLevel(logging.ERROR)
     found = rows()
@@ -89,7 +89,8 @@ def main() -> None:
         [row["part"], row["video"], row.get("tile_size", ""), f"{row['peak_gib']:.2f}", row["budget_gib"] or ""]
         for row in found
     ]
-    harness.conclude(options, found, harness.table(("part", "video", "tiles", "peak", "budget"), cells))
+    result = {"machine": harness.SIMULATED, "rows": found}
+    harness.conclude(options, result, harness.table(("part", "video", "tiles", "peak", "budget"), cells))
 
 
 if __name__ == "__main__":

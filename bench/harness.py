@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from wanquant.testing.hosts import ROOT, checkout
 
 GIB = 1 << 30
+SIMULATED = "no GPU: simulated on meta tensors (torch 2.13, ComfyUI 0.30.0)"
 RESULTS, PICTURES = ROOT / "bench" / "results", ROOT / "docs" / "images"
 Row = dict[str, Any]
 

@@ -41,10 +41,10 @@ RANK = 64
 # The videos of each model, with a budget in GiB.
 CASES = {
     "1.3B-T2V": ((SMALL, 1.2), (LARGE, 1.75)),
-    "5B-TI2V": ((SMALL, 1.0), (Video(1280, 704, 121), 1.5)),
-    "14B-T2V": ((SMALL, 1.95), (LARGE, 3.26)),
-    "14B-I2V": ((SMALL, 1.95), (LARGE, 3.26)),
-    "14B-VACE": ((SMALL, 3.25), (LARGE, 6.5)),
+    "5B-TI2V": ((SMALL, 1.2), (Video(1280, 704, 121), 1.6)),
+    "14B-T2V": ((SMALL, 2.0), (LARGE, 3.5)),
+    "14B-I2V": ((SMALL, 2.0), (LARGE, 3.5)),
+    "14B-VACE": ((SMALL, 3.5), (LARGE, 7.0)),
 }
 
 
@@ -109,7 +109,8 @@ def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float
 
 
 def text(rows: list[dict[str, Any]]) -> str:
-    columns = ("model", "video", "plan", "budget", "peak", "weights", "scratch", "activations", "context", "arithmetic")
+    parts = ("weights", "scratch", "activations", "fragmentation", "context")
+    columns = ("model", "video", "plan", "budget", "peak", *parts, "arithmetic")
     cells = []
     for row in rows:
         sizes = [row["budget_gib"], row["peak_gib"], *row["parts"].values()]
@@ -157,7 +158,7 @@ def draw(path: Path, recipe: str) -> None:
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__)
+    parser = harness.arguments(__doc__, update=harness.RESULTS / "memory-simulated.json")
     parser.add_argument("--recipe", default="Q4_K_M")
     parser.add_argument("--loras", type=int, default=0, help=f"number of LoRAs of rank {RANK} on every quantized layer")
     parser.add_argument(
@@ -170,7 +171,7 @@ def main() -> None:
         draw(options.picture, options.recipe)
         return
     found = list(rows(options.recipe, options.loras))
-    harness.conclude(options, found, text(found))
+    harness.conclude(options, {"machine": harness.SIMULATED, "rows": found}, text(found))
 
 
 if __name__ == "__main__":

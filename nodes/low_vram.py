@@ -32,7 +32,7 @@ class WanQuantLowVRAM(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.01,
-                    tooltip="Video memory for everything, in GiB. It includes the 0.4 GiB that CUDA itself needs.",
+                    tooltip="Video memory for everything, in GiB. CUDA itself needs 0.5 to 0.8 GiB of it.",
                 ),
                 io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Only for the prediction."),
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Only for the prediction."),

@@ -58,7 +58,7 @@ def test_selftest_with_what_is_carried(tmp_path: Path) -> None:
 
 def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process measures a case and crashes in the next, one hangs in the third, the last measures the fourth."""
-    options = argparse.Namespace(results=tmp_path / "results.jsonl", selftest=True)
+    options = argparse.Namespace(results=tmp_path / "results.jsonl", selftest=True, lean=False)
     seen, measures = [], iter([1, None, 1])
 
     def process(command: list[str], **_: object) -> SimpleNamespace:
@@ -86,7 +86,7 @@ def test_a_case_that_fails_costs_no_other(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("dynamic", "ratio"), [(False, 1.1), (True, 0.9)])
 def test_measured_over_predicted(dynamic: bool, ratio: float) -> None:
-    parts = {"weights": 0.1, "scratch": 0.2, "activations": 1.3, "context": 0.4}
+    parts = {"weights": 0.1, "scratch": 0.2, "activations": 1.3, "fragmentation": 0.1, "context": 0.3}
     row = {"predicted_gib": parts, "resident_gib": 0.4, "torch_gib": 2.2, "device_gib": 2.16}
     assert gpu_memory.of_predicted(row, dynamic=dynamic) == ratio
     assert gpu_memory.of_predicted({"predicted_gib": parts, "resident_gib": 0.4}, dynamic=dynamic) is None

@@ -73,6 +73,14 @@ def choose_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenPl
         QuantError: every plan exceeds the budget. The message names the smallest possible budget and a number of frames
             that this budget allows.
     """
+    chosen = closest_plan(simulator, job, budget)
+    if chosen.peak.total_bytes > budget:
+        raise QuantError(_refusal(simulator, job, budget, chosen))
+    return chosen
+
+
+def closest_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenPlan:
+    """Return the fastest memory plan whose predicted peak is at most `budget` bytes, or the plan of the least peak."""
     stock = _evaluate(simulator, job, None)
     if stock.peak.total_bytes <= budget:
         return stock
@@ -82,10 +90,8 @@ def choose_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenPl
     while chosen.slowdown > 1 + MOST_EXTRA_ARITHMETIC:
         plans.pop()
         chosen = _evaluate(simulator, job, plans[-1])
-    if chosen.peak.total_bytes > budget:
-        smallest = min(stock, chosen, key=lambda each: each.peak.total_bytes)
-        raise QuantError(_refusal(simulator, job, budget, smallest))
-    return chosen
+    is_enough = chosen.peak.total_bytes <= budget
+    return chosen if is_enough else min(stock, chosen, key=lambda each: each.peak.total_bytes)
 
 
 def _evaluate(simulator: Simulator, job: SamplingJob, plan: MemoryPlan | None) -> ChosenPlan:

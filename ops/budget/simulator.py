@@ -21,13 +21,14 @@ from ..packed.foreign import foreign_class
 from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
+from .context import context_bytes
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .live_memory import LiveMemory, signature
 from .meta_wan import META, meta_twin
 from .sampling_job import SamplingJob
 
-CONTEXT_BYTES = round(0.4 * GIB)
-"""What CUDA's context and libraries need before the first tensor is allocated."""
+# Measured on an H100 near the limit, with cudaMallocAsync: see bench/results/gpu-memory-h100.json.
+_FRAGMENTATION = 0.1
 
 # A sampler holds these float32 tensors of the latent's shape during a forward: its state, the noise, the latent image
 # and the previous prediction, and for each of two conditionings the sum of the outputs and the sum of their factors.
@@ -48,7 +49,12 @@ class Peak:
     activation_bytes: int
     flops: int
     """Floating-point operations."""
-    context_bytes: int = CONTEXT_BYTES
+    context_bytes: int = context_bytes(META)
+
+    @property
+    def fragmentation_bytes(self) -> int:
+        """Memory that CUDA's allocator holds beyond the tensors in it."""
+        return round(_FRAGMENTATION * (self.scratch_bytes + self.activation_bytes))
 
     @property
     def bytes_by_part(self) -> dict[str, int]:
@@ -56,6 +62,7 @@ class Peak:
             "weights": self.weight_bytes,
             "scratch": self.scratch_bytes,
             "activations": self.activation_bytes,
+            "fragmentation": self.fragmentation_bytes,
             "context": self.context_bytes,
         }
 
@@ -80,14 +87,15 @@ class Simulator:
       next one, and the weights that ComfyUI cannot stream.
     """
 
-    def __init__(self, model: BaseModel, *, weight_bytes: int) -> None:
+    def __init__(self, model: BaseModel, *, weight_bytes: int, device: torch.device = META) -> None:
         """
         Args:
             model: on meta tensors.
             weight_bytes: result of `streamed_bytes` for the complete model.
+            device: see `context_bytes`.
         """
         use_flash_attention(model.diffusion_model)
-        self._model, self._weight_bytes = model, weight_bytes
+        self._model, self._weight_bytes, self._context_bytes = model, weight_bytes, context_bytes(device)
         self._peaks: dict[tuple[SamplingJob, MemoryPlan | None], Peak] = {}
 
     @classmethod
@@ -100,7 +108,7 @@ class Simulator:
         check_predictable(patcher)
         model = meta_twin(patcher.model)
         _attach_patches(model, patcher)
-        return cls(model, weight_bytes=streamed_bytes(patcher.model))
+        return cls(model, weight_bytes=streamed_bytes(patcher.model), device=patcher.load_device)
 
     @property
     def heads(self) -> int:
@@ -112,9 +120,8 @@ class Simulator:
         if (job, plan) not in self._peaks:
             memory = self.run(job, plan)
             moment = memory.peak
-            self._peaks[job, plan] = Peak(
-                self._weight_bytes, moment.scratch_bytes, moment.activation_bytes, memory.now.flops
-            )
+            sizes = self._weight_bytes, moment.scratch_bytes, moment.activation_bytes
+            self._peaks[job, plan] = Peak(*sizes, memory.now.flops, self._context_bytes)
         return self._peaks[job, plan]
 
     def run(self, job: SamplingJob, plan: MemoryPlan | None, *, record: bool = False) -> LiveMemory:

@@ -19,7 +19,7 @@ def model(t2v):
 
 def test_predicts_the_peak(model):
     limited, text, tile, overlap = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
-    assert text.startswith("0.4")
+    assert text.startswith("0.5")
     assert "weights" in text
     assert text.endswith("GiB")
     assert f"tiles of {tile} pixels" in text
@@ -30,7 +30,7 @@ def test_predicts_the_peak(model):
 
 def test_preview_that_does_not_fit_is_reported_not_refused(model):
     limited, text, *_ = WanQuantLowVRAM.execute(model, 0.3, 256, 256, 5).args
-    assert "needs at least 0.4" in text
+    assert "needs at least 0.5" in text
     assert limited.wrappers
 
 

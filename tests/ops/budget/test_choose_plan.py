@@ -23,7 +23,7 @@ def small():
 
 
 @pytest.mark.parametrize(
-    ("model", "video", "gib"), [("14B-T2V", 0, 1.95), ("14B-T2V", 1, 3.26), ("1.3B-T2V", 0, 1.2)], ids=str
+    ("model", "video", "gib"), [("14B-T2V", 0, 2.0), ("14B-T2V", 1, 3.5), ("1.3B-T2V", 0, 1.2)], ids=str
 )
 def test_budgets_of_published_models(model, video, gib):
     """Models in Q4_K_M, at most 3 % of extra arithmetic; the budgets include CUDA's context."""
@@ -86,7 +86,7 @@ def test_rows_of_the_benchmark(monkeypatch):
     for row, name in ((stock, "stock"), (lean, "lean")):
         assert (row["model"], row["recipe"], row["plan"]) == ("1.3B-T2V", "Q8_0", name)
         assert (row["width"], row["height"], row["frames"]) == (832, 480, 81)
-        assert row["parts"].keys() == {"weights", "scratch", "activations", "context"}
+        assert row["parts"].keys() == {"weights", "scratch", "activations", "fragmentation", "context"}
         assert sum(row["parts"].values()) == pytest.approx(row["peak_gib"], abs=0.003)
         assert row["peak_gib"] <= row["budget_gib"]
         assert row["slowdown"] >= 1

@@ -1,0 +1,29 @@
+"""The memory of CUDA's context, against what an H100 was measured to need. A mock stands for that GPU."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from wanquant.ops.budget.context import context_bytes
+from wanquant.quant.units import GIB
+from wanquant.testing.hosts import ROOT
+
+
+def test_a_gpu_of_more_threads_takes_more(monkeypatch):
+    h100 = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
+    rows = json.loads((ROOT / "bench" / "results" / "gpu-memory-h100.json").read_text())["rows"]
+    outside = [row["device_gib"] - row["reserved_gib"] for row in rows if not row["is_dynamic"]]
+    assert len(outside) >= 4
+    assert context_bytes(torch.device("cuda", 0)) / GIB == pytest.approx(sum(outside) / len(outside), abs=0.02)
+    assert context_bytes(torch.device("meta")) < context_bytes(torch.device("cuda", 0))
+
+
+def test_other_devices_count_as_a_small_gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)  # ROCm's device type is cuda too
+    assert {context_bytes(torch.device(name)) for name in ("cuda", "mps", "xpu")} == {
+        context_bytes(torch.device("meta"))
+    }
