@@ -58,6 +58,7 @@ FLOORS = {
             "progress",
             "squares",
             "device",
+            "native",
             "formats",
             "encoders",
             "kernels",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from .scaled import FoldedTensor, Layer, expect, hadamard, numbers, rotation_group
+from ..native.rotation import hadamard
+from .scaled import FoldedTensor, Layer, expect, numbers, rotation_group
 from .tensors import DTYPES, SourceTensor, StoredTensor
 
 _CODEBOOK_CODES = 16

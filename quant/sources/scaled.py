@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..native.rotation import hadamard
 from .tensors import DTYPES, SourceTensor, StoredTensor
 
 # The matrix of a rotation has as many rows and columns; published files have 256.
@@ -122,19 +123,6 @@ class RotatedTensor(ScaledTensor):
     def _rows(self, first: int, last: int) -> Tensor:
         rows = super()._rows(first, last)
         return (rows.view(-1, self.group) @ hadamard(self.group)).view_as(rows)
-
-
-def hadamard(size: int) -> Tensor:
-    """Return the matrix of ConvRot: float32, (size, size), symmetric and orthogonal, so that it is its own inverse.
-
-    Args:
-        size: a power of 4.
-    """
-    seed = 1 - 2 * torch.eye(4).flip(0)
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, seed)
-    return matrix.div_(size**0.5)
 
 
 def numbers(stored: StoredTensor) -> Tensor:

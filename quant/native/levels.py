@@ -1,0 +1,148 @@
+"""W4A8 and W6A8: codes of 4 or 6 bits for levels of an 8-bit grid, after a rotation.
+
+The level of a code is its value times the E4M3 scale of its group, rounded. A weight is its level times the scale of
+its row. "First" scales are those of kitchen: least squares, alternating with the nearest codes.
+
+Source: comfy_kitchen 0.2.40 backends/eager/w4a8_int8.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .code_values import CodeValues
+from .native_format import NativeFormat, Part, by_rows
+from .rotation import not_rotatable, rotate
+
+_MAX_LEVEL = 127
+_PASSES = 2
+_LEAST_SCALE = 1e-8
+_MAX_SCALE, _MAX_SCALE_CODE = 448.0, 0x7E
+
+
+@dataclass(frozen=True)
+class LevelsFormat(NativeFormat):
+    """A format of levels, with one way to give values to codes."""
+
+    group: int
+    """The number of weights that share a scale."""
+    values: CodeValues
+    fast_steps: tuple[int, ...]
+    """The scales that kitchen tries, in steps of the E4M3 code from the first one."""
+    best_steps: tuple[int, ...]
+
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+        table = parts.get("weight_codebook")
+        if table is None:
+            table = self.values.table(parts["weight"].device)
+
+        def values(weight: Tensor, scales: Tensor, row_scales: Tensor) -> tuple[Tensor, ...]:
+            codes = self.values.unpack(weight.view(torch.uint8))
+            levels = table[codes.long()].view(len(weight), -1, self.group) * _e4m3(scales).unsqueeze(-1)
+            rows = levels.round_().clamp_(-_MAX_LEVEL, _MAX_LEVEL).mul_(row_scales.view(-1, 1, 1))
+            return (rotate(rows.flatten(1)),)
+
+        scales = parts["weight_s_rel"].view(torch.uint8)
+        columns = scales.shape[1] * self.group
+        return by_rows(values, parts["weight"], scales, parts["weight_s_channel"], columns=columns)[0]
+
+    def _unfit(self, rows: int, columns: int) -> str | None:
+        return not_rotatable(columns)
+
+    def _tensors(self, rows: int, columns: int) -> tuple[Part, ...]:
+        parts = (
+            Part("weight", "I8", (rows, columns * self.values.bits // 8)),
+            Part("weight_s_rel", "F8_E4M3", (rows, columns // self.group)),
+            Part("weight_s_channel", "F32", (rows,)),
+        )
+        return (*parts, Part("weight_codebook", "F32", (16,))) if self.values.stored else parts
+
+    def _encode(self, weight: Tensor, importance: Tensor | None, search: bool) -> dict[str, Tensor]:
+        steps = self.best_steps if search else self.fast_steps
+
+        def encode(rows: Tensor) -> tuple[Tensor, ...]:
+            n_rows = len(rows)
+            rotated = rotate(rows.float())
+            # A power of two brings each row near 1, so that kitchen's limits of 1e-8 do not touch tiny weights.
+            unit = _unit(torch.linalg.vector_norm(rotated, torch.inf, 1))
+            rotated.div_(unit.unsqueeze(1))
+            # One row for each position in the group: operations on contiguous groups are several times faster.
+            groups = rotated.view(-1, self.group).T.contiguous()
+            scales, tops = self._least_squares(groups)
+            row_scales = (tops.view(n_rows, -1).amax(1) / _MAX_LEVEL).clamp_(min=_LEAST_SCALE)
+            by_group = row_scales.repeat_interleave(len(scales) // n_rows)
+            groups.div_(by_group)
+            first = (scales / by_group).clamp_(max=_MAX_SCALE).to(torch.float8_e4m3fn).view(torch.uint8)
+            best = self._best_scales(groups, first, steps)
+            codes = self._codes(groups, _e4m3(best)).T.reshape(n_rows, -1)
+            return self.values.pack(codes), best.view(n_rows, -1), row_scales * unit
+
+        codes, scales, row_scales = by_rows(encode, weight, columns=weight.shape[1])
+        parts = {
+            "weight": codes.view(torch.int8),
+            "weight_s_rel": scales.view(torch.float8_e4m3fn),
+            "weight_s_channel": row_scales,
+        }
+        return parts | ({"weight_codebook": self.values.table(weight.device).clone()} if self.values.stored else {})
+
+    def _least_squares(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit scales before they are rounded.
+
+        Returns:
+            The scale and the largest magnitude of each group: float32, (groups,).
+        """
+        scales = (groups.abs().amax(0) / self.values.top).clamp_(min=_LEAST_SCALE)
+        for _ in range(_PASSES):
+            nearest = self.values.nearest(groups / scales)
+            squares = nearest.square().sum(0).clamp_(min=_LEAST_SCALE)
+            scales = nearest.mul_(groups).sum(0).div_(squares).clamp_(min=_LEAST_SCALE)
+        return scales, self.values.nearest(groups / scales).abs_().amax(0) * scales
+
+    def _best_scales(self, groups: Tensor, first: Tensor, steps: tuple[int, ...]) -> Tensor:
+        """Return the codes of the scales near `first` whose levels are nearest to the weights: uint8, (groups,)."""
+        if not steps:
+            return first
+        best, least = first, self._error(groups, _e4m3(first))
+        for step in steps:
+            scales = (first.int() + step).clamp_(1, _MAX_SCALE_CODE).to(torch.uint8)
+            error = self._error(groups, _e4m3(scales))
+            better = error < least
+            best, least = torch.where(better, scales, best), torch.where(better, error, least)
+        return best
+
+    def _error(self, groups: Tensor, scales: Tensor) -> Tensor:
+        lower, upper = self.values.around(_in_steps(groups, scales))
+        below = _levels(lower, scales).sub_(groups).abs_()
+        above = _levels(upper, scales).sub_(groups).abs_()
+        return torch.minimum(below, above).square_().sum(0)
+
+    def _codes(self, groups: Tensor, scales: Tensor) -> Tensor:
+        """Return the codes of the nearest levels: uint8, shaped as the groups."""
+        scaled = _in_steps(groups, scales)
+        lower, upper = self.values.around(scaled)
+        below = _levels(lower, scales).sub_(groups).abs_()
+        above = _levels(upper, scales).sub_(groups).abs_()
+        return self.values.codes(scaled, above < below)
+
+
+def _in_steps(groups: Tensor, scales: Tensor) -> Tensor:
+    # A group whose scale is 0 has only the level 0.
+    return groups / torch.where(scales > 0, scales, 1)
+
+
+def _levels(values: Tensor, scales: Tensor) -> Tensor:
+    return values.mul_(scales).round_().clamp_(-_MAX_LEVEL, _MAX_LEVEL)
+
+
+def _unit(amax: Tensor) -> Tensor:
+    """Return a power of two near each largest magnitude; 1 for a row of zeros."""
+    exponents = torch.frexp(amax).exponent.clamp(-126, 127)
+    return torch.where(amax > 0, (exponents + 127 << 23).view(torch.float32), 1)
+
+
+def _e4m3(codes: Tensor) -> Tensor:
+    return codes.view(torch.float8_e4m3fn).float()

@@ -1,0 +1,43 @@
+"""The rotation of ConvRot, which mixes each run of input channels so that no channel stands out.
+
+Source: comfy_kitchen 0.2.40 tensor/int8_utils.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..device import cached_on_device
+
+GROUP = 256
+"""The number of input channels per rotation that ComfyUI's fused kernels expect."""
+
+
+def hadamard(size: int) -> Tensor:
+    """Return the matrix of ConvRot: float32, (size, size), symmetric and orthogonal, so that it is its own inverse.
+
+    Args:
+        size: a power of 4.
+    """
+    seed = 1 - 2 * torch.eye(4).flip(0)
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, seed)
+    return matrix.div_(size**0.5)
+
+
+def rotate(rows: Tensor) -> Tensor:
+    """Rotate each run of 256 columns, or undo it: float32, (n, columns), in float32 whatever was stored."""
+    return (rows.view(len(rows), -1, GROUP) @ _matrix(rows.device)).view_as(rows)
+
+
+def not_rotatable(columns: int) -> str | None:
+    """Return why rows of this length cannot be rotated, or None."""
+    return None if columns % GROUP == 0 else f"rows of {columns}, not a multiple of {GROUP}"
+
+
+@cached_on_device
+def _matrix(device: torch.device) -> Tensor:
+    # Kitchen multiplies with the transpose. The matrix is symmetric, but the layout decides how a BLAS adds.
+    return hadamard(GROUP).to(device).T

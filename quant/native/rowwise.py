@@ -1,0 +1,126 @@
+"""INT8 and INT4: signed integers with one scale per row, after a rotation.
+
+Source: comfy_kitchen 0.2.40 backends/eager/quantization.py and convrot_w4a4.py.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .native_format import TINY, NativeFormat, Part, by_rows
+from .packing import pack_nibbles, unpack_nibbles
+from .rotation import not_rotatable, rotate
+
+
+@dataclass(frozen=True)
+class RowScaled(NativeFormat):
+    """Integers from -`top` to `top` with one scale per row."""
+
+    top: int
+    zero_scale: float
+    """The scale of a row of zeros, which is kitchen's."""
+    coarse: tuple[float, ...]
+    """The scales to try first, relative to the one that maps the largest magnitude to `top`."""
+    fine: tuple[float, ...]
+    """Steps from the best scale so far, each tried in both directions."""
+
+    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+        weight = parts["weight"]
+        scales = parts["weight_scale"].view(-1, 1)
+
+        def values(weight: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
+            return (rotate(self._unpack(weight).float() * scales),)
+
+        return by_rows(values, weight, scales, columns=weight.shape[1])[0]
+
+    def _unfit(self, rows: int, columns: int) -> str | None:
+        return not_rotatable(columns)
+
+    def _encode(self, weight: Tensor, importance: Tensor | None, search: bool) -> dict[str, Tensor]:
+        def encode(rows: Tensor) -> tuple[Tensor, ...]:
+            rotated = rotate(rows.float())
+            amax = torch.linalg.vector_norm(rotated, torch.inf, 1, keepdim=True)
+            scales = torch.where(amax > 0, (amax / self.top).clamp_(min=TINY), self.zero_scale)
+            if search:
+                scales = self._best_scales(rotated, amax, scales)
+            codes = rotated.div_(scales).round_().clamp_(-self.top, self.top).to(torch.int8)
+            return self._pack(codes), scales
+
+        codes, scales = by_rows(encode, weight, columns=weight.shape[1])
+        return {"weight": codes, "weight_scale": scales.view(self._scale_shape(len(scales)))}
+
+    def _best_scales(self, rows: Tensor, amax: Tensor, first: Tensor) -> Tensor:
+        """Return the scales with the least error: float32, (n, 1).
+
+        At every one the largest magnitude of a row still has the code `top`. ComfyUI derives the scale from it anew
+        when it adds a LoRA, and then finds the same one.
+        """
+        best, least = first, self._error(rows, first)
+        trials = [lambda best, factor=factor: first * factor for factor in self.coarse]
+        trials += [lambda best, step=step: best * (1 + step) for fine in self.fine for step in (-fine, fine)]
+        trials += [lambda best: self._least_squares(rows, best)]
+        for trial in trials:
+            scales = trial(best)
+            error = self._error(rows, scales)
+            better = (error < least) & ((amax / scales).round_() >= self.top)
+            best, least = torch.where(better, scales, best), torch.where(better, error, least)
+        return best
+
+    def _error(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """Return the root of the sum of squared errors of each row: float32, (n, 1)."""
+        scaled = rows / scales
+        difference = scaled.round().clamp_(-self.top, self.top).sub_(scaled)
+        return torch.linalg.vector_norm(difference, dim=1, keepdim=True).mul_(scales)
+
+    def _least_squares(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """Return the best scales of the codes that these scales give: float32, (n, 1)."""
+        scaled = rows / scales
+        codes = scaled.round().clamp_(-self.top, self.top)
+        factor = scaled.mul_(codes).sum(1, keepdim=True) / codes.square_().sum(1, keepdim=True)
+        return scales * factor
+
+    @abstractmethod
+    def _pack(self, codes: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _unpack(self, weight: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _scale_shape(self, rows: int) -> tuple[int, ...]: ...
+
+
+class INT8(RowScaled):
+    """Integers of 8 bits."""
+
+    def _tensors(self, rows: int, columns: int) -> tuple[Part, ...]:
+        return Part("weight", "I8", (rows, columns)), Part("weight_scale", "F32", self._scale_shape(rows))
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def _unpack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def _scale_shape(self, rows: int) -> tuple[int, ...]:
+        return rows, 1
+
+
+class INT4(RowScaled):
+    """Integers of 4 bits, two to a byte."""
+
+    def _tensors(self, rows: int, columns: int) -> tuple[Part, ...]:
+        return Part("weight", "I8", (rows, columns // 2)), Part("weight_scale", "F32", self._scale_shape(rows))
+
+    def _pack(self, codes: Tensor) -> Tensor:
+        return pack_nibbles(codes.view(torch.uint8)).view(torch.int8)
+
+    def _unpack(self, weight: Tensor) -> Tensor:
+        return (unpack_nibbles(weight.view(torch.uint8)) << 4).view(torch.int8) >> 4
+
+    def _scale_shape(self, rows: int) -> tuple[int, ...]:
+        return (rows,)
