@@ -20,6 +20,7 @@ _BLOCK = 16
 _TOP = 6.0
 _MAX_SCALE = 448.0
 _MAX_SCALE_CODE = 0x7E
+_EXPONENT_BITS = 0x7F800000
 _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # Scales to try, in steps of the E4M3 code. A larger one serves blocks whose largest value is alone, a smaller one
 # clips it.
@@ -98,20 +99,25 @@ def _best_scales(columns: Tensor, first: Tensor, tensor_scale: Tensor, factors: 
 
 
 def _error(columns: Tensor, total: Tensor, factors: Tensor | None) -> Tensor:
-    """Return the root of the sum of squared errors of each block; infinite where a block is lost in zeros."""
-    scaled = columns.abs().div_(total)
-    difference = _rounded(scaled).sub_(scaled)
+    """Return the root of the sum of squared errors of each block: float32, (blocks,).
+
+    Errors in steps of the scale neither overflow nor vanish, however large the weights are.
+    """
+    safe = torch.where(total > 0, total, 1)
+    scaled = columns.abs().div_(safe)
+    # A block whose scale is 0 decodes to zeros.
+    squares = _rounded(scaled).mul_((total > 0).float()).sub_(scaled).square_()
     if factors is not None:
-        difference.square_().mul_(factors)
-        return difference.sum(0).sqrt_().mul_(total).nan_to_num_(torch.inf)
-    # Errors in steps of the scale neither overflow nor vanish, however large the weights are.
-    return difference.square_().sum(0).sqrt_().mul_(total).nan_to_num_(torch.inf)
+        squares.mul_(factors)
+    return squares.sum(0).sqrt_().mul_(safe)
 
 
 def _rounded(magnitudes: Tensor) -> Tensor:
     """Round magnitudes, float32 of any shape, to the nearest of `_VALUES`, and ties to the even code."""
-    steps = torch.where(magnitudes < 2, 0.5, torch.where(magnitudes < 4, 1.0, 2.0))
-    return (magnitudes / steps).round_().mul_(steps).clamp_(max=_TOP)
+    magnitudes = magnitudes.clamp(max=_TOP)
+    # Values are half of a power of two apart: of the one below the magnitude, or of 1 for the smallest.
+    steps = (magnitudes.view(torch.int32) & _EXPONENT_BITS).view(torch.float32).clamp_(min=1).mul_(0.5)
+    return magnitudes.div_(steps).round_().mul_(steps)
 
 
 def _codes(scaled: Tensor) -> Tensor:

@@ -60,22 +60,26 @@ class RowScaled(NativeFormat):
         At every one the largest magnitude of a row still has the code `top`. ComfyUI derives the scale from it anew
         when it adds a LoRA, and then finds the same one.
         """
-        best, least = first, self._error(rows, first)
-        trials = [lambda best, factor=factor: first * factor for factor in self.coarse]
-        trials += [lambda best, step=step: best * (1 + step) for fine in self.fine for step in (-fine, fine)]
-        trials += [lambda best: self._least_squares(rows, best)]
-        for trial in trials:
-            scales = trial(best)
-            error = self._error(rows, scales)
-            better = (error < least) & ((amax / scales).round_() >= self.top)
-            best, least = torch.where(better, scales, best), torch.where(better, error, least)
-        return best
+        best = first, self._error(rows, first)
+        for factor in self.coarse:
+            best = self._better(rows, amax, first * factor, *best)
+        for step in (signed for fine in self.fine for signed in (-fine, fine)):
+            best = self._better(rows, amax, best[0] * (1 + step), *best)
+        return self._better(rows, amax, self._least_squares(rows, best[0]), *best)[0]
+
+    def _better(self, rows: Tensor, amax: Tensor, scales: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scales and the errors of `best`, but those of `scales` where these are better and allowed."""
+        error = self._error(rows, scales)
+        better = (error < least) & ((amax / scales).round_() >= self.top)
+        return torch.where(better, scales, best), torch.where(better, error, least)
 
     def _error(self, rows: Tensor, scales: Tensor) -> Tensor:
         """Return the root of the sum of squared errors of each row: float32, (n, 1)."""
         scaled = rows / scales
         difference = scaled.round().clamp_(-self.top, self.top).sub_(scaled)
-        return torch.linalg.vector_norm(difference, dim=1, keepdim=True).mul_(scales)
+        # In steps of the scale, squares neither overflow nor vanish, however large the weights are.
+        steps: Tensor = torch.linalg.vector_norm(difference, dim=1, keepdim=True)
+        return steps * scales
 
     def _least_squares(self, rows: Tensor, scales: Tensor) -> Tensor:
         """Return the best scales of the codes that these scales give: float32, (n, 1)."""

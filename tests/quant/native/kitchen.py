@@ -1,0 +1,97 @@
+"""Oracles of the native formats: what comfy-kitchen encodes, and what it decodes from our tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import comfy_kitchen.tensor as kitchen
+import pytest
+import torch
+from torch import Tensor
+
+Parts = Mapping[str, Tensor]
+
+
+def layout(name: str):
+    """Return a layout of kitchen's, or skip the test where the installed one lacks it."""
+    found = getattr(kitchen, name, None)
+    if found is None:
+        pytest.skip(f"this comfy-kitchen has no {name}")
+    return found
+
+
+def dequantize(name: str, weight: Tensor, shape: tuple[int, ...], **params: object) -> Tensor:
+    cls = layout(name)
+    values = cls.dequantize(weight, cls.Params(orig_dtype=torch.float32, orig_shape=shape, **params))
+    return values[: shape[0], : shape[1]]
+
+
+def _fp8(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    return dequantize("TensorCoreFP8Layout", parts["weight"], shape, scale=parts["weight_scale"])
+
+
+def _mxfp8(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    scale = parts["weight_scale"].view(torch.float8_e8m0fnu)
+    return dequantize("TensorCoreMXFP8Layout", parts["weight"], shape, scale=scale)
+
+
+def _nvfp4(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    scales = {"scale": parts["weight_scale_2"], "block_scale": parts["weight_scale"]}
+    return dequantize("TensorCoreNVFP4Layout", parts["weight"], shape, **scales)
+
+
+def _int8(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    rotation = {"convrot": True, "convrot_groupsize": 256}
+    return dequantize("TensorWiseINT8Layout", parts["weight"], shape, scale=parts["weight_scale"], **rotation)
+
+
+def _int4(parts: Parts, shape: tuple[int, ...]) -> Tensor:
+    name, scale = "TensorCoreConvRotW4A4Layout", parts["weight_scale"]
+    return dequantize(name, parts["weight"], shape, scale=scale, convrot_groupsize=256)
+
+
+def _levels(parts: Parts, shape: tuple[int, ...], group: int = 16) -> Tensor:
+    scales = {"scale": parts["weight_s_rel"], "s_channel": parts["weight_s_channel"]}
+    others = {"codebook": parts.get("weight_codebook"), "group_size": group, "convrot_groupsize": 256}
+    try:
+        return dequantize("AsymW4A8Int8Layout", parts["weight"], shape, **scales, **others)
+    except ValueError as error:
+        if "weight_codebook" in parts:
+            raise
+        pytest.skip(f"this comfy-kitchen has no 6 bits: {error}")
+
+
+DECODE: dict[str, Callable[[Parts, tuple[int, ...]], Tensor]] = {
+    "FP8": _fp8,
+    "MXFP8": _mxfp8,
+    "NVFP4": _nvfp4,
+    "INT8": _int8,
+    "INT4": _int4,
+    "W4A8": _levels,
+    "W4A8 G32": partial(_levels, group=32),
+    "W6A8": _levels,
+}
+_LAYOUTS = {
+    "FP8": ("TensorCoreFP8Layout", {}),
+    "MXFP8": ("TensorCoreMXFP8Layout", {}),
+    "NVFP4": ("TensorCoreNVFP4Layout", {}),
+    "INT8": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
+    "INT4": ("TensorCoreConvRotW4A4Layout", {}),
+    "W4A8": ("AsymW4A8Int8Layout", {}),
+    "W4A8 G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
+    "W6A8": ("AsymW4A8Int8Layout", {"bits": 6}),
+}
+
+
+def kitchen_values(name: str, weight: Tensor) -> Tensor:
+    """Return what kitchen makes of a weight, float32 (rows, columns), by encoding and decoding it."""
+    class_name, options = _LAYOUTS[name]
+    cls = layout(class_name)
+    try:
+        values = cls.dequantize(*cls.quantize(weight, **options))
+    except (TypeError, ValueError) as error:
+        if name != "W6A8":
+            raise
+        pytest.skip(f"this comfy-kitchen has no 6 bits: {error}")
+    return values[: weight.shape[0], : weight.shape[1]]
