@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..quant import QuantError
 from ..quant.conversion.convert import convert
+from ..quant.conversion.settings import Target
 from ..quant.qtype import Effort
 from ..quant.statistics.importance import Importance
 from . import encoding
@@ -162,7 +164,8 @@ class WanQuantConvert(io.ComfyNode):
     ) -> io.NodeOutput:
         add_ons = _add_ons(module, more_modules)
         path = destination(folder)
-        target = output_path(path, _file_name(path, output_name, source, add_ons, recipe, target_size), ".gguf")
+        name = _file_name(path, output_name, source, add_ons, recipe, target_size)
+        target = output_path(path, name, Target(Path(name), recipe, target_size or None).suffix)
         if importance != NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
         report = convert(
@@ -178,7 +181,7 @@ class WanQuantConvert(io.ComfyNode):
             modules=[model_path(source_folder(file), file) for file in add_ons],
             progress=encoding.progress_bar(),
         )
-        return encoding.report_output(report, cls)
+        return encoding.report_output(report, cls, output_name)
 
 
 def _read(importance_path: str) -> Importance:
@@ -202,4 +205,5 @@ def _file_name(
     """Return `output_name`, or if it is empty a name made of the source, the add-ons and the recipe or target size."""
     added = [os.path.basename(source_stem(add_on)) for add_on in add_ons]
     parts = (source_stem(source), *added, f"{target_size:g}GiB" if target_size else recipe)
-    return portable(output_name) or within(folder, "-".join(parts) + ".gguf")
+    name = portable(output_name) or within(folder, "-".join(parts) + ".gguf")
+    return encoding.with_suffix(name, recipe, target_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 from html import escape
 
 import comfy.model_management
@@ -17,7 +19,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from .. import quant
 from ..quant.conversion.convert import ConversionReport
 from ..quant.errors import printable
-from ..quant.plan.recipe import RECIPES
+from ..quant.native.registry import NATIVE
+from ..quant.plan.recipe import GGUF_RECIPES, RECIPES, find_recipe
 from ..quant.progress import Progress
 from ..quant.statistics.importance import Importance
 from .folders import BLOCKS_SUFFIX, IMPORTANCE, MODELS, NONE, destinations
@@ -31,14 +34,23 @@ _SECONDS_BETWEEN_NAMES = 0.1
 _SECONDS_BEFORE_TIME_LEFT = 3.0
 
 
-def recipe_input() -> io.Combo.Input:
-    return io.Combo.Input(
-        "recipe",
-        options=list(RECIPES),
-        default="Q4_K_M",
-        tooltip="Trades size for quality: Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_XXS and below need a"
-        " calibration to be worth having, and IQ1_M, the smallest, is experimental.",
+def recipe_input(*, native: bool = True) -> io.Combo.Input:
+    """Return the choice of the recipe, with ComfyUI's own formats or without."""
+    tooltip = (
+        "Trades size for quality: Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_XXS and below need a"
+        " calibration to be worth having, and IQ1_M, the smallest, is experimental."
     )
+    if native:
+        tooltip += f" {', '.join(NATIVE)} are ComfyUI's own formats, in a .safetensors for its Load Diffusion Model."
+    options = RECIPES if native else GGUF_RECIPES
+    return io.Combo.Input("recipe", options=list(options), default="Q4_K_M", tooltip=tooltip)
+
+
+def with_suffix(name: str, recipe: str, target_size: float = 0.0) -> str:
+    """Return the name of a file with the suffix that the recipe writes, in place of that of other recipes."""
+    suffix = ".gguf" if target_size else find_recipe(recipe).suffix
+    stem, last = os.path.splitext(name)
+    return stem + suffix if last.lower() in {".gguf", ".safetensors"} - {suffix} else name
 
 
 def folder_input() -> io.Combo.Input:
@@ -158,8 +170,15 @@ def _show(running: ExecutionContext | None, text: str) -> None:
         PromptServer.instance.send_progress_text(escape(printable(text), quote=False), running.node_id)
 
 
-def report_output(report: ConversionReport, node: type[io.ComfyNode]) -> io.NodeOutput:
-    """Return the values of `report_outputs`, which the host also shows below the node."""
+def report_output(report: ConversionReport, node: type[io.ComfyNode], name: str = "") -> io.NodeOutput:
+    """Return the values of `report_outputs`, which the host also shows below the node.
+
+    Args:
+        name: the name that was asked for; the report says if the file has another suffix.
+    """
+    asked, got = os.path.splitext(name)[1].lower(), report.path.suffix
+    if asked and asked != got.lower():
+        report = replace(report, notes=(f"this recipe is written as {got}, not as {asked}", *report.notes))
     # Only pictures need matplotlib, which takes a while to load.
     from ..quant.inspection.report_chart import draw
 

@@ -7,7 +7,20 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loading.diffusion_model import load_diffusion_model
-from .folders import GGUF, NONE, check_names, model_path, path_token, read_path, source_folder, source_names, stat_token
+from ..ops.loading.native_model import load_native_model
+from ..quant import QuantError
+from .folders import (
+    GGUF,
+    MODELS,
+    NONE,
+    check_names,
+    model_path,
+    path_token,
+    read_path,
+    source_folder,
+    source_names,
+    stat_token,
+)
 
 DTYPES = {"default": None, "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -34,8 +47,8 @@ class WanQuantLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(GGUF),
-                    tooltip="A .gguf file in models/diffusion_models.",
+                    options=[*folder_paths.get_filename_list(GGUF), *folder_paths.get_filename_list(MODELS)],
+                    tooltip="A .gguf file in models/diffusion_models, or a .safetensors for ComfyUI's own loader.",
                 ),
                 dtype_input(),
                 io.String.Input(
@@ -71,7 +84,7 @@ class WanQuantLoader(io.ComfyNode):
         cls, model_name: str | None = None, path: str | None = "", module_name: str | None = NONE
     ) -> bool | str:
         # A linked path is still None here. It replaces the name, which may then be stale.
-        base = [(GGUF, model_name)] if path == "" else []
+        base = [(source_folder(model_name), model_name)] if path == "" else []
         add_on = [] if module_name == NONE else [(_folder(module_name), module_name)]
         return check_names(*base, *add_on)
 
@@ -79,14 +92,20 @@ class WanQuantLoader(io.ComfyNode):
     def fingerprint_inputs(
         cls, model_name: str | None = "", path: str | None = "", module_name: str | None = NONE, **_: object
     ) -> str:
-        base = stat_token(GGUF, model_name) if path == "" else path_token(path)
+        base = stat_token(source_folder(model_name), model_name) if path == "" else path_token(path)
         return f"{base} {stat_token(_folder(module_name), module_name)}"
 
     @classmethod
     def execute(
         cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NONE, int8: bool = False
     ) -> io.NodeOutput:
-        path = read_path(path, ".gguf") if path else model_path(GGUF, model_name)
+        path = read_path(path, ".gguf", ".safetensors") if path else model_path(source_folder(model_name), model_name)
+        if path.lower().endswith(".safetensors"):
+            if int8 or module_name != NONE:
+                raise QuantError(
+                    f"{path}: add_on_name and int8 are for GGUF files; choose a .gguf file, or turn them off"
+                )
+            return io.NodeOutput(load_native_model(path, dtype=DTYPES[compute_dtype]))
         add_on = None if module_name == NONE else model_path(_folder(module_name), module_name)
         return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], add_on=add_on, int8=int8))
 

@@ -52,7 +52,7 @@ class WanQuantTune(io.ComfyNode):
                     tooltip="What Collect Importance Matrix kept of the blocks, as Save Importance Matrix wrote it.",
                 ),
                 io.String.Input("name", default="tuned.gguf", tooltip="Name of the .gguf file."),
-                encoding.recipe_input(),
+                encoding.recipe_input(native=False),
                 encoding.folder_input(),
                 encoding.overwrite_input(),
                 encoding.effort_input(),

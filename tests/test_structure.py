@@ -66,7 +66,7 @@ FLOORS = {
             "torch_op",
             "files",
         ),
-        *("gguf", "sources", "plan", "statistics", "inspection", "conversion"),
+        *("gguf", "safetensors", "sources", "plan", "statistics", "inspection", "conversion"),
         *("tuning", "recovery", "__init__", "__main__"),
     ),
     "ops": (

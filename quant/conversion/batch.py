@@ -26,8 +26,8 @@ def list_targets(
 
     Args:
         source: a file or folder, or a pattern that matches several files.
-        destination: a .gguf file, or an existing folder. In a folder, files are named after the source, the add-ons,
-            and the recipe or size.
+        destination: a .gguf or .safetensors file, or an existing folder. In a folder, files are named after the
+            source, the add-ons, and the recipe or size.
         recipes: the names of the recipes; each makes one file per source.
         target_size: the size of each file in GiB, in place of the recipes.
         add_ons: add-on files that are merged onto each source.
@@ -55,8 +55,8 @@ def list_targets(
                 " convert these sources one by one"
             )
         batch[path] = [
-            replace(target, destination=destination / f"{stem}-{suffix}.gguf") if is_folder else target
-            for suffix, target in targets.items()
+            replace(target, destination=destination / f"{stem}-{mark}{target.suffix}") if is_folder else target
+            for mark, target in targets.items()
         ]
     return batch
 

@@ -21,6 +21,9 @@ from torch import Tensor
 from ..device import elements_at_a_time
 from ..encoders.rounding import BEST, THOROUGH, Moments, round_for_outputs
 from ..encoders.search import SearchEncoder
+from ..native.layer_type import LayerType, type_name
+from ..native.registry import NATIVE
+from ..plan.recipe import StoredType
 from ..qtype import QTYPES, Effort, QuantType
 from ..statistics.calibration import Calibration
 from ..statistics.importance import Importance
@@ -44,10 +47,11 @@ def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
         importance: what is known of the inputs, any float dtype, (in_features,) by the name of the weight.
     """
     calibrated = _CALIBRATED_REVISION if isinstance(importance, Calibration) else 0
-    return {
+    ggml = {
         name: qtype.revision + (calibrated if isinstance(qtype.best, SearchEncoder) else 0)
         for name, qtype in QTYPES.items()
     }
+    return ggml | {type_name(native): native.revision for native in NATIVE.values()}
 
 
 class LayerEncoder(NamedTuple):
@@ -96,19 +100,21 @@ class LayerEncoder(NamedTuple):
         )
         return LayerEncoder(importance, None if self.moments is None else self.moments.to(device), held_out, mean)
 
-    def tried(self, qtype: QuantType, rows: Tensor) -> LayerEncoder:
+    def tried(self, qtype: StoredType, rows: Tensor) -> LayerEncoder:
         """Return this encoder, without the moments if rounding with them does not help on the held-out tokens.
 
         Args:
             rows: float32 (rows, in_features), some rows of the weight.
         """
         plain = self._replace(moments=None)
-        if self.moments is None or self.held_out is None or not isinstance(qtype.best, SearchEncoder):
+        if self.moments is None or self.held_out is None or isinstance(qtype, LayerType):
+            return self
+        if not isinstance(qtype.best, SearchEncoder):
             return self
         error, without = (qtype.dequantize(encoder.quantize(qtype, rows)) - rows for encoder in (self, plain))
         return self if is_clearly_less(error, without, self.held_out) else plain
 
-    def quantize(self, qtype: QuantType, weight: Tensor, effort: Effort = "best") -> Tensor:
+    def quantize(self, qtype: StoredType, weight: Tensor, effort: Effort = "best") -> Tensor:
         """Quantize the weight like `QuantType.quantize`, but for the least error of the layer's outputs.
 
         Without a calibration, effort "fast" is the same as `QuantType.quantize`. So are types without a search.
@@ -121,6 +127,8 @@ class LayerEncoder(NamedTuple):
         Returns:
             uint8, (out_features, bytes per row), on the same device.
         """
+        if isinstance(qtype, LayerType):
+            return qtype.quantize(weight, self.importance, effort)
         encoder = qtype.best
         if not isinstance(encoder, SearchEncoder) or (effort == "fast" and self.moments is None):
             return qtype.quantize(weight, self.importance, effort)
@@ -156,7 +164,7 @@ class LayerEncoders:
         self.plainer: set[tuple[str, str]] = set()
         """The names and types of the weights for which the moments did not help: see `LayerEncoder.tried`."""
 
-    def of(self, name: str, qtype: QuantType, rows: Tensor | None) -> LayerEncoder:
+    def of(self, name: str, qtype: StoredType, rows: Tensor | None) -> LayerEncoder:
         """Return the encoder of a weight in one type.
 
         Args:

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import PrintableLog, QuantError
 from ..files.disk_space import temporary_of
 from ..files.regular_file import check_path
-from ..gguf.header import Header, read_header
+from ..files.tensor_writer import TensorWriter
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import (
     CALIBRATED,
@@ -36,6 +36,9 @@ from ..gguf.provenance import (
 )
 from ..gguf.writer import GGUFWriter
 from ..plan.recipe import TypePlan, find_recipe
+from ..qtype import QuantType
+from ..safetensors.header import AnyHeader, read_any_header
+from ..safetensors.layout import NativeSpec, SafetensorsLayout
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import shard_of
 from ..statistics.importance import Importance
@@ -68,10 +71,10 @@ class Output:
             QuantError: an unusable destination, recipe or size, or another file exists and must not be replaced.
         """
         path = target.destination
-        _check_paths(checkpoint.path, path)
+        _check_paths(checkpoint.path, target)
         metadata = _metadata(target, checkpoint, settings)
         exists = path.exists()
-        existing = _header_of_same(path, metadata, checkpoint) if exists else None
+        existing = _header_of_same(target, metadata, checkpoint) if exists else None
         if exists and existing is None and not settings.overwrite:
             raise QuantError(
                 f"{path}: exists, but is not this conversion of {checkpoint.name}: its source or settings differ;"
@@ -96,7 +99,7 @@ class Output:
             )
         return tuple(notes)
 
-    def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> GGUFWriter:
+    def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> TensorWriter[Any]:
         """Return a writer of the file, which continues a killed conversion if there is one."""
         path, shapes = self.target.destination, checkpoint.tensors
         if path.exists() and not _is_replaceable(path):
@@ -104,10 +107,18 @@ class Output:
                 "%s is in use by a program and cannot be replaced; the new file gets another name in the same folder",
                 path,
             )
-        specs = [TensorSpec(name, qtype, shapes[name].shape) for name, qtype in plan.types.items()]
         # A source in memory has no modification time that distinguishes it from another one. And which tensors hold NaN
         # or infinity is only known after all of them were read.
         resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
+        if self.target.is_native:
+            native = [NativeSpec(name, stored, shapes[name].shape) for name, stored in plan.types.items()]
+            layout = SafetensorsLayout(path, self.metadata, native)
+            return TensorWriter(layout, overwrite=settings.overwrite, resume=resume)
+        specs = [
+            TensorSpec(name, stored, shapes[name].shape)
+            for name, stored in plan.types.items()
+            if isinstance(stored, QuantType)
+        ]
         return GGUFWriter(
             path, self.metadata, specs, overwrite=settings.overwrite, five_d=settings.five_d, resume=resume
         )
@@ -145,10 +156,10 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
     }
 
 
-def _header_of_same(destination: Path, metadata: Mapping[str, Any], checkpoint: Checkpoint) -> Header | None:
+def _header_of_same(target: Target, metadata: Mapping[str, Any], checkpoint: Checkpoint) -> AnyHeader | None:
     """Return the header of the existing file if the file is the result of the same conversion."""
     try:
-        header = read_header(destination)
+        header = read_any_header(target.destination)
     except QuantError:
         return None
     existing = header.metadata
@@ -162,17 +173,19 @@ def _header_of_same(destination: Path, metadata: Mapping[str, Any], checkpoint: 
     return header if is_same else None
 
 
-def _older_types(existing: Header, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def _older_types(existing: AnyHeader, metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the types of a file whose encoders have a higher revision today, sorted."""
     recorded, today = encoder_revisions(existing.metadata), encoder_revisions(metadata)
-    stored = {tensor.qtype.name for tensor in existing.tensors.values()}
+    stored = {tensor.stored for tensor in existing.tensors.values()}
     return tuple(sorted(name for name in stored if today.get(name, 0) > recorded.get(name, 0)))
 
 
-def _check_paths(source: Path, destination: Path) -> None:
+def _check_paths(source: Path, target: Target) -> None:
+    destination, suffix = target.destination, target.suffix
     check_path(destination, temporary_of(destination))
-    if destination.suffix.lower() != ".gguf":
-        raise QuantError(f"{destination}: not a .gguf name; choose a destination that ends in .gguf")
+    if destination.suffix.lower() != suffix:
+        what = "" if target.target_size is not None else f", which {target.recipe} writes"
+        raise QuantError(f"{destination}: not a {suffix} name{what}; choose a destination that ends in {suffix}")
     if source.exists() and destination.exists() and source.samefile(destination):
         raise QuantError(f"{destination}: is the source itself; choose another destination")
 

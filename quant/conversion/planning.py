@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from ..gguf.header import read_header
-from ..plan.recipe import Fallback, TypePlan, find_recipe, plan_types
+from ..native.layer_type import LayerType
+from ..plan.recipe import Fallback, StoredType, TypePlan, find_recipe, plan_types
 from ..plan.target_size import ParetoFront, check_size, is_small, measure, plan_for_size
-from ..qtype import QTYPES, QuantType
+from ..qtype import QTYPES
+from ..safetensors.header import read_any_header
 from ..sources.checkpoint import Checkpoint
 from .layer_encoder import LayerEncoder
 from .output import Output
@@ -46,10 +47,12 @@ def _is_small(stream: Stream, output: Output) -> bool:
     return is_small(size, tensors, metadata, five_d=stream.settings.five_d)
 
 
-def _try_encoders(stream: Stream, qtypes: Iterable[QuantType]) -> None:
+def _try_encoders(stream: Stream, types: Iterable[StoredType]) -> None:
     """Refuse types that this effort cannot write here, before any tensor is quantized."""
     importance = bool(stream.importance)
-    for qtype in qtypes:
+    for qtype in types:
+        if isinstance(qtype, LayerType):
+            continue
         block = torch.ones(1, qtype.block_size, device=stream.device)
         encoder = LayerEncoder(block[0]) if importance else LayerEncoder()
         encoder.quantize(qtype, block, stream.settings.effort)
@@ -74,9 +77,9 @@ def _plan_of_reused(checkpoint: Checkpoint, target: Target) -> TypePlan:
     if target.target_size is not None:
         return TypePlan({}, ())
     type_plan = plan_types(find_recipe(target.recipe), checkpoint.tensors)
-    stored = read_header(target.destination).tensors
+    stored = read_any_header(target.destination).tensors
     planned_f16 = (name for name, qtype in type_plan.types.items() if qtype.name == "F16")
-    too_large = (_too_large(name) for name in planned_f16 if name in stored and stored[name].qtype.name == "BF16")
+    too_large = (_too_large(name) for name in planned_f16 if name in stored and stored[name].stored == "BF16")
     return TypePlan(type_plan.types, (*type_plan.fallbacks, *too_large))
 
 

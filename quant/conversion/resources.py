@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from ..errors import QuantError
 from ..files.disk_space import check_space
-from ..gguf.writer import GGUFWriter
+from ..files.tensor_writer import TensorWriter
 from ..sources.checkpoint import Checkpoint
 from ..units import GIB
 
@@ -16,7 +17,7 @@ from ..units import GIB
 _ENCODING_BYTES = 1 << 28
 
 
-def check_resources(checkpoint: Checkpoint, writers: Iterable[GGUFWriter]) -> None:
+def check_resources(checkpoint: Checkpoint, writers: Iterable[TensorWriter[Any]]) -> None:
     """Refuse a conversion that would run out of disk space or main memory.
 
     Raises:

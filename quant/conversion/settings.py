@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..plan.recipe import find_recipe
 from ..qtype import Effort
 from ..units import GIB
 
@@ -23,6 +24,16 @@ class Target:
     recipe: str = "Q4_K_M"
     target_size: float | None = None
     """The largest size of the file in GiB, in place of the recipe."""
+
+    @property
+    def is_native(self) -> bool:
+        """True if the file is a safetensors in one of ComfyUI's own formats."""
+        return self.target_size is None and find_recipe(self.recipe).is_native
+
+    @property
+    def suffix(self) -> str:
+        """The suffix that the destination must have."""
+        return ".safetensors" if self.is_native else ".gguf"
 
     @property
     def target_bytes(self) -> int:

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ..device import elements_at_a_time
 from ..errors import QuantError
+from ..files.tensor_writer import TensorWriter
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
-from ..gguf.writer import GGUFWriter
+from ..native.layer_type import LayerType
+from ..plan.recipe import StoredType
 from ..progress import Progress
-from ..qtype import Effort, QuantType
+from ..qtype import Effort
 from ..sources.checkpoint import Checkpoint, SourceTensor
 from ..sources.tensors import sample_rows
 from ..squares import sum_of_squares
@@ -56,7 +58,7 @@ class Slice(NamedTuple):
 class OpenFile:
     """A file that is being written, and the errors of its current tensor."""
 
-    writer: GGUFWriter
+    writer: TensorWriter[Any]
     errors: list[float] = field(init=False)
     noise: float = 0.0
     mean_errors: list[Tensor] = field(default_factory=list)
@@ -71,7 +73,7 @@ class OpenFile:
         """Return whether a killed conversion has already written this tensor."""
         return name in self._kept
 
-    def quantize(self, part: Slice, qtype: QuantType, encoder: LayerEncoder, effort: Effort) -> Tensor:
+    def quantize(self, part: Slice, qtype: StoredType, encoder: LayerEncoder, effort: Effort) -> Tensor:
         """Return the bytes of the slice, uint8 (rows, bytes per row): the source's own if it has the same type."""
         if part.packed is not None and part.tensor.stored == qtype.name:
             return part.packed
@@ -82,7 +84,7 @@ class OpenFile:
         self._count(error, part, qtype, packed)
         return packed.cpu()
 
-    def correct(self, part: Slice, qtype: QuantType) -> Tensor:
+    def correct(self, part: Slice, qtype: StoredType) -> Tensor:
         """Return the bytes of a bias less the mean error of the outputs of its weight, uint8 (1, bytes)."""
         weight = part.weight
         if self.mean_errors:  # not if the weight's bytes are the source's
@@ -92,12 +94,12 @@ class OpenFile:
         self._count(qtype.dequantize(packed).sub_(part.weight), part, qtype, packed)
         return packed.cpu()
 
-    def _count(self, error: Tensor, part: Slice, qtype: QuantType, packed: Tensor) -> None:
+    def _count(self, error: Tensor, part: Slice, qtype: StoredType, packed: Tensor) -> None:
         """Add the squared error of a slice."""
         noise = error.square_().sum().item()
         self.noise += noise if noise <= _UNSUSPICIOUS else self._noise_within_range(part, qtype, packed)
 
-    def _noise_within_range(self, part: Slice, qtype: QuantType, packed: Tensor) -> float:
+    def _noise_within_range(self, part: Slice, qtype: StoredType, packed: Tensor) -> float:
         """Return the squared error of a slice, and refuse values beyond the range of the type."""
         stored, largest = qtype.dequantize(packed), part.weight.abs().amax()
         # The fewer bits, the farther the nearest value may lie from a value within the range.
@@ -141,6 +143,8 @@ class Stream:
     biases: Mapping[str, str] = field(default_factory=dict)
     """The biases that are corrected, by the names of their weights, which they follow: see `bias_correction`."""
     done_bytes: int = 0
+    _whole: set[str] = field(default_factory=set)
+    """The names of the weights that are encoded at once, because parts of a native format describe the whole weight."""
 
     def __post_init__(self) -> None:
         self.encoders = LayerEncoders(self.importance, self.biases, self.device)
@@ -150,7 +154,7 @@ class Stream:
         """The importance of the settings: float32, (in_features,), by the name of the weight; empty without one."""
         return self.settings.importance or {}
 
-    def write(self, writers: Iterable[GGUFWriter]) -> list[Path]:
+    def write(self, writers: Iterable[TensorWriter[Any]]) -> list[Path]:
         """Write all tensors to all files, and return the paths of the files."""
         with ExitStack() as stack:
             files = [OpenFile(stack.enter_context(writer)) for writer in writers]
@@ -190,6 +194,7 @@ class Stream:
 
     def _quantize(self, files: list[OpenFile], pool: ThreadPoolExecutor) -> None:
         specs = [{spec.name: spec.qtype for spec in file.writer.tensors} for file in files]
+        self._whole = {name for types in specs for name, stored in types.items() if isinstance(stored, LayerType)}
         signal = 0.0
         corrected, missing = set(self.biases.values()), []
         for tensor in self.checkpoint.tensors.values():
@@ -231,7 +236,7 @@ class Stream:
         for tensor in tensors:
             in_features = tensor.shape[-1]
             rows = math.prod(tensor.shape) // in_features
-            step = max(1, self._slice_elements(tensor.name) // in_features)
+            step = rows if tensor.name in self._whole else max(1, self._slice_elements(tensor.name) // in_features)
             for start in range(0, rows, step):
                 yield tensor, start, min(start + step, rows)
 

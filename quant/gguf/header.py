@@ -54,6 +54,11 @@ class TensorRecord:
     """Bytes from the start of `path`."""
     nbytes: int
 
+    @property
+    def stored(self) -> str:
+        """The name of the type."""
+        return self.qtype.name
+
 
 @dataclass(frozen=True)
 class Header:
@@ -64,6 +69,11 @@ class Header:
     """Values are Python scalars, or for arrays: numpy arrays, StringArrays, or tuples of these."""
     tensors: Mapping[str, TensorRecord]
     parts: tuple[FileIdentity, ...]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all parts."""
+        return sum(part.size for part in self.parts)
 
     def check_unchanged(self) -> None:
         """Raise QuantError if a file is no longer the one that was read."""

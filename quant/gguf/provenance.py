@@ -39,7 +39,7 @@ SOURCE_MTIME = "wanquant.source_mtime_ns"
 SOURCE_PARTS = "wanquant.source_parts"
 """STRING: a SHA-256 of the names, sizes and times of all files of the source; absent for a source of one file."""
 
-_REVISION = re.compile(r"(\w{1,16}) (\d{1,9})(?!\d)")
+_REVISION = re.compile(r"(\w{1,16}(?: \(ComfyUI\))?) (\d{1,9})(?!\d)")
 _SOURCE_METADATA = "wanquant.source_metadata."
 _IDENTIFYING = ("recipe", "target_size", "effort", "importance", "five_d", "source_name", "source_size")
 

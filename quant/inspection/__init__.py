@@ -1,4 +1,4 @@
-"""Inspection of a GGUF: a report and a chart of its contents, and its errors against the source.
+"""Inspection of a file: a report and a chart of its contents, and its errors against the source.
 
-It imports `plan`, `sources` and `gguf`.
+It imports `plan`, `sources`, `gguf` and `safetensors`.
 """

@@ -1,4 +1,4 @@
-"""A report of the contents of a GGUF file, as records, text and JSON."""
+"""A report of the contents of a GGUF or safetensors file, as records, text and JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import QuantError, printable, printable_lines
-from ..gguf.header import ORIG_SHAPE_KEY, read_header
+from ..gguf.header import ORIG_SHAPE_KEY
 from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
+from ..safetensors.header import read_any_header
 from ..sources.names import T5, find_naming
 from ..units import GIB, MIB
 
@@ -23,7 +24,7 @@ _MAX_LISTED_ERRORS = 5
 
 @dataclass(frozen=True)
 class TensorSummary:
-    """A tensor of a GGUF file."""
+    """A tensor of a file."""
 
     name: str
     qtype: str
@@ -57,7 +58,7 @@ class TypeTotal:
 
 @dataclass(frozen=True)
 class FileReport:
-    """A report of the contents of a GGUF file."""
+    """A report of the contents of a file."""
 
     path: Path
     nbytes: int
@@ -131,18 +132,18 @@ class FileReport:
 
 
 def inspect(path: str | Path) -> FileReport:
-    """Return the report of any GGUF file, and of all its parts if it is split; only headers are read.
+    """Return the report of any GGUF or safetensors file; only headers are read, of a split GGUF those of all parts.
 
     Raises:
-        QuantError: not a well-formed GGUF.
+        QuantError: not a well-formed file.
     """
-    header = read_header(path)
+    header = read_any_header(path)
     errors = relative_errors(header.metadata, list(header.tensors))
     tensors = tuple(
-        TensorSummary(name, record.qtype.name, record.shape, record.nbytes, errors.get(name))
+        TensorSummary(name, record.stored, record.shape, record.nbytes, errors.get(name))
         for name, record in header.tensors.items()
     )
-    return FileReport(header.path, sum(part.size for part in header.parts), header.metadata, tensors)
+    return FileReport(header.path, header.size, header.metadata, tensors)
 
 
 def sqnr_db(relative_error: float) -> float:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from ..errors import QuantError, printable_lines
 from ..gguf.provenance import DATA_SHA256, NON_FINITE, corrected_in
-from ..gguf.reader import GGUFFile, GGUFTensor
+from ..gguf.reader import GGUFTensor
 from ..plan.wan_shapes import role
+from ..safetensors.header import NativeRecord, read_native_header
 from ..sources.checkpoint import SourceTensor, open_checkpoint
 from ..sources.model_tensors import open_model
 from ..squares import sum_of_squares
 from .report import sqnr_db
 
 _SLICE_ELEMENTS = 1 << 22
+_READ_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -105,53 +110,94 @@ def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] =
     Raises:
         QuantError: an unreadable or damaged file, a tensor with another shape, or files without a common tensor.
     """
-    file = open_model(gguf)
-    _check_data(file)
-    packed = file.tensors
-    with open_checkpoint(source, add_ons) as checkpoint:
-        checkpoint = checkpoint.allowing_non_finite() if file.metadata.get(NON_FINITE) else checkpoint
-        names = [name for name in checkpoint.tensors if name in packed]
+    with ExitStack() as stack:
+        metadata, decoded = _decoded(Path(gguf), stack)
+        checkpoint = stack.enter_context(open_checkpoint(source, add_ons))
+        checkpoint = checkpoint.allowing_non_finite() if metadata.get(NON_FINITE) else checkpoint
+        names = [name for name in checkpoint.tensors if name in decoded]
         if not names:
             raise QuantError(
-                f"{gguf}: has no tensor in common with {source}; give the checkpoint that the GGUF was made from"
+                f"{gguf}: has no tensor in common with {source}; give the checkpoint that the file was made from"
             )
-        errors = tuple(_compare(packed[name], checkpoint.tensors[name]) for name in names)
-        missing = tuple(name for name in checkpoint.tensors if name not in packed)
-        unknown = tuple(name for name in packed if name not in checkpoint.tensors)
-    return Verification(errors, missing, unknown, corrected_in(file.metadata) & set(names))
+        errors = tuple(_compare(decoded[name], checkpoint.tensors[name]) for name in names)
+        missing = tuple(name for name in checkpoint.tensors if name not in decoded)
+        unknown = tuple(name for name in decoded if name not in checkpoint.tensors)
+    return Verification(errors, missing, unknown, corrected_in(metadata) & set(names))
 
 
-def _check_data(file: GGUFFile) -> None:
-    """Refuse a file whose data does not have the SHA-256 that its metadata records, if there is one."""
-    recorded = file.metadata.get(DATA_SHA256)
-    if recorded is None or not file.tensors:
+class Decoded(NamedTuple):
+    """A tensor of the file to verify, which is decoded some rows at a time."""
+
+    path: Path
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    rows: int
+    """The number of rows that can be decoded separately."""
+    decode: Callable[[int, int], Tensor]
+    """Takes the first row and that behind the last one, and returns their values as floating point, of any shape."""
+
+
+def _decoded(path: Path, stack: ExitStack) -> tuple[Mapping[str, Any], Mapping[str, Decoded]]:
+    """Return the metadata and the tensors of a file, after a check of its data."""
+    if path.suffix.lower() == ".safetensors":
+        header = read_native_header(path)
+        _check_sha256(path, header.metadata, header.data_start)
+        tensors = stack.enter_context(open_checkpoint(path)).tensors
+        return header.metadata, {name: _of_native(path, header.tensors, tensor) for name, tensor in tensors.items()}
+    file = open_model(path)
+    if file.tensors:
+        _check_sha256(file.path, file.metadata, min(tensor.offset for tensor in file.tensors.values()))
+    return file.metadata, {name: _of_gguf(tensor) for name, tensor in file.tensors.items()}
+
+
+def _of_gguf(tensor: GGUFTensor) -> Decoded:
+    rows = tensor.data.view(-1, tensor.data.shape[-1])
+    decode = lambda first, last: tensor.qtype.dequantize(rows[first:last])  # noqa: E731
+    return Decoded(tensor.path, tensor.name, tensor.qtype.name, tensor.shape, len(rows), decode)
+
+
+def _of_native(path: Path, records: Mapping[str, NativeRecord], tensor: SourceTensor) -> Decoded:
+    rows = tensor.shape[0] if tensor.shape else 1
+    elements = math.prod(tensor.shape) // rows
+    decode = lambda first, last: tensor.read(first * elements, last * elements)  # noqa: E731
+    stored = records[tensor.name].stored if tensor.name in records else tensor.stored
+    return Decoded(path, tensor.name, stored, tensor.shape, rows, decode)
+
+
+def _check_sha256(path: Path, metadata: Mapping[str, Any], start: int) -> None:
+    """Refuse a file whose data, from byte `start` on, does not have the SHA-256 that its metadata records, if any."""
+    recorded = metadata.get(DATA_SHA256)
+    if recorded is None:
         return
-    start = min(tensor.offset for tensor in file.tensors.values())
-    mapping = next(iter(file.tensors.values())).mapping
-    found = hashlib.sha256(mapping[start:].numpy().data).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    found = digest.hexdigest()
     if found != recorded:
         raise QuantError(
-            f"{file.path}: its data is damaged: its SHA-256 is {found:.8}..., expected {recorded:.8}... as in"
+            f"{path}: its data is damaged: its SHA-256 is {found:.8}..., expected {recorded:.8}... as in"
             f" {DATA_SHA256}; copy or convert the file again"
         )
 
 
-def _compare(packed: GGUFTensor, source: SourceTensor) -> TensorError:
-    if math.prod(packed.shape) != math.prod(source.shape):
+def _compare(found: Decoded, source: SourceTensor) -> TensorError:
+    if math.prod(found.shape) != math.prod(source.shape):
         raise QuantError(
-            f"{packed.path}: tensor {packed.name}: shape {packed.shape}, expected {source.shape} as in the source;"
-            " give the checkpoint that the GGUF was made from"
+            f"{found.path}: tensor {found.name}: shape {found.shape}, expected {source.shape} as in the source;"
+            " give the checkpoint that the file was made from"
         )
-    rows = packed.data.view(-1, packed.data.shape[-1])
-    row_elements = math.prod(packed.shape) // len(rows)
+    row_elements = math.prod(found.shape) // found.rows
     step = max(1, _SLICE_ELEMENTS // row_elements)
     signal = noise = 0.0
-    for start in range(0, len(rows), step):
-        weight = packed.qtype.dequantize(rows[start : start + step])
+    for start in range(0, found.rows, step):
+        weight = found.decode(start, min(start + step, found.rows)).float()
         expected = source.read(start * row_elements, start * row_elements + weight.numel()).float().view_as(weight)
         signal += sum_of_squares(expected)
         noise += sum_of_squares(weight.sub_(expected))
-    return TensorError(packed.name, packed.qtype.name, signal, noise)
+    return TensorError(found.name, found.stored, signal, noise)
 
 
 def _total(name: str, group: Sequence[TensorError]) -> TensorError:

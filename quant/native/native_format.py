@@ -106,7 +106,9 @@ class NativeFormat(ABC):
             raise QuantError(f"{self.name} cannot hold a weight of {reason}; choose another type for it")
 
     def _marker(self) -> bytes:
-        return json.dumps(dict(self.config), separators=(",", ":")).encode()
+        text = json.dumps(dict(self.config), separators=(",", ":")).encode()
+        # So that the next tensor starts where a reader can map it.
+        return text + b" " * (-len(text) % 8)
 
 
 def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, columns: int) -> tuple[Tensor, ...]:

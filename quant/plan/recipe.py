@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from ..errors import QuantError
+from ..native.layer_type import LayerType
+from ..native.registry import NATIVE
 from ..qtype import QTYPES, QuantType
 
 
@@ -31,6 +33,16 @@ class Recipe:
     """The type of the small layers that every block depends on; empty for 16 bits, or for `base` if that has them."""
     experimental: bool = False
     """Whether no real model of this recipe has been judged, and its errors are large."""
+
+    @property
+    def is_native(self) -> bool:
+        """True if the file is a safetensors in one of ComfyUI's own formats."""
+        return self.base in NATIVE
+
+    @property
+    def suffix(self) -> str:
+        """The suffix of the file."""
+        return ".safetensors" if self.is_native else ".gguf"
 
     @property
     def types(self) -> frozenset[str]:
@@ -73,8 +85,11 @@ RECIPES = {
         Recipe("IQ2_XS", 20, "IQ2_XS", ((_VALUE, "IQ3_XXS"),)),
         Recipe("IQ2_XXS", 19, "IQ2_XXS", ((_VALUE, "IQ2_S"),)),
         Recipe("IQ1_M", 31, "IQ1_M", ((_VALUE, "IQ2_XS"),), protected="Q8_0", experimental=True),
+        *(Recipe(name, 0, name) for name in NATIVE),
     )
 }
+
+GGUF_RECIPES = {name: recipe for name, recipe in RECIPES.items() if not recipe.is_native}
 
 # These matrices do not belong to Linear modules: ComfyUI reads them as plain parameters, or looks up a few rows.
 _RAW_PARAMETERS = re.compile(r"(^|\.)(motion_encoder|trainable_cond_mask|attn_rel_b)\.")
@@ -111,10 +126,14 @@ class Fallback(NamedTuple):
     reason: str
 
 
+StoredType = QuantType | LayerType
+"""A type of GGUF, or one of ComfyUI's formats for a weight of one shape."""
+
+
 class TypePlan(NamedTuple):
     """A type for every tensor, in the order of the source, and the deviations from the recipe."""
 
-    types: dict[str, QuantType]
+    types: dict[str, StoredType]
     fallbacks: tuple[Fallback, ...]
 
 
@@ -132,7 +151,9 @@ def find_recipe(name: str) -> Recipe:
 
 def plan_types(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
     """Return the recipe's type for each tensor, or a fallback where the tensor's shape does not allow it."""
-    types: dict[str, QuantType] = {}
+    if recipe.is_native:
+        return _plan_native(recipe, tensors)
+    types: dict[str, StoredType] = {}
     fallbacks: list[Fallback] = []
     for name, tensor in tensors.items():
         wanted = _wanted_type(recipe, name, tensor)
@@ -141,6 +162,32 @@ def plan_types(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
             reason = f"rows of {tensor.shape[-1]} elements are not a multiple of {QTYPES[wanted].block_size}"
             fallbacks.append(Fallback(name, wanted, got.name, reason))
     return TypePlan(types, tuple(fallbacks))
+
+
+def _plan_native(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
+    """Return the native format for the weights of blocks, and the dtype of the source for everything else."""
+    types: dict[str, StoredType] = {}
+    fallbacks: list[Fallback] = []
+    native = NATIVE[recipe.base]
+    for name, tensor in tensors.items():
+        types[name] = QTYPES[_kept_dtype(tensor)]
+        if required_precision(name, tensor) != "quantized" or name == EMBEDDING:
+            continue
+        rows, columns = tensor.shape
+        reason = native.takes((rows, columns))
+        if reason is None and any(part.nbytes % 4 for part in native.parts((rows, columns))):
+            reason = f"{rows}x{columns} weights, not a multiple of 4"
+        if reason is None:
+            types[name] = LayerType(native, (rows, columns))
+        else:
+            fallbacks.append(Fallback(name, recipe.base, types[name].name, reason))
+    return TypePlan(types, tuple(fallbacks))
+
+
+def _kept_dtype(tensor: TensorInfo) -> str:
+    """Return the dtype in which a tensor stays: its own, if the next tensor in the file then starts at 4 bytes."""
+    name = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(tensor.dtype, "F32")
+    return "F32" if math.prod(tensor.shape) % 2 else name
 
 
 def required_precision(name: str, tensor: TensorInfo) -> Precision:

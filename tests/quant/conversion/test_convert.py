@@ -17,7 +17,7 @@ from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.gguf.provenance import VERSION, source_metadata
 from wanquant.quant.gguf.reader import open_gguf
 from wanquant.quant.plan.file_size import predicted_size
-from wanquant.quant.plan.recipe import RECIPES, plan_types
+from wanquant.quant.plan.recipe import GGUF_RECIPES, RECIPES, plan_types
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.tests.conftest import ROOT
 
@@ -25,7 +25,7 @@ PATCH_EMBEDDING = "patch_embedding.weight"
 FFN = "blocks.0.ffn.0.weight"
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", GGUF_RECIPES)
 def test_types_and_bytes_are_those_of_the_recipe(tmp_path, source, recipe, state):
     # ggml has no encoder for the smallest types without importance.
     needed = any(QTYPES[name].fast_in_c == "requires importance" for name in RECIPES[recipe].types)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.quant import open_gguf
 from wanquant.quant.conversion.convert import convert
-from wanquant.quant.plan.recipe import RECIPES
+from wanquant.quant.plan.recipe import GGUF_RECIPES
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 pytestmark = pytest.mark.skipif(
@@ -68,7 +68,7 @@ def stored_shape(shape):
     return shape[next((n for n, size in enumerate(shape) if size > 1), 0) :]
 
 
-@pytest.mark.parametrize(("variant", "recipe"), [*(("t2v", recipe) for recipe in RECIPES), ("i2v", "Q4_K_M")])
+@pytest.mark.parametrize(("variant", "recipe"), [*(("t2v", recipe) for recipe in GGUF_RECIPES), ("i2v", "Q4_K_M")])
 def test_transformer_is_read(tmp_path, variant, recipe):
     source = write_tiny_wan(tmp_path / "wan.safetensors", layers=1, ffn_dim=512, variant=variant)
     check(convert(source, tmp_path / "a.gguf", recipe, effort="fast").path)

@@ -11,7 +11,7 @@ from gguf.constants import LlamaFileType
 
 from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.plan.file_size import predicted_size
-from wanquant.quant.plan.recipe import RECIPES, find_recipe, plan_types
+from wanquant.quant.plan.recipe import GGUF_RECIPES, RECIPES, find_recipe, plan_types
 from wanquant.quant.plan.wan_shapes import SIZES, wan_shapes
 
 
@@ -64,7 +64,7 @@ def test_published_files_of_wan_2_1_differ_only_by_f32_matrices():
     assert predicted_size(types, tensors) == pytest.approx(11_341_184_384, rel=0.043)
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("recipe", GGUF_RECIPES.values(), ids=GGUF_RECIPES)
 def test_file_type_is_llama_cpps_number(recipe):
     assert recipe.file_type == LlamaFileType["MOSTLY_" + recipe.name]
 

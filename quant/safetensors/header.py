@@ -1,0 +1,115 @@
+"""The header of a safetensors file, read as what it says about a model: its tensors, quantized layers as one each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..files.safetensors_header import TensorEntry, read_safetensors_header
+from ..gguf.header import Header, read_header
+from .metadata import from_text
+
+_MARKER, _WEIGHT = "comfy_quant", "weight"
+_MOST_MARKER_BYTES = 1 << 12
+_W4A8 = "asym_w4a8_int8"
+_NAMES = {
+    "float8_e4m3fn": "FP8",
+    "mxfp8": "MXFP8",
+    "int8_tensorwise": "INT8",
+    "convrot_w4a4": "INT4",
+    "nvfp4": "NVFP4 (ComfyUI)",
+    _W4A8: "W4A8",
+}
+"""The names of the formats in plans and reports."""
+_CODES_A_BYTE = {"INT4": (2, 1), "NVFP4 (ComfyUI)": (2, 1), "W4A8": (2, 1), "W6A8": (4, 3)}
+
+
+@dataclass(frozen=True)
+class NativeRecord:
+    """A tensor of a model in a safetensors file."""
+
+    name: str
+    stored: str
+    """The name of its type: a native format, or a dtype of safetensors."""
+    shape: tuple[int, ...]
+    nbytes: int
+    """The bytes of all its parts."""
+
+
+@dataclass(frozen=True)
+class NativeHeader:
+    """The metadata and the tensors of a safetensors file."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    """The metadata of a conversion, as that of a GGUF; other keys have the text of the file."""
+    tensors: Mapping[str, NativeRecord]
+    size: int
+    """The bytes of the file."""
+    data_start: int
+    """The bytes in front of the tensors."""
+    formats: frozenset[str] = frozenset()
+    """The formats that the markers of layers name."""
+
+
+AnyHeader = Header | NativeHeader
+
+
+def read_any_header(path: str | Path) -> AnyHeader:
+    """Return what the header of a GGUF or safetensors file says; the suffix of the name tells which it is.
+
+    Raises:
+        QuantError: not a well-formed file.
+    """
+    return read_native_header(path) if Path(path).suffix.lower() == ".safetensors" else read_header(path)
+
+
+def read_native_header(path: str | Path) -> NativeHeader:
+    """Return what the header of a safetensors file says.
+
+    Raises:
+        QuantError: not a well-formed safetensors file.
+    """
+    path = Path(path)
+    text, entries = read_safetensors_header(path)
+    markers = {entry.name.removesuffix(_MARKER): entry for entry in entries if entry.name.endswith(f".{_MARKER}")}
+    groups: dict[str, list[TensorEntry]] = {}
+    for entry in entries:
+        layer = entry.name[: entry.name.rfind(".") + 1]
+        is_part = layer in markers and entry.name != f"{layer}bias"
+        groups.setdefault(f"{layer}{_WEIGHT}" if is_part else entry.name, []).append(entry)
+    with path.open("rb") as file:
+        configs = {f"{layer}{_WEIGHT}": _format(file, marker) for layer, marker in markers.items()}
+    tensors = {name: _record(name, group, configs.get(name, {})) for name, group in groups.items()}
+    size = path.stat().st_size
+    start = min((entry.begin for entry in entries), default=size)
+    formats = frozenset(str(config.get("format")) for config in configs.values())
+    return NativeHeader(path, from_text(text), tensors, size, start, formats)
+
+
+def _format(file: BinaryIO, marker: TensorEntry) -> Mapping[str, object]:
+    """Return the JSON object of a marker, empty if it cannot be read."""
+    if marker.end - marker.begin > _MOST_MARKER_BYTES:
+        return {}
+    file.seek(marker.begin)
+    try:
+        found = json.loads(file.read(marker.end - marker.begin))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _record(name: str, parts: list[TensorEntry], config: Mapping[str, object]) -> NativeRecord:
+    weight = next((part for part in parts if part.name == name), parts[0])
+    nbytes = sum(part.end - part.begin for part in parts)
+    if not config:
+        return NativeRecord(name, weight.dtype, weight.shape, nbytes)
+    is_six_bits = config.get("format") == _W4A8 and not any(part.name.endswith("_codebook") for part in parts)
+    stored = "W6A8" if is_six_bits else _NAMES.get(str(config.get("format")), str(config.get("format")))
+    shape = weight.shape
+    if len(shape) == 2 and (codes := _CODES_A_BYTE.get(stored)):
+        shape = (shape[0], shape[1] * codes[0] // codes[1])
+    return NativeRecord(name, stored, shape, nbytes)

@@ -1,0 +1,74 @@
+"""The metadata of a conversion as the `__metadata__` of a safetensors file, which holds text alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..gguf.provenance import (
+    CALIBRATED,
+    CORRECTED_BIASES,
+    FIVE_D,
+    NON_FINITE,
+    RELATIVE_ERROR,
+    SOURCE_MTIME,
+    TARGET_SIZE,
+    carried_metadata,
+    source_metadata,
+)
+
+OURS = "wanquant."
+_NUMBERS = (TARGET_SIZE, SOURCE_MTIME, "wanquant.source_size")
+_FLAGS = (FIVE_D, NON_FINITE, CALIBRATED)
+# It describes the layers of the source, and ComfyUI prefers it to the layers' own markers.
+_OF_SOURCE_FORMAT = "_quantization_metadata"
+
+
+def to_text(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return a conversion's metadata as text: the source's own under its own keys, and what starts with `wanquant.`.
+
+    Numbers are in decimal, truth values `true` or `false`, lists in JSON. The relative errors are float32 in
+    hexadecimal, so that their text has the same length whatever they are.
+    """
+    text = {key: value for key, value in source_metadata(metadata).items() if key != _OF_SOURCE_FORMAT}
+    for key, value in metadata.items():
+        if key.startswith(OURS) and key not in carried_metadata(source_metadata(metadata)):
+            text[key] = _text(value)
+    return {"format": "pt", **text}
+
+
+def from_text(text: Mapping[str, str]) -> dict[str, Any]:
+    """Return the metadata of a conversion from its text; a value that is not of its key's type is left out."""
+    metadata: dict[str, Any] = dict(carried_metadata({k: v for k, v in text.items() if not k.startswith(OURS)}))
+    for key, value in text.items():
+        if key.startswith(OURS):
+            try:
+                metadata[key] = _value(key, value)
+            except ValueError:
+                continue
+    return metadata
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype == np.float32:
+        return value.astype("<f4").tobytes().hex()
+    if isinstance(value, np.integer):
+        return str(int(value))
+    return json.dumps(value)
+
+
+def _value(key: str, text: str) -> object:
+    if key == RELATIVE_ERROR:
+        return np.frombuffer(bytes.fromhex(text), "<f4")
+    if key in _NUMBERS:
+        return int(text)
+    if key in _FLAGS:
+        return {"true": True, "false": False}.get(text, False)
+    if key == CORRECTED_BIASES:
+        return json.loads(text)
+    return text

@@ -1,0 +1,112 @@
+"""ComfyUI's own formats in the graph: convert, then load by the path or by the name."""
+
+import shutil
+
+import pytest
+import torch
+
+from wanquant.nodes import encoding
+from wanquant.nodes.convert import WanQuantConvert
+from wanquant.nodes.load_diffusion_model import WanQuantLoader
+from wanquant.nodes.save_model import WanQuantSaveModel
+from wanquant.nodes.tune import WanQuantTune
+from wanquant.ops.loading import native_model
+from wanquant.quant import QuantError
+from wanquant.quant.inspection.report import inspect
+from wanquant.quant.native.registry import NATIVE
+
+
+@pytest.fixture
+def folder(models, t2v):
+    folder = models / "diffusion_models"
+    shutil.copy(t2v[0], folder / "wan.safetensors")
+    shutil.copy(t2v[1], folder / "wan-Q8_0.gguf")
+    return folder
+
+
+def convert(recipe, output_name="", **inputs):
+    return WanQuantConvert.execute(
+        "wan.safetensors", recipe, "diffusion_models", output_name, False, "fast", "cpu", **inputs
+    ).args
+
+
+def load(**inputs):
+    return WanQuantLoader.execute(**{"model_name": "wan-Q8_0.gguf", "compute_dtype": "float32", **inputs}).args[0]
+
+
+def weight(model):
+    return model.model.diffusion_model.blocks[0].ffn[0].weight
+
+
+def test_native_recipes_follow_the_present_ones(models):
+    """The values are saved in graphs, so that neither they nor their order may change."""
+    (combo,) = (one for one in WanQuantConvert.define_schema().inputs if one.id == "recipe")
+    assert combo.options[:3] == ["F16", "BF16", "Q8_0"]
+    assert combo.options[-len(NATIVE) :] == list(NATIVE)
+    (combo,) = (one for one in WanQuantTune.define_schema().inputs if one.id == "recipe")
+    assert not {*combo.options} & {*NATIVE}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "asked", "target_size", "written"),
+    [
+        ("INT8", "", 0.0, "wan-INT8.safetensors"),
+        ("INT8", "a.gguf", 0.0, "a.safetensors"),
+        ("INT8", "a.SAFETENSORS", 0.0, "a.SAFETENSORS"),
+        ("Q8_0", "a.safetensors", 0.0, "a.gguf"),
+        ("FP8", "a.safetensors", 0.005, "a.gguf"),
+    ],
+)
+def test_the_recipe_chooses_the_suffix(recipe, asked, target_size, written, folder):
+    path, _, summary = convert(recipe, asked, target_size=target_size)
+    assert path == str(folder / written)
+    assert ("is written as" in summary) == (bool(asked) and not written.lower().endswith(asked.lower()[-5:]))
+
+
+def test_convert_then_load_then_forward(folder):
+    path = convert("INT8")[0]
+    linked, named = load(path=path), load(model_name="wan-INT8.safetensors")
+    assert WanQuantLoader.validate_inputs(model_name="wan-INT8.safetensors") is True
+    (combo,) = (one for one in WanQuantLoader.define_schema().inputs if one.id == "model_name")
+    assert combo.options[0] == "wan-Q8_0.gguf" and "wan-INT8.safetensors" in combo.options
+    dense = load(model_name="wan.safetensors")
+    inputs = torch.randn(1, 16, 2, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        outputs = [m.model.apply_model(*inputs, c_crossattn=torch.ones(1, 7, 4096)) for m in (linked, named, dense)]
+    assert type(weight(linked)).__name__ == "QuantizedTensor"
+    assert torch.equal(outputs[0], outputs[1])
+    assert 0 < (outputs[0] - outputs[2]).norm() / outputs[2].norm() < 0.02
+
+
+def test_a_merged_model_is_saved_in_a_native_format(folder):
+    model = load()
+    path, _, summary = WanQuantSaveModel.execute(
+        model, "merged.gguf", "W6A8", "diffusion_models", False, "fast", "cpu"
+    ).args
+    assert path == str(folder / "merged.safetensors")
+    assert "written as .safetensors, not as .gguf" in summary
+    assert {"W6A8"} < {total.qtype for total in inspect(path).by_type}
+
+
+@pytest.mark.parametrize("options", [{"int8": True}, {"module_name": "wan-Q8_0.gguf"}])
+def test_options_of_gguf_are_refused(options, folder):
+    with pytest.raises(QuantError, match="are for GGUF files"):
+        load(path=convert("FP8")[0], **options)
+
+
+def test_a_format_that_the_host_lacks_names_the_version_that_has_it(folder, monkeypatch):
+    path = convert("W4A8")[0]
+    monkeypatch.setattr(native_model.comfy.quant_ops, "QUANT_ALGOS", {"float8_e4m3fn": {}})
+    with pytest.raises(QuantError, match=r"asym_w4a8_int8, which this ComfyUI .* update ComfyUI to 0\.31"):
+        load(path=path)
+
+
+def test_a_damaged_file_is_one_sentence(folder):
+    (folder / "bad.safetensors").write_bytes(b"\1\0")
+    with pytest.raises(QuantError, match=r"bad\.safetensors: header length"):
+        load(model_name="bad.safetensors")
+
+
+def test_names_without_a_known_suffix_stay():
+    assert encoding.with_suffix("a.bin", "INT8") == "a.bin"
+    assert encoding.with_suffix("a", "INT8") == "a"

@@ -1,0 +1,78 @@
+"""Files in ComfyUI's own formats, through the host's own loader and forward."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wanquant.quant.conversion.convert import convert
+from wanquant.quant.native.registry import NATIVE
+
+# What this host knows; the others need ComfyUI 0.31 or newer.
+try:
+    from comfy.quant_ops import QUANT_ALGOS
+
+    KNOWN = set(QUANT_ALGOS)
+except ImportError:
+    KNOWN = set()
+
+
+def loadable(name):
+    return str(NATIVE[name].config["format"]) in KNOWN
+
+
+@pytest.fixture(scope="module")
+def native(t2v, tmp_path_factory):
+    """Return the function that converts the checkpoint to a native recipe, and returns the path."""
+    folder = tmp_path_factory.mktemp("native")
+
+    def native(name):
+        return convert(t2v[0], folder / f"{name}.safetensors", name).path
+
+    return native
+
+
+def velocity(path):
+    model = comfy.sd.load_diffusion_model(str(path), {"dtype": torch.float32})
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    generator = torch.Generator().manual_seed(0)
+    x, context = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.randn(1, 7, 4096, generator=generator)
+    with torch.no_grad():
+        return model, model.model.apply_model(x, torch.tensor([500.0]), c_crossattn=context)
+
+
+# Relative errors of the velocity. The weights are random, so that errors do not average out as in a trained model.
+LARGEST = {"FP8": 0.03, "MXFP8": 0.03, "INT8": 0.01, "W4A8": 0.08, "W6A8": 0.03, "NVFP4": 0.1, "INT4": 0.15}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_host_loads_and_runs_what_is_written(name, native, t2v):
+    if not loadable(name):
+        pytest.skip(f"this host does not know {NATIVE[name].config['format']}")
+    path = native(name)
+    model, ours = velocity(path)
+    _, expected = velocity(t2v[0])
+    assert (ours - expected).norm() / expected.norm() < LARGEST[name]
+    weight = model.model.diffusion_model.blocks[0].ffn[0].weight
+    assert type(weight).__name__ == "QuantizedTensor"
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_host_saves_the_same_bytes(name, native):
+    if not loadable(name):
+        pytest.skip(f"this host does not know {NATIVE[name].config['format']}")
+    path = native(name)
+    model, _ = velocity(path)
+    written, saved = load_file(path), model.model.diffusion_model.state_dict()
+    assert saved.keys() == written.keys()
+    layers = [key.removesuffix("comfy_quant") for key in written if key.endswith(".comfy_quant")]
+    parts = [
+        key for key in written if key.startswith(tuple(layers)) and key.split(".")[-1] not in ("bias", "comfy_quant")
+    ]
+    assert len(parts) >= 2 * len(layers) == 40
+    for key in parts:
+        ours, host = (state[key].cpu().reshape(-1).view(torch.uint8) for state in (written, saved))
+        assert torch.equal(ours, host), key
