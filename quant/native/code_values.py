@@ -78,10 +78,10 @@ class Codebook(CodeValues):
     def around(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
         _, _, lower, upper = _bins(scaled.device)
         index = _bin_of(scaled)
-        return lower[index], upper[index]
+        return _look_up(lower, index), _look_up(upper, index)
 
     def codes(self, scaled: Tensor, upper: Tensor) -> Tensor:
-        return _bins(scaled.device)[1][_bin_of(scaled)] + upper
+        return _look_up(_bins(scaled.device)[1], _bin_of(scaled)) + upper
 
     def pack(self, codes: Tensor) -> Tensor:
         return pack_nibbles(codes)
@@ -117,6 +117,11 @@ class Integers(CodeValues):
 
 def _bin_of(scaled: Tensor) -> Tensor:
     return (scaled * (_BINS // 2)).add_(_BINS // 2).clamp_(0, _BINS - 1).int()
+
+
+def _look_up(table: Tensor, index: Tensor) -> Tensor:
+    # Several times faster on a CPU than table[index].
+    return table.index_select(0, index.flatten()).view_as(index)
 
 
 @cached_on_device

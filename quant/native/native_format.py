@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -120,14 +120,15 @@ def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, colum
     Returns:
         The results of all rows, each as (rows, any).
     """
-    step = max(1, elements_at_a_time(tensors[0].device) // columns)
-    results = [function(*cut) for cut in _cuts(tensors, step)]
-    return tuple(torch.cat(pieces) for pieces in zip(*results, strict=True))
-
-
-def _cuts(tensors: tuple[Tensor, ...], step: int) -> Iterator[tuple[Tensor, ...]]:
-    for first in range(0, len(tensors[0]), step):
-        yield tuple(tensor[first : first + step] for tensor in tensors)
+    n_rows, step = len(tensors[0]), max(1, elements_at_a_time(tensors[0].device) // columns)
+    results: tuple[Tensor, ...] = ()
+    for first in range(0, n_rows, step):
+        pieces = function(*(tensor[first : first + step] for tensor in tensors))
+        # Small pieces that are kept among large temporaries would leave holes in the memory.
+        results = results or tuple(piece.new_empty(n_rows, *piece.shape[1:]) for piece in pieces)
+        for result, piece in zip(results, pieces, strict=True):
+            result[first : first + step] = piece
+    return results
 
 
 def largest(weight: Tensor) -> Tensor:
