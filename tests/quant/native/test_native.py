@@ -11,6 +11,7 @@ from torch import Tensor
 from wanquant.quant import QuantError
 from wanquant.quant.native.native_format import Part
 from wanquant.quant.native.registry import NATIVE, w4a8
+from wanquant.quant.native.rotation import rotate
 from wanquant.tests.quant.native.kitchen import DECODE, kitchen_values
 
 FORMATS = {**NATIVE, "W4A8 G32": w4a8(32)}
@@ -210,3 +211,18 @@ def test_the_weight_is_left_alone(name):
     half = weight.bfloat16()
     expected = FORMATS[name].encode(half.float())
     assert all(torch.equal(expected[suffix], tensor) for suffix, tensor in FORMATS[name].encode(half).items())
+
+
+@pytest.mark.parametrize("name", ["W4A8", "W4A8 G32", "W6A8"])
+def test_codes_are_those_of_the_nearest_levels(name):
+    weight, format = normal(16, 512), FORMATS[name]
+    parts = format.encode(weight)
+    rotated = (rotate(weight) / parts["weight_s_channel"].unsqueeze(1)).view(16, -1, format.group, 1)
+    # Kitchen leaves out the first of the 64 codes, so that levels are symmetric.
+    used = format.values.table(weight.device)[1 if name == "W6A8" else 0 :]
+    levels = parts["weight_s_rel"].float().unsqueeze(-1) * used
+    distances = (rotated - levels.round().clamp(-127, 127).unsqueeze(2)).abs()
+    codes = format.values.unpack(parts["weight"].view(torch.uint8)).long().view_as(rotated)
+    values = format.values.table(weight.device)[codes] * parts["weight_s_rel"].float().view(16, -1, 1, 1)
+    chosen = (rotated - values.round().clamp(-127, 127)).abs()
+    torch.testing.assert_close(chosen.squeeze(-1), distances.amin(-1), rtol=1e-5, atol=1e-3)
