@@ -70,8 +70,8 @@ class CodeValues(ABC):
 class Codebook(CodeValues):
     """The 16 values of kitchen's frozen table.
 
-    Kitchen fits another table to weights with heavy tails after the rotation. Those of models never have them, and
-    another table costs the fast kernel for few tokens.
+    Kitchen fits another table to weights whose tails are heavy even after the rotation, and has less error there. Its
+    authors say that real models have none. Another table costs the fast kernel for few tokens.
     """
 
     bits, top, stored = 4, 1.0, True
