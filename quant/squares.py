@@ -1,4 +1,4 @@
-"""Sums of squares that do not overflow float32."""
+"""Sums of squares that neither overflow float32 nor depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -13,8 +13,19 @@ def sum_of_squares(values: Tensor) -> float:
     Args:
         values: float32, of any shape. A single value of 2e19 or more has a square beyond float32.
     """
-    total = values.square().sum().item()
+    total = total_of(values.square())
     if math.isfinite(total):
         return total
     largest = values.abs().amax().item()
-    return (values / largest).square().sum().item() * largest**2 if math.isfinite(largest) else largest
+    return total_of((values / largest).square()) * largest**2 if math.isfinite(largest) else largest
+
+
+def total_of(values: Tensor) -> float:
+    """Return the sum of all values, the same for any number of threads.
+
+    Args:
+        values: float32, of any shape.
+    """
+    # Torch splits the sum of a whole tensor among its threads, but not that of a row.
+    rows = values.reshape(-1, values.shape[-1] if values.ndim else 1)
+    return math.fsum(rows.sum(1).tolist())

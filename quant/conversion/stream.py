@@ -27,7 +27,7 @@ from ..progress import Progress
 from ..qtype import Effort
 from ..sources.checkpoint import Checkpoint, SourceTensor
 from ..sources.tensors import sample_rows
-from ..squares import sum_of_squares
+from ..squares import sum_of_squares, total_of
 from ..statistics.calibration import Calibration
 from .bias_correction import mean_error
 from .layer_encoder import ROUNDED_ELEMENTS, LayerEncoder, LayerEncoders
@@ -96,7 +96,7 @@ class OpenFile:
 
     def _count(self, error: Tensor, part: Slice, qtype: StoredType, packed: Tensor) -> None:
         """Add the squared error of a slice."""
-        noise = error.square_().sum().item()
+        noise = total_of(error.square_())
         self.noise += noise if noise <= _UNSUSPICIOUS else self._noise_within_range(part, qtype, packed)
 
     def _noise_within_range(self, part: Slice, qtype: StoredType, packed: Tensor) -> float:

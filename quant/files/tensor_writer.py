@@ -33,15 +33,16 @@ class Spec(Protocol):
 
 
 SpecT = TypeVar("SpecT", bound=Spec)
+SpecT_co = TypeVar("SpecT_co", bound=Spec, covariant=True)
 
 
-class Layout(Protocol[SpecT]):
+class Layout(Protocol[SpecT_co]):
     """The header of a file and the places of its tensors, known before anything is written."""
 
     @property
     def path(self) -> Path: ...
     @property
-    def tensors(self) -> Sequence[SpecT]: ...
+    def tensors(self) -> Sequence[SpecT_co]: ...
     @property
     def header(self) -> bytes: ...
     @property

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from .native_format import TINY, NativeFormat, Part, by_rows, largest
 from .packing import from_tiles, tiled_shape, to_tiles
+from .rotation import Rotation, rotate_as_kitchen
 
 _MAX = 448.0
 _BLOCK = 32
@@ -25,7 +26,9 @@ _MAX_EXPONENT = 254
 class FP8(NativeFormat):
     """E4M3 floats with one scale."""
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
+    ) -> Tensor:
         return parts["weight"].float().mul_(parts["weight_scale"])
 
     def _tensors(self, rows: int, columns: int) -> tuple[Part, ...]:
@@ -43,7 +46,9 @@ class FP8(NativeFormat):
 class MXFP8(NativeFormat):
     """E4M3 floats, 32 of which share a power of two."""
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
+    ) -> Tensor:
         weight = parts["weight"]
         rows, columns = weight.shape
         exponents = from_tiles(parts["weight_scale"], rows, columns // _BLOCK)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .native_format import NativeFormat, Part
+from .rotation import rotate
 
 DTYPES = {
     "U8": torch.uint8,
@@ -64,12 +65,12 @@ class LayerType:
 
     def dequantize(self, packed: Tensor) -> Tensor:
         """Decode the bytes of all parts, uint8 of any shape, to float32 of this type's shape."""
-        return self.format.decode(self.split(packed), self.shape)
+        return self.format.decode(self.split(packed), self.shape, rotate)
 
     def split(self, packed: Tensor) -> Mapping[str, Tensor]:
         """Return the parts by suffix, in the dtypes and shapes of the file; `packed` is uint8 of any shape."""
         sizes = [part.nbytes for part in self.parts]
-        pieces = packed.reshape(-1).split(sizes)
+        pieces = torch.split(packed.reshape(-1), sizes)
         # A part may start at an odd byte, where torch makes no view of a wider dtype.
         return {
             part.suffix: piece.clone().view(DTYPES[part.dtype]).view(part.shape)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .code_values import CodeValues
 from .native_format import NativeFormat, Part, by_rows
-from .rotation import not_rotatable, rotate
+from .rotation import Rotation, not_rotatable, rotate, rotate_as_kitchen
 
 _MAX_LEVEL = 127
 _PASSES = 2
@@ -35,7 +35,9 @@ class LevelsFormat(NativeFormat):
     """The scales that kitchen tries, in steps of the E4M3 code from the first one."""
     best_steps: tuple[int, ...]
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
+    ) -> Tensor:
         table = parts.get("weight_codebook")
         if table is None:
             table = self.values.table(parts["weight"].device)
@@ -44,7 +46,7 @@ class LevelsFormat(NativeFormat):
             codes = self.values.unpack(weight.view(torch.uint8))
             levels = table[codes.long()].view(len(weight), -1, self.group) * _e4m3(scales).unsqueeze(-1)
             rows = levels.round_().clamp_(-_MAX_LEVEL, _MAX_LEVEL).mul_(row_scales.view(-1, 1, 1))
-            return (rotate(rows.flatten(1)),)
+            return (undo(rows.flatten(1)),)
 
         scales = parts["weight_s_rel"].view(torch.uint8)
         columns = scales.shape[1] * self.group

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..device import elements_at_a_time
 from ..errors import QuantError
+from .rotation import Rotation, rotate_as_kitchen
 
 Effort = Literal["fast", "best"]
 MARKER = "comfy_quant"
@@ -83,12 +84,15 @@ class NativeFormat(ABC):
         return encoded | {MARKER: torch.tensor(list(self._marker()), dtype=torch.uint8, device=weight.device)}
 
     @abstractmethod
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
+    ) -> Tensor:
         """Return the weight of the tensors of a layer: float32, (rows, columns), with any rotation undone.
 
         Args:
             parts: as `encode` returns them.
             shape: of the weight; without it, the padding of NVFP4 and MXFP8 stays.
+            undo: what undoes a rotation. By default the bits are those of kitchen's eager code.
         """
 
     @abstractmethod

@@ -15,6 +15,7 @@ from ..device import cached_on_device
 from .float8 import cropped, padded, scale_of
 from .native_format import NativeFormat, Part, by_rows, largest
 from .packing import from_tiles, pack_nibbles, tiled_shape, to_tiles, unpack_nibbles
+from .rotation import Rotation, rotate_as_kitchen
 
 _BLOCK = 16
 _TOP = 6.0
@@ -30,7 +31,9 @@ _STEPS = (-3, -2, -1, 1, 2, 3, 4, 5, 6, 7)
 class NVFP4(NativeFormat):
     """Four-bit floats with scales of two kinds."""
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
+    ) -> Tensor:
         packed = parts["weight"]
         n_rows, columns = packed.shape[0], 2 * packed.shape[1]
         scales = from_tiles(parts["weight_scale"].view(torch.uint8), n_rows, columns // _BLOCK)

@@ -5,6 +5,8 @@ Source: comfy_kitchen 0.2.40 tensor/int8_utils.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,25 @@ def hadamard(size: int) -> Tensor:
     return matrix.div_(size**0.5)
 
 
+Rotation = Callable[[Tensor], Tensor]
+"""Takes and returns float32, (n, columns)."""
+
+
 def rotate(rows: Tensor) -> Tensor:
-    """Rotate each run of 256 columns, or undo it: float32, (n, columns), in float32 whatever was stored."""
+    """Rotate each run of 256 columns, or undo it: float32, (n, columns).
+
+    The order of the additions is fixed, so that the bits do not depend on threads, slices or the device.
+    """
+    turned = rows.reshape(-1, GROUP)
+    for distance in (64, 16, 4, 1):
+        a, b, c, d = turned.view(-1, 4, distance).unbind(1)
+        total = (a + b).add_(c + d)
+        turned = torch.stack([torch.sub(total, one, alpha=2) for one in (d, c, b, a)], 1).view(-1, GROUP)
+    return turned.mul_(GROUP**-0.5).view_as(rows)
+
+
+def rotate_as_kitchen(rows: Tensor) -> Tensor:
+    """Rotate each run of 256 columns, or undo it, by a product of matrices: float32, (n, columns)."""
     return (rows.view(len(rows), -1, GROUP) @ _matrix(rows.device)).view_as(rows)
 
 

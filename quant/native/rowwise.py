@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .native_format import TINY, NativeFormat, Part, by_rows
 from .packing import pack_nibbles, unpack_nibbles
-from .rotation import not_rotatable, rotate
+from .rotation import Rotation, not_rotatable, rotate, rotate_as_kitchen
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class RowScaled(NativeFormat):
     fine: tuple[float, ...]
     """Steps from the best scale so far, each tried in both directions."""
 
-    def decode(self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None) -> Tensor:
+    def decode(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
+    ) -> Tensor:
         weight = parts["weight"]
         scales = parts["weight_scale"].view(-1, 1)
 
         def values(weight: Tensor, scales: Tensor) -> tuple[Tensor, ...]:
-            return (rotate(self._unpack(weight).float() * scales),)
+            return (undo(self._unpack(weight).float() * scales),)
 
         return by_rows(values, weight, scales, columns=weight.shape[1])[0]
 

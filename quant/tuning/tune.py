@@ -32,8 +32,9 @@ from ..gguf.layout import TensorSpec
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from ..gguf.writer import GGUFWriter
 from ..inspection.report import inspect
+from ..plan.recipe import GGUF_RECIPES
 from ..progress import Progress
-from ..qtype import Effort
+from ..qtype import Effort, QuantType
 from ..sources.checkpoint import Checkpoint
 from ..squares import sum_of_squares
 from .block import BlockModule, BlockTuning, TunedBlock
@@ -98,6 +99,8 @@ def tune(
     with checkpoint:
         _check_source(checkpoint, calls)
         target = Target(destination, recipe)
+        if target.is_native:
+            raise QuantError(f"recipe {recipe}: cannot be tuned, expected one of {', '.join(GGUF_RECIPES)}; choose one")
         output = Output.of(target, checkpoint, made_with)
         for note in output.notes:
             _log.warning(note)
@@ -105,7 +108,8 @@ def tune(
         path = destination
         if not output.reused:
             metadata = {**output.metadata, SOURCE_SHA256: checkpoint.files.sha256()}
-            specs = [TensorSpec(name, qtype, checkpoint.tensors[name].shape) for name, qtype in plan.types.items()]
+            types = {name: qtype for name, qtype in plan.types.items() if isinstance(qtype, QuantType)}
+            specs = [TensorSpec(name, qtype, checkpoint.tensors[name].shape) for name, qtype in types.items()]
             walk = _Walk(checkpoint, specs, metadata, destination, calls, block, settings)
             path = walk.run()
     return ConversionReport(
