@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_convert(commands: _Commands) -> None:
-    command = _add(commands, "convert", _convert, "make a GGUF file from a checkpoint")
+    command = _add(commands, "convert", _convert, "make a GGUF or a file in a format of ComfyUI from a checkpoint")
     command.add_argument(
         "source",
         type=Path,
@@ -90,7 +90,10 @@ def _add_convert(commands: _Commands) -> None:
         help="a .safetensors or .gguf file, a folder of shards, or a quoted pattern such as 'models/*.safetensors'",
     )
     command.add_argument(
-        "destination", type=Path, metavar="DST", help="a .gguf file, or an existing folder, which several files need"
+        "destination",
+        type=Path,
+        metavar="DST",
+        help="a .gguf or .safetensors file, as the recipe writes it, or a folder, which several files need",
     )
     mix = command.add_mutually_exclusive_group()
     mix.add_argument(

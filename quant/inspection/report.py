@@ -98,6 +98,7 @@ class FileReport:
 
     def text(self) -> str:
         """Return a table of the types, the largest errors and the metadata, for a terminal."""
+        width = max(8, *(len(total.qtype) + 1 for total in self.by_type), 0)
         errors = sorted(
             ((tensor.relative_error, tensor.name) for tensor in self.tensors if tensor.relative_error), reverse=True
         )
@@ -106,9 +107,9 @@ class FileReport:
                 f"{self.path.name}: {self.kind}",
                 f"{self.nbytes / GIB:.3f} GiB, {len(self.tensors)} tensors, {self.bits_per_weight:.3f} bits per weight",
                 "",
-                f"{'type':<8}{'tensors':>8}{'MiB':>12}{'bits/weight':>13}",
+                f"{'type':<{width}}{'tensors':>8}{'MiB':>12}{'bits/weight':>13}",
                 *(
-                    f"{t.qtype:<8}{t.count:>8}{t.nbytes / MIB:>12.2f}{8 * t.nbytes / t.n_elements:>13.4f}"
+                    f"{t.qtype:<{width}}{t.count:>8}{t.nbytes / MIB:>12.2f}{8 * t.nbytes / t.n_elements:>13.4f}"
                     for t in self.by_type
                 ),
                 *(("", f"largest errors (of {len(errors)} tensors that are not exact):") if errors else ()),

@@ -71,7 +71,7 @@ class Verification:
     def text(self) -> str:
         return printable_lines(
             (
-                f"{'tensor':<48}{'type':<8}{'relative error':>15}{'SQNR dB':>10}",
+                f"{'tensor':<48}{'type':<16}{'relative error':>15}{'SQNR dB':>10}",
                 *(map(_row, self.tensors)),
                 "",
                 *(map(_row, self.by_role)),
@@ -205,7 +205,7 @@ def _total(name: str, group: Sequence[TensorError]) -> TensorError:
 
 
 def _row(error: TensorError) -> str:
-    return f"{error.name:<48}{error.qtype:<8}{error.relative_error:>15.3e}{error.sqnr_db:>10.2f}"
+    return f"{error.name:<48}{error.qtype:<16}{error.relative_error:>15.3e}{error.sqnr_db:>10.2f}"
 
 
 def _plain(error: TensorError) -> dict[str, Any]:

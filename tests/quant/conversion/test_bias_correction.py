@@ -126,7 +126,7 @@ def test_a_killed_conversion_resumes_with_the_weight_of_an_uncorrected_bias(
     path = tmp_path / "b.gguf"
     with monkeypatch.context() as patch:
         patch.setattr(stream.OpenFile, "end_tensor", killed)
-        patch.setattr(stream.GGUFWriter, "__exit__", lambda self, *_: self._file._file.flush())
+        patch.setattr(stream.TensorWriter, "__exit__", lambda self, *_: self._file._file.flush())
         with pytest.raises(KilledError):
             convert(source, path, "Q4_K_S", importance=known)
     convert(source, path, "Q4_K_S", importance=known)
