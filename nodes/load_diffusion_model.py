@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..ops.loading.diffusion_model import load_diffusion_model
-from ..ops.loading.native_model import load_native_model
+from ..ops.loading.native_model import SUFFIX, load_native_model
 from ..quant import QuantError
 from .folders import (
     GGUF,
@@ -35,6 +35,25 @@ def dtype_input() -> io.Combo.Input:
     )
 
 
+def model_names() -> list[str]:
+    """Return the diffusion models that can be chosen, GGUF files first."""
+    return [*folder_paths.get_filename_list(GGUF), *folder_paths.get_filename_list(MODELS)]
+
+
+def path_input(name: str, replaced: str) -> io.String.Input:
+    return io.String.Input(
+        name,
+        optional=True,
+        force_input=True,
+        tooltip=f"Connect the path of Convert to GGUF to load its file. {replaced} is then ignored.",
+    )
+
+
+def chosen_path(name: str, path: str) -> str:
+    """Return the linked path, or that of the chosen file."""
+    return read_path(path, ".gguf", SUFFIX) if path else model_path(source_folder(name), name)
+
+
 class WanQuantLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,16 +66,11 @@ class WanQuantLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=[*folder_paths.get_filename_list(GGUF), *folder_paths.get_filename_list(MODELS)],
+                    options=model_names(),
                     tooltip="A .gguf file in models/diffusion_models, or a .safetensors for ComfyUI's own loader.",
                 ),
                 dtype_input(),
-                io.String.Input(
-                    "path",
-                    optional=True,
-                    force_input=True,
-                    tooltip="Connect the path of Convert to GGUF to load its file. model_name is then ignored.",
-                ),
+                path_input("path", "model_name"),
                 io.Combo.Input(
                     "module_name",
                     display_name="add_on_name",
@@ -99,8 +113,8 @@ class WanQuantLoader(io.ComfyNode):
     def execute(
         cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NONE, int8: bool = False
     ) -> io.NodeOutput:
-        path = read_path(path, ".gguf", ".safetensors") if path else model_path(source_folder(model_name), model_name)
-        if path.lower().endswith(".safetensors"):
+        path = chosen_path(model_name, path)
+        if path.lower().endswith(SUFFIX):
             if int8 or module_name != NONE:
                 raise QuantError(
                     f"{path}: add_on_name and int8 are for GGUF files; choose a .gguf file, or turn them off"

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..ops.budget.expert_pair import load_expert_pair
 from ..quant.errors import PrintableLog
 from .encoding import show_on_node
-from .folders import GGUF, check_names, model_path, stat_token
-from .load_diffusion_model import DTYPES, dtype_input
+from .folders import check_names, path_token, source_folder, stat_token
+from .load_diffusion_model import DTYPES, chosen_path, dtype_input, model_names, path_input
 
 logger = PrintableLog(__name__)
 
@@ -17,7 +16,7 @@ logger = PrintableLog(__name__)
 class WanQuantExpertPairLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        names = folder_paths.get_filename_list(GGUF)
+        names = model_names()
         return io.Schema(
             node_id="WanQuantExpertPairLoader",
             display_name="Load Wan 2.2 Experts (GGUF)",
@@ -28,22 +27,51 @@ class WanQuantExpertPairLoader(io.ComfyNode):
                 io.Combo.Input("high_noise_name", options=names, tooltip="The expert for the first steps."),
                 io.Combo.Input("low_noise_name", options=names, tooltip="The expert for the last steps."),
                 dtype_input(),
+                # The inputs below are optional, because graphs saved before they were added lack them.
+                path_input("high_noise_path", "high_noise_name"),
+                path_input("low_noise_path", "low_noise_name"),
             ],
             outputs=[io.Model.Output(display_name="high_noise"), io.Model.Output(display_name="low_noise")],
         )
 
     @classmethod
-    def validate_inputs(cls, high_noise_name: str | None = None, low_noise_name: str | None = None) -> bool | str:
-        return check_names((GGUF, high_noise_name), (GGUF, low_noise_name))
+    def validate_inputs(
+        cls,
+        high_noise_name: str | None = None,
+        low_noise_name: str | None = None,
+        high_noise_path: str | None = "",
+        low_noise_path: str | None = "",
+    ) -> bool | str:
+        pairs = ((high_noise_name, high_noise_path), (low_noise_name, low_noise_path))
+        # A linked path is still None here. It replaces the name, which may then be stale.
+        return check_names(*((source_folder(name), name) for name, path in pairs if path == ""))
 
     @classmethod
-    def fingerprint_inputs(cls, high_noise_name: str | None, low_noise_name: str | None, **_: object) -> str:
-        return f"{stat_token(GGUF, high_noise_name)} {stat_token(GGUF, low_noise_name)}"
+    def fingerprint_inputs(
+        cls,
+        high_noise_name: str | None,
+        low_noise_name: str | None,
+        high_noise_path: str | None = "",
+        low_noise_path: str | None = "",
+        **_: object,
+    ) -> str:
+        pairs = ((high_noise_name, high_noise_path), (low_noise_name, low_noise_path))
+        return " ".join(
+            stat_token(source_folder(name), name) if path == "" else path_token(path) for name, path in pairs
+        )
 
     @classmethod
-    def execute(cls, high_noise_name: str, low_noise_name: str, compute_dtype: str) -> io.NodeOutput:
-        paths = model_path(GGUF, high_noise_name), model_path(GGUF, low_noise_name)
-        high, low, warning = load_expert_pair(*paths, DTYPES[compute_dtype])
+    def execute(
+        cls,
+        high_noise_name: str,
+        low_noise_name: str,
+        compute_dtype: str,
+        high_noise_path: str = "",
+        low_noise_path: str = "",
+    ) -> io.NodeOutput:
+        high_file = chosen_path(high_noise_name, high_noise_path)
+        low_file = chosen_path(low_noise_name, low_noise_path)
+        high, low, warning = load_expert_pair(high_file, low_file, DTYPES[compute_dtype])
         if warning:
             logger.warning("Load Wan 2.2 Experts: %s", warning)
             show_on_node(warning)

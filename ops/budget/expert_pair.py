@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...quant import QuantError
 from .. import host
-from ..loading.diffusion_model import load_diffusion_model
+from ..loading.native_model import load_any_model
 from ..packed.layout import is_packed
 from .experts import share_memory
 
@@ -26,14 +26,14 @@ def load_expert_pair(
     """Load two experts that share memory, and return them with a warning, or "" if there is nothing to warn of.
 
     Args:
-        high: the GGUF file of the expert for the first steps.
-        low: the GGUF file of the expert for the last steps.
+        high: the GGUF or safetensors file of the expert for the first steps.
+        low: the GGUF or safetensors file of the expert for the last steps.
         dtype: the dtype to compute in; if None, the host chooses it for the device.
 
     Raises:
-        QuantError: as `load_diffusion_model` raises it, or experts of different architectures.
+        QuantError: as `load_any_model` raises it, or experts of different architectures.
     """
-    first, second = (load_diffusion_model(path, dtype=dtype) for path in (high, low))
+    first, second = (load_any_model(path, dtype=dtype) for path in (high, low))
     differences = _differences(first, second)
     if differences:
         raise QuantError(

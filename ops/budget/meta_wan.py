@@ -13,6 +13,7 @@ from comfy.model_base import BaseModel
 from torch import Tensor
 
 from ...quant.gguf.header import TensorRecord
+from ...quant.native.native_format import MARKER
 from ...quant.qtype import QuantType
 from .. import host
 from ..loading.diffusion_model import host_tensor
@@ -65,7 +66,7 @@ def meta_twin(model: BaseModel) -> BaseModel:
     config.set_inference_dtype(loaded.unet_config["dtype"], host.compute_dtype(model))
     config.custom_operations, config.quant_config = loaded.custom_operations, loaded.quant_config
     kept = {name: tensor for name, tensor in source.state_dict(keep_vars=True).items() if _is_kept(name, shortened)}
-    return _build(config, {n: tensor if host.is_preference(n) else _as_meta(tensor) for n, tensor in kept.items()})
+    return _build(config, {name: tensor if _is_read(name) else _as_meta(tensor) for name, tensor in kept.items()})
 
 
 def _build(config: comfy.supported_models_base.BASE, state: dict[str, Tensor]) -> BaseModel:
@@ -73,6 +74,11 @@ def _build(config: comfy.supported_models_base.BASE, state: dict[str, Tensor]) -
     model.diffusion_model.load_state_dict(state, strict=False, assign=True)
     model.device = META
     return model.requires_grad_(False)
+
+
+def _is_read(name: str) -> bool:
+    """Return whether the host reads the values of a tensor while it loads: an attention preference or a marker."""
+    return host.is_preference(name) or name.endswith(f".{MARKER}")
 
 
 def _is_kept(name: str, shortened: Mapping[str, int]) -> bool:

@@ -1,4 +1,4 @@
-"""Diffusion models in ComfyUI's own formats, through the host's own loader."""
+"""Diffusion models in safetensors, in ComfyUI's own formats too, through the host's own loader."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from ...quant import QuantError
 from ...quant.safetensors.header import read_native_header
 from ..host_version import host_version
 from .by_host import built_by_host
+from .diffusion_model import load_diffusion_model
+
+SUFFIX = ".safetensors"
 
 # The first ComfyUI that loads a format. Source: its release notes, and pull request 14859 for INT4.
 _SINCE = {
@@ -22,6 +25,16 @@ _SINCE = {
     "convrot_w4a4": "0.28",
     "asym_w4a8_int8": "0.31",
 }
+
+
+def load_any_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> ModelPatcher:
+    """Load a diffusion model from a GGUF or a safetensors file; the suffix of the name tells which it is.
+
+    Raises:
+        QuantError: as `load_diffusion_model` and `load_native_model` raise it.
+    """
+    is_native = Path(path).suffix.lower() == SUFFIX
+    return load_native_model(path, dtype=dtype) if is_native else load_diffusion_model(path, dtype=dtype)
 
 
 def load_native_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> ModelPatcher:

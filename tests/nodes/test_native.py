@@ -8,6 +8,8 @@ import torch
 from wanquant.nodes import encoding
 from wanquant.nodes.convert import WanQuantConvert
 from wanquant.nodes.load_diffusion_model import WanQuantLoader
+from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
+from wanquant.nodes.low_vram import WanQuantLowVRAM
 from wanquant.nodes.save_model import WanQuantSaveModel
 from wanquant.nodes.tune import WanQuantTune
 from wanquant.ops.loading import native_model
@@ -110,3 +112,31 @@ def test_a_damaged_file_is_one_sentence(folder):
 def test_names_without_a_known_suffix_stay():
     assert encoding.with_suffix("a.bin", "INT8") == "a.bin"
     assert encoding.with_suffix("a", "INT8") == "a"
+
+
+def test_a_pair_of_experts_by_name_and_by_path(folder):
+    path = convert("INT8")[0]
+    shutil.copy(path, folder / "low.safetensors")
+    named = {"high_noise_name": "wan-INT8.safetensors", "low_noise_name": "low.safetensors"}
+    assert WanQuantExpertPairLoader.validate_inputs(**named) is True
+    assert "nearest name" in WanQuantExpertPairLoader.validate_inputs(**named | {"low_noise_name": "lo.safetensors"})
+    stale = {"high_noise_name": "stale.gguf", "high_noise_path": None}
+    assert WanQuantExpertPairLoader.validate_inputs(**named | stale) is True
+    by_name = WanQuantExpertPairLoader.execute(**named, compute_dtype="float32").args
+    linked = {**named, "high_noise_name": "stale.gguf", "high_noise_path": path}
+    by_path = WanQuantExpertPairLoader.execute(**linked, compute_dtype="float32").args
+    for patcher in (*by_name, *by_path):
+        assert type(weight(patcher)).__name__ == "QuantizedTensor"
+    before = WanQuantExpertPairLoader.fingerprint_inputs(**linked)
+    (folder / "wan-INT8.safetensors").touch()
+    assert WanQuantExpertPairLoader.fingerprint_inputs(**linked) != before
+
+
+def test_a_budget_takes_a_native_model(folder):
+    model = load(path=convert("INT8")[0])
+    limited, text, *_ = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
+    assert "GiB (weights" in text
+    inputs = torch.randn(1, 16, 2, 8, 8), torch.tensor([500.0])
+    with torch.no_grad():
+        ours, plain = (m.model.apply_model(*inputs, c_crossattn=torch.ones(1, 7, 4096)) for m in (limited, model))
+    assert torch.equal(ours, plain)

@@ -68,7 +68,7 @@ def test_full_disk_leaves_no_file(tmp_path, source, monkeypatch, slices):
         if len(calls) > slices:
             raise QuantError("no space left")
 
-    monkeypatch.setattr(stream.GGUFWriter, "write_part", write_part)
+    monkeypatch.setattr(stream.TensorWriter, "write_part", write_part)
     with pytest.raises(QuantError, match="no space left"):
         convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast")
     assert not list(tmp_path.iterdir())
