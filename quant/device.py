@@ -80,6 +80,15 @@ def elements_at_a_time(device: torch.device) -> int:
     return _DEVICE_ELEMENTS if free is None else max(1, min(free // _FREE_BYTES_AN_ELEMENT, _MOST_DEVICE_ELEMENTS))
 
 
+def has_float8(device: torch.device) -> bool:
+    """Return whether a device converts to and from FP8, which those of Apple do not."""
+    try:
+        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
 @contextmanager
 def lasting_allocations() -> Iterator[None]:
     """Mark allocations that outlive the step; an inner context has no effect, since hosts cannot nest theirs."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..device import has_float64, usable_device
+from ..device import has_float8, has_float64, usable_device
 from ..errors import PrintableLog, printable_lines
 from ..files.disk_space import leftovers
 from ..inspection.report import FileReport, inspect
@@ -164,7 +164,7 @@ def convert_all(
         QuantError: as for `convert`.
     """
     started = time.monotonic()
-    device = _device(settings)
+    device = _device(settings, targets)
     with source if isinstance(source, Checkpoint) else open_checkpoint(source, settings.add_ons) as checkpoint:
         checkpoint.check_complete()
         checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
@@ -200,11 +200,14 @@ def convert_all(
     ]
 
 
-def _device(settings: Settings) -> torch.device:
-    """Return the device of a conversion: the CPU for calibrated rounding where the given one lacks float64."""
+def _device(settings: Settings, targets: Sequence[Target]) -> torch.device:
+    """Return the device of a conversion: the CPU where the given one lacks a dtype that is needed."""
     device = usable_device(settings.device)
     if isinstance(settings.importance, Calibration) and not has_float64(device):
         _log.warning("Calibrated rounding needs float64, which %s lacks; the CPU converts", device)
+        return torch.device("cpu")
+    if any(target.is_native for target in targets) and not has_float8(device):
+        _log.warning("ComfyUI's own formats need FP8, which %s lacks; the CPU converts", device)
         return torch.device("cpu")
     return device
 

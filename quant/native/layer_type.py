@@ -58,7 +58,7 @@ class LayerType:
             effort: "fast", "best" or "thorough", which is the same as "best".
 
         Returns:
-            uint8, (n,): the bytes of all parts, on the CPU.
+            uint8, (n,): the bytes of all parts, on the device of the weight.
         """
         parts = self.format.encode(weight.float(), importance, "fast" if effort == "fast" else "best")
         return torch.cat([_bytes(parts[part.suffix], part) for part in self.parts])
@@ -84,7 +84,7 @@ def type_name(native: NativeFormat) -> str:
 
 
 def _bytes(tensor: Tensor, part: Part) -> Tensor:
-    """Return the bytes of a stored tensor of any dtype: uint8, flat, on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    """Return the bytes of a stored tensor of any dtype: uint8, flat, on its device."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     assert tuple(tensor.shape) == part.shape and len(flat) == part.nbytes, f"{part}: {tensor.shape} {tensor.dtype}"
     return flat

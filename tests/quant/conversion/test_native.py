@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, open_gguf
+from wanquant.quant.conversion import convert as convert_module
 from wanquant.quant.conversion.convert import convert, convert_all
 from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.inspection.report import inspect
@@ -207,3 +208,12 @@ def test_sources_are_read_again(wan, tmp_path):
         with open_checkpoint(path) as checkpoint:
             checkpoint.check_complete()
             assert len(checkpoint.tensors) == len(load_file(wan))
+
+
+def test_a_device_without_fp8_leaves_it_to_the_cpu(wan, tmp_path, monkeypatch, caplog):
+    """A CPU stands in for such a device, which is not here."""
+    wanted = convert(wan, tmp_path / "a.safetensors", "INT8", effort="fast").path.read_bytes()
+    monkeypatch.setattr(convert_module, "has_float8", lambda device: False)
+    found = convert(wan, tmp_path / "b.safetensors", "INT8", effort="fast").path.read_bytes()
+    assert found == wanted
+    assert "need FP8" in caplog.text
