@@ -1,4 +1,4 @@
-"""One seed of TinyWan in full precision and in five recipes, sampled in a real ComfyUI server; writes out/demo."""
+"""One seed of TinyWan in full precision and quantized, sampled in a real ComfyUI server; writes out/demo."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wanquant.testing.comparison import DENSE, TRAINED, Run, sample
 from wanquant.testing.hosts import ROOT
-from wanquant.testing.server import HostServer
+from wanquant.testing.server import GraphError, HostServer
 
 RECIPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q2_K")
+NATIVE = ("INT8", "W4A8")
+"""Formats of ComfyUI itself, of which older ones lack some."""
 OUT = ROOT / "out" / "demo"
 LABEL = 28
 """Height in pixels of the text above a picture."""
@@ -33,6 +35,12 @@ def main() -> None:
             print(f"ComfyUI {version} answers at {server.url}; TinyWan draws a red ball", flush=True)
             TRAINED.prepare(server)
             runs = [_sample(server, name) for name in (DENSE, *RECIPES)]
+            for name in NATIVE:
+                try:
+                    runs.append(_sample(server, name))
+                except GraphError as error:
+                    reason = error.details.get("exception_message", str(error)).splitlines()[0]
+                    print(f"{name}: left out: {reason}", flush=True)
         _keep(runs, version)
     print(f"done in {time.monotonic() - started:.0f} s; written to {OUT}")
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wanquant.ops.conditioning import load_conditioning, save_conditioning
+from wanquant.quant.plan.recipe import find_recipe
 from wanquant.testing.graphs import PROMPT, SOURCE, dense_model, quantized_model, video
 from wanquant.testing.hosts import ROOT
 from wanquant.testing.server import Event, HostServer
@@ -81,7 +82,7 @@ def sample(server: HostServer, scene: Scene, recipe: str, progress: Progress | N
     clock = _StepClock(recipe, progress)
     graph = video(dense_model() if recipe == DENSE else quantized_model(recipe), recipe, scene.pixels)
     outputs = {node: _files(server, output) for node, output in server.run(graph, clock).items()}
-    name = SOURCE if recipe == DENSE else f"{Path(SOURCE).stem}-{recipe}.gguf"
+    name = SOURCE if recipe == DENSE else f"{Path(SOURCE).stem}-{recipe}{find_recipe(recipe).suffix}"
     return Run(
         name=recipe,
         latent=load_file(outputs["latent"][0])["latent_tensor"],
