@@ -10,11 +10,14 @@ from typing import Any
 from ..errors import QuantError
 from ..files.disk_space import check_space
 from ..files.tensor_writer import TensorWriter
+from ..native.layer_type import LayerType
 from ..sources.checkpoint import Checkpoint
 from ..units import GIB
 
 # Slices in flight and the temporaries of the search with a calibration; `bench convert` measures less than this.
 _ENCODING_BYTES = 1 << 28
+# A weight in a native format is encoded whole: its values, the next weight's, the decoded ones and temporaries.
+_WHOLE_BYTES_A_WEIGHT = 12
 
 
 def check_resources(checkpoint: Checkpoint, writers: Iterable[TensorWriter[Any]]) -> None:
@@ -23,8 +26,11 @@ def check_resources(checkpoint: Checkpoint, writers: Iterable[TensorWriter[Any]]
     Raises:
         QuantError: the files need more disk space than is free, or encoding needs more main memory.
     """
-    check_space({writer.path: writer.nbytes for writer in writers})
-    needed, free = _ENCODING_BYTES + checkpoint.held_bytes, _free_memory()
+    files = list(writers)
+    check_space({file.path: file.nbytes for file in files})
+    whole = (math.prod(spec.shape) for file in files for spec in file.tensors if isinstance(spec.qtype, LayerType))
+    encoding = _ENCODING_BYTES + _WHOLE_BYTES_A_WEIGHT * max(whole, default=0)
+    needed, free = encoding + checkpoint.held_bytes, _free_memory()
     if needed > free:
         raise QuantError(
             f"{checkpoint.path}: converting needs {needed / GIB:.2f} GiB of main memory, but only"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from wanquant.quant import QuantError, open_gguf
 from wanquant.quant.conversion import convert as convert_module
+from wanquant.quant.conversion import resources
 from wanquant.quant.conversion.convert import convert, convert_all
 from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.inspection.report import inspect
@@ -217,3 +218,13 @@ def test_a_device_without_fp8_leaves_it_to_the_cpu(wan, tmp_path, monkeypatch, c
     found = convert(wan, tmp_path / "b.safetensors", "INT8", effort="fast").path.read_bytes()
     assert found == wanted
     assert "need FP8" in caplog.text
+
+
+def test_a_whole_weight_counts_as_main_memory(wan, tmp_path, monkeypatch):
+    """The largest weight has 512 x 256 values; the limit lies between what both containers need."""
+    limit = resources._ENCODING_BYTES + 512 * 256 * 10
+    monkeypatch.setattr(resources, "_free_memory", lambda: limit)
+    convert(wan, tmp_path / "a.gguf", "Q8_0", effort="fast")
+    with pytest.raises(QuantError, match=r"converting needs .* of main memory"):
+        convert(wan, tmp_path / "a.safetensors", "INT8")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
