@@ -36,7 +36,7 @@ from wanquant.bench.harness import GIB, Row, gpu_machine, write_row  # noqa: E40
 if TYPE_CHECKING:
     from torch import Tensor
 
-RECIPES = ("Q8_0", "Q4_K_M", "Q2_K", "IQ2_XXS", "IQ1_M", "INT8", "W4A8", "NVFP4")
+RECIPES = ("Q8_0", "Q4_K_M", "Q2_K", "IQ2_XXS", "IQ1_M", "INT8", "FP8", "NVFP4")
 SELFTEST_RECIPES = ("Q4_K_M", "INT8")
 CALIBRATED = "Q2_K"
 # Latents: (batch, channels, frames, height, width). The large one has enough tokens for int8.
@@ -70,7 +70,7 @@ class Check:
             ("sample two LoRAs", lambda: self._against(with_loras(self._load(), 2), self._load())),
             ("sample within a budget", lambda: self._within_budget(self._load())),
             (
-                "sample int8 and a LoRA within a budget",
+                "sample int8 and LoRA within a budget",
                 lambda: self._within_budget(with_loras(self._load(int8=True), 1)),
             ),
             ("calibrate", self._calibrate),

@@ -1,4 +1,4 @@
-"""The GPU benchmarks of encoders and products run on the CPU, with tiny shapes."""
+"""The GPU scripts for encoders, products and the whole pack run on the CPU, with tiny shapes."""
 
 from __future__ import annotations
 
@@ -46,3 +46,19 @@ def test_products_are_close_to_the_dense_one(tmp_path: Path) -> None:
     for row in found:
         assert 0 < row["exact_error"] < 0.004
         assert 0 < row["int8_error"] < 0.03
+
+
+def test_all_that_runs_on_a_gpu_runs_here(tmp_path: Path) -> None:
+    if not checkout().is_dir():
+        pytest.skip(f"no ComfyUI at {checkout()}: run `python3 dev.py setup`, or set COMFYUI_PATH")
+    carried = tmp_path / "carried"
+    gpu_host.assemble(carried, checkout())
+    arguments = ["--carried", str(carried), "--patcher", "legacy"]
+    found = {row["case"]: row for row in rows("gpu_check.py", tmp_path / "results.jsonl", *arguments)}
+    assert len(found) == 8
+    for name in ("convert Q4_K_M", "convert INT8"):
+        assert found[name]["gpu_error"] == found[name]["cpu_error"]
+        assert 0 < found[name]["difference"] < 0.1
+    assert 0 < found["sample two LoRAs"]["difference"] < 0.1
+    assert 0 < found["calibrate"]["best"]["difference"] < 0.1
+    assert 0 < found["tune"]["difference"] < 0.1
