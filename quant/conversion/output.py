@@ -40,6 +40,7 @@ from ..qtype import QuantType
 from ..safetensors.header import AnyHeader, read_any_header
 from ..safetensors.layout import NativeSpec, SafetensorsLayout
 from ..sources.checkpoint import Checkpoint
+from ..sources.names import T5
 from ..sources.opening import shard_of
 from ..statistics.importance import Importance
 from .bias_correction import corrected_biases
@@ -72,6 +73,11 @@ class Output:
         """
         path = target.destination
         _check_paths(checkpoint.path, target)
+        if target.is_native and checkpoint.architecture == T5:
+            raise QuantError(
+                f"{checkpoint.path}: a T5 text encoder, which recipe {target.recipe} cannot store, expected a Wan"
+                " diffusion model; choose a recipe of GGUF, such as Q8_0"
+            )
         metadata = _metadata(target, checkpoint, settings)
         exists = path.exists()
         existing = _header_of_same(target, metadata, checkpoint) if exists else None

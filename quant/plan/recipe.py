@@ -171,7 +171,7 @@ def _plan_native(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
     native = NATIVE[recipe.base]
     for name, tensor in tensors.items():
         types[name] = QTYPES[_kept_dtype(tensor)]
-        if required_precision(name, tensor) != "quantized" or name == EMBEDDING:
+        if required_precision(name, tensor) != "quantized":
             continue
         rows, columns = tensor.shape
         reason = native.takes((rows, columns))

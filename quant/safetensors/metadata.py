@@ -33,11 +33,11 @@ def to_text(metadata: Mapping[str, Any]) -> dict[str, str]:
     Numbers are in decimal, truth values `true` or `false`, lists in JSON. The relative errors are float32 in
     hexadecimal, so that their text has the same length whatever they are.
     """
-    text = {key: value for key, value in source_metadata(metadata).items() if key != _OF_SOURCE_FORMAT}
-    for key, value in metadata.items():
-        if key.startswith(OURS) and key not in carried_metadata(source_metadata(metadata)):
-            text[key] = _text(value)
-    return {"format": "pt", **text}
+    source = source_metadata(metadata)
+    # Those of a source that is a conversion itself tell of that conversion.
+    carried = {key: text for key, text in source.items() if key != _OF_SOURCE_FORMAT and not key.startswith(OURS)}
+    own = metadata.keys() - carried_metadata(source).keys()
+    return {"format": "pt", **carried, **{key: _text(metadata[key]) for key in sorted(own) if key.startswith(OURS)}}
 
 
 def from_text(text: Mapping[str, str]) -> dict[str, Any]:

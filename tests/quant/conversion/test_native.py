@@ -18,12 +18,15 @@ from wanquant.quant.conversion import convert as convert_module
 from wanquant.quant.conversion import resources
 from wanquant.quant.conversion.convert import convert, convert_all
 from wanquant.quant.conversion.settings import Settings, Target
+from wanquant.quant.files.safetensors_header import read_safetensors_header
 from wanquant.quant.inspection.report import inspect
 from wanquant.quant.inspection.verify import verify
 from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.quant.statistics.importance import Importance
 from wanquant.testing.hosts import ROOT
 from wanquant.testing.tiny_wan import write_tiny_wan
+from wanquant.tests.quant.sources.test_completeness import t5_names
 
 LAYER = "blocks.0.ffn.0"
 
@@ -182,12 +185,10 @@ def test_damaged_data_is_found(wan, tmp_path):
 
 
 def test_every_tensor_starts_where_its_dtype_can_be_mapped(wan, tmp_path):
-    from wanquant.quant.files.safetensors_header import read_safetensors_header
-
-    source = load_file(wan)
-    source["head.head.bias"] = torch.randn(64)[:63].bfloat16()
+    odd = tmp_path / "odd.safetensors"
+    save_file(load_file(wan) | {"blocks.0.added": torch.ones(3, dtype=torch.bfloat16)}, odd)
     for name in NATIVE:
-        _, entries = read_safetensors_header(convert(wan, tmp_path / f"{name}.safetensors", name, effort="fast").path)
+        _, entries = read_safetensors_header(convert(odd, tmp_path / f"{name}.safetensors", name, effort="fast").path)
         sizes = {"F32": 4, "BF16": 2, "F16": 2}
         assert not any(entry.begin % sizes.get(entry.dtype, 1) for entry in entries)
 
@@ -228,3 +229,23 @@ def test_a_whole_weight_counts_as_main_memory(wan, tmp_path, monkeypatch):
     with pytest.raises(QuantError, match=r"converting needs .* of main memory"):
         convert(wan, tmp_path / "a.safetensors", "INT8")
     assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_the_settings_of_a_source_are_not_those_of_its_conversion(wan, tmp_path):
+    """The source corrected its biases, and records that; this conversion did not."""
+    ones = {name: torch.ones(tensor.shape[1]) for name, tensor in load_file(wan).items() if tensor.ndim == 2}
+    importance = Importance(ones, dict.fromkeys(ones, 1.0), 1, totals={name: row / 2 for name, row in ones.items()})
+    first = convert(wan, tmp_path / "a.safetensors", "W4A8", importance=importance)
+    assert "wanquant.corrected_biases" in first.metadata
+    second = convert(first.path, tmp_path / "b.safetensors", "INT8")
+    assert "wanquant.corrected_biases" not in second.metadata
+    assert convert(first.path, second.path, "INT8").reused
+
+
+def test_a_text_encoder_is_refused(tmp_path):
+    tokenizer = torch.tensor(list(b"\x0a\x03\x0a\x01a"), dtype=torch.uint8)
+    layers = {name: torch.zeros(32, 32) for name in t5_names(1)}
+    save_file(layers | {"spiece_model": tokenizer}, tmp_path / "t5.safetensors")
+    with pytest.raises(QuantError, match="a T5 text encoder, which recipe INT8 cannot store"):
+        convert(tmp_path / "t5.safetensors", tmp_path / "a.safetensors", "INT8")
+    assert not (tmp_path / "a.safetensors").exists()
