@@ -46,9 +46,13 @@ def recipe_input(*, native: bool = True) -> io.Combo.Input:
     return io.Combo.Input("recipe", options=list(options), default="Q4_K_M", tooltip=tooltip)
 
 
-def with_suffix(name: str, recipe: str, target_size: float = 0.0) -> str:
-    """Return the name of a file with the suffix that the recipe writes, in place of that of other recipes."""
-    suffix = ".gguf" if target_size else find_recipe(recipe).suffix
+def written_suffix(recipe: str, target_size: float = 0.0) -> str:
+    """Return the suffix of the file that a recipe or a target size writes."""
+    return ".gguf" if target_size else find_recipe(recipe).suffix
+
+
+def with_suffix(name: str, suffix: str) -> str:
+    """Return the name of a file with this suffix, in place of that of another recipe."""
     stem, last = os.path.splitext(name)
     return stem + suffix if last.lower() in {".gguf", ".safetensors"} - {suffix} else name
 

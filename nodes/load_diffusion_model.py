@@ -36,8 +36,9 @@ def dtype_input() -> io.Combo.Input:
 
 
 def model_names() -> list[str]:
-    """Return the diffusion models that can be chosen, GGUF files first."""
-    return [*folder_paths.get_filename_list(GGUF), *folder_paths.get_filename_list(MODELS)]
+    """Return the .gguf and then the .safetensors files that can be chosen."""
+    native = (name for name in folder_paths.get_filename_list(MODELS) if name.lower().endswith(SUFFIX))
+    return [*folder_paths.get_filename_list(GGUF), *native]
 
 
 def path_input(name: str, replaced: str) -> io.String.Input:

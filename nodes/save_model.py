@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..ops.merged_source import merged_checkpoint
 from ..quant.conversion.convert import convert
-from ..quant.conversion.settings import Target
 from ..quant.qtype import Effort
 from . import encoding
 from .folders import destination, output_path, portable, written_token
@@ -44,7 +42,7 @@ class WanQuantSaveModel(io.ComfyNode):
     def fingerprint_inputs(
         cls, name: str, folder: str, recipe: str = "Q4_K_M", target_size: float = 0.0, **_: object
     ) -> str:
-        name = encoding.with_suffix(portable(name), recipe, target_size)
+        name = encoding.with_suffix(portable(name), encoding.written_suffix(recipe, target_size))
         return written_token(os.path.join(destination(folder), name))
 
     @classmethod
@@ -59,8 +57,8 @@ class WanQuantSaveModel(io.ComfyNode):
         device: str,
         target_size: float = 0.0,
     ) -> io.NodeOutput:
-        written = encoding.with_suffix(portable(name), recipe, target_size)
-        target = output_path(destination(folder), written, Target(Path(written), recipe, target_size or None).suffix)
+        suffix = encoding.written_suffix(recipe, target_size)
+        target = output_path(destination(folder), encoding.with_suffix(portable(name), suffix), suffix)
         encoder_device = encoding.encoder_device(device)
         report = convert(
             merged_checkpoint(model, encoder_device),

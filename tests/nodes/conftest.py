@@ -49,3 +49,12 @@ def read_only(tmp_path, monkeypatch):
         pytest.skip("this user can write to every folder")
     yield folder
     (tmp_path / "read-only").chmod(0o700)
+
+
+@pytest.fixture
+def folder(models, t2v):  # noqa: F811
+    """The folder of diffusion models with a Wan as wan.safetensors and as wan-Q8_0.gguf."""
+    folder = models / "diffusion_models"
+    shutil.copy(t2v[0], folder / "wan.safetensors")
+    shutil.copy(t2v[1], folder / "wan-Q8_0.gguf")
+    return folder

@@ -22,14 +22,6 @@ def convert(source, **inputs):
     return WanQuantConvert.execute(source, "Q4_0", **{**defaults, **inputs}).args
 
 
-@pytest.fixture
-def folder(models, t2v):
-    folder = models / "diffusion_models"
-    shutil.copy(t2v[0], folder / "wan.safetensors")
-    shutil.copy(t2v[1], folder / "wan-Q8_0.gguf")
-    return folder
-
-
 def write_shards(folder, state):
     """Write two shards and their index."""
     names = sorted(state)

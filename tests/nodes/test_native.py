@@ -21,14 +21,6 @@ LOADABLE = "INT8" if "int8_tensorwise" in native_model.comfy.quant_ops.QUANT_ALG
 """A recipe that this host loads."""
 
 
-@pytest.fixture
-def folder(models, t2v):
-    folder = models / "diffusion_models"
-    shutil.copy(t2v[0], folder / "wan.safetensors")
-    shutil.copy(t2v[1], folder / "wan-Q8_0.gguf")
-    return folder
-
-
 def convert(recipe, output_name="", **inputs):
     return WanQuantConvert.execute(
         "wan.safetensors", recipe, "diffusion_models", output_name, False, "fast", "cpu", **inputs
@@ -53,26 +45,28 @@ def test_native_recipes_follow_the_present_ones(models):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "asked", "target_size", "written"),
+    ("recipe", "asked", "target_size", "written", "said"),
     [
-        ("INT8", "", 0.0, "wan-INT8.safetensors"),
-        ("INT8", "a.gguf", 0.0, "a.safetensors"),
-        ("INT8", "a.SAFETENSORS", 0.0, "a.SAFETENSORS"),
-        ("Q8_0", "a.safetensors", 0.0, "a.gguf"),
-        ("FP8", "a.safetensors", 0.005, "a.gguf"),
+        ("INT8", "", 0.0, "wan-INT8.safetensors", False),
+        ("INT8", "a.gguf", 0.0, "a.safetensors", True),
+        ("INT8", "a.SAFETENSORS", 0.0, "a.SAFETENSORS", False),
+        ("Q8_0", "a.safetensors", 0.0, "a.gguf", True),
+        ("FP8", "a.safetensors", 0.005, "a.gguf", True),
     ],
 )
-def test_the_recipe_chooses_the_suffix(recipe, asked, target_size, written, folder):
+def test_the_recipe_chooses_the_suffix(recipe, asked, target_size, written, said, folder):
     path, _, summary = convert(recipe, asked, target_size=target_size)
     assert path == str(folder / written)
-    assert ("is written as" in summary) == (bool(asked) and not written.lower().endswith(asked.lower()[-5:]))
+    assert ("is written as" in summary) == said
 
 
 def test_convert_then_load_then_forward(folder):
     path = convert(LOADABLE)[0]
     linked, named = load(path=path), load(model_name=f"wan-{LOADABLE}.safetensors")
     assert WanQuantLoader.validate_inputs(model_name=f"wan-{LOADABLE}.safetensors") is True
+    (folder / "other.ckpt").touch()
     (combo,) = (one for one in WanQuantLoader.define_schema().inputs if one.id == "model_name")
+    assert "other.ckpt" not in combo.options
     assert combo.options[0] == "wan-Q8_0.gguf" and f"wan-{LOADABLE}.safetensors" in combo.options
     dense = load(model_name="wan.safetensors")
     inputs = torch.randn(1, 16, 2, 8, 8), torch.tensor([500.0])
@@ -113,8 +107,8 @@ def test_a_damaged_file_is_one_sentence(folder):
 
 
 def test_names_without_a_known_suffix_stay():
-    assert encoding.with_suffix("a.bin", "INT8") == "a.bin"
-    assert encoding.with_suffix("a", "INT8") == "a"
+    assert encoding.with_suffix("a.bin", ".safetensors") == "a.bin"
+    assert encoding.with_suffix("a", ".safetensors") == "a"
 
 
 def test_a_pair_of_experts_by_name_and_by_path(folder):
