@@ -1,4 +1,4 @@
-"""The quantization error of a GGUF, measured against the checkpoint that it was made from."""
+"""The quantization error of a file, measured against the checkpoint that it was made from."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Verification:
     missing: tuple[str, ...]
     """The names of tensors that are only in the source."""
     unknown: tuple[str, ...]
-    """The names of tensors that are only in the GGUF."""
+    """The names of tensors that are only in the file."""
     corrected: frozenset[str] = frozenset()
     """The names of biases that differ on purpose, to make up for the errors of weights; no total counts them."""
 
@@ -77,7 +77,7 @@ class Verification:
                 *(map(_row, self.by_role)),
                 *self._corrections(),
                 *(f"only in the source: {name}" for name in self.missing),
-                *(f"only in the GGUF: {name}" for name in self.unknown),
+                *(f"only in the file: {name}" for name in self.unknown),
             )
         )
 
@@ -100,10 +100,10 @@ class Verification:
 
 
 def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] = ()) -> Verification:
-    """Dequantize every tensor of a GGUF and compare it with the source, slice by slice.
+    """Dequantize every tensor of a GGUF or safetensors file and compare it with the source, slice by slice.
 
     Args:
-        gguf: path of the GGUF, made by any converter.
+        gguf: path of the file, made by any converter.
         source: path of the checkpoint that it was made from, as for `open_checkpoint`.
         add_ons: add-on files that were merged onto the source.
 

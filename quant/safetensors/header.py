@@ -10,20 +10,15 @@ from typing import Any, BinaryIO
 
 from ..files.safetensors_header import TensorEntry, read_safetensors_header
 from ..gguf.header import Header, read_header
+from ..native.layer_type import type_name
+from ..native.registry import NATIVE
 from .metadata import from_text
 
 _MARKER, _WEIGHT = "comfy_quant", "weight"
 _MOST_MARKER_BYTES = 1 << 12
 _W4A8 = "asym_w4a8_int8"
-_NAMES = {
-    "float8_e4m3fn": "FP8",
-    "mxfp8": "MXFP8",
-    "int8_tensorwise": "INT8",
-    "convrot_w4a4": "INT4",
-    "nvfp4": "NVFP4 (ComfyUI)",
-    _W4A8: "W4A8",
-}
-"""The names of the formats in plans and reports."""
+# W6A8 has the same name in its marker as W4A8.
+_NAMES = {str(native.config["format"]): type_name(native) for name, native in NATIVE.items() if name != "W6A8"}
 _CODES_A_BYTE = {"INT4": (2, 1), "NVFP4 (ComfyUI)": (2, 1), "W4A8": (2, 1), "W6A8": (4, 3)}
 
 

@@ -114,7 +114,7 @@ class TunedBlock:
     """The result of `BlockTuning.run`."""
 
     packed: Mapping[str, Tensor]
-    """By name, the bytes of the quantized weights: uint8, (out_features, bytes per row)."""
+    """The bytes of the quantized weights by name: uint8, (out_features, bytes per row)."""
     weights: Weights
     """All tensors of the block as a file with these bytes has them."""
 
