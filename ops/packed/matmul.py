@@ -135,7 +135,8 @@ def packed_linear(
     """Return `linear(x, dense(weight), bias)`, with `functions` applied to the dequantized weight.
 
     This needs memory for the output and one tile, unless `needs_whole_weight`. On a GPU, a tile may be as large as the
-    output: the product with a whole weight is up to 14 % faster (H100), because its output is contiguous.
+    output: the product with a whole weight is up to 14 % faster (bench/results/gpu-dequant-h100.json), because its
+    output is contiguous.
 
     Args:
         x: floating point, (..., columns).
