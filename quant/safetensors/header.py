@@ -92,7 +92,7 @@ def _format(file: BinaryIO, marker: TensorEntry) -> Mapping[str, object]:
     file.seek(marker.begin)
     try:
         found = json.loads(file.read(marker.end - marker.begin))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -47,7 +47,7 @@ def from_text(text: Mapping[str, str]) -> dict[str, Any]:
         if key.startswith(OURS):
             try:
                 metadata[key] = _value(key, value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
     return metadata
 

@@ -249,3 +249,14 @@ def test_a_text_encoder_is_refused(tmp_path):
     with pytest.raises(QuantError, match="a T5 text encoder, which recipe INT8 cannot store"):
         convert(tmp_path / "t5.safetensors", tmp_path / "a.safetensors", "INT8")
     assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("marker", [b"[" * 4000, b"\xff", b'"text"', b"{}"])
+def test_a_bad_marker_is_shown_as_it_is_stored(marker, wan, tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = load_file(convert(wan, path, "INT8", effort="fast").path)
+    tensors[f"{LAYER}.comfy_quant"] = torch.tensor(list(marker), dtype=torch.uint8)
+    save_file(tensors, path, {"wanquant.corrected_biases": "[" * 4000, "wanquant.relative_error": "xy"})
+    shown = {tensor.name: tensor.qtype for tensor in inspect(path).tensors}
+    assert shown[f"{LAYER}.weight"] == "I8"
+    assert shown["blocks.0.ffn.2.weight"] == "INT8"
