@@ -23,7 +23,7 @@ def context_bytes(device: torch.device) -> int:
             RTX 3060.
     """
     threads = _SMALL_GPU
-    if device.type == "cuda" and torch.version.cuda:
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         threads = properties.multi_processor_count * properties.max_threads_per_multi_processor
     return _LIBRARY_BYTES + _BYTES_A_THREAD * threads

@@ -14,6 +14,7 @@ from wanquant.testing.hosts import ROOT
 def test_a_gpu_of_more_threads_takes_more(monkeypatch):
     h100 = SimpleNamespace(multi_processor_count=132, max_threads_per_multi_processor=2048)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: h100)
     rows = json.loads((ROOT / "bench" / "results" / "gpu-memory-h100.json").read_text())["rows"]
     outside = [row["device_gib"] - row["reserved_gib"] for row in rows if not row["is_dynamic"]]
