@@ -6,19 +6,18 @@ pair is compared on the same seeds.
 
 from __future__ import annotations
 
-import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from wanquant.bench import harness
+from wanquant.bench import harness, tasks
 from wanquant.bench.comparison import Gain
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.encodings import Workshop
@@ -101,27 +100,38 @@ def tuned(workshop: Workshop, calls: CapturedCalls, recipe: str) -> Weights:
     return {name: tensor.dequantize() for name, tensor in open_gguf(path).tensors.items()}
 
 
-def measure(recipes: Sequence[str], roundings: int, clips: int, captions: int) -> list[Comparison]:
+def measure_file(order: int, recipe: str, clips: int, captions: int) -> harness.Row:
+    """Return the bytes of a file of one network, and its errors without and with tuning.
+
+    Args:
+        order: of the network's channels.
+        clips: to compare.
+        captions: to calibrate and to capture.
+    """
+    reference = Reference.sample(clips, order)
+    with Workshop.open(prompts(captions), order) as workshop, captured(workshop.source, prompts(captions)) as calls:
+        file = workshop.thorough(recipe)
+        files = (file.weights, tuned(workshop, calls, recipe))
+        converted, ours = (asdict(reference.errors(load_model(weights))) for weights in files)
+    return {"nbytes": file.nbytes, "converted": converted, "tuned": ours}
+
+
+def measure(recipes: Sequence[str], roundings: int, *settings: int, **execution: Any) -> list[Comparison]:
     """Measure every recipe.
 
     Args:
         roundings: the number of networks.
-        clips: per network.
-        captions: to calibrate and to capture.
+        settings: further arguments of `measure_file`.
+        execution: of the tasks, see `tasks.run`.
     """
-    pairs, nbytes = defaultdict(list), {}
-    for order in range(roundings):
-        reference = Reference.sample(clips, order)
-        with Workshop.open(prompts(captions), order) as workshop, captured(workshop.source, prompts(captions)) as calls:
-            for recipe in recipes:
-                file = workshop.thorough(recipe)
-                files = (file.weights, tuned(workshop, calls, recipe))
-                converted, ours = (reference.errors(load_model(weights)) for weights in files)
-                pairs[recipe].append((converted, ours))
-                nbytes[recipe] = file.nbytes
-                gained = ours.means["velocity"] - converted.means["velocity"]
-                print(f"{recipe}, network {order}: {gained:+.2f} dB", file=sys.stderr, flush=True)
-    return [Comparison.of(recipe, nbytes[recipe], found) for recipe, found in pairs.items()]
+    files = list(product(range(roundings), recipes))
+    rows = tasks.run(measure_file, [(*file, *settings) for file in files], **execution)
+    compared = []
+    for recipe in recipes:
+        found = [row for (_, name), row in zip(files, rows, strict=True) if name == recipe]
+        pairs = [(Errors(**row["converted"]), Errors(**row["tuned"])) for row in found]
+        compared.append(Comparison.of(recipe, found[0]["nbytes"], pairs))
+    return compared
 
 
 def main() -> None:
@@ -130,11 +140,12 @@ def main() -> None:
     parser.add_argument("--roundings", type=int, default=8, help="networks that differ in the order of their channels")
     parser.add_argument("--seeds", type=int, default=8, help="clips per network")
     parser.add_argument("--prompts", type=int, default=8, help="captions to calibrate and to capture")
+    tasks.add_arguments(parser)
     options = parser.parse_args()
-    rows = measure(options.recipes, options.roundings, options.seeds, options.prompts)
+    settings = {"roundings": options.roundings, "seeds": options.seeds, "prompts": options.prompts}
+    rows = measure(options.recipes, *settings.values(), jobs=options.jobs, record=options.record)
     cells = [[row.recipe, f"{row.nbytes / 1e6:.2f}", *row.cells()] for row in rows]
-    settings = {**origin(), "roundings": options.roundings, "seeds": options.seeds, "prompts": options.prompts}
-    result = {**settings, "rows": [asdict(row) for row in rows]}
+    result = {**origin(), **settings, "rows": [asdict(row) for row in rows]}
     harness.conclude(options, result, harness.table(("recipe", "MB", *rows[0].gains), cells))
 
 
