@@ -1,26 +1,39 @@
-"""Error of each recipe on TinyWan: the same seeds unquantized and quantized, by ggml's encoders and by ours.
+"""Error of each recipe on TinyWan: the same seeds unquantized and quantized, by ggml's or ComfyUI's encoders and ours.
 
 One rounding of one network is subject to chance. So several equal networks that differ in the order of their channels
 are quantized, each by all methods and with its own seeds, and the methods are compared file by file.
+
+ComfyUI's own formats also quantize the inputs of layers, on a GPU that multiplies in the format. Steps and clips count
+that: it is simulated exactly (bench/tinywan/activations.py), since a CPU does it for some formats only. GGUF's inputs
+stay as they are. The column "layers" counts the weights alone.
+
+All encoders of ComfyUI need the newest comfy-kitchen. On a machine with 16 cores, interrupted and continued at will:
+
+    OMP_NUM_THREADS=1 python3 dev.py bench --host 0.30.0+newest quality --jobs 16 --parts out/quality --update
+
+`--parts` keeps the errors of each file in a folder. A run takes from there what is measured, also by runs for single
+networks and recipes, such as `--first 3 --roundings 1 --recipes INT8`. Delete it when encoders have changed.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import product
+from pathlib import Path
 from statistics import fmean
 
 from wanquant.bench import harness
 from wanquant.bench.comparison import Gain, Spread
-from wanquant.bench.tinywan.encodings import METHODS, Workshop
+from wanquant.bench.tinywan.encodings import METHODS, NATIVE_METHODS, methods_of, unavailable
+from wanquant.bench.tinywan.jobs import Bench, Sample
 from wanquant.bench.tinywan.pictures import draw_quality
-from wanquant.bench.tinywan.reference import Errors, Reference, gains, load_model, origin, prompts
+from wanquant.bench.tinywan.reference import gains, origin
+from wanquant.quant.plan.recipe import RECIPES
 
-RECIPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+GGUF = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+NATIVE = ("MXFP8", "INT8", "FP8", "W6A8", "W4A8", "NVFP4", "INT4")
+ALL_METHODS = tuple(dict.fromkeys(("kitchen", *METHODS, *NATIVE_METHODS)))
 PEERS = {
     "plain": "ggml",
     "importance": "ggml + importance",
@@ -29,21 +42,8 @@ PEERS = {
     "thorough": "calibrated",
 }
 """The method that each method is compared with: ggml's encoders with the same statistics, or the method it extends."""
-
-
-@dataclass(frozen=True)
-class Sample(Errors):
-    """The errors of one file."""
-
-    nbytes: int
-    weight_sqnr: float
-    """SQNR of all quantized weights, in dB."""
-    output_sqnr: float
-    """SQNR in dB of the outputs of the quantized layers, averaged, for the inputs in the unquantized model."""
-
-    @property
-    def means(self) -> dict[str, float]:
-        return {"layers": self.output_sqnr, **super().means}
+NATIVE_PEERS = {"plain": "kitchen", "calibrated": "kitchen"}
+"""The same for ComfyUI's own formats, which kitchen encodes without statistics."""
 
 
 @dataclass(frozen=True)
@@ -80,55 +80,51 @@ class Quality:
         )
 
 
-Files = dict[tuple[str, str], Sample]
-"""The files of one network, by recipe and method."""
-
-
 def measure(
-    recipes: Sequence[str], methods: Sequence[str], *, roundings: int, clips: int, captions: int, jobs: int = 1
+    recipes: Sequence[str],
+    methods: Sequence[str],
+    *,
+    roundings: int,
+    clips: int,
+    captions: int,
+    first: int = 0,
+    jobs: int = 1,
+    parts: Path | None = None,
 ) -> list[Quality]:
-    """Measure every recipe by every method.
+    """Measure every recipe by every method that makes such files and is available.
 
     Args:
         roundings: the number of networks.
         clips: per network.
         captions: that the statistics are collected from.
-        jobs: the number of networks that are measured at the same time, each in a process.
+        first: the first network.
+        jobs: the number of processes.
+        parts: a folder where the errors of each file are kept, and taken from.
     """
-    of_network = partial(measure_network, recipes=recipes, methods=methods, clips=clips, captions=captions)
-    if jobs == 1:
-        networks = list(map(of_network, range(roundings)))
-    else:
-        with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
-            networks = list(pool.map(of_network, range(roundings)))
-    files = {key: [network[key] for network in networks] for key in product(recipes, methods)}
+    files = [(recipe, method) for recipe in recipes for method in methods if method in methods_of(recipe)]
+    missing = {file: reason for file in files if (reason := unavailable(*file))}
+    for reason in missing.values():
+        print(reason, file=sys.stderr)
+    files = [file for file in files if file not in missing]
+    networks = range(first, first + roundings)
+    samples = Bench(clips, captions, parts).measure([(order, *file) for order in networks for file in files], jobs)
+    found = {file: [samples[(order, *file)] for order in networks] for file in files}
     return [
-        Quality.of(recipe, method, found, files.get((recipe, PEERS.get(method, ""))))
-        for (recipe, method), found in files.items()
+        Quality.of(recipe, method, of_file, found.get((recipe, peer(recipe, method) or "")))
+        for (recipe, method), of_file in found.items()
     ]
 
 
-def measure_network(order: int, *, recipes: Sequence[str], methods: Sequence[str], clips: int, captions: int) -> Files:
-    """Measure every recipe by every method on the network whose channels have this order."""
-    reference, files = Reference.sample(clips, order), {}
-    with Workshop.open(prompts(captions), order) as workshop:
-        products = reference.products(workshop.source)
-        for recipe, method in product(recipes, methods):
-            file = METHODS[method](workshop, recipe)
-            files[recipe, method] = Sample(
-                **vars(reference.errors(load_model(file.weights))),
-                nbytes=file.nbytes,
-                weight_sqnr=file.weight_sqnr(workshop.source),
-                output_sqnr=file.output_sqnr(workshop.source, products),
-            )
-    return files
+def peer(recipe: str, method: str) -> str | None:
+    """Return the method that a method is compared with for a recipe, or None."""
+    return (NATIVE_PEERS if RECIPES[recipe].is_native else PEERS).get(method)
 
 
 def text(rows: Sequence[Quality]) -> str:
     measures = ("layers", "velocity", "latent", "motion")
     head = ("recipe", "method", "MB", "weights", *measures, "colour right", "motion right")
     compared = [
-        (row.recipe, row.method, PEERS[row.method], *(str(row.gains[key]) for key in measures))
+        (row.recipe, row.method, peer(row.recipe, row.method), *(str(row.gains[key]) for key in measures))
         for row in rows
         if row.gains
     ]
@@ -151,15 +147,18 @@ def _cells(row: Quality) -> list[str]:
 
 def main() -> None:
     parser = harness.arguments(__doc__, update=harness.RESULTS / "quality.json")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES)
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--recipes", nargs="+", default=(*GGUF, *NATIVE), choices=RECIPES, metavar="RECIPE")
+    parser.add_argument("--methods", nargs="+", default=ALL_METHODS, choices=ALL_METHODS)
     parser.add_argument("--roundings", type=int, default=16, help="networks; the first is the unchanged TinyWan")
+    parser.add_argument("--first", type=int, default=0, help="the first of the networks")
     parser.add_argument("--seeds", type=int, default=1, help="clips per network")
     parser.add_argument("--prompts", type=int, default=8, help="captions that the statistics are collected from")
-    parser.add_argument("--jobs", type=int, default=1, help="networks that are measured at the same time")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that measure at the same time")
+    parser.add_argument("--parts", type=Path, metavar="FOLDER", help="keep the errors of files, and go on from them")
     options = parser.parse_args()
     given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
-    rows = measure(options.recipes, options.methods, **given, jobs=options.jobs)
+    how = {"first": options.first, "jobs": options.jobs, "parts": options.parts}
+    rows = measure(options.recipes, options.methods, **given, **how)
     result = {**origin(), **given, "rows": [asdict(row) for row in rows]}
     if options.update:
         draw_quality(result["rows"], harness.PICTURES / "quality.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -14,15 +14,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanquant.bench.comparison import decibels, output_error
+from wanquant.bench.tinywan.activations import Rounding, rounding
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
 from wanquant.quant import convert, open_gguf
+from wanquant.quant.native.registry import NATIVE
+from wanquant.quant.plan.recipe import RECIPES
 from wanquant.quant.qtype import Effort
 from wanquant.quant.recovery.recovery_lora import recover
+from wanquant.quant.safetensors.header import read_native_header
+from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import Calibration, CalibrationCollector
 from wanquant.quant.statistics.importance import Collector, Importance
 from wanquant.quant.units import GIB
+from wanquant.testing.kitchen import MissingLayoutError, kitchen_values
 from wanquant.testing.libggml import load as load_libggml
 
 LORA_SHARE = 0.05
@@ -37,11 +43,13 @@ class Encoded:
         nbytes: of all that has to be loaded.
         weights: dequantized, float32.
         quantized: the names of the weights that were quantized.
+        inputs: what quantizes the inputs of layers, by the names of their weights.
     """
 
     nbytes: int
     weights: Weights
     quantized: frozenset[str]
+    inputs: Mapping[str, Rounding] = field(default_factory=dict)
 
     def weight_sqnr(self, source: Weights) -> float:
         """Return the SQNR of all quantized weights in dB."""
@@ -120,9 +128,17 @@ class Workshop:
     def _converted(self, recipe: str, importance: Importance | None, effort: Effort = "best") -> Encoded:
         path = self.path(recipe, importance)
         report = convert(self.checkpoint, path, recipe, effort=effort, importance=importance, overwrite=True)
+        if RECIPES[recipe].is_native:
+            return _of_native(path, report.nbytes)
         tensors = open_gguf(path).tensors
         quantized = frozenset(name for name, tensor in tensors.items() if tensor.qtype.block_size > 1)
         return Encoded(report.nbytes, {name: tensor.dequantize() for name, tensor in tensors.items()}, quantized)
+
+    def kitchen(self, recipe: str) -> Encoded:
+        """Quantize with comfy-kitchen, which calculates in the dtype of a weight: here in float32."""
+        ours = self.plain(recipe)
+        encoded = {name: kitchen_values(recipe, self.source[name]) for name in ours.quantized}
+        return replace(ours, weights={**ours.weights, **encoded})
 
     def _by_ggml(self, recipe: str, importance: Mapping[str, Tensor]) -> Encoded:
         """Quantize with ggml's C library, to the types of our file."""
@@ -136,10 +152,24 @@ class Workshop:
         return Encoded(ours.nbytes, weights, ours.quantized)
 
     def path(self, recipe: str, importance: Importance | None) -> Path:
-        return self.folder / f"{recipe}-{type(importance).__name__}.gguf"
+        return self.folder / f"{recipe}-{type(importance).__name__}{RECIPES[recipe].suffix}"
 
 
-METHODS: dict[str, Callable[[Workshop, str], Encoded]] = {
+def _of_native(path: Path, nbytes: int) -> Encoded:
+    """Return a file in ComfyUI's own formats, with what they do to the inputs of layers on a GPU."""
+    with open_checkpoint(path) as file:
+        weights = {name: tensor.read().float().view(tensor.shape) for name, tensor in file.tensors.items()}
+    stored = {
+        name: record.stored.removesuffix(" (ComfyUI)") for name, record in read_native_header(path).tensors.items()
+    }
+    quantized = frozenset(name for name in weights if stored[name] in NATIVE)
+    tensors = load_file(path)
+    factors = {name: tensors.get(f"{name.removesuffix('weight')}pre_quant_scale") for name in quantized}
+    return Encoded(nbytes, weights, quantized, {name: rounding(stored[name], factors[name]) for name in quantized})
+
+
+Method = Callable[[Workshop, str], Encoded]
+METHODS: dict[str, Method] = {
     "ggml": Workshop.ggml,
     "ggml + importance": Workshop.ggml_weighted,
     "plain": Workshop.plain,
@@ -148,4 +178,25 @@ METHODS: dict[str, Callable[[Workshop, str], Encoded]] = {
     "calibrated": Workshop.calibrated,
     "thorough": Workshop.thorough,
 }
-"""The methods to make a file, by their names in the tables."""
+"""The methods to make a GGUF, by their names in the tables."""
+NATIVE_METHODS: dict[str, Method] = {
+    "kitchen": Workshop.kitchen,
+    "plain": Workshop.plain,
+    "calibrated": Workshop.calibrated,
+}
+"""The methods to make a file in one of ComfyUI's own formats."""
+
+
+def methods_of(recipe: str) -> Mapping[str, Method]:
+    """Return the methods to make a file of a recipe."""
+    return NATIVE_METHODS if RECIPES[recipe].is_native else METHODS
+
+
+def unavailable(recipe: str, method: str) -> str | None:
+    """Return why a file cannot be made by a method here, or None."""
+    if method == "kitchen":
+        try:
+            kitchen_values(recipe, torch.ones(16, 256))
+        except MissingLayoutError as error:
+            return f"{recipe} by kitchen is left out: {error}"
+    return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wanquant.bench.comparison import Gain, Products
 from wanquant.bench.harness import machine
+from wanquant.bench.tinywan.activations import Rounding, quantize_inputs
 from wanquant.bench.tinywan.data import HELD_OUT, TRAINING, Caption
 from wanquant.bench.tinywan.model import Model, build, velocity
 from wanquant.bench.tinywan.score import generate, right
@@ -118,7 +119,11 @@ class Reference:
 
 def origin() -> dict[str, str]:
     """Return the machine, and the beginning of the checkpoint's SHA-256."""
-    return {"machine": machine(), "checkpoint": hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()[:16]}
+    return {"machine": machine(), "checkpoint": checkpoint_hash()}
+
+
+def checkpoint_hash() -> str:
+    return hashlib.sha256(CHECKPOINT.read_bytes()).hexdigest()[:16]
 
 
 def load_weights() -> dict[str, Tensor]:
@@ -126,8 +131,15 @@ def load_weights() -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in load_file(CHECKPOINT).items()}
 
 
-def load_model(weights: Weights) -> Model:
-    return velocity(load_module(weights))
+def load_model(weights: Weights, inputs: Mapping[str, Rounding] | None = None) -> Model:
+    """Return the model of these weights.
+
+    Args:
+        inputs: what quantizes the inputs of layers, by the names of their weights.
+    """
+    module = load_module(weights)
+    quantize_inputs(module, inputs or {})
+    return velocity(module)
 
 
 def sqnr(reference: Tensor, values: Tensor) -> float:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import comfy_kitchen.tensor as kitchen
 import pytest
 import torch
 from torch import Tensor
+
+from wanquant.testing import kitchen
 
 Parts = Mapping[str, Tensor]
 
 
 def layout(name: str):
     """Return a layout of kitchen's, or skip the test where the installed one lacks it."""
-    found = getattr(kitchen, name, None)
-    if found is None:
-        pytest.skip(f"this comfy-kitchen has no {name}")
-    return found
+    try:
+        return kitchen.layout(name)
+    except kitchen.MissingLayoutError as error:
+        pytest.skip(str(error))
 
 
 def dequantize(name: str, weight: Tensor, shape: tuple[int, ...], **params: object) -> Tensor:
@@ -72,26 +73,11 @@ DECODE: dict[str, Callable[[Parts, tuple[int, ...]], Tensor]] = {
     "W4A8 G32": partial(_levels, group=32),
     "W6A8": _levels,
 }
-_LAYOUTS = {
-    "FP8": ("TensorCoreFP8Layout", {}),
-    "MXFP8": ("TensorCoreMXFP8Layout", {}),
-    "NVFP4": ("TensorCoreNVFP4Layout", {}),
-    "INT8": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
-    "INT4": ("TensorCoreConvRotW4A4Layout", {}),
-    "W4A8": ("AsymW4A8Int8Layout", {}),
-    "W4A8 G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
-    "W6A8": ("AsymW4A8Int8Layout", {"bits": 6}),
-}
 
 
 def kitchen_values(name: str, weight: Tensor) -> Tensor:
-    """Return what kitchen makes of a weight, float32 (rows, columns), by encoding and decoding it."""
-    class_name, options = _LAYOUTS[name]
-    cls = layout(class_name)
+    """Return what kitchen makes of a weight, float32 (rows, columns), or skip the test where it lacks the format."""
     try:
-        values = cls.dequantize(*cls.quantize(weight, **options))
-    except (TypeError, ValueError) as error:
-        if name != "W6A8":
-            raise
-        pytest.skip(f"this comfy-kitchen has no 6 bits: {error}")
-    return values[: weight.shape[0], : weight.shape[1]]
+        return kitchen.kitchen_values(name, weight)
+    except kitchen.MissingLayoutError as error:
+        pytest.skip(str(error))
