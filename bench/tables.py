@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
+from ..quant.plan.recipe import GGUF_RECIPES
 from .harness import RESULTS, ROOT
 
 READMES = (ROOT / "README.md", ROOT / "README.zh.md")
@@ -29,13 +31,32 @@ def quality_rows() -> str:
     rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
     gains: dict[str, list[str]] = {}
     for row in rows:
-        if row["method"] in ("plain", "importance", "calibrated", "thorough"):
+        if row["recipe"] in GGUF_RECIPES and row["method"] in ("plain", "importance", "calibrated", "thorough"):
             cells = (row["gains"][measure] for measure in ("velocity", "latent"))
             gains.setdefault(row["recipe"], []).extend(f"{gain['mean']:+.1f} ± {gain['error']:.1f}" for gain in cells)
     return "".join(f"| {' | '.join((recipe, *cells))} |\n" for recipe, cells in gains.items())
 
 
-TABLES: dict[str, Callable[[], str]] = {"convert": convert_rows, "quality": quality_rows}
+def native_rows() -> str:
+    """Return the size, steps and clips of ComfyUI's own formats by kitchen in dB, and our gains over these."""
+    rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
+    found = {(row["recipe"], row["method"]): row for row in rows}
+    lines = []
+    for recipe in (recipe for recipe, method in found if method == "kitchen"):
+        row = found[recipe, "kitchen"]
+        cells = [
+            f"{row['nbytes'] / 1e6:.2f}",
+            f"{fmean(row['velocity_sqnr']):.1f}",
+            f"{row['latent_psnr']['mean']:.1f}",
+        ]
+        for method in ("plain", "calibrated"):
+            gains = (found[recipe, method]["gains"][measure] for measure in ("velocity", "latent"))
+            cells += (f"{gain['mean']:+.1f} ± {gain['error']:.1f}" for gain in gains)
+        lines.append(f"| {' | '.join((recipe, *cells))} |\n")
+    return "".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {"convert": convert_rows, "quality": quality_rows, "native": native_rows}
 """Functions that return the rows of the table after `<!-- table: NAME -->`, by NAME."""
 
 

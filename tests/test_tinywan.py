@@ -6,6 +6,7 @@ import json
 import struct
 from statistics import fmean
 
+import comfy_kitchen as ck
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ if not (checkout() / "comfy").is_dir():
     pytest.skip("no ComfyUI: run `python3 dev.py setup` or set COMFYUI_PATH", allow_module_level=True)
 
 from wanquant.bench import quality, sensitivity, train_tinywan
+from wanquant.bench.tinywan.activations import quantize_inputs, rounding
 from wanquant.bench.tinywan.allocation import HALVES, by_half
 from wanquant.bench.tinywan.data import CAPTIONS, HELD_OUT, MOTIONS, TRAINING, WORDS, draw, to_latent, word_embeddings
 from wanquant.bench.tinywan.equivalents import reordered
@@ -22,6 +24,7 @@ from wanquant.bench.tinywan.model import build
 from wanquant.bench.tinywan.reference import Reference, load_model, load_weights, prompts
 from wanquant.bench.tinywan.score import right
 from wanquant.ops.conditioning import load_conditioning
+from wanquant.testing.kitchen import kitchen_values
 
 import comfy.model_management  # isort: skip (wanquant.bench.tinywan puts the host on the path)
 
@@ -138,7 +141,7 @@ def test_quality_at_equal_bytes():
 
 def test_no_recipe_is_below_ggml():
     """Layers are compared by recipe; steps and clips, which depend on chance, by their mean over the recipes."""
-    rows = quality.measure(quality.RECIPES, ("ggml", "plain"), roundings=1, clips=1, captions=1)
+    rows = quality.measure(quality.GGUF, ("ggml", "plain"), roundings=1, clips=1, captions=1)
     gains = {row.recipe: row.gains for row in rows if row.method == "plain"}
     assert all(gain["layers"].mean > 0.1 for gain in gains.values())
     assert fmean(gain["velocity"].mean for gain in gains.values()) > 0.3
@@ -165,3 +168,61 @@ def test_prompts_have_every_word(count):
     chosen = prompts(count)
     assert len(set(chosen)) == count
     assert {word for caption in chosen for word in caption.words} == set(WORDS)
+
+
+def test_native_formats_against_kitchen():
+    """A calibration and a search bring the outputs of layers closer than kitchen's encoder, at its bytes."""
+    rows = quality.measure(("INT8", "NVFP4"), ("kitchen", "plain", "calibrated"), roundings=1, clips=1, captions=2)
+    found = {(row.recipe, row.method): row for row in rows}
+    assert len(found) == 6 and not found["INT8", "kitchen"].gains
+    for recipe, gain in (("INT8", 0.05), ("NVFP4", 0.8)):
+        assert found[recipe, "plain"].nbytes == found[recipe, "kitchen"].nbytes
+        assert found[recipe, "plain"].gains["layers"].mean > gain
+        assert found[recipe, "calibrated"].gains["layers"].mean > gain
+
+
+def test_a_method_makes_only_files_that_it_can():
+    rows = quality.measure(("Q2_K", "FP8"), ("ggml", "kitchen"), roundings=1, clips=1, captions=1)
+    assert [(row.recipe, row.method) for row in rows] == [("Q2_K", "ggml"), ("FP8", "kitchen")]
+
+
+@pytest.mark.parametrize("name", quality.NATIVE)
+def test_inputs_are_quantized_as_kitchen_does(name):
+    """Kitchen quantizes rows of inputs; a rotated row is one that it multiplies by its matrix first."""
+    inputs = torch.randn(2, 40, 512, generator=torch.Generator().manual_seed(0))
+    inputs[..., 3] *= 30
+    rows = inputs.flatten(0, 1)
+    if name == "FP8":
+        one = torch.ones(())
+        expected = ck.dequantize_per_tensor_fp8(ck.quantize_per_tensor_fp8(rows, one), one, torch.float32)
+    else:
+        expected = kitchen_values({"W4A8": "INT8", "W6A8": "INT8"}.get(name, name), rows)
+    torch.testing.assert_close(rounding(name)(inputs).flatten(0, 1), expected, rtol=1e-5, atol=1e-4)
+    factors = torch.linspace(0.5, 2, 512)
+    torch.testing.assert_close(rounding(name, factors)(inputs / factors), rounding(name)(inputs) / factors)
+
+
+def test_large_inputs_of_fp8_are_cut_off():
+    assert rounding("FP8")(torch.tensor([[1000.0, -449.0, 1.03]])).tolist() == [[448, -448, 1]]
+
+
+def test_the_linears_of_a_model_quantize_their_inputs():
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(256, 8), "b": torch.nn.Linear(256, 8)})
+    x = torch.randn(3, 256)
+    expected = [layers["a"](rounding("INT4")(x)), layers["b"](x)]
+    quantize_inputs(layers, {"a.weight": rounding("INT4"), "c.weight": rounding("FP8")})
+    assert all(torch.equal(layer(x), value) for layer, value in zip(layers.values(), expected, strict=True))
+
+
+def test_errors_of_files_are_kept_and_taken_from_another_run(tmp_path, monkeypatch):
+    settings = {"roundings": 2, "clips": 1, "captions": 1, "parts": tmp_path}
+    rows = quality.measure(("INT8",), ("kitchen", "plain"), **settings, jobs=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"{network:02}-INT8-{method}.json" for network in (0, 1) for method in ("kitchen", "plain")
+    ]
+    monkeypatch.setattr(quality.Bench, "_measure", lambda *_: pytest.fail("measured again"))
+    assert quality.measure(("INT8",), ("kitchen", "plain"), **settings) == rows
+    single = {**settings, "roundings": 1, "first": 1}
+    assert quality.measure(("INT8",), ("plain",), **single)[0].velocity_sqnr != rows[1].velocity_sqnr
+    with pytest.raises(SystemExit, match=r"00-INT8-plain.json: measured with .*'clips': 1.*, expected .*'clips': 2"):
+        quality.measure(("INT8",), ("plain",), **{**settings, "clips": 2})

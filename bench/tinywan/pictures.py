@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanquant.quant.plan.recipe import RECIPES
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -24,30 +27,75 @@ _STYLES = {
 }
 
 
+# Of ComfyUI's own formats, which are too few for lines, so that shapes tell the methods apart as well.
+_NATIVE_STYLES = {
+    "kitchen": ("#999999", "s", "ComfyUI's encoders"),
+    "plain": ("#0072b2", "o", "WanQuant"),
+    "calibrated": ("#d55e00", "D", "WanQuant, calibrated"),
+}
+# Formats of almost the same size, in MB, have their names on different sides.
+_NEAR = 0.12
+
+
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
-    """Draw the error by size, one line per method."""
-    figure = _figure(9, 5)
-    axis = figure.add_subplot()
+    """Draw the error by size: GGUF on the left, a line per method; ComfyUI's own formats on the right."""
+    figure = _figure(14, 5.5)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    gguf = [row for row in rows if not RECIPES[row["recipe"]].is_native]
+    _draw_lines(left, gguf)
+    for method in ("plain", "calibrated"):
+        colour, _, label = _STYLES[method]
+        line = _line(gguf, method)
+        right.plot(*_places(line), color=colour, alpha=0.4, linewidth=1, label=f"GGUF, {label}")
+    _draw_formats(right, [row for row in rows if RECIPES[row["recipe"]].is_native])
+    left.set_title("GGUF (band: deviation over the seeds)", fontsize=11)
+    right.set_title("ComfyUI's own formats, with inputs quantized as on a GPU", fontsize=11)
+    left.set_ylabel("PSNR of the latent, dB")
+    for axis in (left, right):
+        axis.set_xlabel("file, MB")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right", fontsize=9)
+    figure.suptitle("TinyWan: quantized against bfloat16, same seeds", fontsize=12)
+    figure.savefig(path)
+
+
+def _line(rows: Sequence[Row], method: str) -> list[Row]:
+    return sorted((row for row in rows if row["method"] == method), key=lambda row: row["nbytes"])
+
+
+def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    """Return the sizes in MB and the PSNRs."""
+    return [row["nbytes"] / 1e6 for row in rows], [row["latent_psnr"]["mean"] for row in rows]
+
+
+def _draw_lines(axis: Axes, rows: Sequence[Row]) -> None:
     for method, (colour, dash, label) in _STYLES.items():
-        line = sorted((row for row in rows if row["method"] == method), key=lambda row: row["nbytes"])
+        line = _line(rows, method)
         if not line:
             continue
-        sizes, psnr = [row["nbytes"] / 1e6 for row in line], [row["latent_psnr"]["mean"] for row in line]
+        sizes, psnr = _places(line)
         axis.plot(sizes, psnr, color=colour, linestyle=dash, marker="o", markersize=4, label=label)
         if method == "importance":
             spread = [row["latent_psnr"]["deviation"] for row in line]
             low, high = ([p + sign * s for p, s in zip(psnr, spread, strict=True)] for sign in (-1, 1))
             axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-    for row in rows:
-        if row["method"] == "plain":
-            place = (row["nbytes"] / 1e6, row["latent_psnr"]["mean"])
-            axis.annotate(row["recipe"], place, (5, -14), textcoords="offset points", fontsize=9)
-    axis.set_xlabel("file, MB")
-    axis.set_ylabel("PSNR of the latent, dB")
-    axis.set_title("TinyWan: quantized against bfloat16, same seeds (band: deviation over the seeds)", fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
-    figure.savefig(path)
+    for row, *place in zip(_line(rows, "plain"), *_places(_line(rows, "plain")), strict=True):
+        axis.annotate(row["recipe"], place, (5, -14), textcoords="offset points", fontsize=9)
+
+
+def _draw_formats(axis: Axes, rows: Sequence[Row]) -> None:
+    """Draw the methods of each format above each other, joined by a thin line."""
+    for method, (colour, marker, label) in _NATIVE_STYLES.items():
+        if line := _line(rows, method):
+            axis.plot(*_places(line), color=colour, linestyle="", marker=marker, markersize=6, label=label)
+    before, above = -_NEAR, False
+    for plain in _line(rows, "plain"):
+        sizes, psnr = _places([row for row in rows if row["recipe"] == plain["recipe"]])
+        axis.plot(sizes, psnr, color="#666666", linewidth=0.8, zorder=1)
+        above = sizes[0] - before < _NEAR and not above
+        place, offset = ((sizes[0], max(psnr)), 8) if above else ((sizes[0], min(psnr)), -16)
+        axis.annotate(plain["recipe"], place, (0, offset), textcoords="offset points", fontsize=9, ha="center")
+        before = sizes[0]
 
 
 def _figure(width: float, height: float) -> Figure:
