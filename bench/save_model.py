@@ -1,4 +1,4 @@
-"""Memory that Save Model as GGUF needs at true layer shapes, with two LoRAs of rank 64 on every layer of the blocks."""
+"""Memory that Save Quantized Model needs at true shapes, with two LoRAs of rank 64 on every layer of the blocks."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         from .tune import WanQuantTune
     except (ImportError, AttributeError) as error:
         logger.error(
-            "WanQuant: the nodes that load models cannot start in ComfyUI %s (%s), but Convert to GGUF and GGUF Info"
-            " work; update WanQuant",
+            "WanQuant: the nodes that load models cannot start in ComfyUI %s (%s), but Convert to Quantized Model and"
+            " GGUF Info work; update WanQuant",
             host_version(),
             error,
         )

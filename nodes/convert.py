@@ -1,4 +1,4 @@
-"""The Convert to GGUF node."""
+"""The Convert to Quantized Model node."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class WanQuantConvert(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="WanQuantConvert",
-            display_name="Convert to GGUF",
+            display_name="Convert to Quantized Model",
             category="WanQuant/convert",
             description="Writes a quantized copy of a Wan checkpoint, one tensor at a time. An existing copy with the"
             " same settings is reused.",
-            search_aliases=["quantize", "gguf", "compress model"],
+            search_aliases=["quantize", "gguf", "int8", "fp8", "nvfp4", "w4a8", "compress model"],
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
@@ -56,7 +56,8 @@ class WanQuantConvert(io.ComfyNode):
                 io.String.Input(
                     "output_name",
                     default="",
-                    tooltip="Name of the .gguf file. If empty, the name of the source and the recipe.",
+                    tooltip="Name of the file; the recipe chooses .gguf or .safetensors. If empty, the name of the"
+                    " source and the recipe.",
                 ),
                 encoding.overwrite_input(),
                 encoding.effort_input(),

@@ -17,14 +17,18 @@ from server import PromptServer
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .. import quant
+from ..ops.host_version import MINIMUM_HOST, host_version
+from ..ops.loading.native_support import SINCE, lacking, problems
 from ..quant.conversion.convert import ConversionReport
-from ..quant.errors import printable
-from ..quant.native.registry import NATIVE
-from ..quant.plan.recipe import GGUF_RECIPES, RECIPES, find_recipe
+from ..quant.errors import PrintableLog, printable
+from ..quant.plan.recipe import GGUF_RECIPES, find_recipe
 from ..quant.progress import Progress
+from ..quant.safetensors.header import read_native_header
 from ..quant.statistics.importance import Importance
 from .folders import BLOCKS_SUFFIX, IMPORTANCE, MODELS, NONE, destinations
 from .pictures import picture_tensor, text_and_picture
+
+logger = PrintableLog(__name__)
 
 # The search for the least error needs this much memory on an accelerator, which loaded models may fill.
 _ENCODER_BYTES = 1 << 30
@@ -34,16 +38,33 @@ _SECONDS_BETWEEN_NAMES = 0.1
 _SECONDS_BEFORE_TIME_LEFT = 3.0
 
 
+# The order of the list: what is fast on most GPUs comes before what is fast on new ones.
+_NATIVE_RECIPES = ("INT8", "W4A8", "W6A8", "INT4", "FP8", "NVFP4", "MXFP8")
+_OF_GGUF = (
+    "Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_XXS and below need a calibration to be worth having, and"
+    " IQ1_M, the smallest, is experimental."
+)
+_OF_NATIVE = """Small files on any GPU (.gguf): F16 to IQ1_M.
+Fast on RTX 20 to 50 (.safetensors): INT8 and INT4; from RTX 30 on also W4A8 and W6A8.
+Fast on RTX 40 and 50 (.safetensors): FP8; on RTX 50 also NVFP4 and MXFP8."""
+
+
 def recipe_input(*, native: bool = True) -> io.Combo.Input:
-    """Return the choice of the recipe, with ComfyUI's own formats or without."""
-    tooltip = (
-        "Trades size for quality: Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_XXS and below need a"
-        " calibration to be worth having, and IQ1_M, the smallest, is experimental."
-    )
+    """Return the choice of the recipe, with ComfyUI's own formats or without.
+
+    With them, the tooltip names those that this host cannot use. So no translation for English may hide it.
+    """
+    options, tooltip = list(GGUF_RECIPES), f"Trades size for quality: {_OF_GGUF}"
     if native:
-        tooltip += f" {', '.join(NATIVE)} are ComfyUI's own formats, in a .safetensors for its Load Diffusion Model."
-    options = RECIPES if native else GGUF_RECIPES
-    return io.Combo.Input("recipe", options=list(options), default="Q4_K_M", tooltip=tooltip)
+        options += _NATIVE_RECIPES
+        tooltip = "\n".join((tooltip, _OF_NATIVE, *filter(None, [missing_recipes()])))
+    return io.Combo.Input("recipe", options=options, default="Q4_K_M", tooltip=tooltip)
+
+
+def missing_recipes() -> str:
+    """Return which recipes this host cannot use, and which ComfyUI can; empty if it can use all."""
+    needed = [f"{recipe} (needs {SINCE.get(recipe, MINIMUM_HOST)} or newer)" for recipe in lacking()]
+    return f"This ComfyUI, {host_version()}, cannot use {', '.join(needed)}." if needed else ""
 
 
 def written_suffix(recipe: str, target_size: float = 0.0) -> str:
@@ -119,7 +140,7 @@ def target_size_input() -> io.Float.Input:
 
 def report_outputs() -> list[io.Output]:
     return [
-        io.String.Output(display_name="path", tooltip="Connect to the path of Load Diffusion Model (GGUF)."),
+        io.String.Output(display_name="path", tooltip="Connect to the path of Load Diffusion Model (Quantized)."),
         io.Image.Output(display_name="report"),
         io.String.Output(display_name="summary"),
     ]
@@ -177,9 +198,16 @@ def _show(running: ExecutionContext | None, text: str) -> None:
 def report_output(report: ConversionReport, node: type[io.ComfyNode], name: str = "") -> io.NodeOutput:
     """Return the values of `report_outputs`, which the host also shows below the node.
 
+    The report also warns of a file that this host cannot use.
+
     Args:
         name: the name that was asked for; the report says if the file has another suffix.
     """
+    is_native = report.path.suffix.lower() == ".safetensors"
+    unusable = problems(read_native_header(report.path)) if is_native else []
+    for problem in unusable:
+        logger.warning("%s: %s", report.path, problem)
+    report = replace(report, warnings=(*report.warnings, *unusable))
     asked, got = os.path.splitext(name)[1].lower(), report.path.suffix
     if asked and asked != got.lower():
         report = replace(report, notes=(f"this recipe is written as {got}, not as {asked}", *report.notes))
@@ -187,5 +215,5 @@ def report_output(report: ConversionReport, node: type[io.ComfyNode], name: str 
     from ..quant.inspection.report_chart import draw
 
     picture, summary = picture_tensor(draw(report)), report.text()
-    show_on_node(summary.partition("\n")[0])
+    show_on_node("; ".join(unusable) or summary.partition("\n")[0])
     return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, node))

@@ -1,4 +1,4 @@
-"""The Load Diffusion Model (GGUF) node."""
+"""The Load Diffusion Model (Quantized) node."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def path_input(name: str, replaced: str) -> io.String.Input:
         name,
         optional=True,
         force_input=True,
-        tooltip=f"Connect the path of Convert to GGUF to load its file. {replaced} is then ignored.",
+        tooltip=f"Connect the path of Convert to Quantized Model to load its file. {replaced} is then ignored.",
     )
 
 
@@ -60,10 +60,11 @@ class WanQuantLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="WanQuantLoader",
-            display_name="Load Diffusion Model (GGUF)",
+            display_name="Load Diffusion Model (Quantized)",
             category="WanQuant/loaders",
-            description="Loads a GGUF diffusion model. Its weights stay quantized in memory.",
-            search_aliases=["gguf", "unet loader gguf", "load wan", "quantized"],
+            description="Loads a diffusion model from a GGUF, or from a .safetensors in ComfyUI's own formats such as"
+            " INT8 and FP8. Its weights stay quantized in memory.",
+            search_aliases=["gguf", "unet loader gguf", "load wan", "quantized", "int8", "fp8", "nvfp4", "w4a8"],
             inputs=[
                 io.Combo.Input(
                     "model_name",

@@ -1,4 +1,4 @@
-"""The Load Wan 2.2 Experts (GGUF) node."""
+"""The Load Wan 2.2 Experts (Quantized) node."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class WanQuantExpertPairLoader(io.ComfyNode):
         names = model_names()
         return io.Schema(
             node_id="WanQuantExpertPairLoader",
-            display_name="Load Wan 2.2 Experts (GGUF)",
+            display_name="Load Wan 2.2 Experts (Quantized)",
             category="WanQuant/loaders",
             description="Loads the two experts of a Wan 2.2 14B model. Only the one that is sampled is in memory.",
-            search_aliases=["gguf", "wan 2.2", "high noise", "low noise", "A14B"],
+            search_aliases=["gguf", "int8", "fp8", "wan 2.2", "high noise", "low noise", "A14B"],
             inputs=[
                 io.Combo.Input("high_noise_name", options=names, tooltip="The expert for the first steps."),
                 io.Combo.Input("low_noise_name", options=names, tooltip="The expert for the last steps."),

@@ -22,8 +22,8 @@ class WanQuantSaveImportance(io.ComfyNode):
             node_id="WanQuantSaveImportance",
             display_name="Save Importance Matrix",
             category="WanQuant/convert",
-            description="Writes what Collect Importance Matrix has measured to a file for Convert to GGUF. The file has"
-            " llama.cpp's layout, or is a calibration (.safetensors) if calibrate is on.",
+            description="Writes what Collect Importance Matrix has measured to a file for Convert to Quantized Model."
+            " The file has llama.cpp's layout, or is a calibration (.safetensors) if calibrate is on.",
             search_aliases=["imatrix", "export imatrix"],
             is_output_node=True,
             inputs=[
@@ -46,7 +46,9 @@ class WanQuantSaveImportance(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="path", tooltip="Connect to importance_path of Convert to GGUF."),
+                io.String.Output(
+                    display_name="path", tooltip="Connect to importance_path of Convert to Quantized Model."
+                ),
                 io.String.Output(
                     display_name="blocks_path", tooltip="Connect to blocks_path of Tune to GGUF. Empty without blocks."
                 ),

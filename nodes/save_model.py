@@ -1,4 +1,4 @@
-"""The Save Model as GGUF node."""
+"""The Save Quantized Model node."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ class WanQuantSaveModel(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="WanQuantSaveModel",
-            display_name="Save Model as GGUF",
+            display_name="Save Quantized Model",
             category="WanQuant/convert",
-            description="Merges a MODEL and its LoRAs into one GGUF. Each weight is merged in full precision and"
-            " quantized once.",
-            search_aliases=["merge lora", "bake lora", "export gguf", "model save"],
+            description="Merges a MODEL and its LoRAs into one quantized file. Each weight is merged in full precision"
+            " and quantized once.",
+            search_aliases=["merge lora", "bake lora", "gguf", "int8", "fp8", "export", "model save"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="A Wan model from any loader, with or without LoRAs."),
-                io.String.Input("name", default="merged.gguf", tooltip="Name of the .gguf file."),
+                io.String.Input(
+                    "name", default="merged.gguf", tooltip="Name of the file; the recipe chooses .gguf or .safetensors."
+                ),
                 encoding.recipe_input(),
                 encoding.folder_input(),
                 encoding.overwrite_input(),

@@ -39,7 +39,8 @@ class WanQuantTune(io.ComfyNode):
             display_name="Tune to GGUF",
             category="WanQuant/convert",
             description="Quantizes a Wan MODEL block by block, each layer for the inputs that the quantized layers"
-            " before it give. It takes longer than Convert to GGUF, and makes a file of the same size. Experimental.",
+            " before it give. It takes longer than Convert to Quantized Model, and makes a file of the same size."
+            " Experimental.",
             search_aliases=["quantization-aware tuning", "fine-tune gguf", "sequential rounding"],
             is_output_node=True,
             is_experimental=True,

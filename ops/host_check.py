@@ -44,7 +44,7 @@ CALLS: dict[str, tuple[int, str]] = {
 """How the pack calls the host: the number of positional arguments, including `self`, and the names of the others."""
 
 _ROWS, _COLUMNS = 32, 32
-_WHAT_WORKS = "GGUF models do not load, but Convert to GGUF and GGUF Info work"
+_WHAT_WORKS = "GGUF models do not load, but Convert to Quantized Model and GGUF Info work"
 
 
 def incompatibilities() -> list[str]:

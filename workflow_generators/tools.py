@@ -25,7 +25,7 @@ def convert_any() -> Columns:
         "Choose any Wan checkpoint as `source`. The first node makes a file by **recipe**: Q8_0 is nearly lossless, "
         "Q4_K_M the usual choice, Q2_K the smallest. The second node makes a file of the **size** that you ask for in "
         "GiB, with the least error at that size.\n\nNo GPU is needed. An existing file with the same settings is "
-        "reused, so the nodes can stay in front of a loader: connect `path` to **Load Diffusion Model (GGUF)**."
+        "reused, so the nodes can stay in front of a loader: connect `path` to **Load Diffusion Model (Quantized)**."
     )
     source = models.T2V_1_3B
     recipe = node("WanQuantConvert", title="Convert by recipe", models=[source], source=source.name, recipe="Q4_K_M")

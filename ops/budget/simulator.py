@@ -156,7 +156,7 @@ def check_predictable(patcher: ModelPatcher) -> None:
     if found:
         raise QuantError(
             f"the weights of this MODEL are of another pack's class {found}, whose memory use cannot be predicted; load"
-            " the file with Load Diffusion Model (GGUF) instead"
+            " the file with Load Diffusion Model (Quantized) instead"
         )
 
 

@@ -5,26 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import comfy.quant_ops
 import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...quant import QuantError
 from ...quant.safetensors.header import read_native_header
-from ..host_version import host_version
 from .by_host import built_by_host
 from .diffusion_model import load_diffusion_model
+from .native_support import problems
 
 SUFFIX = ".safetensors"
-
-# The first ComfyUI that loads a format. Source: its release notes, and pull request 14859 for INT4.
-_SINCE = {
-    "mxfp8": "0.18",
-    "int8_tensorwise": "0.27",
-    "convrot_w4a4": "0.28",
-    "asym_w4a8_int8": "0.31",
-}
 
 
 def load_any_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> ModelPatcher:
@@ -45,16 +36,11 @@ def load_native_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None
         dtype: the dtype to compute in; if None, the host chooses it for the device.
 
     Raises:
-        QuantError: a malformed file, a format that this host does not know, or a model that it cannot build.
+        QuantError: a malformed file, a format that this host cannot use, or a model that it cannot build.
     """
-    path, known = Path(path), getattr(comfy.quant_ops, "QUANT_ALGOS", {})
-    for name in sorted(read_native_header(path).formats):
-        if name not in known:
-            since = f"{_SINCE[name]} or newer" if name in _SINCE else "a newer one"
-            raise QuantError(
-                f"{path}: has layers in {name}, which this ComfyUI {host_version()} does not load; update ComfyUI to"
-                f" {since}, or convert to a recipe that it loads"
-            )
+    path = Path(path)
+    for problem in problems(read_native_header(path)):
+        raise QuantError(f"{path}: {problem}, or convert to a recipe that it loads")
     options = {} if dtype is None else {"dtype": dtype}
     with built_by_host(path):
         model: ModelPatcher = comfy.sd.load_diffusion_model(str(path), options)

@@ -102,7 +102,7 @@ def _check(header: Header, names: Collection[str], clip_type: comfy.sd.CLIPType)
     if _EMBEDDING not in names or _QUERY not in names:
         architecture = header.metadata.get("general.architecture", "not given")
         diffusion = any(name.endswith(WAN_KEY) for name in header.tensors)
-        remedy = "load it with Load Diffusion Model (GGUF)" if diffusion else "choose umt5-xxl for Wan"
+        remedy = "load it with Load Diffusion Model (Quantized)" if diffusion else "choose umt5-xxl for Wan"
         raise QuantError(f"{header.path}: not a T5 text encoder (general.architecture {architecture}); {remedy}")
     biases = sum(name.endswith("relative_attention_bias.weight") for name in names)
     # umT5 has one in every block, T5 has one for all blocks.

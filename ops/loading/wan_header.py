@@ -76,7 +76,7 @@ def _computed(header: Header) -> dict[str, Tensor]:
 
 
 def _joined(name: str, first: TensorRecord, second: TensorRecord) -> TensorRecord:
-    advice = f"convert {first.path} with Convert to GGUF and load the result"
+    advice = f"convert {first.path} with Convert to Quantized Model and load the result"
     shape = joined_shape(first, second, (first.qtype.name, second.qtype.name), advice)
     nbytes = first.nbytes + second.nbytes
     return JoinedRecord(name, first.qtype, shape, shape, first.path, first.offset, nbytes, (first, second))

@@ -130,5 +130,5 @@ def _refusal(name: str, weight: Tensor, shape: tuple[int, ...]) -> str:
     of_type = f" of type {declared}" if declared else ""
     return (
         f"MODEL: tensor {name}: a {_class_name(weight)}{of_type} with {weight.dtype} data is not understood as values"
-        f" of shape {shape}; load the file with a node of ComfyUI, or a GGUF with Load Diffusion Model (GGUF)"
+        f" of shape {shape}; load the file with a node of ComfyUI, or a GGUF with Load Diffusion Model (Quantized)"
     )

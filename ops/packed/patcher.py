@@ -134,7 +134,7 @@ class PackedPatcher(ModelPatcher):
     def model_state_dict_for_saving(self, *_: object, **__: object) -> NoReturn:
         raise QuantError(
             "a GGUF model cannot be saved as safetensors, because its weights are packed blocks;"
-            " save it with Save Model as GGUF, which merges the LoRAs too"
+            " save it with Save Quantized Model, which merges the LoRAs too"
         )
 
     def _is_packed(self, key: str) -> bool:

@@ -46,7 +46,7 @@ def check_tunable(model: torch.nn.Module) -> None:
     if kind not in TUNABLE:
         raise QuantError(
             f"MODEL: is a {kind}, which cannot be tuned block by block, expected {' or '.join(TUNABLE)}; convert it"
-            " with Convert to GGUF"
+            " with Convert to Quantized Model"
         )
 
 

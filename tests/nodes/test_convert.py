@@ -1,4 +1,4 @@
-"""Convert to GGUF: every kind of source, add-ons, and the shape of the patch embedding."""
+"""Convert to Quantized Model: every kind of source, add-ons, and the shape of the patch embedding."""
 
 from __future__ import annotations
 

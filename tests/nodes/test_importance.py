@@ -1,4 +1,4 @@
-"""Collect Importance Matrix, Save Importance Matrix and Convert to GGUF in a chain."""
+"""Collect Importance Matrix, Save Importance Matrix and Convert to Quantized Model in a chain."""
 
 from __future__ import annotations
 

@@ -44,6 +44,18 @@ def english(schemas):
     }
 
 
+# Texts that depend on the host. ComfyUI shows the schema's only if the English file has none.
+OF_THE_HOST = ("WanQuantConvert.inputs.recipe.tooltip", "WanQuantSaveModel.inputs.recipe.tooltip")
+
+
+def without_texts_of_the_host(tree):
+    tree = json.loads(json.dumps(tree))
+    for key in OF_THE_HOST:
+        node, _, name, what = key.split(".")
+        del tree[node]["inputs"][name][what]
+    return tree
+
+
 def words(name, tooltip):
     return {"name": name, "tooltip": tooltip} if tooltip else {"name": name}
 
@@ -66,6 +78,7 @@ def flat(tree, prefix=""):
 
 
 def test_english_is_that_of_the_schemas(english, request):
+    english = without_texts_of_the_host(english)
     if request.config.getoption("--update"):
         path("en").write_text(json.dumps(english, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     found, expected = dict(flat(read("en"))), dict(flat(english))

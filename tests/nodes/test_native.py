@@ -12,6 +12,7 @@ from wanquant.nodes.load_expert_pair import WanQuantExpertPairLoader
 from wanquant.nodes.low_vram import WanQuantLowVRAM
 from wanquant.nodes.save_model import WanQuantSaveModel
 from wanquant.nodes.tune import WanQuantTune
+from wanquant.ops.host_version import host_version
 from wanquant.ops.loading import native_model
 from wanquant.quant import QuantError
 from wanquant.quant.inspection.report import inspect
@@ -39,7 +40,7 @@ def test_native_recipes_follow_the_present_ones(models):
     """The values are saved in graphs, so that neither they nor their order may change."""
     (combo,) = (one for one in WanQuantConvert.define_schema().inputs if one.id == "recipe")
     assert combo.options[:3] == ["F16", "BF16", "Q8_0"]
-    assert combo.options[-len(NATIVE) :] == list(NATIVE)
+    assert set(combo.options[-len(NATIVE) :]) == set(NATIVE)
     (combo,) = (one for one in WanQuantTune.define_schema().inputs if one.id == "recipe")
     assert not {*combo.options} & {*NATIVE}
 
@@ -93,10 +94,21 @@ def test_options_of_gguf_are_refused(options, folder):
         load(path=convert("FP8")[0], **options)
 
 
-def test_a_format_that_the_host_lacks_names_the_version_that_has_it(folder, monkeypatch):
-    path = convert("W4A8")[0]
+def test_what_the_host_lacks_is_said_before_and_after_a_conversion(folder, monkeypatch, caplog):
+    def tooltip():
+        (combo,) = (one for one in WanQuantConvert.define_schema().inputs if one.id == "recipe")
+        return combo.tooltip
+
+    monkeypatch.setattr(encoding, "lacking", lambda: [])
+    assert "This ComfyUI" not in tooltip()
+    monkeypatch.setattr(encoding, "lacking", lambda: ["W4A8", "W6A8"])
+    assert tooltip().endswith("cannot use W4A8 (needs 0.31 or newer), W6A8 (needs 0.38 or newer).")
+    assert "does not load" not in convert("FP8")[2]
     monkeypatch.setattr(native_model.comfy.quant_ops, "QUANT_ALGOS", {"float8_e4m3fn": {}})
-    with pytest.raises(QuantError, match=r"asym_w4a8_int8, which this ComfyUI .* update ComfyUI to 0\.31"):
+    path, _, summary = convert("W4A8", "a.safetensors")
+    sentence = f"W4A8 (asym_w4a8_int8) does not load in this ComfyUI {host_version()}; update ComfyUI to 0.31 or newer"
+    assert sentence in summary.splitlines() and sentence in caplog.text
+    with pytest.raises(QuantError, match=r"update ComfyUI to 0\.31 or newer, or convert to a recipe that it loads"):
         load(path=path)
 
 

@@ -1,4 +1,4 @@
-"""Save Model as GGUF followed by Load Diffusion Model (GGUF)."""
+"""Save Quantized Model followed by Load Diffusion Model (Quantized)."""
 
 from __future__ import annotations
 

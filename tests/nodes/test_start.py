@@ -34,7 +34,7 @@ def test_file_nodes_stay_when_model_nodes_cannot_be_imported(nodes, monkeypatch,
     assert "WanQuantLoader" not in ids
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "the nodes that load models cannot start" in record.getMessage()
-    assert "but Convert to GGUF and GGUF Info work; update WanQuant" in record.getMessage()
+    assert "but Convert to Quantized Model and GGUF Info work; update WanQuant" in record.getMessage()
 
 
 def test_changed_call_is_reported_at_start(nodes, monkeypatch, caplog):

@@ -1,0 +1,65 @@
+"""Convert, load by the linked path, sample: one graph for every recipe that the node offers, in a real server."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wanquant.quant.plan.recipe import RECIPES
+from wanquant.testing.comparison import RANDOM
+from wanquant.testing.graphs import conversion, dense_model, node, video
+from wanquant.testing.server import Graph, GraphError, HostServer
+
+pytestmark = pytest.mark.host
+
+# Lower bounds of the SQNR in dB of the latent of a random model, whose errors do not average out as in a trained one.
+FLOORS = {"F16": 60, "BF16": 60, "Q8_0": 45, "INT8": 40, "W6A8": 30, "FP8": 25, "MXFP8": 25, "Q4_K_M": 25, "W4A8": 20}
+# Where a model is not the one of the file, the SQNR is about 0.
+LEAST = 3
+
+
+@pytest.fixture(scope="module")
+def dense(server: HostServer) -> Tensor:
+    RANDOM.prepare(server)
+    return latent(server, dense_model(), "dense")
+
+
+def latent(server: HostServer, model: Graph, name: str) -> Tensor:
+    """Return what two steps on a small clip give: float32, (1, channels, frames, height, width)."""
+    graph = video(model, f"every-{name}", 64)
+    graph = {key: graph[key] for key in (*model, "prompt", "empty", "sampler", "latent")}
+    graph["sampler"]["inputs"]["steps"] = 2
+    graph["empty"]["inputs"]["length"] = 5
+    (saved,) = server.run(graph)["latent"]["latents"]
+    return load_file(server.output / saved["subfolder"] / saved["filename"])["latent_tensor"]
+
+
+@pytest.fixture(scope="module")
+def recipe_input(server: HostServer) -> tuple[Any, dict[str, Any]]:
+    return server.get("/object_info/WanQuantConvert")["WanQuantConvert"]["input"]["required"]["recipe"]
+
+
+def test_the_node_offers_every_recipe(recipe_input: tuple[Any, dict[str, Any]]):
+    kind, more = recipe_input
+    assert sorted(more["options"] if kind == "COMBO" else kind) == sorted(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_convert_load_sample(recipe: str, server: HostServer, dense: Tensor, recipe_input: tuple[Any, dict[str, Any]]):
+    """What the tooltip says this ComfyUI cannot use is refused when it is loaded, and everything else samples."""
+    loader = node("WanQuantLoader", model_name="", compute_dtype="default", path=["convert", 0])
+    model = conversion(recipe, effort="fast") | {"model": loader}
+    if recipe in re.findall(r"(\w+) \(needs [\d.]+ or newer\)", recipe_input[1]["tooltip"]):
+        with pytest.raises(GraphError, match=rf"{recipe} .* this ComfyUI .*; update ComfyUI to 0\.\d+ or newer"):
+            latent(server, model, recipe)
+        return
+    found = latent(server, model, recipe)
+    noise = (found - dense).square().sum().item()
+    sqnr = 10 * math.log10(dense.square().sum().item() / noise) if noise else math.inf
+    print(recipe, round(sqnr, 1))
+    assert sqnr > FLOORS.get(recipe, LEAST)
