@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import models, parts
-from .canvas import Box, Columns, Schemas, node
+from .canvas import Box, Columns, Model, Node, Schemas, node
 
 # The nodes that the migration replaces, as declared in city96/ComfyUI-GGUF nodes.py @ 795e451.
 COMFYUI_GGUF: Schemas = {
@@ -22,10 +22,16 @@ COMFYUI_GGUF: Schemas = {
 
 def convert_any() -> Columns:
     text = (
-        "Choose any Wan checkpoint as `source`. The first node makes a file by **recipe**: Q8_0 is nearly lossless, "
-        "Q4_K_M the usual choice, Q2_K the smallest. The second node makes a file of the **size** that you ask for in "
-        "GiB, with the least error at that size.\n\nNo GPU is needed. An existing file with the same settings is "
-        "reused, so the nodes can stay in front of a loader: connect `path` to **Load Diffusion Model (Quantized)**."
+        "Choose any Wan checkpoint as `source`, in each node that you run. The first node makes a GGUF, a small file "
+        "for any GPU, by **recipe**: Q8_0 is nearly lossless, Q4_K_M the usual choice, Q2_K the smallest. The second "
+        "makes one of the **size** that you ask for in GiB, with the least error at that size. The third makes a "
+        "`.safetensors` in a **format of ComfyUI's own**, which multiplies in 8 or 4 bits:\n\n"
+        "- RTX 20 to 50: INT8 and INT4; from RTX 30 on also W4A8 and W6A8\n"
+        "- RTX 40 and 50: FP8; on RTX 50 also NVFP4 and MXFP8\n\n"
+        "Some need a newer ComfyUI: the tooltip of `recipe` names those that yours cannot use.\n\n"
+        "No GPU is needed to convert. An existing file with the same settings is reused, so the nodes can stay in "
+        "front of a loader: connect `path` to **Load Diffusion Model (Quantized)**, whatever the recipe. A node that "
+        "you do not need can be bypassed with Ctrl+B."
     )
     source = models.T2V_1_3B
     recipe = node("WanQuantConvert", title="Convert by recipe", models=[source], source=source.name, recipe="Q4_K_M")
@@ -37,44 +43,66 @@ def convert_any() -> Columns:
         recipe="Q4_K_M",
         target_size=0.8,
     )
+    native = node(
+        "WanQuantConvert",
+        title="Convert to ComfyUI's own format",
+        models=[source],
+        source=source.name,
+        recipe="INT8",
+    )
     save = node("SaveImage", images=["size", 1], filename_prefix="wanquant/report")
     return [
-        [parts.read_me("Convert any Wan to GGUF", text, source)],
-        [Box("By recipe", {"recipe": recipe})],
-        [Box("By size", {"size": size})],
-        [Box("Report", {"report": save})],
+        [parts.read_me("Convert any Wan", text, source)],
+        [Box("GGUF by recipe", {"recipe": recipe})],
+        [Box("GGUF by size", {"size": size})],
+        [Box("ComfyUI's own format", {"native": native})],
+        [Box("Report of the second", {"report": save})],
     ]
 
 
 def quality() -> Columns:
     text = (
-        "Samples the same seed with the full-precision model and with the quantized one. **Compare Latents** shows the "
-        "PSNR, which frames differ, and where. Change the recipe or set a `target_size` and run again: only the nodes "
-        "that this changes run."
+        "Samples the same seed with the full-precision model, with a GGUF, and with a file in a format of ComfyUI's "
+        "own. **Compare Latents** shows the PSNR, which frames differ, and where. Change a recipe or set a "
+        "`target_size` and run again: only the nodes that this changes run.\n\nINT8 needs ComfyUI 0.27. On a GPU, "
+        "ComfyUI's own formats quantize the inputs of layers too, so their result depends on the GPU."
     )
     source = models.T2V_1_3B
     full = node("UNETLoader", models=[source], unet_name=source.name, weight_dtype="default")
-    quantized = {
-        "convert": node("WanQuantConvert", models=[source], source=source.name, recipe="Q4_K_M"),
-        "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
-        "shift": parts.shift(8.0),
-    }
     reference = {"full": full, "shift_full": parts.shift(8.0, "full"), "clip": parts.clip(), "vae": parts.vae()}
     samplers = {
         "reference": parts.sampler(20, 6.0, 1, model=["shift_full", 0], control_after_generate="fixed"),
         "sampler": parts.sampler(20, 6.0, 1, control_after_generate="fixed"),
+        "sampler_native": parts.sampler(20, 6.0, 1, model=["shift_native", 0], control_after_generate="fixed"),
     }
-    compare = node("WanQuantCompareLatents", reference=["reference", 0], compared=["sampler", 0])
-    plot = node("SaveImage", images=["compare", 2], filename_prefix="wanquant/comparison")
     return [
         [parts.read_me("What quantization costs", text, source, models.VAE_21, models.UMT5)],
-        [Box("Quantized", quantized)],
+        [Box("GGUF", _converted(source, "Q4_K_M", ""))],
+        [Box("ComfyUI's own format", _converted(source, "INT8", "_native"))],
         [Box("Full precision", reference), parts.size(832, 480, 33)],
         [parts.prompt(parts.FOX)],
         [Box("The same seed", samplers)],
-        [Box("Compare", {"compare": compare, "plot": plot})],
+        [Box("GGUF compared", _compared("sampler", ""))],
+        [Box("ComfyUI's own format compared", _compared("sampler_native", "_native"))],
         [parts.video("quality_comparison")],
     ]
+
+
+def _converted(source: Model, recipe: str, suffix: str) -> dict[str, Node]:
+    """Return the nodes from a checkpoint to a quantized model, with a suffix to their ids."""
+    return {
+        f"convert{suffix}": node("WanQuantConvert", models=[source], source=source.name, recipe=recipe),
+        f"model{suffix}": node("WanQuantLoader", model_name="", path=[f"convert{suffix}", 0]),
+        f"shift{suffix}": parts.shift(8.0, f"model{suffix}"),
+    }
+
+
+def _compared(sampler: str, suffix: str) -> dict[str, Node]:
+    """Return the comparison of a sampler with the reference, and the picture of it, with a suffix to their ids."""
+    return {
+        f"compare{suffix}": node("WanQuantCompareLatents", reference=["reference", 0], compared=[sampler, 0]),
+        f"plot{suffix}": node("SaveImage", images=[f"compare{suffix}", 2], filename_prefix="wanquant/comparison"),
+    }
 
 
 def migrate() -> Columns:

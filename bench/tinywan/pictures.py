@@ -29,12 +29,13 @@ _STYLES = {
 
 # Of ComfyUI's own formats, which are too few for lines, so that shapes tell the methods apart as well.
 _NATIVE_STYLES = {
-    "kitchen": ("#999999", "s", "ComfyUI's encoders"),
+    "kitchen": ("#555555", "s", "ComfyUI's encoders"),
     "plain": ("#0072b2", "o", "WanQuant"),
     "calibrated": ("#d55e00", "D", "WanQuant, calibrated"),
 }
-# Formats of almost the same size, in MB, have their names on different sides.
-_NEAR = 0.12
+# Where the name of a format stands: as offset in points and alignment. Some formats have almost the same size.
+_LEFT, _RIGHT, _ABOVE = ((-9, -3), "right"), ((9, -3), "left"), ((0, 9), "center")
+_SIDES = {"INT4": _LEFT, "FP8": _LEFT, "W4A8": _ABOVE, "INT8": _ABOVE}
 
 
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
@@ -55,6 +56,7 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
         axis.set_xlabel("file, MB")
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right", fontsize=9)
+        axis.margins(x=0.09)
     figure.suptitle("TinyWan: quantized against bfloat16, same seeds", fontsize=12)
     figure.savefig(path)
 
@@ -87,15 +89,15 @@ def _draw_formats(axis: Axes, rows: Sequence[Row]) -> None:
     """Draw the methods of each format above each other, joined by a thin line."""
     for method, (colour, marker, label) in _NATIVE_STYLES.items():
         if line := _line(rows, method):
-            axis.plot(*_places(line), color=colour, linestyle="", marker=marker, markersize=6, label=label)
-    before, above = -_NEAR, False
-    for plain in _line(rows, "plain"):
-        sizes, psnr = _places([row for row in rows if row["recipe"] == plain["recipe"]])
+            # Kitchen's square is hollow and larger, since without a search ours is at the same place.
+            look = {"markersize": 9, "fillstyle": "none"} if method == "kitchen" else {"markersize": 6}
+            axis.plot(*_places(line), color=colour, linestyle="", marker=marker, label=label, **look)
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        sizes, psnr = _places([row for row in rows if row["recipe"] == recipe])
         axis.plot(sizes, psnr, color="#666666", linewidth=0.8, zorder=1)
-        above = sizes[0] - before < _NEAR and not above
-        place, offset = ((sizes[0], max(psnr)), 8) if above else ((sizes[0], min(psnr)), -16)
-        axis.annotate(plain["recipe"], place, (0, offset), textcoords="offset points", fontsize=9, ha="center")
-        before = sizes[0]
+        offset, alignment = _SIDES.get(recipe, _RIGHT)
+        place = sizes[0], max(psnr) if alignment == "center" else (min(psnr) + max(psnr)) / 2
+        axis.annotate(recipe, place, offset, textcoords="offset points", fontsize=9, ha=alignment)
 
 
 def _figure(width: float, height: float) -> Figure:

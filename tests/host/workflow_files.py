@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,25 @@ def write_files(folder: Path, contents: dict[str, Json]) -> None:
         (folder / f"{name}.json").write_text(f"{text}\n", encoding="utf-8")
 
 
+def unusable_recipes(schemas: Schemas) -> list[str]:
+    """The recipes that the tooltip says this ComfyUI cannot use."""
+    tooltip = schemas["WanQuantConvert"]["input"]["required"]["recipe"][1]["tooltip"]
+    return re.findall(r"(\w+) \(needs [\d.]+ or newer\)", tooltip)
+
+
 def shrunk(workflow: Json, schemas: Schemas) -> Json:
-    """The same graph with sizes and steps that a CPU does in a moment; experts change after the first step."""
-    small = copy.deepcopy(workflow)
+    """The same graph with sizes and steps that a CPU does in a moment; experts change after the first step.
+
+    A recipe that this ComfyUI cannot use becomes FP8, which all can.
+    """
+    small, unusable = copy.deepcopy(workflow), unusable_recipes(schemas)
     for node in small["nodes"]:
         values = node["widgets_values"]
         for position, (name, _) in enumerate(_named(node, schemas)):
             if name in ("start_at_step", "end_at_step"):
                 values[position] = values[position] if values[position] in (0, 10000) else 1
+            elif name == "recipe" and values[position] in unusable:
+                values[position] = "FP8"
             elif SMALL.get(name) and values[position]:
                 values[position] = SMALL[name]
     return small
