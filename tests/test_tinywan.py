@@ -19,8 +19,10 @@ from wanquant.bench import quality, sensitivity, train_tinywan
 from wanquant.bench.tinywan.activations import quantize_inputs, rounding
 from wanquant.bench.tinywan.allocation import HALVES, by_half
 from wanquant.bench.tinywan.data import CAPTIONS, HELD_OUT, MOTIONS, TRAINING, WORDS, draw, to_latent, word_embeddings
+from wanquant.bench.tinywan.encodings import NATIVE_METHODS
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.model import build
+from wanquant.bench.tinywan.pictures import draw_quality
 from wanquant.bench.tinywan.reference import Reference, load_model, load_weights, prompts
 from wanquant.bench.tinywan.score import right
 from wanquant.ops.conditioning import load_conditioning
@@ -226,3 +228,16 @@ def test_errors_of_files_are_kept_and_taken_from_another_run(tmp_path, monkeypat
     assert quality.measure(("INT8",), ("plain",), **single)[0].velocity_sqnr != rows[1].velocity_sqnr
     with pytest.raises(SystemExit, match=r"00-INT8-plain.json: measured with .*'clips': 1.*, expected .*'clips': 2"):
         quality.measure(("INT8",), ("plain",), **{**settings, "clips": 2})
+
+
+def test_the_picture_shows_every_format(tmp_path, monkeypatch):
+    row = {"nbytes": 5_000_000, "latent_psnr": {"mean": 50.0, "deviation": 1.0}}
+    native = [(name, method) for name in quality.NATIVE for method in NATIVE_METHODS]
+    files = [("Q8_0", "ggml"), ("Q8_0", "plain"), *native]
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append(figure))
+    draw_quality([row | {"recipe": recipe, "method": method} for recipe, method in files], tmp_path / "quality.png")
+    left, right = drawn[0].axes
+    assert [text.get_text() for text in left.texts] == ["Q8_0"]
+    assert sorted(text.get_text() for text in right.texts) == sorted(quality.NATIVE)
+    assert {"ComfyUI's encoders", "WanQuant", "WanQuant, calibrated"} <= set(right.get_legend_handles_labels()[1])
