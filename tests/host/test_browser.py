@@ -130,3 +130,28 @@ def test_saved_output_gives_the_graph_back(kind: str, canvas: Canvas, server: Ho
     assert given_back.keys() == graph.keys()
     for name, expected in graph.items():
         assert given_back[name]["inputs"].items() >= expected["inputs"].items()
+
+
+_PLACE_OF_RECIPE = """
+() => {
+    const node = app.graph.nodes.find(node => node.type === "WanQuantConvert");
+    const widget = node.widgets.find(widget => widget.name === "recipe");
+    const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 8];
+    const [left, top] = app.canvas.convertOffsetToCanvas(place);
+    const page = app.canvas.canvas.getBoundingClientRect();
+    return [page.left + left, page.top + top];
+}
+"""
+
+
+def test_tooltip_of_the_recipe_is_that_of_this_host(canvas: Canvas, schemas: Schemas):
+    """It names the recipes that this ComfyUI cannot use, which no text in locales/ can know."""
+    (path,) = [path for path in FILES if path.stem == "convert_any_wan"]
+    canvas.drop(path)
+    left, top = canvas.page.evaluate(_PLACE_OF_RECIPE)
+    canvas.page.mouse.move(left, top)
+    canvas.page.mouse.move(left + 2, top)
+    (_, options) = schemas["WanQuantConvert"]["input"]["required"]["recipe"]
+    shown = canvas.page.locator(".node-tooltip")
+    shown.wait_for()
+    assert shown.inner_text() == options["tooltip"]
