@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..device import has_float8, has_float64, usable_device
-from ..errors import PrintableLog, printable_lines
+from ..errors import PrintableLog, QuantError, printable_lines
 from ..files.disk_space import leftovers
 from ..inspection.report import FileReport, inspect
 from ..plan.recipe import Fallback, TypePlan
 from ..progress import Progress
 from ..qtype import Effort
+from ..sources.baked_lora import LoRA, LoRALike
 from ..sources.checkpoint import Checkpoint, open_checkpoint
 from ..statistics.calibration import Calibration
 from ..statistics.importance import check_importance
@@ -95,6 +96,7 @@ def convert(
     five_d: bool = False,
     allow_non_finite: bool = False,
     modules: Sequence[str | Path] = (),
+    loras: Sequence[LoRALike] = (),
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a Wan transformer, an add-on for one, or Wan's T5 text encoder to a GGUF file.
@@ -127,6 +129,9 @@ def convert(
         five_d: store the patch embedding with its 5 dimensions, for loaders that cannot read it flattened to 4.
         allow_non_finite: write 0 for NaN and infinity and report their tensors, instead of refusing the source.
         modules: paths of add-on files (VACE and the like) that are merged onto the source.
+        loras: LoRAs that are added to the weights before these are quantized: paths, texts as FILE:STRENGTH, or pairs
+            of path and strength. They are plain ones (up, down, alpha) or differences. ComfyUI would round a quantized
+            layer again to add a LoRA to it.
         progress: is called with the source bytes done, the source bytes in total and the name of the tensor. It may
             raise any exception to stop the conversion.
 
@@ -137,7 +142,8 @@ def convert(
         QuantError: an unusable or incomplete source, an unusable destination, recipe, size or device; statistics of
             another model; NaN or infinity in the source; too little disk space or main memory.
     """
-    settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, add_ons=modules)
+    added = [LoRA.of(lora) for lora in loras]
+    settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, modules, added)
     (report,) = convert_all(source, [Target(Path(destination), recipe, target_size)], settings, progress=progress)
     return report
 
@@ -165,7 +171,7 @@ def convert_all(
     """
     started = time.monotonic()
     device = _device(settings, targets)
-    with source if isinstance(source, Checkpoint) else open_checkpoint(source, settings.add_ons) as checkpoint:
+    with _opened(source, settings) as checkpoint:
         checkpoint.check_complete()
         checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
         missing_importance = check_importance(settings.importance, checkpoint.tensors)
@@ -192,12 +198,21 @@ def convert_all(
             source_bytes=checkpoint.identity.size,
             fallbacks=plan.fallbacks,
             warnings=(*warnings, *output.notes, *_non_finite_warning(checkpoint)),
-            notes=() if output.reused else _notes(stream, plan),
+            notes=(*checkpoint.notes, *(() if output.reused else _notes(stream, plan))),
             seconds=seconds,
             reused=output.reused,
         )
         for output, plan in pairs
     ]
+
+
+def _opened(source: str | Path | Checkpoint, settings: Settings) -> Checkpoint:
+    """Return the source with the add-ons and LoRAs of the settings; an open one must have them already."""
+    if not isinstance(source, Checkpoint):
+        return open_checkpoint(source, settings.add_ons, settings.loras)
+    if settings.loras and source.loras != tuple(settings.loras):
+        raise QuantError(f"{source.path}: is open without LoRA {settings.loras[0]}, expected with it; convert by path")
+    return source
 
 
 def _device(settings: Settings, targets: Sequence[Target]) -> torch.device:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import QuantError
 from ..plan.recipe import find_recipe
 from ..qtype import Effort
+from ..sources.baked_lora import LoRA
 from ..units import GIB
 
 
@@ -56,5 +57,6 @@ class Settings:
     five_d: bool = False
     allow_non_finite: bool = False
     add_ons: Sequence[str | Path] = ()
+    loras: Sequence[LoRA] = ()
     tuned: str = ""
     """The SHA-256 of the capture that the file is tuned with; empty in a conversion."""

@@ -20,6 +20,7 @@ from ..units import GIB, MIB
 
 _MAX_VALUE_CHARS = 80
 _MAX_LISTED_ERRORS = 5
+_MAX_LISTED_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -164,5 +165,7 @@ def _readable(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | int | fl
             cut = len(value) > _MAX_VALUE_CHARS
             shown = printable(value[:_MAX_VALUE_CHARS])
             yield key, f"{shown}... ({len(value)} characters)" if cut else shown
+        elif len(value) <= _MAX_LISTED_NAMES and all(isinstance(item, str) for item in value):
+            yield key, ", ".join(printable(item, _MAX_VALUE_CHARS) for item in value)
         else:
             yield key, f"array of {len(value)}" + (f" {value.dtype}" if isinstance(value, np.ndarray) else "")
