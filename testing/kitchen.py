@@ -14,7 +14,7 @@ _LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
     "INT8": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
     "INT4": ("TensorCoreConvRotW4A4Layout", {}),
     "W4A8": ("AsymW4A8Int8Layout", {}),
-    "W4A8 G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
+    "W4A8_G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
     "W6A8": ("AsymW4A8Int8Layout", {"bits": 6}),
 }
 
