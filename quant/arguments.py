@@ -26,19 +26,19 @@ def add_convert_options(command: argparse.ArgumentParser) -> None:
         metavar="DST",
         help="a .gguf or .safetensors file, as the recipe writes it, or a folder, which several files need",
     )
-    mix = command.add_mutually_exclusive_group()
-    mix.add_argument(
+    command.add_argument(
         "--recipe",
         default=["Q4_K_M"],
         type=_recipes,
         metavar="NAME[,NAME...]",
         help=f"the mix of types, one file for each name (default: Q4_K_M); one or more of {', '.join(RECIPES)}",
     )
-    mix.add_argument(
+    command.add_argument(
         "--target-size",
         type=float,
         metavar="GiB",
-        help="the largest size of the file in GiB; the types are chosen for the least error at that size",
+        help="the largest size of the file in GiB; the types are chosen for the least error at that size; a recipe of"
+        " ComfyUI's own formats mixes those that load wherever it does, any other makes a GGUF",
     )
     add_statistics_options(
         command,

@@ -31,7 +31,7 @@ def list_targets(
         destination: a .gguf or .safetensors file, or an existing folder. In a folder, files are named after the
             source, the add-ons and LoRAs, and the recipe or size.
         recipes: the names of the recipes; each makes one file per source.
-        target_size: the size of each file in GiB, in place of the recipes.
+        target_size: the size of each file in GiB; the recipes then choose the containers.
         add_ons: add-on files that are merged onto each source.
         loras: LoRAs that are added to the weights of each source.
 
@@ -39,9 +39,11 @@ def list_targets(
         QuantError: no source, one that cannot be opened, or several results with the same file name.
     """
     sources, is_folder = _matching(source), destination.is_dir()
-    targets = {recipe: Target(destination, recipe) for recipe in recipes}
-    if target_size is not None:
-        targets = {f"{target_size:g}GiB": Target(destination, target_size=target_size)}
+    targets: dict[str, Target] = {}
+    for target in (Target(destination, recipe, target_size) for recipe in recipes):
+        # For a size, every recipe of GGUF means the same file.
+        is_any_gguf = target_size is not None and not target.is_native
+        targets[target.mark] = Target(destination, target_size=target_size) if is_any_gguf else target
     count = len(sources) * len(targets)
     if count > 1 and not is_folder:
         raise QuantError(f"{destination}: not a folder, and {count} files are to be made; give a folder that exists")

@@ -114,9 +114,10 @@ def convert(
             `Checkpoint`, which is closed at the end. A source that is quantized already adds its own error, which is
             logged as a warning.
         destination: path of the .gguf file. Its folder must exist.
-        recipe: a mix of ggml types such as "Q8_0", "Q4_K_M" or "Q2_K", a key of `quant.plan.recipe.RECIPES`.
-        target_size: the largest size of the file in GiB. The types are then chosen for the least error at that size,
-            and `recipe` is ignored.
+        recipe: a mix of types such as "Q8_0", "Q4_K_M" or "INT8", a key of `quant.plan.recipe.RECIPES`. It decides
+            whether the file is a GGUF or a safetensors.
+        target_size: the largest size of the file in GiB. The types are then chosen for the least error at that size. A
+            recipe of ComfyUI's own formats mixes those that load wherever it does. Any other is ignored.
         effort: "best" searches for the scales and codes of least squared error, in which large weights count more, and
             then restores the gain of every row. "fast" writes the same bytes as ggml. With `importance`, both search.
             "thorough" takes longer than "best" for less error with a calibration, and is the same without one.

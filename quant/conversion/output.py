@@ -140,7 +140,7 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         "general.file_type": _MIXED if target.target_bytes else recipe.file_type,
         "general.name": shard_of(checkpoint.path)[0],
         "wanquant.version": VERSION,
-        "wanquant.recipe": "" if target.target_bytes else recipe.name,
+        "wanquant.recipe": "" if target.target_bytes and not target.is_native else recipe.name,
         TARGET_SIZE: np.uint64(target.target_bytes),
         "wanquant.effort": settings.effort,
         "wanquant.importance": fingerprint(importance),
@@ -192,7 +192,7 @@ def _check_paths(source: Path, target: Target) -> None:
     destination, suffix = target.destination, target.suffix
     check_path(destination, temporary_of(destination))
     if destination.suffix.lower() != suffix:
-        what = "" if target.target_size is not None else f", which {target.recipe} writes"
+        what = "" if target.target_size is not None and not target.is_native else f", which {target.recipe} writes"
         raise QuantError(f"{destination}: not a {suffix} name{what}; choose a destination that ends in {suffix}")
     if source.exists() and destination.exists() and source.samefile(destination):
         raise QuantError(f"{destination}: is the source itself; choose another destination")

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import QuantError
 from ..native.layer_type import LayerType
+from ..native.native_format import NativeFormat
 from ..native.registry import NATIVE
 from ..qtype import QTYPES, QuantType
 
@@ -170,24 +171,30 @@ def _plan_native(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
     fallbacks: list[Fallback] = []
     native = NATIVE[recipe.base]
     for name, tensor in tensors.items():
-        types[name] = QTYPES[_kept_dtype(tensor)]
+        types[name] = kept_type(tensor)
         if required_precision(name, tensor) != "quantized":
             continue
-        rows, columns = tensor.shape
-        reason = native.takes((rows, columns))
-        if reason is None and any(part.nbytes % 4 for part in native.parts((rows, columns))):
-            reason = f"{rows}x{columns} weights, not a multiple of 4"
-        if reason is None:
-            types[name] = LayerType(native, (rows, columns))
+        stored = native_type(native, tensor)
+        if isinstance(stored, LayerType):
+            types[name] = stored
         else:
-            fallbacks.append(Fallback(name, recipe.base, types[name].name, reason))
+            fallbacks.append(Fallback(name, recipe.base, types[name].name, stored))
     return TypePlan(types, tuple(fallbacks))
 
 
-def _kept_dtype(tensor: TensorInfo) -> str:
+def native_type(native: NativeFormat, tensor: TensorInfo) -> LayerType | str:
+    """Return a native format as the type of a matrix, or why the format cannot hold it."""
+    rows, columns = tensor.shape
+    reason = native.takes((rows, columns))
+    if reason is None and any(part.nbytes % 4 for part in native.parts((rows, columns))):
+        reason = f"{rows}x{columns} weights, not a multiple of 4"
+    return LayerType(native, (rows, columns)) if reason is None else reason
+
+
+def kept_type(tensor: TensorInfo) -> QuantType:
     """Return the dtype in which a tensor stays: its own, if the next tensor in the file then starts at 4 bytes."""
     name = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(tensor.dtype, "F32")
-    return "F32" if math.prod(tensor.shape) % 2 else name
+    return QTYPES["F32" if math.prod(tensor.shape) % 2 else name]
 
 
 def required_precision(name: str, tensor: TensorInfo) -> Precision:
