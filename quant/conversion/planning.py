@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ..native.layer_type import LayerType
-from ..plan.container import Container, GGUFContainer
+from ..plan.container import Container, GGUFContainer, NativeContainer
 from ..plan.recipe import Fallback, StoredType, TypePlan, find_recipe, plan_types
 from ..plan.target_size import ParetoFront, check_size, measure, plan_for_size
 from ..qtype import QTYPES
 from ..safetensors.header import read_any_header
 from ..sources.checkpoint import Checkpoint
 from .layer_encoder import LayerEncoder
-from .output import Output
+from .output import Output, tokenizer_of
 from .settings import Target
 from .stream import Stream
 
@@ -53,7 +53,9 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
 
 
 def _container(stream: Stream, output: Output) -> Container:
-    return output.target.container or GGUFContainer(stream.settings.five_d)
+    if not output.target.is_native:
+        return GGUFContainer(stream.settings.five_d)
+    return NativeContainer(find_recipe(output.target.recipe).base, len(tokenizer_of(stream.checkpoint)))
 
 
 def _is_small(stream: Stream, output: Output) -> bool:

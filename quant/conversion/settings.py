@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
-from ..plan.container import NativeContainer
 from ..plan.recipe import find_recipe
 from ..qtype import Effort
 from ..sources.baked_lora import LoRA
@@ -36,11 +35,6 @@ class Target:
         if self.target_size is None:
             return self.recipe
         return f"{self.recipe}-{self.target_size:g}GiB" if self.is_native else f"{self.target_size:g}GiB"
-
-    @property
-    def container(self) -> NativeContainer | None:
-        """The kind of a native file; None for a GGUF."""
-        return NativeContainer(find_recipe(self.recipe).base) if self.is_native else None
 
     @property
     def is_native(self) -> bool:

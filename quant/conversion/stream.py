@@ -163,6 +163,8 @@ class Stream:
             self._quantize(files, pool)
             self.checkpoint.identity.check_unchanged()
             sha256 = self.checkpoint.files.sha256()
+            for file in files:
+                file.writer.end()
             return [file.writer.close(_final_metadata(file, sha256)) for file in files]
 
     def is_within_f16(self, tensor: SourceTensor) -> bool:

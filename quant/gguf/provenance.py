@@ -30,6 +30,8 @@ CORRECTED_BIASES = "wanquant.corrected_biases"
 """ARRAY of STRING, may be absent: the biases that make up for the mean error of their layers' weights."""
 LORAS = "wanquant.loras"
 """ARRAY of STRING, may be absent: the LoRAs that were added to the weights, each as FILE:STRENGTH."""
+TOKENIZER = "wanquant.tokenizer"
+"""STRING or absent: the SHA-256 of the tokenizer of a text encoder, which is a tensor of its own in a safetensors."""
 TUNED = "wanquant.tuned"
 """STRING or absent: the SHA-256 of the capture that the file was tuned with, block by block."""
 TARGET_SIZE = "wanquant.target_size"
@@ -110,7 +112,7 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
     The source is compared by its name and size only. Versions and encoder revisions may differ: an update of the pack
     must not stop a saved graph.
     """
-    same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED, TUNED)
+    same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED, TUNED, TOKENIZER)
     is_same = all(existing.get(key) == wanted.get(key) for key in same)
     # The tokenizer can come from a file beside the source.
     is_same = is_same and corrected_in(existing) == corrected_in(wanted) and baked_into(existing) == baked_into(wanted)

@@ -16,6 +16,7 @@ from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
 from ..safetensors.header import read_any_header
 from ..sources.names import T5, find_naming
+from ..sources.t5 import is_tokenizer
 from ..units import GIB, MIB
 
 _MAX_VALUE_CHARS = 80
@@ -140,7 +141,7 @@ def inspect(path: str | Path) -> FileReport:
         QuantError: not a well-formed file.
     """
     header = read_any_header(path)
-    errors = relative_errors(header.metadata, list(header.tensors))
+    errors = relative_errors(header.metadata, [name for name in header.tensors if not is_tokenizer(name)])
     tensors = tuple(
         TensorSummary(name, record.stored, record.shape, record.nbytes, errors.get(name))
         for name, record in header.tensors.items()

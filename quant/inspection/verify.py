@@ -20,6 +20,7 @@ from ..safetensors.header import NativeRecord, read_native_header
 from ..sources.baked_lora import LoRA
 from ..sources.checkpoint import SourceTensor, open_checkpoint
 from ..sources.model_tensors import open_model
+from ..sources.t5 import transformers_name
 from ..squares import sum_of_squares
 from .report import sqnr_db
 
@@ -180,7 +181,8 @@ def _of_native(path: Path, records: Mapping[str, NativeRecord], tensor: SourceTe
     rows = tensor.shape[0] if tensor.shape else 1
     elements = math.prod(tensor.shape) // rows
     decode = lambda first, last: tensor.read(first * elements, last * elements)  # noqa: E731
-    stored = records[tensor.name].stored if tensor.name in records else tensor.stored
+    record = records.get(transformers_name(tensor.name))
+    stored = tensor.stored if record is None else record.stored
     return Decoded(path, tensor.name, stored, tensor.shape, rows, decode)
 
 

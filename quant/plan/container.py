@@ -15,13 +15,15 @@ from typing import Any
 from ..native.layer_type import LayerType
 from ..native.registry import NATIVE, companions
 from ..qtype import QTYPES, QuantType
-from ..safetensors.layout import NativeSpec, SafetensorsLayout
+from ..safetensors.layout import NativeSpec, PlainBytes, SafetensorsLayout
+from ..sources.t5 import SPIECE_TENSOR, transformers_name
 from .file_size import header_bytes, padded_bytes
 from .recipe import (
     EMBEDDING,
     EMBEDDING_TYPE,
     StoredType,
     TensorInfo,
+    is_native_layer,
     kept_type,
     native_type,
     required_precision,
@@ -90,16 +92,18 @@ class NativeContainer(Container):
 
     recipe: str
     """A native format; the file loads wherever one in this format does."""
+    tokenizer_bytes: int = 0
+    """The bytes of the tokenizer of a text encoder."""
 
     def types(self, name: str, tensor: TensorInfo, *, small: bool = True) -> list[StoredType]:
         found: list[StoredType] = []
-        if required_precision(name, tensor) == "quantized":
+        if is_native_layer(name, tensor):
             formats = (native_type(NATIVE[other], tensor) for other in companions(self.recipe))
             found += [stored for stored in formats if isinstance(stored, LayerType)]
         return [*found, kept_type(tensor)]
 
     def nbytes(self, name: str, stored: StoredType, tensor: TensorInfo) -> int:
-        spec = NativeSpec(name, stored, tensor.shape)
+        spec = NativeSpec(name, stored, tensor.shape, transformers_name(name))
         entries = (
             {part: {"dtype": dtype, "shape": shape, "data_offsets": [_MOST_BYTES, _MOST_BYTES]}}
             for part, dtype, shape, _ in spec.entries()
@@ -108,8 +112,10 @@ class NativeContainer(Container):
         return spec.nbytes + sum(len(json.dumps(entry, separators=(",", ":"))) - 1 for entry in entries)
 
     def header_bytes(self, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, Any]) -> int:
-        # Padding to 8 bytes.
-        return SafetensorsLayout(Path("unwritten.safetensors"), metadata, []).nbytes + 8
+        spec = NativeSpec(SPIECE_TENSOR, PlainBytes(), (self.tokenizer_bytes,))
+        layout = SafetensorsLayout(Path("unwritten.safetensors"), metadata, [spec] if self.tokenizer_bytes else [])
+        # The places of the tokenizer and the padding to 8 bytes.
+        return layout.nbytes + 2 * len(str(_MOST_BYTES)) + 8
 
 
 def _gguf_types(name: str, tensor: TensorInfo, *, small: bool = True) -> list[QuantType]:

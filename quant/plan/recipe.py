@@ -172,7 +172,7 @@ def _plan_native(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
     native = NATIVE[recipe.base]
     for name, tensor in tensors.items():
         types[name] = kept_type(tensor)
-        if required_precision(name, tensor) != "quantized":
+        if not is_native_layer(name, tensor):
             continue
         stored = native_type(native, tensor)
         if isinstance(stored, LayerType):
@@ -211,6 +211,11 @@ def required_precision(name: str, tensor: TensorInfo) -> Precision:
     ):
         return "exact"
     return "protected" if _PROTECTED.search(name) else "quantized"
+
+
+def is_native_layer(name: str, tensor: TensorInfo) -> bool:
+    """Return whether a tensor may be in one of ComfyUI's own formats; most of them are for Linear modules only."""
+    return name != EMBEDDING and required_precision(name, tensor) == "quantized"
 
 
 def type_or_fallback(wanted: str, tensor: TensorInfo) -> QuantType:

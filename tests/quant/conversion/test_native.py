@@ -26,7 +26,6 @@ from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.importance import Importance
 from wanquant.testing.hosts import ROOT
 from wanquant.testing.tiny_wan import write_tiny_wan
-from wanquant.tests.quant.sources.test_completeness import t5_names
 
 LAYER = "blocks.0.ffn.0"
 
@@ -240,15 +239,6 @@ def test_the_settings_of_a_source_are_not_those_of_its_conversion(wan, tmp_path)
     second = convert(first.path, tmp_path / "b.safetensors", "INT8")
     assert "wanquant.corrected_biases" not in second.metadata
     assert convert(first.path, second.path, "INT8").reused
-
-
-def test_a_text_encoder_is_refused(tmp_path):
-    tokenizer = torch.tensor(list(b"\x0a\x03\x0a\x01a"), dtype=torch.uint8)
-    layers = {name: torch.zeros(32, 32) for name in t5_names(1)}
-    save_file(layers | {"spiece_model": tokenizer}, tmp_path / "t5.safetensors")
-    with pytest.raises(QuantError, match="a T5 text encoder, which recipe INT8 cannot store"):
-        convert(tmp_path / "t5.safetensors", tmp_path / "a.safetensors", "INT8")
-    assert not (tmp_path / "a.safetensors").exists()
 
 
 @pytest.mark.parametrize("marker", [b"[" * 4000, b"\xff", b'"text"', b"{}"])
