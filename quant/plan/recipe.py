@@ -102,6 +102,8 @@ _SMALL_ELEMENTS = 1024
 
 # Source: llama.cpp src/llama-quant.cpp, for tensors whose rows are not a multiple of the block size.
 _COARSE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "IQ4_XS")
+_NATIVE_FALLBACK = "FP8"
+"""The format that takes rows of any length, and loads wherever another one does."""
 _FALLBACK = {**dict.fromkeys(_COARSE, "IQ4_NL"), "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -166,19 +168,23 @@ def plan_types(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
 
 
 def _plan_native(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
-    """Return the native format for the weights of blocks, and the dtype of the source for everything else."""
+    """Return the native format for the weights of blocks, and the dtype of the source for everything else.
+
+    A weight of another shape than the format can hold is in FP8, or keeps its dtype if that cannot hold it either.
+    """
     types: dict[str, StoredType] = {}
     fallbacks: list[Fallback] = []
-    native = NATIVE[recipe.base]
     for name, tensor in tensors.items():
         types[name] = kept_type(tensor)
         if not is_native_layer(name, tensor):
             continue
-        stored = native_type(native, tensor)
+        stored, next_one = (native_type(NATIVE[each], tensor) for each in (recipe.base, _NATIVE_FALLBACK))
         if isinstance(stored, LayerType):
             types[name] = stored
-        else:
-            fallbacks.append(Fallback(name, recipe.base, types[name].name, stored))
+            continue
+        if isinstance(next_one, LayerType):
+            types[name] = next_one
+        fallbacks.append(Fallback(name, recipe.base, types[name].name, stored))
     return TypePlan(types, tuple(fallbacks))
 
 

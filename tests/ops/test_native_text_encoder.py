@@ -41,7 +41,7 @@ def expected(umt5):
 
 
 # Relative errors of the encoding. The weights are random, so that 24 blocks multiply the errors.
-@pytest.mark.parametrize(("name", "bar"), [("FP8", 0.25), ("INT8", 0.1), ("W4A8", 0.5)])
+@pytest.mark.parametrize(("name", "bar"), [("FP8", 0.25), ("INT8", 0.25), ("W4A8", 0.5)])
 def test_the_host_loads_what_is_written(name, bar, umt5, expected, tmp_path):
     report = convert(umt5, tmp_path / "a.safetensors", name, effort="fast")
     state = load_file(report.path)
@@ -60,7 +60,7 @@ def test_the_host_loads_what_is_written(name, bar, umt5, expected, tmp_path):
 def test_it_is_reported_verified_reused_and_converted_back(umt5, tmp_path):
     report = convert(umt5, tmp_path / "a.safetensors", "INT8", effort="fast")
     assert report.kind == "T5 text encoder"
-    assert all(f.got == "BF16" and "multiple of 256" in f.reason for f in report.fallbacks)
+    assert all(f.got == "FP8" and "multiple of 256" in f.reason for f in report.fallbacks)
     recorded = {tensor.name: tensor.relative_error for tensor in inspect(report.path).tensors}
     assert recorded[f"{FFN}.weight"] == pytest.approx(0.009, rel=0.1)
     found = verify(report.path, umt5)

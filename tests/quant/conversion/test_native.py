@@ -134,16 +134,35 @@ def test_a_sources_own_list_of_formats_is_not_carried(wan, tmp_path):
     assert verify(report.path, wan).by_role[-1].relative_error < 0.03
 
 
-def test_weights_that_do_not_fit_stay_as_they_are(wan, tmp_path):
+@pytest.mark.parametrize("name", ["INT8", "W4A8", "W4A8_G32", "W6A8", "INT4"])
+def test_weights_that_do_not_fit_get_the_next_format(name, wan, tmp_path):
     source = load_file(wan)
     source["blocks.0.ffn.2.weight"] = torch.randn(256, 100).bfloat16()
     source[f"{LAYER}.weight"], source[f"{LAYER}.bias"] = torch.randn(100, 256).bfloat16(), torch.randn(100).bfloat16()
     save_file(source, tmp_path / "odd.safetensors")
-    report = convert(tmp_path / "odd.safetensors", tmp_path / "a.safetensors", "INT8")
+    report = convert(tmp_path / "odd.safetensors", tmp_path / "a.safetensors", name)
     (fallback,) = report.fallbacks
-    assert (fallback.name, fallback.wanted, fallback.got) == ("blocks.0.ffn.2.weight", "INT8", "BF16")
-    assert "multiple of 256" in fallback.reason
-    assert load_file(report.path)["blocks.0.ffn.2.weight"].dtype == torch.bfloat16
+    assert (fallback.name, fallback.wanted, fallback.got) == ("blocks.0.ffn.2.weight", name, "FP8")
+    assert f"blocks.0.ffn.2.weight: FP8 instead of {name}: rows of 100, not a multiple of 256" in report.text()
+    stored = load_file(report.path)
+    assert stored["blocks.0.ffn.2.weight"].dtype == torch.float8_e4m3fn
+    assert json.loads(bytes(stored["blocks.0.ffn.2.comfy_quant"].tolist())) == NATIVE["FP8"].config
+    assert not convert(wan, tmp_path / "b.safetensors", name).fallbacks
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_weights_that_no_format_takes_stay_as_they_are(name, wan, tmp_path):
+    """A file of an odd number of bytes before the next tensor could not be mapped."""
+    source = load_file(wan)
+    source[f"{LAYER}.weight"] = torch.randn(101, 257).bfloat16()
+    source[f"{LAYER}.bias"] = torch.randn(101).bfloat16()
+    save_file(source, tmp_path / "odd.safetensors")
+    report = convert(tmp_path / "odd.safetensors", tmp_path / "a.safetensors", name, effort="fast")
+    assert {fallback.name for fallback in report.fallbacks} <= {f"{LAYER}.weight"}
+    if report.fallbacks:
+        assert report.fallbacks[0].got == "F32" and load_file(report.path)[f"{LAYER}.weight"].dtype == torch.float32
+    else:
+        assert name in ("MXFP8", "NVFP4"), "these are padded"
 
 
 KILLED = """

@@ -179,7 +179,7 @@ def test_types_of_gguf_take_inputs_as_they_are():
 
 
 def test_four_bit_inputs_cost_more_than_eight_bit_ones():
-    """By its weights alone INT4 would be little worse than W4A8 of groups of 32."""
+    """INT4 would be little worse than W4A8 of groups of 32 by its weights alone."""
     weight = normal(16, 1024)
     of_int4, of_w4a8 = (input_error(LayerType(NATIVE[name], (16, 1024)), weight, None) for name in ("INT4", "W4A8"))
     assert of_int4 > 100 * of_w4a8
