@@ -1,0 +1,77 @@
+"""Speed, error and memory of the encoders of ComfyUI's own formats beside comfy-kitchen's; shared by `convert`."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quant.native.layer_type import LayerType
+from ..quant.native.registry import NATIVE
+from . import harness
+from .harness import Row
+
+# Layouts of kitchen's, and the options with which it encodes as ComfyUI's files are.
+_LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FP8": ("TensorCoreFP8Layout", {}),
+    "MXFP8": ("TensorCoreMXFP8Layout", {}),
+    "NVFP4": ("TensorCoreNVFP4Layout", {}),
+    "INT8": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
+    "INT4": ("TensorCoreConvRotW4A4Layout", {}),
+    "W4A8": ("AsymW4A8Int8Layout", {}),
+    "W4A8_G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
+    "W6A8": ("AsymW4A8Int8Layout", {"bits": 6}),
+}
+
+
+def native_rows(shape: tuple[int, int], memory: Callable[[], int]) -> list[Row]:
+    """Measure every format on Gaussian weights in one thread.
+
+    Args:
+        shape: of the weight.
+        memory: returns the bytes of this process's memory.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    rows = [_row(name, weight, memory) for name in NATIVE]
+    torch.set_num_threads(threads)
+    return rows
+
+
+def _row(name: str, weight: Tensor, memory: Callable[[], int]) -> Row:
+    """Return millions of weights per second, relative errors, and the most memory added, without what kitchen lacks.
+
+    Each error is |decoded - weight| / |weight|.
+    """
+    layer = LayerType(NATIVE[name], (weight.shape[0], weight.shape[1]))
+    encoders = {effort: lambda effort=effort: layer.quantize(weight, effort=effort) for effort in ("fast", "best")}
+    decode = dict.fromkeys(encoders, layer.dequantize)
+    if (found := _kitchen(name)) is not None:
+        cls, options = found
+        encoders["kitchen"] = lambda: cls.quantize(weight, **options)
+        decode["kitchen"] = lambda parts: cls.dequantize(*parts)[: weight.shape[0], : weight.shape[1]]
+    times = harness.fastest(1, *encoders.values(), clock=time.process_time)
+    row: Row = {"format": name, "bits": round(layer.bits_per_weight, 3)}
+    for (encoder, encode), ms in zip(encoders.items(), times, strict=True):
+        row[f"{encoder}_mws"] = round(weight.numel() / ms / 1e3, 1)
+        with harness.sampled(memory, 0.001) as used:
+            parts = encode()
+        row[f"{encoder}_peak_mib"] = round((max(used) - used[0]) / 2**20)
+        row[f"{encoder}_error"] = round(float((decode[encoder](parts) - weight).norm() / weight.norm()), 5)
+    return row
+
+
+def _kitchen(name: str) -> tuple[Any, dict[str, Any]] | None:
+    """Return a layout of kitchen's and its options, or None if the installed one lacks it."""
+    layout, options = _LAYOUTS[name]
+    try:
+        cls = getattr(importlib.import_module("comfy_kitchen.tensor"), layout)
+        cls.quantize(torch.ones(16, 256), **options)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
+    return cls, options
