@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wanquant.ops.merged_source import merged_checkpoint
+from wanquant.ops.packed.lora_names import register_lora_names
 from wanquant.quant import open_gguf
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.native.registry import NATIVE
@@ -15,6 +16,8 @@ from wanquant.quant.sources.baked_lora import LoRA
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.tests.ops.packed.patching import CPU, lora, with_lora
 from wanquant.tests.ops.packed.test_lora_names import ENDS, LAYERS, renamed
+
+register_lora_names()
 
 DIFFERENCES = {
     "blocks.0.cross_attn.q.diff": (256, 256),
