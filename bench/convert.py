@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--lora-rank", type=int, default=0, metavar="N", help="also convert with a LoRA of this rank")
     options = parser.parse_args()
     encoders = encoder_rows() if "gguf" in options.encoders else []
-    native = native_rows(SHAPE, lambda: resident("self")["RssAnon"]) if "native" in options.encoders else []
+    native = native_rows(SHAPE) if "native" in options.encoders else []
     source = write_source(options.size, options.blocks, options.drawn_blocks) if options.recipes else None
     files = [convert(source, recipes, options.effort) for recipes in options.recipes] if source else []
     if source and options.lora_rank:

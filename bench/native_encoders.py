@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,26 +27,24 @@ _LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def native_rows(shape: tuple[int, int], memory: Callable[[], int]) -> list[Row]:
-    """Measure every format on Gaussian weights in one thread.
-
-    Args:
-        shape: of the weight.
-        memory: returns the bytes of this process's memory.
-    """
+def native_rows(shape: tuple[int, int]) -> list[Row]:
+    """Measure every format on Gaussian weights of a shape, in one thread."""
+    harness.import_comfyui()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     weight = 0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    rows = [_row(name, weight, memory) for name in NATIVE]
+    rows = [_row(name, weight) for name in NATIVE]
     torch.set_num_threads(threads)
     return rows
 
 
-def _row(name: str, weight: Tensor, memory: Callable[[], int]) -> Row:
-    """Return millions of weights per second, relative errors, and the most memory added, without what kitchen lacks.
+def _row(name: str, weight: Tensor) -> Row:
+    """Return millions of weights per second, relative errors, and the most bytes of tensors at once.
 
-    Each error is |decoded - weight| / |weight|.
+    Each error is |decoded - weight| / |weight|. The row lacks what kitchen lacks.
     """
+    from ..ops.budget.live_memory import LiveMemory  # which imports ComfyUI
+
     layer = LayerType(NATIVE[name], (weight.shape[0], weight.shape[1]))
     encoders = {effort: lambda effort=effort: layer.quantize(weight, effort=effort) for effort in ("fast", "best")}
     decode = dict.fromkeys(encoders, layer.dequantize)
@@ -59,9 +56,9 @@ def _row(name: str, weight: Tensor, memory: Callable[[], int]) -> Row:
     row: Row = {"format": name, "bits": round(layer.bits_per_weight, 3)}
     for (encoder, encode), ms in zip(encoders.items(), times, strict=True):
         row[f"{encoder}_mws"] = round(weight.numel() / ms / 1e3, 1)
-        with harness.sampled(memory, 0.001) as used:
+        with LiveMemory("cpu") as live:
             parts = encode()
-        row[f"{encoder}_peak_mib"] = round((max(used) - used[0]) / 2**20)
+        row[f"{encoder}_peak_mib"] = round(live.peak.nbytes / 2**20)
         row[f"{encoder}_error"] = round(float((decode[encoder](parts) - weight).norm() / weight.norm()), 5)
     return row
 
