@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from typing import Any
 
@@ -11,20 +10,9 @@ from torch import Tensor
 
 from ..quant.native.layer_type import LayerType
 from ..quant.native.registry import NATIVE
+from ..testing.kitchen import MissingLayoutError, encoder
 from . import harness
 from .harness import Row
-
-# Layouts of kitchen's, and the options with which it encodes as ComfyUI's files are.
-_LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "FP8": ("TensorCoreFP8Layout", {}),
-    "MXFP8": ("TensorCoreMXFP8Layout", {}),
-    "NVFP4": ("TensorCoreNVFP4Layout", {}),
-    "INT8": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
-    "INT4": ("TensorCoreConvRotW4A4Layout", {}),
-    "W4A8": ("AsymW4A8Int8Layout", {}),
-    "W4A8_G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
-    "W6A8": ("AsymW4A8Int8Layout", {"bits": 6}),
-}
 
 
 def native_rows(shape: tuple[int, int]) -> list[Row]:
@@ -54,21 +42,20 @@ def _row(name: str, weight: Tensor) -> Row:
         decode["kitchen"] = lambda parts: cls.dequantize(*parts)[: weight.shape[0], : weight.shape[1]]
     times = harness.fastest(1, *encoders.values(), clock=time.process_time)
     row: Row = {"format": name, "bits": round(layer.bits_per_weight, 3)}
-    for (encoder, encode), ms in zip(encoders.items(), times, strict=True):
-        row[f"{encoder}_mws"] = round(weight.numel() / ms / 1e3, 1)
+    for (each, encode), ms in zip(encoders.items(), times, strict=True):
+        row[f"{each}_mws"] = round(weight.numel() / ms / 1e3, 1)
         with LiveMemory("cpu") as live:
             parts = encode()
-        row[f"{encoder}_peak_mib"] = round(live.peak.nbytes / 2**20)
-        row[f"{encoder}_error"] = round(float((decode[encoder](parts) - weight).norm() / weight.norm()), 5)
+        row[f"{each}_peak_mib"] = round(live.peak.nbytes / 2**20)
+        row[f"{each}_error"] = round(float((decode[each](parts) - weight).norm() / weight.norm()), 5)
     return row
 
 
 def _kitchen(name: str) -> tuple[Any, dict[str, Any]] | None:
     """Return a layout of kitchen's and its options, or None if the installed one lacks it."""
-    layout, options = _LAYOUTS[name]
     try:
-        cls = getattr(importlib.import_module("comfy_kitchen.tensor"), layout)
+        cls, options = encoder(name)
         cls.quantize(torch.ones(16, 256), **options)
-    except (ImportError, AttributeError, TypeError, ValueError):
+    except (ImportError, MissingLayoutError, TypeError, ValueError):
         return None
     return cls, options

@@ -39,7 +39,7 @@ _SECONDS_BEFORE_TIME_LEFT = 3.0
 
 
 # The order of the list: what is fast on most GPUs comes before what is fast on new ones.
-_NATIVE_RECIPES = ("INT8", "W4A8", "W6A8", "INT4", "FP8", "NVFP4", "MXFP8")
+_NATIVE_RECIPES = ("INT8", "W4A8", "W4A8_G32", "W6A8", "INT4", "FP8", "NVFP4", "MXFP8")
 _OF_GGUF = (
     "Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_XXS and below need a calibration to be worth having, and"
     " IQ1_M, the smallest, is experimental."
