@@ -30,6 +30,9 @@ def load_word(pointer, ALIGN: tl.constexpr):
     """Load four bytes as a word."""
     if ALIGN >= 4:
         return tl.load(pointer.to(tl.pointer_type(tl.int32)))
+    if ALIGN == 1:
+        low, high = load_byte(pointer) | (load_byte(pointer + 1) << 8), load_byte(pointer + 2)
+        return low | (high << 16) | (load_byte(pointer + 3) << 24)
     return load_pair(pointer) | (load_pair(pointer + 2) << 16)
 
 
