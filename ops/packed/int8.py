@@ -9,12 +9,13 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...quant import QuantError
+from ...quant.native.rotation import GROUP
+from ...quant.torch_op import int8_rows_into
 from .. import host
 from .linear import GGUFOps
 from .matmul import WeightFunction, dequantized_tiles, needs_whole_weight, packed_linear
 
-GROUP = 256
-"""A Hadamard matrix mixes this number of neighboring input channels, so that one outlier does not set the scale."""
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 MIN_TOKENS = 1024
 """With fewer tokens, quantizing the weight to 8-bit integers costs more time than the product saves."""
@@ -40,13 +41,34 @@ def int8_linear(
 
     Source: comfy-kitchen 0.2.26, TensorWiseINT8Layout, `convrot`.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     if columns % GROUP or x.numel() < MIN_TOKENS * columns or needs_whole_weight(x, bias, functions):
         return packed_linear(x, weight, bias, functions)
-    codes, scales = x.new_empty(rows, columns, dtype=torch.int8), x.new_empty(rows, 1, dtype=torch.float32)
-    for part, tile in dequantized_tiles(weight, functions, x):
-        codes[part], scales[part] = host.quantize_rows(tile)
+    codes, scales = int8_rows(weight, functions, x)
     return host.int8_linear(x, codes, scales, bias, GROUP)
+
+
+def int8_rows(weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a packed weight after `functions` as rotated 8-bit integers.
+
+    Without functions, the weights are rounded to 8 bits only. Functions get tiles in the dtype of `like`, as always.
+
+    Args:
+        weight: packed, (rows, columns).
+        functions: applied to the dequantized weight in turn.
+        like: a tensor of the compute dtype and on the device of the weight.
+
+    Returns:
+        Codes, int8, (rows, columns), and scales, float32, (rows, 1).
+    """
+    codes = like.new_empty(weight.shape, dtype=torch.int8)
+    scales = like.new_empty(len(codes), 1, dtype=torch.float32)
+    if functions:
+        for part, tile in dequantized_tiles(weight, functions, like):
+            int8_rows_into(tile.contiguous().view(torch.uint8), _PLAIN[tile.dtype], codes[part], scales[part])
+    else:
+        int8_rows_into(host.packed_bytes(weight), weight.params.qtype, codes, scales)
+    return codes, scales
 
 
 class Int8Ops(GGUFOps):
