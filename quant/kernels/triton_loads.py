@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 BITS = tl.constexpr(0x01010101)
+PAIRS = tl.constexpr(0x03030303)
+SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 
 
 @triton.jit
