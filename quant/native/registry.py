@@ -14,7 +14,7 @@ from .rowwise import INT4, INT8
 def w4a8(group: int = 16) -> NativeFormat:
     """Return W4A8 with this many weights per scale."""
     name = "W4A8" if group == 16 else f"W4A8_G{group}"
-    return LevelsFormat(name, 0, _levels_config(group), group, Codebook(), (), (-3, -2, -1, 1, 2, 3))
+    return LevelsFormat(name, 1, _levels_config(group), group, Codebook(), (), (-3, -2, -1, 1, 2, 3))
 
 
 def _levels_config(group: int) -> dict[str, object]:

@@ -34,7 +34,7 @@ Rotation = Callable[[Tensor], Tensor]
 
 
 def rotate(rows: Tensor, distances: tuple[int, ...] = (64, 16, 4, 1)) -> Tensor:
-    """Rotate each run of 256 columns, or undo it: float32, (n, columns).
+    """Rotate each run of 256 columns, or undo it: float32 or float64, (n, columns).
 
     The order of the additions is fixed, so that the bits do not depend on threads, slices or the device.
 
