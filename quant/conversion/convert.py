@@ -232,6 +232,9 @@ def _notes(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
     notes = []
     if stream.biases:
         notes.append(f"{len(stream.biases)} biases make up for the mean error of their layers")
+    rounded = sum((name, qtype.name) in stream.encoders.rounded for name, qtype in plan.types.items())
+    if rounded:
+        notes.append(f"{rounded} matrices were rounded for the least error of their layers' outputs")
     plainer = [name for name, qtype in plan.types.items() if (name, qtype.name) in stream.encoders.plainer]
     if plainer:
         notes.append(

@@ -28,7 +28,7 @@ from ..native.registry import NATIVE
 from ..native.rotation import rotate
 from ..plan.recipe import StoredType
 from ..qtype import QTYPES, Effort, QuantType
-from ..statistics.calibration import Calibration
+from ..statistics.calibration import Calibration, SecondMoments
 from ..statistics.importance import Importance
 from .damping import damped, is_clearly_less
 from .row_gain import error_weights, restore_gain
@@ -36,9 +36,10 @@ from .row_gain import error_weights, restore_gain
 # In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
 # the compensation already makes up for large weights that are cut (TinyWan: 0.5 dB in Q4_K_M).
 _COARSE = 3
-# Count how often the bytes of calibrated files have changed since version 0.1.0: of GGUF's types, and of ComfyUI's.
+# Counts how often the bytes of calibrated files have changed since version 0.1.0.
 _CALIBRATED_REVISION = 1
-_NATIVE_CALIBRATED_REVISION = 1
+# The same for weights in ComfyUI's formats that are rounded for the outputs of their layers.
+_NATIVE_ROUNDED_REVISION = 1
 
 
 def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
@@ -52,8 +53,12 @@ def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
         name: qtype.revision + (calibrated if isinstance(qtype.best, SearchEncoder) else 0)
         for name, qtype in QTYPES.items()
     }
-    calibrated = _NATIVE_CALIBRATED_REVISION if isinstance(importance, Calibration) else 0
-    return ggml | {type_name(native): native.revision + calibrated for native in NATIVE.values()}
+    native = {
+        type_name(native): native.revision
+        + (_NATIVE_ROUNDED_REVISION if isinstance(importance, Calibration) or (importance and native.rotates) else 0)
+        for native in NATIVE.values()
+    }
+    return ggml | native
 
 
 class LayerEncoder(NamedTuple):
@@ -81,7 +86,8 @@ class LayerEncoder(NamedTuple):
                 calibration, and may lack the name.
             name: the name of the weight.
             has_bias: whether the layer has a bias, which can make up for the mean of its inputs.
-            rotated: whether to encode for a format that rotates. Only a calibration makes a difference then.
+            rotated: whether to encode for a format that rotates its inputs. Rotated inputs are correlated even if the
+                inputs are not, so that importance alone gives moments, too.
 
         Raises:
             QuantError: a calibration's moments are not positive definite.
@@ -90,8 +96,12 @@ class LayerEncoder(NamedTuple):
             return cls()
         mean = importance.mean(name) if has_bias and isinstance(importance, Importance) else None
         squares = importance[name] if mean is None else (importance[name] - mean.square()).clamp(min=0)
+        label = f"{importance.name if isinstance(importance, Importance) else 'importance'}: tensor {name}"
         if not isinstance(importance, Calibration):
-            return cls(squares, mean=mean)
+            if not rotated:
+                return cls(squares, mean=mean)
+            second = SecondMoments.of_uncorrelated(squares).rotated()
+            return cls(second.diagonal().float(), damped(second, None, label), None, mean, rotated)
         held_out = importance.held_out.get(name)
         if held_out is not None:
             held_out = held_out.float() if mean is None else held_out.float() - mean
@@ -99,7 +109,7 @@ class LayerEncoder(NamedTuple):
         if rotated:
             second, tokens = second.rotated(), None if held_out is None else rotate(held_out)
             squares = second.diagonal().float()
-        moments = damped(second, tokens, f"{importance.name}: tensor {name}")
+        moments = damped(second, tokens, label)
         return cls(squares, moments, held_out, mean, rotated)
 
     def to(self, device: torch.device) -> LayerEncoder:
@@ -151,6 +161,12 @@ class LayerEncoder(NamedTuple):
         parts = torch.split(weight.float(), max(1, at_a_time // weight.shape[-1]))
         return torch.cat([self._encode(encoder, qtype, part, effort) for part in parts])
 
+    def rounds(self, qtype: StoredType) -> bool:
+        """Return whether weights of a type are rounded for the outputs of the layer."""
+        if isinstance(qtype, LayerType):
+            return self._rounding(qtype, "best") is not None
+        return self.moments is not None and isinstance(qtype.best, SearchEncoder)
+
     def _rounding(self, qtype: LayerType, effort: Effort) -> RoundingForOutputs | None:
         """Return what rounds a weight in one of ComfyUI's formats, or None without moments that suit the format."""
         if self.importance is None or self.moments is None:
@@ -178,11 +194,16 @@ class LayerEncoders:
         biases: the names of the weights whose layers have a bias that is corrected.
     """
 
-    def __init__(self, importance: Mapping[str, Tensor], biases: Collection[str], device: torch.device) -> None:
+    def __init__(
+        self, importance: Mapping[str, Tensor], biases: Collection[str], device: torch.device, effort: Effort
+    ) -> None:
         self._importance, self._biases, self._device = importance, biases, device
+        self._is_fast = effort == "fast" and not isinstance(importance, Calibration)
         self._name = ""
         self._encoders: dict[bool, LayerEncoder] = {}
         self._tried: dict[str, LayerEncoder] = {}
+        self.rounded: set[tuple[str, str]] = set()
+        """The names and types of the weights that are rounded for the outputs of their layers."""
         self.plainer: set[tuple[str, str]] = set()
         """The names and types of the weights for which the moments did not help: see `LayerEncoder.tried`."""
 
@@ -200,11 +221,13 @@ class LayerEncoders:
             self._tried[qtype.name] = encoder
             if encoder.moments is not whole.moments:
                 self.plainer.add((name, qtype.name))
+            elif encoder.rounds(qtype):
+                self.rounded.add((name, qtype.name))
         return self._tried[qtype.name]
 
     def _encoder(self, qtype: StoredType) -> LayerEncoder:
         """Return the encoder of the current weight for the inputs that a type gets: rotated ones or not."""
-        rotated = isinstance(qtype, LayerType) and qtype.format.rotates
+        rotated = isinstance(qtype, LayerType) and qtype.format.rotates and not self._is_fast
         if rotated not in self._encoders:
             has_bias = self._name in self._biases
             encoder = LayerEncoder.of(self._importance, self._name, has_bias=has_bias, rotated=rotated)

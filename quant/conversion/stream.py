@@ -147,7 +147,7 @@ class Stream:
     """The names of the weights that are encoded at once, because parts of a native format describe the whole weight."""
 
     def __post_init__(self) -> None:
-        self.encoders = LayerEncoders(self.importance, self.biases, self.device)
+        self.encoders = LayerEncoders(self.importance, self.biases, self.device, self.settings.effort)
 
     @property
     def importance(self) -> Mapping[str, Tensor]:

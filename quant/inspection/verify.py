@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..errors import QuantError, printable_lines
-from ..gguf.provenance import DATA_SHA256, NON_FINITE, baked_into, corrected_in
+from ..gguf.provenance import CALIBRATED, DATA_SHA256, NON_FINITE, baked_into, corrected_in
 from ..gguf.reader import GGUFTensor
 from ..plan.wan_shapes import role
 from ..safetensors.header import NativeRecord, read_native_header
@@ -62,6 +62,8 @@ class Verification:
     """The names of biases that differ on purpose, to make up for the errors of weights; no total counts them."""
     other_loras: tuple[tuple[str, ...], ...] = ()
     """The LoRAs in the file, and those added to the source, if these differ."""
+    is_calibrated: bool = False
+    """Whether the file records that weights were rounded for the outputs of their layers."""
 
     @property
     def by_role(self) -> list[TensorError]:
@@ -79,7 +81,7 @@ class Verification:
                 *(map(_row, self.tensors)),
                 "",
                 *(map(_row, self.by_role)),
-                *self._corrections(),
+                *self._remarks(),
                 *self._loras(),
                 *(f"only in the source: {name}" for name in self.missing),
                 *(f"only in the file: {name}" for name in self.unknown),
@@ -95,6 +97,7 @@ class Verification:
             "unknown": list(self.unknown),
             "corrected": sorted(self.corrected),
             "other_loras": [list(loras) for loras in self.other_loras],
+            "calibrated": self.is_calibrated,
         }
 
     def _loras(self) -> Iterator[str]:
@@ -105,7 +108,9 @@ class Verification:
                 " difference; give the same ones (--lora)"
             )
 
-    def _corrections(self) -> Iterator[str]:
+    def _remarks(self) -> Iterator[str]:
+        if self.is_calibrated:
+            yield "weights were rounded for the outputs of their layers, which makes their own errors larger"
         if self.corrected:
             yield (
                 f"{len(self.corrected)} biases differ on purpose and are in no total: they make up for the mean errors"
@@ -139,10 +144,10 @@ def verify(
         errors = tuple(_compare(decoded[name], checkpoint.tensors[name]) for name in names)
         missing = tuple(name for name in checkpoint.tensors if name not in decoded)
         unknown = tuple(name for name in decoded if name not in checkpoint.tensors)
+    corrected, is_calibrated = corrected_in(metadata) & set(names), bool(metadata.get(CALIBRATED))
     baked, given = baked_into(metadata), tuple(map(str, loras))
-    return Verification(
-        errors, missing, unknown, corrected_in(metadata) & set(names), () if baked == given else (baked, given)
-    )
+    other = () if baked == given else (baked, given)
+    return Verification(errors, missing, unknown, corrected, other, is_calibrated)
 
 
 class Decoded(NamedTuple):

@@ -52,6 +52,12 @@ class SecondMoments(NamedTuple):
     factors: Tensor
     """float64 (in_features / span, span, rank); the rank may be 0."""
 
+    @classmethod
+    def of_uncorrelated(cls, squares: Tensor) -> SecondMoments:
+        """Return the moments of channels that do not vary together, from their mean squares, (in_features,)."""
+        spans = squares.double().view(-1, math.gcd(len(squares), SPAN))
+        return cls(torch.diag_embed(spans), spans.new_zeros(*spans.shape, 0))
+
     def within_spans(self) -> SecondMoments:
         """Return these moments without what the spans have in common."""
         return SecondMoments(self.blocks + self.factors @ self.factors.mT, self.factors[:, :, :0])

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ...native.float8 import LEAST_POWER, MAX_E4M3_CODE, block_scales, e4m3_values, nearest_e4m3
 
+_LEAST_E4M3 = 2.0**-9
+
 
 @dataclass(frozen=True)
 class One:
@@ -34,7 +36,7 @@ class E4M3Scales:
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return the scale nearest to each value, float32 of the same shape."""
-        return e4m3_values(nearest_e4m3(values).view(torch.uint8).clamp_(1, MAX_E4M3_CODE))
+        return nearest_e4m3(values.clamp(min=_LEAST_E4M3)).float()
 
     def moved(self, values: Tensor, steps: int) -> Tensor:
         """Return the scales so many neighbors away, or the last one: float32, of the shape of `values`."""
