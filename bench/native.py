@@ -20,7 +20,7 @@ from ..quant.qtype import Effort
 from ..quant.statistics.calibration import Calibration, CalibrationCollector
 from . import harness
 
-COLUMNS, ROWS, TOKENS = 5120, 128, 6144
+COLUMNS, ROWS, TOKENS = 4096, 128, 6144
 FACTORS, STRENGTH, SPREAD = 64, 0.1, 0.5
 """How many directions all channels share, how strong each is, and the deviation of the logarithm of channel scales."""
 _CALL = 1024

@@ -6,6 +6,8 @@ other inputs do not have. More damping, a larger diagonal, lets it make up for l
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moment
     Raises:
         QuantError: the moments are not positive definite, as those of inputs are once they are damped.
     """
-    usual, *others = (_with_damping(second, damping) for damping in _DAMPINGS)
+    usual = _with_damping(second, _DAMPINGS[0])
     if not _is_positive_definite(usual) and second.factors.shape[2]:
         return damped(second.within_spans(), held_out, label)
     if not _is_positive_definite(usual):
@@ -40,8 +42,13 @@ def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moment
         )
     if held_out is None or not len(held_out):
         return usual
-    usable = [usual, *filter(_is_positive_definite, others)]
-    return min(usable, key=lambda moments: _expected_error(moments, held_out))
+
+    def error(damping: float) -> float:
+        # Only one of them is in memory at a time.
+        moments = _with_damping(second, damping)
+        return _expected_error(moments, held_out) if _is_positive_definite(moments) else math.inf
+
+    return _with_damping(second, min(_DAMPINGS, key=error))
 
 
 def is_clearly_less(error: Tensor, than: Tensor, tokens: Tensor) -> bool:

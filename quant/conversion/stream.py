@@ -22,6 +22,7 @@ from ..errors import QuantError
 from ..files.tensor_writer import TensorWriter
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from ..native.layer_type import LayerType
+from ..native.native_format import ROUNDED_ELEMENTS
 from ..plan.recipe import StoredType
 from ..progress import Progress
 from ..qtype import Effort
@@ -30,7 +31,7 @@ from ..sources.tensors import sample_rows
 from ..squares import sum_of_squares, total_of
 from ..statistics.calibration import Calibration
 from .bias_correction import mean_error
-from .layer_encoder import ROUNDED_ELEMENTS, LayerEncoder, LayerEncoders
+from .layer_encoder import LayerEncoder, LayerEncoders
 from .settings import Settings
 
 # The size of a slice bounds its float32 temporaries and the time between two progress reports. Accelerators get larger
