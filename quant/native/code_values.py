@@ -42,7 +42,8 @@ class CodeValues(ABC):
         """Return the values below and above numbers, float32 of any shape; equal where only one is near.
 
         Of the levels of an integer grid to which all values are rounded, that of one of these two is the nearest: a
-        value is moved by half a level at most, and its neighbor beyond is at least half a level away.
+        value is moved by half a level at most, and its neighbor beyond is at least half a level away. Where values of a
+        fitted table lie closer, the error may be a fraction of a level larger.
         """
 
     @abstractmethod

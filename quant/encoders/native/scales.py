@@ -55,5 +55,5 @@ class PowersOfTwo:
         return block_scales(values * 448).clamp_(min=LEAST_POWER)
 
     def moved(self, values: Tensor, steps: int) -> Tensor:
-        """Return the scales, float32, as they are."""
+        """Return the values, float32 of any shape, as they are."""
         return values

@@ -63,7 +63,7 @@ class Grid(Protocol):
 
     @property
     def has_factors(self) -> bool:
-        """Whether blocks have d and dmin, which are fitted. Without, both are fixed, and each scale is searched for."""
+        """True if blocks have d and dmin, which are fitted. Without, both are 1, and each scale is searched for."""
 
     def unit(self, scale: Tensor) -> Tensor:
         """Return what a level counts under an effective scale, float32 of any shape.

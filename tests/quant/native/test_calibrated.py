@@ -45,7 +45,7 @@ def cost(name, weight, parts, known):
 
 @every_format
 def test_every_stage_lowers_the_error(name):
-    """With one span, where no turn depends on the luck of the one before."""
+    """The inputs have one span: with several, the rounding of a turn depends on the luck of the one before."""
     weight, known = normal(16, 256, seed=3), collected(w=correlated(256))
 
     def after(neighbors, sweeps):
