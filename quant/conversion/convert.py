@@ -124,7 +124,7 @@ def convert(
         importance: the statistics of the layers' inputs, from `read_importance` or `read_calibration`. By tensor name,
             a floating point tensor of shape (in_features,) with the mean square of each input channel, by which the
             squared error of a weight counts. With a calibration, weights are also rounded as in GPTQ for the least
-            error of the layer's outputs.
+            error of the layer's outputs. So are those of ComfyUI's formats that rotate their inputs, with either.
         device: the device that quantizes, such as "cpu" or "cuda".
         overwrite: replace a destination that is another file or the result of another conversion.
         five_d: store the patch embedding with its 5 dimensions, for loaders that cannot read it flattened to 4.
