@@ -103,9 +103,8 @@ def test_no_kind_of_weight_is_rounded_worse(name, kind, known):
 
 @every_format
 def test_rows_do_not_depend_on_other_rows_or_threads(name, known):
-    """A part of the weight is in units of the whole weight's scale."""
     weight, encoder, threads = normal(9, COLUMNS), encoder_of(name, known), torch.get_num_threads()
-    rounding = RoundingForOutputs(encoder.importance, encoder.moments, Thoroughness(neighbors=True, sweeps=2))
+    rounding = RoundingForOutputs(encoder.importance, encoder.moments, Thoroughness(neighbors=True, sweeps=1))
     weight = weight * (40 if name in ("FP8", "W4A8", "W4A8 G32", "W6A8", "INT8") else 2)
     whole = rounding(FORMATS[name], weight)
     try:
@@ -150,7 +149,7 @@ def test_importance_alone_lowers_the_error_of_formats_that_rotate():
 
 
 def test_goals_are_reached():
-    """On fewer columns than `bench native` has, where the plain errors are almost the same."""
+    """The columns are fewer than those of `bench native`, and the plain errors almost the same."""
     for row in rows(columns=1024, n_rows=48, efforts=("best",)):
         name = row["format"]
         assert row["best_exact"] < 0.9 * row["searched_exact"] and row["best_quantized"] < row["searched_quantized"]
