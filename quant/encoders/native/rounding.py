@@ -65,10 +65,10 @@ class RoundingForOutputs:
         for span in range(n):
             channels = slice(span * self.moments.blocks.shape[1], (span + 1) * self.moments.blocks.shape[1])
             q, w = values[:, channels].t()[None].contiguous(), weight[:, channels].t()[None].contiguous()
-            product = exact_product(rounded_matrix(self.moments.blocks[span, None]), q)
+            product = exact_product(rounded_matrix(self.moments.blocks[span, None].clone()), q)
             wanted, squares = wanted + sum_channels(product * w)[0], squares + sum_channels(product * q)[0]
             if rank:
-                factors = rounded_matrix(self.moments.factors[span, None].mT)
+                factors = rounded_matrix(self.moments.factors[span, None].mT.clone())
                 left = [each + exact_product(factors, part) for each, part in zip(left, (q, w), strict=True)]
         for of_q, of_w in zip(*(each[0] for each in left), strict=True):
             wanted, squares = wanted + of_q * of_w, squares + of_q * of_q
