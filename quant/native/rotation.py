@@ -42,7 +42,7 @@ def rotate(rows: Tensor, distances: tuple[int, ...] = (64, 16, 4, 1)) -> Tensor:
         distances: between the columns that each of the four steps mixes, in their order.
     """
     # A step replaces a, b, c, d by their sum minus twice d, c, b, a. It reverses them, and so do all steps together.
-    turned = rows.reshape(-1, GROUP).flip(1)
+    turned = rows.reshape(-1, GROUP).contiguous().flip(1)
     for distance in distances:
         quarters = turned.view(-1, 4, distance)
         a, b, c, d = quarters.unbind(1)
