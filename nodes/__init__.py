@@ -51,6 +51,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         from .load_text_encoder import WanQuantTextEncoderLoader
         from .low_vram import WanQuantLowVRAM
         from .save_model import WanQuantSaveModel
+        from .text_encode import WanQuantTextEncode
         from .tune import WanQuantTune
     except (ImportError, AttributeError) as error:
         logger.error(
@@ -67,6 +68,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         WanQuantLoader,
         WanQuantExpertPairLoader,
         WanQuantTextEncoderLoader,
+        WanQuantTextEncode,
         WanQuantModelPatchLoader,
         WanQuantLoraLoader,
         WanQuantCollectImportance,

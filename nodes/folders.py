@@ -170,11 +170,14 @@ def path_token(path: str | None) -> str:
 
     It changes with the other parts of a split file too, and with a tokenizer beside it.
     """
-    if path is None:
-        return _READS.token()
+    return _READS.token() if path is None else " ".join((path, *map(_status, files_of(path))))
+
+
+def files_of(path: str) -> tuple[Path, ...]:
+    """Return the files that are read with a path: the parts of a split file, and a tokenizer beside it, if any."""
     shard = Shard.parse(portable(path).rpartition("/")[2])
     parts = shard.series(Path(path).parent) if shard else [Path(path)]
-    return " ".join((path, *map(_status, (*parts, Path(path).parent / SPIECE_FILE))))
+    return (*parts, Path(path).parent / SPIECE_FILE)
 
 
 def read_path(path: str, *suffixes: str) -> str:

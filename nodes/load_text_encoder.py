@@ -21,6 +21,30 @@ DTYPES = {"default": None, "bfloat16": torch.bfloat16}
 TYPES = ("wan", "sd3", "mochi", "ltxv", "pixart", "chroma")
 
 
+def type_input() -> io.Combo.Input:
+    return io.Combo.Input("type", options=list(TYPES), tooltip="The model that the prompt is for.")
+
+
+def dtype_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "compute_dtype",
+        options=list(DTYPES),
+        default="default",
+        optional=True,  # because graphs saved before it was added lack it
+        advanced=True,
+        tooltip="Number format of the matrix products. default is float32, as in ComfyUI. bfloat16 is"
+        " faster on most GPUs and needs half the working memory.",
+    )
+
+
+def chosen_dtype(choice: str) -> torch.dtype | None:
+    """Return the dtype of an option of `dtype_input`, and warn if the host would not use it on this device."""
+    device = comfy.model_management.text_encoder_device()
+    if choice == "bfloat16" and not comfy.model_management.should_use_bf16(device):
+        logger.warning("ComfyUI itself would not use bfloat16 on %s: compute_dtype default may be faster", device)
+    return DTYPES[choice]
+
+
 class WanQuantTextEncoderLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,16 +61,8 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
                     options=folder_paths.get_filename_list(GGUF_ENCODERS),
                     tooltip="A .gguf file in models/text_encoders.",
                 ),
-                io.Combo.Input("type", options=list(TYPES), tooltip="The model that the prompt is for."),
-                io.Combo.Input(
-                    "compute_dtype",
-                    options=list(DTYPES),
-                    default="default",
-                    optional=True,  # because graphs saved before it was added lack it
-                    advanced=True,
-                    tooltip="Number format of the matrix products. default is float32, as in ComfyUI. bfloat16 is"
-                    " faster on most GPUs and needs half the working memory.",
-                ),
+                type_input(),
+                dtype_input(),
             ],
             outputs=[io.Clip.Output()],
         )
@@ -64,7 +80,4 @@ class WanQuantTextEncoderLoader(io.ComfyNode):
         path = model_path(GGUF_ENCODERS, encoder_name)
         clip_type = comfy.sd.CLIPType[type.upper()]
         embeddings = folder_paths.get_folder_paths("embeddings")
-        device = comfy.model_management.text_encoder_device()
-        if compute_dtype == "bfloat16" and not comfy.model_management.should_use_bf16(device):
-            logger.warning("ComfyUI itself would not use bfloat16 on %s: compute_dtype default may be faster", device)
-        return io.NodeOutput(load_text_encoder(path, clip_type, embeddings, dtype=DTYPES[compute_dtype]))
+        return io.NodeOutput(load_text_encoder(path, clip_type, embeddings, dtype=chosen_dtype(compute_dtype)))

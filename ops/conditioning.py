@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -19,30 +20,39 @@ Conditioning = list[list[Any]]
 """The host's type: a list of [prompt embedding, floating point, (batch, tokens, width); dict of further fields]."""
 
 _KEY = "wanquant.conditioning"
+_SHA256 = "wanquant.conditioning_sha256"
 
 
-def save_conditioning(conditioning: Conditioning, path: str) -> None:
+def save_conditioning(conditioning: Conditioning, path: str, *, checksum: bool = False) -> None:
     """Write conditioning to a safetensors file atomically; tensors keep shape and dtype.
+
+    Args:
+        conditioning: the prompts with their fields.
+        path: the file, which is replaced if it exists.
+        checksum: add a checksum of all fields, which `load_conditioning` can ask for.
 
     Raises:
         QuantError: a field holds an object such as a ControlNet, which is neither a tensor nor plain data, or the file
             cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
-    layout = _flatten(conditioning, "conditioning", tensors)
-    content = SafetensorsContent(
-        (StreamedTensor.whole(name, tensor) for name, tensor in tensors.items()), {_KEY: json.dumps(layout)}
-    )
+    layout = json.dumps(_flatten(conditioning, "conditioning", tensors))
+    metadata = {_KEY: layout} | ({_SHA256: _sha256(layout, tensors)} if checksum else {})
+    content = SafetensorsContent((StreamedTensor.whole(*item) for item in tensors.items()), metadata)
     with AtomicFile(Path(path), content.nbytes, overwrite=True) as file:
         content.write(file)
         file.commit()
 
 
-def load_conditioning(path: str) -> Conditioning:
+def load_conditioning(path: str, *, checksum: bool = False) -> Conditioning:
     """Read conditioning that `save_conditioning` wrote; its tensors are on the CPU.
 
+    Args:
+        path: the file.
+        checksum: refuse a file without a checksum, or with another one than that of its fields.
+
     Raises:
-        QuantError: the file is not a safetensors file, or has no conditioning.
+        QuantError: the file is not a safetensors file, has no conditioning, or is damaged.
     """
     metadata, _ = read_safetensors_header(Path(path))
     if _KEY not in metadata:
@@ -55,8 +65,23 @@ def load_conditioning(path: str) -> Conditioning:
         raise QuantError(f"{path}: not the fields of a conditioning ({error}); save the conditioning again") from None
     match loaded:
         case [*prompts] if prompts and all(map(_is_prompt, prompts)):
+            if checksum and metadata.get(_SHA256) != _checksum(prompts):
+                raise QuantError(f"{path}: differs from its checksum, so it is damaged; save the conditioning again")
             return prompts
     raise QuantError(f"{path}: not a list of prompts with their fields; save the conditioning again")
+
+
+def _checksum(conditioning: Conditioning) -> str:
+    tensors: dict[str, torch.Tensor] = {}
+    return _sha256(json.dumps(_flatten(conditioning, "conditioning", tensors)), tensors)
+
+
+def _sha256(layout: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(layout.encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _is_prompt(value: object) -> bool:

@@ -70,8 +70,8 @@ FLOORS = {
         *("tuning", "recovery", "__init__", "arguments", "__main__"),
     ),
     "ops": (
-        *("__init__", "host_version", "host", "packed", "host_check", "conditioning", "latents", "loading"),
-        *("lean", "budget", "observed", "collect_importance", "merged_source", "tuning"),
+        *("__init__", "host_version", "host", "packed", "host_check", "conditioning", "conditioning_cache", "latents"),
+        *("loading", "encode_prompts", "lean", "budget", "observed", "collect_importance", "merged_source", "tuning"),
     ),
 }
 

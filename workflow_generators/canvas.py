@@ -30,6 +30,7 @@ _SIZES = {
     "WanQuantInspect": (440, 490),
     "WanQuantLowVRAM": (330, 280),
     "WanQuantSaveModel": (440, 700),
+    "WanQuantTextEncode": (420, 420),
 }
 _WIDTH = 330
 _BOX_COLOR, _NOTE_COLORS = "#3f789e", {"color": "#432", "bgcolor": "#000"}

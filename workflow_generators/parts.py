@@ -16,6 +16,8 @@ FOX = "A red fox runs through fresh snow between pines, low winter sun, the came
 STREET = "A rainy street at night, neon signs mirrored in puddles, a cyclist in a yellow coat passes, slow dolly."
 PICTURE = "The subject slowly turns towards the camera and smiles, soft light, gentle camera push in."
 PROMPTED = {"positive": ["positive", 0], "negative": ["negative", 0]}
+ENCODED_ONCE = {"positive": ["prompt", 0], "negative": ["prompt", 1]}
+"""The links from `prompt_encoded_once`, in place of `PROMPTED`."""
 
 
 def read_me(title: str, text: str, *files: Model) -> Box:
@@ -39,6 +41,12 @@ def prompt(text: str) -> Box:
     positive = Node("CLIPTextEncode", {"text": text, "clip": ["clip", 0]}, "Prompt", color=green)
     negative = Node("CLIPTextEncode", {"text": _NEGATIVE, "clip": ["clip", 0]}, "Negative prompt", color=red)
     return Box("Prompt", {"positive": positive, "negative": negative})
+
+
+def prompt_encoded_once(text: str) -> Box:
+    """Return a prompt whose text encoder is loaded only when the text is new."""
+    encode = node("WanQuantTextEncode", encoder_name=models.UMT5.name, type="wan", positive=text, negative=_NEGATIVE)
+    return Box("Prompt", {"prompt": encode})
 
 
 def loader(file: Model) -> Node:

@@ -9,22 +9,22 @@ from .canvas import Box, Columns, node
 def t2v_small() -> Columns:
     text = (
         "Quantizes the smallest Wan on the first run: **Convert to Quantized Model** makes the file, and later runs "
-        "reuse it. Only the text encoder has to be downloaded by hand. Settings: shift 8, 30 steps, cfg 6."
+        "reuse it. Only the text encoder has to be downloaded by hand, and it is loaded only for a new prompt. Settings: "
+        "shift 8, 30 steps, cfg 6."
     )
     source = models.T2V_1_3B
     convert = node("WanQuantConvert", models=[source], source=source.name, recipe="Q6_K")
     loaders = {
         "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
         "shift": parts.shift(8.0),
-        "clip": parts.clip(),
         "vae": parts.vae(),
     }
     return [
         [parts.read_me("Wan 2.1 text to video, 1.3B", text, source, models.VAE_21, models.UMT5)],
         [Box("Quantize once", {"convert": convert})],
         [Box("Models", loaders), parts.size(832, 480, 33)],
-        [parts.prompt(parts.FOX)],
-        [Box("Sampling", {"sampler": parts.sampler(30, 6.0, 1)})],
+        [parts.prompt_encoded_once(parts.FOX)],
+        [Box("Sampling", {"sampler": parts.sampler(30, 6.0, 1, **parts.ENCODED_ONCE)})],
         [parts.video("wan2.1_t2v_1.3B")],
     ]
 
@@ -33,14 +33,14 @@ def low_vram() -> Columns:
     text = (
         "Runs 14B on a small GPU: **Wan Low VRAM** samples within `budget_gib` and shows the predicted peak for the "
         "size that is set on it. A latent that does not fit is refused before the first step. The 9 GiB of the file "
-        "are in main memory.\n\nThe VAE decodes in the largest tiles that the budget allows. ComfyUI decides where the "
-        "text encoder runs. Put LoRAs before Wan Low VRAM. Settings: shift 5, 30 steps, cfg 5."
+        "are in main memory.\n\nThe VAE decodes in the largest tiles that the budget allows. The text encoder is "
+        "loaded only for a new prompt, and ComfyUI decides where it runs. Put LoRAs before Wan Low VRAM. Settings: "
+        "shift 5, 30 steps, cfg 5."
     )
     size = {"width": 1280, "height": 720}
     loaders = {
         "model": parts.loader(models.T2V_14B),
         "shift": parts.shift(5.0),
-        "clip": parts.clip(),
         "vae": parts.vae(),
     }
     budget = node("WanQuantLowVRAM", model=["shift", 0], budget_gib=3.5, frames=81, **size)
@@ -48,8 +48,8 @@ def low_vram() -> Columns:
         [parts.read_me("Wan 2.1 text to video, 14B in 3.5 GiB", text, models.T2V_14B, models.VAE_21, models.UMT5)],
         [Box("Models", loaders)],
         [Box("Memory", {"budget": budget}), parts.size(**size, length=81)],
-        [parts.prompt(parts.FOX)],
-        [Box("Sampling", {"sampler": parts.sampler(30, 5.0, 1, model=["budget", 0])})],
+        [parts.prompt_encoded_once(parts.FOX)],
+        [Box("Sampling", {"sampler": parts.sampler(30, 5.0, 1, model=["budget", 0], **parts.ENCODED_ONCE)})],
         [parts.video("wan2.1_t2v_14B_low_vram", decode=parts.tiled_decode(vae=["vae", 0]))],
     ]
 

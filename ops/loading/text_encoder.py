@@ -104,15 +104,29 @@ def _check(header: Header, names: Collection[str], clip_type: comfy.sd.CLIPType)
         diffusion = any(name.endswith(WAN_KEY) for name in header.tensors)
         remedy = "load it with Load Diffusion Model (Quantized)" if diffusion else "choose umt5-xxl for Wan"
         raise QuantError(f"{header.path}: not a T5 text encoder (general.architecture {architecture}); {remedy}")
+    check_family(header.path, names, clip_type)
+
+
+def check_family(path: Path, names: Collection[str], clip_type: comfy.sd.CLIPType) -> None:
+    """Refuse a T5 where umT5 is needed, the reverse, and any other text encoder.
+
+    Args:
+        path: the file, for the message.
+        names: the names of its tensors, which the host knows.
+        clip_type: the model family that the prompt is for.
+
+    Raises:
+        QuantError: the encoder is one for another model family.
+    """
+    if _QUERY not in names:
+        raise QuantError(f"{path}: not a T5 text encoder under ComfyUI's names; choose umt5-xxl for Wan")
     biases = sum(name.endswith("relative_attention_bias.weight") for name in names)
     # umT5 has one in every block, T5 has one for all blocks.
     is_umt5, wants_umt5 = biases == _blocks(names), clip_type is comfy.sd.CLIPType.WAN
     if is_umt5 and not wants_umt5:
-        raise QuantError(f"{header.path}: umT5, the text encoder of Wan; choose type wan")
+        raise QuantError(f"{path}: umT5, the text encoder of Wan; choose type wan")
     if wants_umt5 and not is_umt5:
-        raise QuantError(
-            f"{header.path}: T5, but Wan's text encoder is umT5; choose umt5-xxl, or the type that the T5 is for"
-        )
+        raise QuantError(f"{path}: T5, but Wan's text encoder is umT5; choose umt5-xxl, or the type that the T5 is for")
 
 
 def _blocks(names: Collection[str]) -> int:

@@ -67,6 +67,13 @@ def columns() -> Columns:
         "model": node("WanQuantLoader", model_name=QUANTIZED),
         "pair": node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low),
         "clip": node("WanQuantTextEncoderLoader", encoder_name=models.UMT5.name, type="wan"),
+        "encode": node(
+            "WanQuantTextEncode",
+            encoder_name=models.UMT5.name,
+            type="wan",
+            positive="A red ball rolls to the right.",
+            negative="blurry, still",
+        ),
         "patch": node("WanQuantModelPatchLoader", name=PATCH),
         "prompt": node("WanQuantLoadConditioning", name=PROMPT),
         "lora": node("WanQuantLoraLoader", model=["model", 0], lora_name=LORA),

@@ -28,6 +28,7 @@ NODES = [
     "WanQuantSaveImportance",
     "WanQuantSaveModel",
     "WanQuantSaveRecoveryLora",
+    "WanQuantTextEncode",
     "WanQuantTextEncoderLoader",
     "WanQuantTune",
 ]

@@ -43,7 +43,7 @@ def write_models(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write_diffusion_models(folder / "diffusion_models")
     _write_vaes(folder / "vae")
-    _write_text_encoder(folder / "text_encoders" / models.UMT5.name)
+    write_text_encoder(folder / "text_encoders" / models.UMT5.name)
     # The host knows CLIP Vision H at its true size only: zeros, which take no disk.
     with (HOST / "clip_vision_config_h.json").open() as file:
         vision = _shapes(comfy.clip_model.CLIPVisionModelProjection, json.load(file), torch.float16, None, OPERATIONS)
@@ -91,7 +91,7 @@ def _write_vaes(folder: Path) -> None:
     write_sparse_checkpoint(folder / models.VAE_22.name, _shapes(comfy.ldm.wan.vae2_2.WanVAE, dim=160, z_dim=48, **VAE))
 
 
-def _write_text_encoder(path: Path) -> None:
+def write_text_encoder(path: Path) -> None:
     """24 blocks with an FFN of 10240, by which the host knows umT5-XXL; all else is small."""
     with (HOST / "text_encoders" / "umt5_config_xxl.json").open() as file:
         config = json.load(file)
