@@ -1,4 +1,4 @@
-"""The command line: `python -m quant convert | inspect | restore | recover | verify`."""
+"""The command line: `python -m quant convert | inspect | restore | recover | verify | check`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, Protocol, TextIO, TypeAlias
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .arguments import add_convert_options, add_options_of_source, add_statistics_options
+from .check.run import check_installation
 from .conversion.batch import list_targets
 from .conversion.convert import ConversionReport, convert_all
 from .conversion.restore import DTYPES, restore
@@ -51,7 +52,7 @@ class BatchReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 1 for an error; argparse exits with 2 for wrong usage."""
+    """Run one command and return its exit code: 0, or 1 for an error or a failed check; argparse exits with 2."""
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], Report] = options.command
     try:
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print("interrupted; no unfinished file is left", sys.stderr)
         return 1
     _print(json.dumps(report.json(), indent=2, allow_nan=False) if options.json else report.text(), sys.stdout)
-    return 0
+    return 0 if getattr(report, "ok", True) else 1
 
 
 def _print(text: str, file: TextIO) -> None:
@@ -75,7 +76,7 @@ def _print(text: str, file: TextIO) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quant", description="Make and inspect GGUF files of Wan models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect, _add_restore, _add_recover, _add_verify):
+    for add in (_add_convert, _add_inspect, _add_restore, _add_recover, _add_verify, _add_check):
         add(commands)
     return parser
 
@@ -123,6 +124,15 @@ def _add_verify(commands: _Commands) -> None:
     command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file")
     command.add_argument("source", type=Path, metavar="SRC", help="the checkpoint that it was made from")
     add_options_of_source(command)
+
+
+def _add_check(commands: _Commands) -> None:
+    _add(
+        commands,
+        "check",
+        lambda _: check_installation(),
+        "check the installation on a tiny model, which is also loaded and sampled where COMFYUI_PATH names a ComfyUI",
+    )
 
 
 def _add(

@@ -19,8 +19,8 @@ _PATHS = {"cuda": FUSED, "xpu": FUSED, "cpu": GGML}
 _INT8_PATHS = {"cuda": FUSED_INT8, "xpu": FUSED_INT8}
 
 
-def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
-    """Dequantize into an existing tensor.
+def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> str:
+    """Dequantize into an existing tensor, and return the name of the library whose code did it.
 
     Args:
         packed: uint8, (..., n_blocks * type_size), of any strides.
@@ -41,8 +41,10 @@ def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
         torch.ops.wanquant.dequantize_into(packed, qtype, out)
     elif packed.numel():
         path = _PATHS.get(packed.device.type)
-        if not (path and path.dequantize(QTYPES[qtype], packed, out)):
-            eager.dequantize(QTYPES[qtype], packed, out)
+        if path and path.dequantize(QTYPES[qtype], packed, out):
+            return path.library
+        eager.dequantize(QTYPES[qtype], packed, out)
+    return "torch"
 
 
 def int8_rows_into(packed: Tensor, qtype: str, codes: Tensor, scales: Tensor) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..quant.check.tiny_wan import random_tensor
 from ..quant.plan.wan_shapes import WanSize, transformer_shapes
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -114,11 +115,3 @@ def _header(
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header, end
-
-
-def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw float32 values at the usual scale: 1/sqrt(fan-in) for weights, 1/sqrt(dim) for modulation, 1 for norms."""
-    if len(shape) == 1:
-        return torch.ones(shape) if name.endswith(".weight") else 0.02 * torch.randn(shape, generator=generator)
-    fan_in = math.prod(shape[1:]) if name.endswith(".weight") else shape[-1]
-    return torch.randn(shape, generator=generator).mul_(fan_in**-0.5)

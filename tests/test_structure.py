@@ -67,11 +67,12 @@ FLOORS = {
             "files",
         ),
         *("gguf", "safetensors", "sources", "plan", "statistics", "inspection", "conversion"),
-        *("tuning", "recovery", "__init__", "arguments", "__main__"),
+        *("tuning", "recovery", "check", "__init__", "arguments", "__main__"),
     ),
     "ops": (
         *("__init__", "host_version", "host", "packed", "host_check", "conditioning", "conditioning_cache", "latents"),
         *("loading", "encode_prompts", "lean", "budget", "observed", "collect_importance", "merged_source", "tuning"),
+        "check",
     ),
 }
 

@@ -31,10 +31,11 @@ class OptionalPath:
     operations convert that type from then on.
     """
 
-    def __init__(self, module: str, title: str) -> None:
-        self._name, self._title = module, title
+    def __init__(self, module: str, title: str, library: str = "") -> None:
+        self._name, self.library, self.title = module, library, title
         self._module: _Module | None = None
-        self._missing = False
+        self.missing = ""
+        """Why the library cannot be used here; empty if it can, or was not needed yet."""
         self.lost: set[str] = set()
         """Names of the types for which it failed."""
 
@@ -77,7 +78,7 @@ class OptionalPath:
         return self._attempt("int8_rows", qtype, _aligned(packed), codes, scales)
 
     def _attempt(self, operation: str, qtype: QuantType, *arguments: Tensor | None) -> bool:
-        if self._missing or qtype.name in self.lost:
+        if self.missing or qtype.name in self.lost:
             return False
         try:
             module = self._module or self._import()
@@ -92,7 +93,7 @@ class OptionalPath:
             self.lost.add(qtype.name)
             logger.warning(
                 "%s failed for %s (%s); WanQuant uses slower torch operations for it",
-                self._title,
+                self.title,
                 qtype.name,
                 _reason(error),
             )
@@ -102,10 +103,8 @@ class OptionalPath:
         try:
             self._module = cast("_Module", import_module(f".{self._name}", __package__))
         except (ImportError, OSError) as error:
-            self._missing = True
-            logger.info(
-                "%s cannot be used here (%s); WanQuant uses torch operations instead", self._title, _reason(error)
-            )
+            self.missing = _reason(error)
+            logger.info("%s cannot be used here (%s); WanQuant uses torch operations instead", self.title, self.missing)
         return self._module
 
 
@@ -118,6 +117,6 @@ def _aligned(source: Tensor) -> Tensor:
     return source.clone() if source.data_ptr() % 16 else source
 
 
-FUSED = OptionalPath("triton_kernel", "Fused Triton dequantization")
-FUSED_INT8 = OptionalPath("triton_int8", "Fused Triton rounding to 8 bits")
-GGML = OptionalPath("libggml", "ggml's C code")
+FUSED = OptionalPath("triton_kernel", "Fused Triton dequantization", "Triton")
+FUSED_INT8 = OptionalPath("triton_int8", "Fused Triton rounding to 8 bits", "Triton")
+GGML = OptionalPath("libggml", "ggml's C code", "libggml")
