@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..ops.host_version import host_version
 from ..quant.errors import PrintableLog
+from .check import WanQuantCheck
 from .compare_latents import WanQuantCompareLatents
 from .convert import WanQuantConvert
 from .folders import register_folders
@@ -36,6 +37,7 @@ class WanQuantExtension(ComfyExtension):
             WanQuantCompareLatents,
             WanQuantSaveImportance,
             WanQuantSaveRecoveryLora,
+            WanQuantCheck,
         ]
 
 

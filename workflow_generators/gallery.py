@@ -9,6 +9,7 @@ from .canvas import Columns
 def templates() -> dict[str, Columns]:
     """Return the graph of every file in workflows/, by its name."""
     return {
+        "check_installation": tools.check(),
         "convert_any_wan": tools.convert_any(),
         "wan2.1_t2v_1.3B": wan21.t2v_small(),
         "wan2.1_t2v_14B_low_vram": wan21.low_vram(),

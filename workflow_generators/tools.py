@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import models, parts
-from .canvas import Box, Columns, Model, Node, Schemas, node
+from .canvas import Box, Columns, Model, Node, Schemas, node, note
 
 # The nodes that the migration replaces, as declared in city96/ComfyUI-GGUF nodes.py @ 795e451.
 COMFYUI_GGUF: Schemas = {
@@ -18,6 +18,16 @@ COMFYUI_GGUF: Schemas = {
         "output_name": ["CLIP"],
     },
 }
+
+
+def check() -> Columns:
+    text = (
+        "# Check the installation\n\nPress **Run**. A tiny Wan with random weights is made in a temporary folder,"
+        " converted, loaded, sampled and compared, in seconds. Nothing is downloaded.\n\nThe text says which code runs"
+        " on this machine, which memory mode ComfyUI uses, and what is missing for more speed. A line that begins with"
+        " FAILED says what to do.\n"
+    )
+    return [[note(text)], [Box("Check", {"check": node("WanQuantCheck")})]]
 
 
 def convert_any() -> Columns:

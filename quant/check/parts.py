@@ -138,13 +138,14 @@ def _products(device: torch.device) -> Finding:
     if not hasattr(comfy_kitchen, "int8_linear"):
         return Finding(f"none in comfy-kitchen {release}", (_UPDATE,))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TOKENS, _COLUMNS, generator=generator).to(device)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16  # the kernels of GPUs take no float32
+    x = torch.randn(_TOKENS, _COLUMNS, generator=generator).to(device, dtype)
     codes = torch.randint(-127, 128, (_ROWS, _COLUMNS), generator=generator).to(torch.int8).to(device)
     scale = torch.full((_ROWS, 1), 0.01, device=device)
     arguments = {"x": x, "weight": codes, "weight_scale": scale, "bias": None, "out_dtype": x.dtype}
     backend = registry.get_capable_backend("int8_linear", arguments)
-    expected = torch.nn.functional.linear(x.cpu(), codes.cpu() * 0.01)
-    error = float((comfy_kitchen.int8_linear(**arguments).cpu() - expected).norm() / expected.norm())
+    expected = torch.nn.functional.linear(x.cpu().float(), codes.cpu() * 0.01)
+    error = float((comfy_kitchen.int8_linear(**arguments).cpu().float() - expected).norm() / expected.norm())
     if not error < _MAX_INT8_ERROR:
         raise QuantError(
             f"8-bit products of comfy-kitchen {release} ({backend}): a relative error of {error:.3f}, expected at most"
@@ -157,6 +158,7 @@ def _products(device: torch.device) -> Finding:
 def _faster_products(backends: dict[str, dict[str, object]], backend: str, device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu" or backend != "eager":
         return ()
-    missing = [f"{name}: {b['unavailable_reason']}" for name, b in backends.items() if b.get("unavailable_reason")]
-    reasons = "; ".join(sorted(missing)) or "none other takes this product"
-    return (f"8-bit products run on PyTorch operations ({reasons}); install triton, or a newer comfy-kitchen",)
+    off = {name: b.get("unavailable_reason") or (b.get("disabled") and "turned off") for name, b in backends.items()}
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(off.items()) if reason)
+    remedy = "install PyTorch for CUDA 13 or newer, or start ComfyUI with --enable-triton-backend"
+    return (f"8-bit products run on PyTorch operations ({reasons or 'no other backend takes them'}); {remedy}",)

@@ -38,7 +38,9 @@ def check_installation(
             found = in_host(folder) if in_host else _elsewhere(folder)
             report.steps += found.steps
             report.not_checked += found.not_checked
-    report.steps += run_parts(product_parts(device))
+    products = product_parts(device)
+    if not {name for name, _ in products} & {step.name for step in report.steps}:
+        report.steps += run_parts(products)
     return report
 
 

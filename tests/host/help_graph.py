@@ -87,6 +87,7 @@ def columns() -> Columns:
     shown = {
         "keep": node("WanQuantSaveConditioning", conditioning=["prompt", 0], name="a red ball again.safetensors"),
         "info": node("WanQuantInspect", model_name=QUANTIZED),
+        "check": node("WanQuantCheck"),
         "recover": node("WanQuantSaveRecoveryLora", model_name=QUANTIZED, source=SOURCE, size=0.5),
     }
     measured = {

@@ -53,8 +53,9 @@ SERVED = [path for path in FILES if CHROMIUM is None or path.stem.startswith("mi
 @pytest.mark.parametrize("path", SERVED, ids=lambda path: path.stem)
 def test_template_runs_to_a_saved_file(path: Path, server: HostServer, schemas, tiny_models):
     small = shrunk(json.loads(path.read_text(encoding="utf-8")), schemas)
-    written = saved_files(server.run(prompt(small, schemas)), server.output)
-    assert written
+    outputs = server.run(prompt(small, schemas))
+    written = saved_files(outputs, server.output)
+    assert written or (path.stem == "check_installation" and "checks passed" in str(outputs))
     assert all(file.stat().st_size for file in written)
 
 
