@@ -185,10 +185,19 @@ def show_on_node(text: str) -> None:
     _show(get_executing_context(), text)
 
 
+def show_lines_on_node(text: str) -> None:
+    """Show a report of several lines, which `printable_lines` made, on the running node."""
+    _send(get_executing_context(), text)
+
+
 def _show(running: ExecutionContext | None, text: str) -> None:
+    _send(running, printable(text))
+
+
+def _send(running: ExecutionContext | None, text: str) -> None:
     if running:
         # The page shows this text as HTML, and it may repeat names from a file.
-        PromptServer.instance.send_progress_text(escape(printable(text), quote=False), running.node_id)
+        PromptServer.instance.send_progress_text(escape(text, quote=False), running.node_id)
 
 
 def report_output(report: ConversionReport, node: type[io.ComfyNode], name: str = "") -> io.NodeOutput:
