@@ -88,7 +88,7 @@ def _compare(folder: Path) -> Finding:
                 f"{name}: {sqnr:.1f} dB from its source, expected at least {least:.0f}; the conversion computes wrongly"
                 " here: update WanQuant and PyTorch"
             )
-        found.append(f"{name} {sqnr:.1f} dB")
+        found.append(f"{Path(name).stem.removeprefix('tiny-wan-')} {sqnr:.1f} dB")
     return Finding(f"signal-to-noise ratio of the weights: {', '.join(found)}")
 
 

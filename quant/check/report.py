@@ -75,16 +75,17 @@ class CheckReport:
             self.not_checked.append(f"{', '.join(skipped)}: not run after a failure; solve it first")
 
     def text(self) -> str:
-        """Return the report: a summary, a line for each step, what was not checked, and what would be faster."""
-        failed = sum(not step.ok for step in self.steps)
-        summary = f"{failed} of {len(self.steps)} checks failed" if failed else f"{len(self.steps)} checks passed"
-        lines = [f"WanQuant: {summary}"]
-        lines += [f"{'ok    ' if step.ok else 'FAILED'} {step.name}: {step.text}" for step in self.steps]
-        lines += [f"not checked: {text}" for text in self.not_checked]
+        """Return the report: a summary, what to do, and then what is fine."""
+        failed = [step for step in self.steps if not step.ok]
         faster = [text for step in self.steps for text in step.faster]
+        n = len(self.steps)
+        lines = [f"WanQuant: {len(failed)} of {n} checks failed" if failed else f"WanQuant: {n} checks passed"]
+        lines += [f"FAILED {step.name}: {step.text}" for step in failed]
+        lines += [f"not checked: {text}" for text in self.not_checked]
         lines += [f"faster: {text}" for text in faster]
-        if self.ok and not self.not_checked and not faster:
-            lines.append("Nothing is missing for more speed.")
+        if not (failed or self.not_checked or faster):
+            lines.append("nothing is missing for more speed")
+        lines += [f"ok {step.name}: {step.text}" for step in self.steps if step.ok]
         return printable_lines(lines)
 
     def json(self) -> dict[str, Any]:
