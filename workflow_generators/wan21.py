@@ -9,8 +9,8 @@ from .canvas import Box, Columns, node
 def t2v_small() -> Columns:
     text = (
         "Quantizes the smallest Wan on the first run: **Convert to Quantized Model** makes the file, and later runs "
-        "reuse it. Only the text encoder has to be downloaded by hand, and it is loaded only for a new prompt. Settings: "
-        "shift 8, 30 steps, cfg 6."
+        "reuse it. Only the text encoder has to be downloaded by hand, and it is loaded only for a new prompt. "
+        "Settings: shift 8, 30 steps, cfg 6."
     )
     source = models.T2V_1_3B
     convert = node("WanQuantConvert", models=[source], source=source.name, recipe="Q6_K")
