@@ -79,7 +79,7 @@ def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
     from wanquant.ops import host
     from wanquant.ops.packed.int8 import GROUP, int8_linear
     from wanquant.ops.packed.layout import pack
-    from wanquant.ops.packed.matmul import dequantized_tiles, packed_linear
+    from wanquant.ops.packed.matmul import PatchedRows, dequantized_tiles, packed_linear
     from wanquant.quant import QTYPES
 
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
     codes, scales = host.quantize_rows(dense)
 
     def quantized_rows() -> None:
-        for part, tile in dequantized_tiles(packed, (), x):
+        for part, tile in dequantized_tiles(PatchedRows(packed, (), x), slice(0, rows), x):
             codes[part], scales[part] = host.quantize_rows(tile)
 
     calls = {

@@ -11,7 +11,15 @@ from torch import Tensor
 from ...quant import QuantError
 from .. import host
 from .linear import GGUFOps
-from .matmul import WeightFunction, dequantized_tiles, needs_whole_weight, packed_linear
+from .matmul import (
+    HeldProduct,
+    PatchedRows,
+    WeightFunction,
+    dequantized_tiles,
+    hold_dense,
+    needs_whole_weight,
+    packed_linear,
+)
 
 GROUP = 256
 """A Hadamard matrix mixes this number of neighboring input channels, so that one outlier does not set the scale."""
@@ -41,12 +49,25 @@ def int8_linear(
     Source: comfy-kitchen 0.2.26, TensorWiseINT8Layout, `convrot`.
     """
     rows, columns = weight.shape
-    if columns % GROUP or x.numel() < MIN_TOKENS * columns or needs_whole_weight(x, bias, functions):
+    tokens = x.numel() // max(1, columns)
+    if not _is_worthwhile(tokens, columns) or needs_whole_weight(x, bias, functions):
         return packed_linear(x, weight, bias, functions)
-    codes, scales = x.new_empty(rows, columns, dtype=torch.int8), x.new_empty(rows, 1, dtype=torch.float32)
-    for part, tile in dequantized_tiles(weight, functions, x):
+    return hold_int8(PatchedRows(weight, functions, x), slice(0, rows), x, tokens)(x, bias)
+
+
+def hold_int8(patched: PatchedRows, rows: slice, like: Tensor, tokens: int) -> HeldProduct:
+    """Quantize rows of a packed weight to 8-bit integers once; see `hold_dense`, which runs for few `tokens`."""
+    total, columns = rows.stop - rows.start, patched.shape[1]
+    if not _is_worthwhile(tokens, columns):
+        return hold_dense(patched, rows, like, tokens)
+    codes, scales = like.new_empty(total, columns, dtype=torch.int8), like.new_empty(total, 1, dtype=torch.float32)
+    for part, tile in dequantized_tiles(patched, rows, like):
         codes[part], scales[part] = host.quantize_rows(tile)
-    return host.int8_linear(x, codes, scales, bias, GROUP)
+    return lambda x, bias: host.int8_linear(x, codes, scales, bias, GROUP)
+
+
+def _is_worthwhile(tokens: int, columns: int) -> bool:
+    return columns % GROUP == 0 and tokens >= MIN_TOKENS
 
 
 class Int8Ops(GGUFOps):
@@ -54,6 +75,7 @@ class Int8Ops(GGUFOps):
 
     class Linear(GGUFOps.Linear):
         multiply = staticmethod(int8_linear)
+        hold = staticmethod(hold_int8)
 
 
 def int8_ops() -> type[GGUFOps]:

@@ -1,0 +1,152 @@
+"""The seam to ComfyUI's products in its own quantized formats: private names that `host` does not use.
+
+A layer with such a weight decides in its forward how it multiplies: whether it quantizes its input, and with which
+scale. `with_tensors` returns a copy of the layer around other tensors, so that this decision stays ComfyUI's.
+
+Source: comfy/ops.py mixed_precision_ops and comfy/quant_ops.py QUANT_ALGOS, ComfyUI 0.24 to 0.33; comfy-kitchen 0.2.40.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import comfy.ops
+import comfy.quant_ops
+import torch
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor
+
+# Formats in which the product of one token does not depend on the other tokens.
+_BY_TOKEN = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
+# Formats whose input has a scale for all tokens, unless the file has one.
+_BY_TENSOR = ("nvfp4",)
+
+# The number of rows at whose multiples a weight can be cut, and its parts with a row for each output channel.
+# Block scales are stored in tiles of 128 rows: https://docs.nvidia.com/cuda/cublas/#d-block-scaling-factors-layout.
+_ROWS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "TensorCoreFP8Layout": (1, ("scale",)),
+    "TensorCoreFP8E4M3Layout": (1, ("scale",)),
+    "TensorCoreFP8E5M2Layout": (1, ("scale",)),
+    "TensorCoreMXFP8Layout": (128, ("scale",)),
+    "TensorCoreNVFP4Layout": (128, ("block_scale",)),
+    "TensorWiseINT8Layout": (1, ("scale",)),
+    "TensorCoreConvRotW4A4Layout": (1, ("scale",)),
+    "AsymW4A8Int8Layout": (1, ("scale", "s_channel")),
+}
+
+
+def can_be_quantized(layer: torch.nn.Module) -> bool:
+    """Return whether a layer is of the host's class for weights in its own quantized formats."""
+    return hasattr(layer, "_full_precision_mm")
+
+
+def format_of(layer: torch.nn.Module) -> str:
+    """Return the host's name of the format of a layer's weight, "" for a plain weight."""
+    weight: object = getattr(layer, "weight", None)
+    return str(getattr(layer, "quant_format", "")) if isinstance(weight, QuantizedTensor) else ""
+
+
+def multiplies_quantized(layer: torch.nn.Module) -> bool:
+    """Return whether the layer's forward multiplies with the quantized weight, which need not be known here."""
+    if not format_of(layer) or not can_be_quantized(layer) or getattr(layer, "comfy_force_cast_weights", False):
+        return False
+    # Patches are applied to a dequantized weight. Formats that quantize only the weight ignore `_full_precision_mm`.
+    patched = len(layer.weight_function) > 0 or len(layer.bias_function) > 0
+    return not (patched or (layer._full_precision_mm and _quantizes_input(layer)))
+
+
+def multiplies_by_token(layer: torch.nn.Module) -> bool:
+    """Return whether the product of `multiplies_quantized` is the same for a chunk of tokens as for all of them."""
+    known = format_of(layer) in _BY_TOKEN or (format_of(layer) in _BY_TENSOR and _has_input_scale(layer))
+    return known and multiplies_quantized(layer)
+
+
+def needs_input_maximum(layer: torch.nn.Module) -> bool:
+    """Return whether a chunk of tokens is multiplied as all of them are only with a scale from all of them."""
+    return format_of(layer) in _BY_TENSOR and not _has_input_scale(layer) and multiplies_quantized(layer)
+
+
+def _quantizes_input(layer: torch.nn.Module) -> bool:
+    quantizes: bool = comfy.quant_ops.QUANT_ALGOS.get(format_of(layer), {}).get("quantize_input", True)
+    return quantizes
+
+
+def _has_input_scale(layer: torch.nn.Module) -> bool:
+    return getattr(layer, "input_scale", None) is not None
+
+
+def smoothed(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """Return what the layer quantizes if it is called with x, floating point, (..., in_features)."""
+    scale = getattr(layer, "pre_quant_scale", None)
+    return x if scale is None else x * scale.to(x.device, x.dtype)
+
+
+def measured_scale(layer: torch.nn.Module, maximum: Tensor) -> Tensor:
+    """Return the scale, float32, (), that the layer would use for an input with this largest absolute value.
+
+    Args:
+        maximum: (), in the dtype of the input.
+    """
+    # A tile of the size that needs no padding, with the same maximum: its scale is the layer's own.
+    tile = maximum.reshape(1, 1).expand(16, 16).contiguous()
+    quantized = QuantizedTensor.from_float(tile, layer.layout_type)
+    scale: Tensor = quantized._params.scale
+    return scale
+
+
+def cast_quantized(layer: torch.nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None, Any]:
+    """Bring a quantized weight and the bias to the device of `like` as the layer does, without dequantizing.
+
+    Returns:
+        The weight, (out_features, in_features), quantized unless the host patches it here. The bias in the dtype of
+        `like`, (out_features,). The handle for `host.uncast`.
+    """
+    weight, bias, handle = comfy.ops.cast_bias_weight(
+        layer,
+        dtype=layer.weight.dtype,
+        device=like.device,
+        bias_dtype=like.dtype,
+        offloadable=True,
+        compute_dtype=like.dtype,
+        want_requant=True,
+    )
+    return weight, bias, handle
+
+
+def with_tensors(layer: Any, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> torch.nn.Module:  # noqa: ANN401
+    """Return a layer that multiplies as `layer` does, with tensors that are cast and patched already.
+
+    Args:
+        layer: of the class for which `can_be_quantized` is true. It does not change.
+        weight: (some output channels, in_features), quantized, or else floating point.
+        bias: floating point, (the same output channels,).
+        scale: of the input, float32, (); by default the layer's own.
+    """
+    held = copy.copy(layer)
+    attributes = vars(held)
+    for name in ("_v", "_prefetch", "weight_lowvram_function", "bias_lowvram_function"):
+        attributes.pop(name, None)
+    attributes.update(weight=weight, bias=bias, weight_function=[], bias_function=[])
+    if scale is not None:
+        attributes["input_scale"] = scale
+    if not isinstance(weight, QuantizedTensor):
+        attributes["comfy_force_cast_weights"] = True  # or the layer would quantize its input
+    return held
+
+
+def rows(weight: Any, start: int, stop: int) -> Tensor | None:  # noqa: ANN401
+    """Return rows of a quantized weight, (stop - start, in_features), or None where it cannot be cut there."""
+    multiple, fields = _ROWS.get(weight._layout_cls, (0, ()))
+    params, count = weight._params, weight.shape[0]
+    # Forms of a weight that are cut otherwise: transposed, packed for one kernel, or with a part in another order.
+    special = getattr(params, "transposed", False) or getattr(params, "mma_packed", False)
+    special = special or getattr(params, "correction", None) is not None
+    if not multiple or special or start % multiple or (stop % multiple and stop != count):
+        return None
+    cut = {name: part[start:stop] for name in fields if (part := getattr(params, name)).numel() > 1}
+    shape = (stop - start, *params.orig_shape[1:])
+    params = dataclasses.replace(params, orig_shape=shape, **cut)
+    quantized: Tensor = QuantizedTensor(weight._qdata[start:stop], weight._layout_cls, params)
+    return quantized
