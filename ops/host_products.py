@@ -36,6 +36,9 @@ _ROWS: dict[str, tuple[int, tuple[str, ...]]] = {
     "AsymW4A8Int8Layout": (1, ("scale", "s_channel")),
 }
 
+# Layouts whose product takes a plain input and quantizes it, token by token.
+_QUANTIZE_TOKENS = ("TensorWiseINT8Layout", "TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout")
+
 
 def can_be_quantized(layer: torch.nn.Module) -> bool:
     """Return whether a layer is of the host's class for weights in its own quantized formats."""
@@ -150,3 +153,20 @@ def rows(weight: Any, start: int, stop: int) -> Tensor | None:  # noqa: ANN401
     params = dataclasses.replace(params, orig_shape=shape, **cut)
     quantized: Tensor = QuantizedTensor(weight._qdata[start:stop], weight._layout_cls, params)
     return quantized
+
+
+def workspace_bytes(x: Tensor, weight: Any) -> int:  # noqa: ANN401
+    """Return the bytes that a product needs on a GPU besides its input, weight and output.
+
+    Args:
+        x: floating point, (tokens, in_features).
+        weight: quantized, (in_features, out_features) or (out_features, in_features).
+
+    Source: comfy-kitchen 0.2.40, backends/cuda/__init__.py int8_linear, w4a8_int8_linear.
+    """
+    if weight._layout_cls not in _QUANTIZE_TOKENS:
+        return weight.numel() * x.itemsize  # dequantized
+    tokens = x.numel() + x.shape[0] * torch.float32.itemsize
+    # A weight of fewer bits becomes 8-bit integers, at most all of it at once.
+    decoded = weight.numel() if weight._qdata.nbytes < weight.numel() else 0
+    return tokens + decoded

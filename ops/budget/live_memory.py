@@ -13,7 +13,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .. import host
+from .. import host, host_products
+from ..packed.layout import is_packed
 
 _FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
@@ -28,6 +29,8 @@ Source: c10/cuda/CUDACachingAllocator.h kMinBlockSize.
 
 _DEQUANTIZE_OPERATORS = ("wanquant::dequantize_into", "wanquant::dequantize")
 """The pack's own operators, of quant/torch_op.py."""
+
+_PRODUCTS = ("aten::mm", "aten::addmm")
 
 
 class Moment(NamedTuple):
@@ -83,10 +86,23 @@ class LiveMemory(TorchDispatchMode):
         for storage in _storages(out):
             if storage._cdata not in known and storage.device.type == self._device_type:
                 self._follow(storage)
+        if func._schema.name in _PRODUCTS:
+            self._multiply(*(arg for arg in args if isinstance(arg, Tensor)))
+        if func._schema.name == "aten::clone" and isinstance(out, QuantizedTensor):
+            self._count_as_scratch(next(_storages(out)))
         if func._schema.name in _DEQUANTIZE_OPERATORS:
             dequantized = args[2] if out is None else out
             self._count_as_scratch(next(_storages(dequantized)))
         return out
+
+    def _multiply(self, *operands: Tensor) -> None:
+        """Count what a product with a quantized weight needs while it runs; `operands` are its input and the weight."""
+        x, weight = operands[-2:]
+        if isinstance(weight, QuantizedTensor) and not isinstance(x, QuantizedTensor) and not is_packed(weight):
+            self._count_as_scratch(next(_storages(weight)))
+            nbytes = host_products.workspace_bytes(x, weight)
+            self._step(self.now._replace(scratch_bytes=self.now.scratch_bytes + nbytes))
+            self._step(self.now._replace(scratch_bytes=self.now.scratch_bytes - nbytes))
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT

@@ -57,13 +57,26 @@ def int8_linear(
 
 def hold_int8(patched: PatchedRows, rows: slice, like: Tensor, tokens: int) -> HeldProduct:
     """Quantize rows of a packed weight to 8-bit integers once; see `hold_dense`, which runs for few `tokens`."""
-    total, columns = rows.stop - rows.start, patched.shape[1]
-    if not _is_worthwhile(tokens, columns):
+    if not _is_worthwhile(tokens, patched.shape[1]):
         return hold_dense(patched, rows, like, tokens)
-    codes, scales = like.new_empty(total, columns, dtype=torch.int8), like.new_empty(total, 1, dtype=torch.float32)
+    codes, scales = int8_rows(patched, rows, like)
+    return lambda x, bias: host.int8_linear(x, codes, scales, bias, GROUP)
+
+
+def int8_rows(patched: PatchedRows, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows of a packed weight, patched, as rotated 8-bit integers.
+
+    Args:
+        rows: as for `dequantized_tiles`, like `like`.
+
+    Returns:
+        Codes, int8, (number of rows, columns), and scales, float32, (number of rows, 1).
+    """
+    codes = like.new_empty(rows.stop - rows.start, patched.shape[1], dtype=torch.int8)
+    scales = like.new_empty(len(codes), 1, dtype=torch.float32)
     for part, tile in dequantized_tiles(patched, rows, like):
         codes[part], scales[part] = host.quantize_rows(tile)
-    return lambda x, bias: host.int8_linear(x, codes, scales, bias, GROUP)
+    return codes, scales
 
 
 def _is_worthwhile(tokens: int, columns: int) -> bool:

@@ -1,4 +1,4 @@
-"""Lean blocks multiply as the layer would: chunks of tokens and rows of weights in ComfyUI's own formats and in int8."""
+"""Lean blocks multiply as the layer would: chunks of tokens, and rows of weights in ComfyUI's own formats."""
 
 from __future__ import annotations
 
