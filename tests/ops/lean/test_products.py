@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import comfy.ops
 import comfy.quant_ops
+import comfy.sd
 import pytest
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.quant_ops import QuantizedTensor
+from comfy.weight_adapter import LoRAAdapter
 
+from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.lean.weights import RowProjection, projection
+from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.ops.packed.int8 import MIN_TOKENS
+from wanquant.ops.packed.matmul import packed_linear
+from wanquant.ops.packed.patches import OnTheFly
+from wanquant.quant import convert
+from wanquant.quant.native.registry import NATIVE
 
 comfy_kitchen = pytest.importorskip("comfy_kitchen")
 TOKENS, COLUMNS, ROWS = 1500, 512, 256
@@ -152,3 +162,61 @@ def test_layers_do_not_change(layer):
     projection(linear, x)(x)
     RowProjection(linear, x).features(slice(0, 128))(x)
     assert vars(linear) == before and linear.weight.shape == (ROWS, COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def packed(t2v):
+    """Return a Linear of a GGUF model with int8 on."""
+    return load_diffusion_model(t2v[1], dtype=torch.bfloat16, int8=True).model.diffusion_model.blocks[0].ffn[0]
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@torch.no_grad()
+def test_packed_weights_in_int8_look_at_all_tokens(patched, packed, monkeypatch):
+    columns, rows = packed.in_features, packed.out_features
+    x = torch.randn(1, MIN_TOKENS, columns, generator=torch.Generator().manual_seed(0)).bfloat16()
+    if patched:
+        up, down = torch.randn(rows, 8) / 50, torch.randn(8, columns) / 50
+        lora = LoRAAdapter(set(), (up, down, None, None, None, None))
+        function = OnTheFly("ffn.0", [(1.0, lora, 1.0, None, None)], packed)
+        monkeypatch.setattr(packed, "weight_function", [function])
+    whole = packed(x)
+    for held in (projection(packed, x), RowProjection(packed, x).features(slice(0, rows))):
+        assert torch.equal(torch.cat([held(chunk) for chunk in x.split(100, 1)], 1), whole)
+    held = RowProjection(packed, x)
+    parts = [held.features(slice(at, at + 64))(x) for at in range(0, rows, 64)]
+    assert torch.equal(torch.cat(parts, -1), whole)
+    few = x[:, : MIN_TOKENS - 1]
+    exact = packed_linear(few, packed.weight, packed.bias.bfloat16(), packed.weight_function)
+    assert error(projection(packed, few)(few), exact) < 2e-3 < error(projection(packed, x)(few), exact)
+
+
+class Attention:
+    """Attention in float64: its result in bfloat16 does not depend on how the queries and heads are cut."""
+
+    accepts_query_chunks = True
+
+    def __call__(self, _, q, k, v, heads, **options):
+        options.pop("transformer_options", None)
+        return attention_pytorch(q.double(), k.double(), v.double(), heads, **options).to(q.dtype)
+
+
+@pytest.mark.parametrize("recipe", ["INT8", "INT4"])
+@torch.no_grad()
+def test_a_lean_forward_equals_the_whole_bit_for_bit(recipe, t2v, tmp_path, lean_blocks):
+    if NATIVE[recipe].config["format"] not in comfy.quant_ops.QUANT_ALGOS:
+        pytest.skip(f"this host does not know {recipe}")
+    path = convert(t2v[0], tmp_path / "a.safetensors", recipe).path
+    model = comfy.sd.load_diffusion_model(str(path), {"dtype": torch.bfloat16})
+    model.patch_model(torch.device("cpu"))
+    x, text = torch.randn(1, 16, 3, 16, 16), torch.randn(1, 7, 4096)
+
+    def run(patcher):
+        options = {"wrappers": patcher.wrappers, "optimized_attention_override": Attention()}
+        return model.model.apply_model(x, torch.tensor([0.5]), c_crossattn=text, transformer_options=options)
+
+    whole = run(model)
+    assert torch.equal(run(apply_lean(model, MemoryPlan(2, 40))), whole)
+    assert len(lean_blocks) == 2
+    # The norm of recomputed keys is applied in other steps.
+    assert error(run(apply_lean(model, MemoryPlan(2, 40, 1))), whole) < 0.01
