@@ -170,3 +170,23 @@ def workspace_bytes(x: Tensor, weight: Any) -> int:  # noqa: ANN401
     # A weight of fewer bits becomes 8-bit integers, at most all of it at once.
     decoded = weight.numel() if weight._qdata.nbytes < weight.numel() else 0
     return tokens + decoded
+
+
+def int8_backend(device: torch.device) -> str:
+    """Return the name of the backend with which comfy-kitchen multiplies 8-bit integers on `device`, "" for none.
+
+    Its eager backend, of torch's operations, does not count.
+
+    Source: comfy_kitchen/registry.py get_capable_backend, comfy-kitchen 0.2.10 to 0.2.40.
+    """
+    from comfy_kitchen.exceptions import NoCapableBackendError
+    from comfy_kitchen.registry import registry
+
+    x = torch.zeros(1024, 1024, device=device, dtype=torch.float16)
+    codes, scales = torch.zeros_like(x, dtype=torch.int8), torch.ones(1024, 1, device=device)
+    call = {"x": x, "weight": codes, "weight_scale": scales, "bias": None, "out_dtype": x.dtype}
+    try:
+        backend: str = registry.get_capable_backend("int8_linear", call | {"convrot": True, "convrot_groupsize": 256})
+    except NoCapableBackendError:
+        return ""
+    return "" if backend == "eager" else backend

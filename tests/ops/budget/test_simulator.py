@@ -94,7 +94,7 @@ MANY = (1, 16, 5, 32, 32)
 @pytest.mark.parametrize("lean", [None, MemoryPlan(2, 320)], ids=["stock", "lean"])
 def test_agrees_with_a_real_forward_in_int8(t2v, lean, monkeypatch):
     pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
-    models = [load_diffusion_model(t2v[1], dtype=torch.float32, int8=on) for on in (False, True)]
+    models = [load_diffusion_model(t2v[1], dtype=torch.float32, precision=precision) for precision in ("exact", "int8")]
     # Making the rows has temporaries on the CPU, but not on a GPU.
     monkeypatch.setattr(host, "quantize_rows", _without_temporaries(host.quantize_rows))
     exact, int8 = (simulated_peak(model, lean, MANY) for model in models)

@@ -167,7 +167,7 @@ def test_layers_do_not_change(layer):
 @pytest.fixture(scope="module")
 def packed(t2v):
     """Return a Linear of a GGUF model with int8 on."""
-    return load_diffusion_model(t2v[1], dtype=torch.bfloat16, int8=True).model.diffusion_model.blocks[0].ffn[0]
+    return load_diffusion_model(t2v[1], dtype=torch.bfloat16, precision="int8").model.diffusion_model.blocks[0].ffn[0]
 
 
 @pytest.mark.parametrize("patched", [False, True])
