@@ -12,6 +12,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import comfy.ldm.modules.attention
 import comfy.ops
 import comfy.quant_ops
 import torch
@@ -190,3 +191,10 @@ def int8_backend(device: torch.device) -> str:
     except NoCapableBackendError:
         return ""
     return "" if backend == "eager" else backend
+
+
+def attends_in_8_bits() -> bool:
+    """Return whether the attention that the host was started with quantizes queries, keys and values."""
+    functions = vars(comfy.ldm.modules.attention)
+    eight_bit = (value for name, value in functions.items() if "sage" in name or "int8" in name)
+    return any(functions["optimized_attention"] is function for function in eight_bit)

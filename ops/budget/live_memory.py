@@ -57,6 +57,7 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         now: the current moment.
         peak: the moment with the most bytes.
+        moved_bytes: what operations read and wrote so far.
         history: all moments, if `record` is true.
     """
 
@@ -68,6 +69,7 @@ class LiveMemory(TorchDispatchMode):
         self._scratch: set[int] = set()
         self._record = record
         self.now = self.peak = Moment(0, 0, 0)
+        self.moved_bytes = 0
         self.history: list[Moment] = []
 
     @classmethod
@@ -82,6 +84,8 @@ class LiveMemory(TorchDispatchMode):
         out = self._kernels(func, args, kwargs)
         if count := _FLOPS.get(func._overloadpacket):
             self._step(self.now._replace(flops=self.now.flops + count(*args, **kwargs, out_val=out)))
+        if not _is_view(func):
+            self.moved_bytes += sum(_nbytes((args, kwargs, out)))
         known = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             if storage._cdata not in known and storage.device.type == self._device_type:
@@ -143,6 +147,23 @@ def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
             yield from _storages(part)
     elif isinstance(tree, dict):
         yield from _storages(tuple(tree.values()))
+
+
+def _is_view(func: OpOverload[..., object]) -> bool:
+    """Return whether an operation only returns other views of its arguments."""
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _nbytes(tree: object) -> Iterator[int]:
+    """Yield the bytes of the tensors in nested containers, without the repetitions of expanded ones."""
+    if isinstance(tree, Tensor):
+        yield min(tree.nbytes, next(_storages(tree)).nbytes())
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _nbytes(part)
+    elif isinstance(tree, dict):
+        yield from _nbytes(tuple(tree.values()))
 
 
 def _call(func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -> object:

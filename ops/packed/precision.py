@@ -12,6 +12,7 @@ from .linear import GGUFOps
 logger = PrintableLog(__name__)
 
 EXACT, INT8, AUTO = PRECISIONS = ("exact", "int8", "auto")
+OPERATIONS: dict[str, type[GGUFOps]] = {EXACT: GGUFOps, INT8: Int8Ops}
 
 
 def packed_ops(precision: str = EXACT) -> type[GGUFOps]:
