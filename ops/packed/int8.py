@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -25,11 +26,22 @@ GROUP = 256
 """A Hadamard matrix mixes this number of neighboring input channels, so that one outlier does not set the scale."""
 
 MIN_TOKENS = 1024
-"""With fewer tokens, quantizing the weight to 8-bit integers costs more time than the product saves."""
+"""With fewer tokens, products are exact in `Int8Ops`."""
+
+WORTHWHILE_TOKENS = 8192
+"""With fewer tokens, making the 8-bit rows costs more time than the product saves, and products are exact in `AutoOps`.
+
+Measured on an H100: at 8190 tokens both take the same time (bench/results/gpu-linear-h100.json).
+"""
 
 
 def int8_linear(
-    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, functions: Sequence[WeightFunction] = ()
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    functions: Sequence[WeightFunction] = (),
+    *,
+    least_tokens: int = MIN_TOKENS,
 ) -> Tensor:
     """Return the product of `packed_linear`, computed in 8-bit integers.
 
@@ -42,6 +54,7 @@ def int8_linear(
         weight: packed, (rows, columns).
         bias: the dtype of x, (rows,).
         functions: applied to the dequantized weight in turn.
+        least_tokens: with fewer, the product is exact.
 
     Returns:
         The dtype of x, (..., rows).
@@ -50,14 +63,16 @@ def int8_linear(
     """
     rows, columns = weight.shape
     tokens = x.numel() // max(1, columns)
-    if not _is_worthwhile(tokens, columns) or needs_whole_weight(x, bias, functions):
+    if columns % GROUP or tokens < least_tokens or needs_whole_weight(x, bias, functions):
         return packed_linear(x, weight, bias, functions)
-    return hold_int8(PatchedRows(weight, functions, x), slice(0, rows), x, tokens)(x, bias)
+    return hold_int8(PatchedRows(weight, functions, x), slice(0, rows), x, tokens, least_tokens=least_tokens)(x, bias)
 
 
-def hold_int8(patched: PatchedRows, rows: slice, like: Tensor, tokens: int) -> HeldProduct:
+def hold_int8(
+    patched: PatchedRows, rows: slice, like: Tensor, tokens: int, *, least_tokens: int = MIN_TOKENS
+) -> HeldProduct:
     """Quantize rows of a packed weight to 8-bit integers once; see `hold_dense`, which runs for few `tokens`."""
-    if not _is_worthwhile(tokens, patched.shape[1]):
+    if patched.shape[1] % GROUP or tokens < least_tokens:
         return hold_dense(patched, rows, like, tokens)
     codes, scales = int8_rows(patched, rows, like)
     return lambda x, bias: host.int8_linear(x, codes, scales, bias, GROUP)
@@ -79,16 +94,20 @@ def int8_rows(patched: PatchedRows, rows: slice, like: Tensor) -> tuple[Tensor, 
     return codes, scales
 
 
-def _is_worthwhile(tokens: int, columns: int) -> bool:
-    return columns % GROUP == 0 and tokens >= MIN_TOKENS
-
-
 class Int8Ops(GGUFOps):
     """The host's `operations` for a model that computes large products in 8-bit integers."""
 
     class Linear(GGUFOps.Linear):
         multiply = staticmethod(int8_linear)
         hold = staticmethod(hold_int8)
+
+
+class AutoOps(GGUFOps):
+    """The host's `operations` for a model that computes products in 8-bit integers where these are faster."""
+
+    class Linear(GGUFOps.Linear):
+        multiply = staticmethod(partial(int8_linear, least_tokens=WORTHWHILE_TOKENS))
+        hold = staticmethod(partial(hold_int8, least_tokens=WORTHWHILE_TOKENS))
 
 
 def int8_ops() -> type[GGUFOps]:

@@ -6,7 +6,7 @@ import comfy.model_management
 
 from ...quant.errors import PrintableLog
 from .. import host, host_products
-from .int8 import MIN_TOKENS, Int8Ops, int8_ops
+from .int8 import WORTHWHILE_TOKENS, AutoOps, Int8Ops, int8_ops
 from .linear import GGUFOps
 
 logger = PrintableLog(__name__)
@@ -37,5 +37,5 @@ def packed_ops(precision: str = EXACT) -> type[GGUFOps]:
     if not backend:
         logger.info("precision auto: exact, because %s", what if host.has_int8() else "this ComfyUI has no int8")
         return GGUFOps
-    logger.info("precision auto: int8 by comfy-kitchen's %s backend, from %d tokens on", backend, MIN_TOKENS)
-    return Int8Ops
+    logger.info("precision auto: int8 by comfy-kitchen's %s backend, from %d tokens on", backend, WORTHWHILE_TOKENS)
+    return AutoOps

@@ -9,7 +9,7 @@ import torch
 
 from wanquant.ops import host, host_products
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
-from wanquant.ops.packed.int8 import MIN_TOKENS, Int8Ops, int8_linear
+from wanquant.ops.packed.int8 import MIN_TOKENS, WORTHWHILE_TOKENS, AutoOps, Int8Ops, int8_linear
 from wanquant.ops.packed.layout import pack
 from wanquant.ops.packed.linear import GGUFOps
 from wanquant.ops.packed.matmul import packed_linear
@@ -90,7 +90,7 @@ def test_auto_asks_for_a_fast_backend(fast, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     if fast:
         monkeypatch.setattr(host_products, "int8_backend", lambda device: "cuda")
-    assert packed_ops("auto") is (Int8Ops if fast else GGUFOps)
+    assert packed_ops("auto") is (AutoOps if fast else GGUFOps)
     (message,) = [record.getMessage() for record in caplog.records]
     assert ("int8 by comfy-kitchen's cuda backend" if fast else "exact, because comfy-kitchen has no") in message
 
@@ -111,3 +111,11 @@ def test_auto_in_a_host_without_it(monkeypatch, caplog):
     monkeypatch.setattr(host, "comfy_kitchen", None)
     assert packed_ops("auto") is GGUFOps
     assert "this ComfyUI has no int8" in caplog.text
+
+
+def test_auto_is_exact_in_short_videos():
+    _, packed, x = weight_and_input(tokens=WORTHWHILE_TOKENS, columns=256)
+    int8, exact = (multiply(x, packed, None) for multiply in (AutoOps.Linear.multiply, packed_linear))
+    assert torch.equal(int8, int8_linear(x, packed, None)) and not torch.equal(int8, exact)
+    few = x[:-1]
+    assert torch.equal(AutoOps.Linear.multiply(few, packed, None), packed_linear(few, packed, None))
