@@ -86,7 +86,7 @@ def is_streamed(module: torch.nn.Module) -> bool:
 
 def is_lent(module: torch.nn.Module, handle: Any) -> bool:  # noqa: ANN401
     """Return whether what `cast` returned lies in memory that the host reuses; meta tensors count as streamed."""
-    return module.weight.is_meta or hasattr(module, "_v") or (handle is not None and handle[0] is not None)  # type: ignore[operator,return-value]
+    return module.weight.is_meta or hasattr(module, "_v") or (handle is not None and handle[0] is not None)  # type: ignore[return-value]
 
 
 def apply_activation(x: Tensor, activation: str | None, weight: object = None, eps: float = 0.0) -> Tensor:

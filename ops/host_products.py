@@ -41,18 +41,18 @@ _ROWS: dict[str, tuple[int, tuple[str, ...]]] = {
 _QUANTIZE_TOKENS = ("TensorWiseINT8Layout", "TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout")
 
 
-def can_be_quantized(layer: torch.nn.Module) -> bool:
+def can_be_quantized(layer: Any) -> bool:  # noqa: ANN401
     """Return whether a layer is of the host's class for weights in its own quantized formats."""
     return hasattr(layer, "_full_precision_mm")
 
 
-def format_of(layer: torch.nn.Module) -> str:
+def format_of(layer: Any) -> str:  # noqa: ANN401
     """Return the host's name of the format of a layer's weight, "" for a plain weight."""
     weight: object = getattr(layer, "weight", None)
     return str(getattr(layer, "quant_format", "")) if isinstance(weight, QuantizedTensor) else ""
 
 
-def multiplies_quantized(layer: torch.nn.Module) -> bool:
+def multiplies_quantized(layer: Any) -> bool:  # noqa: ANN401
     """Return whether the layer's forward multiplies with the quantized weight, which need not be known here."""
     if not format_of(layer) or not can_be_quantized(layer) or getattr(layer, "comfy_force_cast_weights", False):
         return False
@@ -61,23 +61,23 @@ def multiplies_quantized(layer: torch.nn.Module) -> bool:
     return not (patched or (layer._full_precision_mm and _quantizes_input(layer)))
 
 
-def multiplies_by_token(layer: torch.nn.Module) -> bool:
+def multiplies_by_token(layer: Any) -> bool:  # noqa: ANN401
     """Return whether the product of `multiplies_quantized` is the same for a chunk of tokens as for all of them."""
     known = format_of(layer) in _BY_TOKEN or (format_of(layer) in _BY_TENSOR and _has_input_scale(layer))
     return known and multiplies_quantized(layer)
 
 
-def needs_input_maximum(layer: torch.nn.Module) -> bool:
+def needs_input_maximum(layer: Any) -> bool:  # noqa: ANN401
     """Return whether a chunk of tokens is multiplied as all of them are only with a scale from all of them."""
     return format_of(layer) in _BY_TENSOR and not _has_input_scale(layer) and multiplies_quantized(layer)
 
 
-def _quantizes_input(layer: torch.nn.Module) -> bool:
+def _quantizes_input(layer: Any) -> bool:  # noqa: ANN401
     quantizes: bool = comfy.quant_ops.QUANT_ALGOS.get(format_of(layer), {}).get("quantize_input", True)
     return quantizes
 
 
-def _has_input_scale(layer: torch.nn.Module) -> bool:
+def _has_input_scale(layer: Any) -> bool:  # noqa: ANN401
     return getattr(layer, "input_scale", None) is not None
 
 
@@ -88,10 +88,10 @@ def smoothed(layer: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def measured_scale(layer: torch.nn.Module, maximum: Tensor) -> Tensor:
-    """Return the scale, float32, (), that the layer would use for an input with this largest absolute value.
+    """Return the scale that the layer would use for an input with this largest absolute value, a float32 scalar.
 
     Args:
-        maximum: (), in the dtype of the input.
+        maximum: a scalar in the dtype of the input.
     """
     # A tile of the size that needs no padding, with the same maximum: its scale is the layer's own.
     tile = maximum.reshape(1, 1).expand(16, 16).contiguous()
@@ -124,11 +124,11 @@ def with_tensors(layer: Any, weight: Tensor, bias: Tensor | None, scale: Tensor 
 
     Args:
         layer: of the class for which `can_be_quantized` is true. It does not change.
-        weight: (some output channels, in_features), quantized, or else floating point.
+        weight: (some output channels, in_features), quantized, or of any floating-point dtype.
         bias: floating point, (the same output channels,).
         scale: of the input, float32, (); by default the layer's own.
     """
-    held = copy.copy(layer)
+    held: torch.nn.Module = copy.copy(layer)
     attributes = vars(held)
     for name in ("_v", "_prefetch", "weight_lowvram_function", "bias_lowvram_function"):
         attributes.pop(name, None)
@@ -166,10 +166,10 @@ def workspace_bytes(x: Tensor, weight: Any) -> int:  # noqa: ANN401
     Source: comfy-kitchen 0.2.40, backends/cuda/__init__.py int8_linear, w4a8_int8_linear.
     """
     if weight._layout_cls not in _QUANTIZE_TOKENS:
-        return weight.numel() * x.itemsize  # dequantized
+        return int(weight.numel()) * x.itemsize  # dequantized
     tokens = x.numel() + x.shape[0] * torch.float32.itemsize
     # A weight of fewer bits becomes 8-bit integers, at most all of it at once.
-    decoded = weight.numel() if weight._qdata.nbytes < weight.numel() else 0
+    decoded = int(weight.numel()) if weight._qdata.nbytes < weight.numel() else 0
     return tokens + decoded
 
 

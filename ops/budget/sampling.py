@@ -116,7 +116,10 @@ def expected_job(model: ModelPatcher, width: int, height: int, frames: int) -> S
 
 
 def job_of_latent(model: ModelPatcher, samples: Tensor) -> SamplingJob:
-    """Return the job of one latent, (batch, channels, frames, height, width), from an image as for `expected_job`.
+    """Return the job of one latent, from an image as for `expected_job`.
+
+    Args:
+        samples: of any dtype, (batch, channels, frames, height, width).
 
     Raises:
         QuantError: the latent is not one of a video for this model.

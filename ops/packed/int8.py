@@ -71,7 +71,14 @@ def int8_linear(
 def hold_int8(
     patched: PatchedRows, rows: slice, like: Tensor, tokens: int, *, least_tokens: int = MIN_TOKENS
 ) -> HeldProduct:
-    """Quantize rows of a packed weight to 8-bit integers once; see `hold_dense`, which runs for few `tokens`."""
+    """Quantize rows of a packed weight to 8-bit integers once, for products with many chunks of tokens.
+
+    Args:
+        rows: as for `dequantized_tiles`.
+        like: floating point, (..., channels), of the dtype and on the device of the chunks.
+        tokens: of all chunks together.
+        least_tokens: with fewer, the products are exact.
+    """
     if patched.shape[1] % GROUP or tokens < least_tokens:
         return hold_dense(patched, rows, like, tokens)
     codes, scales = int8_rows(patched, rows, like)

@@ -120,7 +120,7 @@ def hold_dense(patched: PatchedRows, rows: slice, like: Tensor, tokens: int) -> 
 
     Args:
         rows: as for `dequantized_tiles`.
-        like: a tensor of the dtype and on the device of the chunks.
+        like: floating point, (..., channels), of the dtype and on the device of the chunks.
         tokens: of all chunks together.
     """
     held = patched.dequantize_rows(rows.start, like.new_empty(rows.stop - rows.start, patched.shape[1]))

@@ -120,7 +120,7 @@ def test_emulated_formats_are_dequantized_once(name, smooth, layer, monkeypatch)
 @pytest.mark.parametrize("name", FLOATS)
 @torch.no_grad()
 def test_native_formats_quantize_chunks_as_all_tokens(name, smooth, layer, monkeypatch):
-    """On a GPU these are its own products; here the quantized input is dequantized and multiplied."""
+    """A GPU has its own products; here the quantized input is dequantized and multiplied."""
 
     def no_kernel(*_, **__):
         raise RuntimeError("not on a CPU")
