@@ -141,7 +141,13 @@ def with_tensors(layer: Any, weight: Tensor, bias: Tensor | None, scale: Tensor 
 
 
 def rows(weight: Any, start: int, stop: int) -> Tensor | None:  # noqa: ANN401
-    """Return rows of a quantized weight, (stop - start, in_features), or None where it cannot be cut there."""
+    """Return rows of a quantized weight, or None where it cannot be cut there.
+
+    Args:
+        weight: of any quantized dtype, (out_features, in_features).
+        start: the first row.
+        stop: the row after the last one.
+    """
     multiple, fields = _ROWS.get(weight._layout_cls, (0, ()))
     params, count = weight._params, weight.shape[0]
     # Forms of a weight that are cut otherwise: transposed, packed for one kernel, or with a part in another order.

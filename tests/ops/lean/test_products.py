@@ -64,6 +64,8 @@ def layer(monkeypatch):
         layer.quant_format, layer.layout_type = name_of_format, layout
         layer._full_precision_mm = name_of_format in disabled
         if smooth:
+            if "pre_quant_scale" not in algorithms["nvfp4"]["parameters"]:
+                pytest.skip("this host does not know pre_quant_scale")
             layer.pre_quant_scale = torch.nn.Parameter(torch.rand(COLUMNS) + 0.5, requires_grad=False)
         return layer
 
@@ -167,6 +169,7 @@ def test_layers_do_not_change(layer):
 @pytest.fixture(scope="module")
 def packed(t2v):
     """Return a Linear of a GGUF model with int8 on."""
+    pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
     return load_diffusion_model(t2v[1], dtype=torch.bfloat16, precision="int8").model.diffusion_model.blocks[0].ffn[0]
 
 
