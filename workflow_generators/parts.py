@@ -42,7 +42,7 @@ def prompt(text: str) -> Box:
 
 
 def loader(file: Model) -> Node:
-    return node("WanQuantLoader", model_name=file.name)
+    return node("WanQuantLoader", model_name=file.name, precision="auto")
 
 
 def shift(shift: float, model: str = "model", slot: int = 0) -> Node:
