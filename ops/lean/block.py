@@ -10,7 +10,8 @@ x in place, one chunk of tokens at a time:
 2. Cross-attention: keys and values of the short context are computed once. The rest runs chunk by chunk.
 3. FFN: chunk by chunk, so its hidden layer exists for one chunk.
 
-Each weight is dequantized once per block and used for all chunks, see `weights`.
+Each weight is prepared once per block and used for all chunks, as its layer multiplies with it, see `weights`: products
+in 8-bit integers and in ComfyUI's own formats stay what they are.
 
 Every output is the same sum of the same products as in ComfyUI and differs only by rounding. Kernels may add in another
 order for other shapes, and recomputed keys are normalized in other steps. tests/ops/lean bounds the difference: in
