@@ -1,4 +1,4 @@
-"""Speed and error of every encoder against ggml's, then whole conversions: seconds and peak memory."""
+"""Speed and error of every encoder against ggml's and kitchen's, then whole conversions: seconds and peak memory."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 from ..quant.conversion.layer_encoder import LayerEncoder
 from ..quant.plan.wan_shapes import SIZES, transformer_shapes
 from ..quant.qtype import QTYPES, Effort
+from ..quant.sources.checkpoint import open_checkpoint
 from ..testing.libggml import LibGGML, load
 from ..testing.tiny_wan import write_random_checkpoint, write_sparse_checkpoint
 from . import harness
 from .harness import GIB, ROOT
+from .native_encoders import native_rows
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # Small enough to measure all types in two minutes, large enough that the overhead of a call is negligible.
@@ -66,16 +71,18 @@ def encoder_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def convert(source: Path, recipes: str, effort: str) -> dict[str, object]:
-    """Convert the source to all of the comma-separated recipes in one pass."""
+def convert(source: Path, recipes: str, effort: str, loras: Sequence[Path] = ()) -> dict[str, object]:
+    """Convert the source, with LoRAs added, to all of the comma-separated recipes in one pass."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         command = [sys.executable, "-m", "quant", "convert", str(source), folder]
         command += ["--recipe", recipes, "--effort", effort, "--json"]
+        command += [part for lora in loras for part in ("--lora", str(lora))]
         usage = run(command)
         nbytes = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {
         "recipe": recipes,
         "effort": effort,
+        "loras": len(loras),
         "source_gib": round(source.stat().st_size / GIB, 3),
         "gib": round(nbytes / GIB, 3),
         **usage,
@@ -125,6 +132,20 @@ def write_source(size: str, blocks: int | None, drawn_blocks: int | None = None)
     return source
 
 
+def write_lora(source: Path, rank: int) -> Path:
+    """Write a LoRA of all matrices of the blocks of a source, in bfloat16, and return its path."""
+    tensors = {}
+    with open_checkpoint(source) as checkpoint:
+        for name, tensor in checkpoint.tensors.items():
+            if name.startswith("blocks.") and len(tensor.shape) == 2:
+                layer = f"diffusion_model.{name.removesuffix('.weight')}"
+                tensors[f"{layer}.lora_down.weight"] = torch.randn(rank, tensor.shape[1], dtype=torch.bfloat16) / 64
+                tensors[f"{layer}.lora_up.weight"] = torch.randn(tensor.shape[0], rank, dtype=torch.bfloat16) / 64
+    path = source.with_name(f"{source.stem}-rank-{rank}.safetensors")
+    save_file(tensors, path)
+    return path
+
+
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="1.3B", choices=SIZES)
@@ -142,15 +163,29 @@ def main() -> None:
         help="A,B converts to both in one pass; without a recipe only the encoders are measured",
     )
     parser.add_argument("--effort", default="fast", choices=["fast", "best"])
+    parser.add_argument("--encoders", nargs="*", default=["gguf", "native"], choices=["gguf", "native"])
+    parser.add_argument("--lora-rank", type=int, default=0, metavar="N", help="also convert with a LoRA of this rank")
     options = parser.parse_args()
-    encoders = encoder_rows()
+    encoders = encoder_rows() if "gguf" in options.encoders else []
+    native = native_rows(SHAPE) if "native" in options.encoders else []
     source = write_source(options.size, options.blocks, options.drawn_blocks) if options.recipes else None
     files = [convert(source, recipes, options.effort) for recipes in options.recipes] if source else []
-    result = {"machine": harness.machine(), "encoders": encoders, "files": files}
-    tables = "\n\n".join(
-        harness.table(list(rows[0]), [list(row.values()) for row in rows]) for rows in (encoders, files) if rows
-    )
+    if source and options.lora_rank:
+        loras = [write_lora(source, options.lora_rank)]
+        files += [convert(source, recipes, options.effort, loras) for recipes in options.recipes]
+    result = {"machine": machine(), "encoders": encoders, "native": native, "files": files}
+    # Rows of formats that kitchen lacks have fewer columns.
+    shown = [(list(max(rows, key=len)), rows) for rows in (encoders, native, files) if rows]
+    tables = "\n\n".join(harness.table(head, harness.cells(rows, head)) for head, rows in shown)
     harness.conclude(options, result, f"{result['machine']}\n\n{tables}")
+
+
+def machine() -> str:
+    """Return the machine with the version of comfy-kitchen, if there is one."""
+    try:
+        return f"{harness.machine()}, comfy-kitchen {version('comfy-kitchen')}"
+    except PackageNotFoundError:
+        return harness.machine()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """Dequantization of a 5120 x 5120 weight to bfloat16 on the CPU, against memcpy, libggml and a peer.
 
 The peer is a checkout of ComfyUI-GGUF, called as its Linear does, in float16 arithmetic. `ms` is the best path and
-`torch_ms` the torch operations alone, both into an existing output. `gb_s` is GB of output per second. The `of_`
-columns are the speed of the best path over that of a copy of as many bytes, of libggml (which writes float32), and of
-the peer. The last columns count kernels per call and bytes moved per weight.
+`torch_ms` the torch operations alone, both into an existing output, as a layer has it; `new_ms` is the best path into a
+new output, whose pages the system has to find first. `gb_s` is GB of output per second. The `of_` columns are the speed
+of the best path over that of a copy of as many bytes, of libggml, and of the peer. libggml writes float32:
+`of_libggml_f32` is with our output in float32, too, and `of_libggml` with ours in bfloat16 against its float32. All
+times are medians of at least five runs, in processor time. The last columns count kernels per call and bytes moved
+per weight.
 """
 
 from __future__ import annotations
 
 import runpy
+import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -78,31 +83,36 @@ def peer_of(path: Path, qtype: QuantType, shape: tuple[int, int]) -> Peer | None
 def libggml_of(qtype: QuantType, packed: Tensor) -> Callable[[], object]:
     from ..quant.kernels import libggml
 
-    weights = torch.empty(qtype.unpacked_shape(tuple(packed.shape)))
+    weights = torch.zeros(qtype.unpacked_shape(tuple(packed.shape)))
     to_float = libggml.type_traits(qtype).to_float
     return lambda: to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
 
 
 def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> dict[str, object]:
     packed = torch.randint(0, 64, qtype.packed_shape((size, size)), dtype=torch.uint8)
-    out, source = torch.empty(2, size, size, dtype=torch.bfloat16).unbind()
+    out, source = torch.zeros(2, size, size, dtype=torch.bfloat16).unbind()
+    wide = torch.zeros(size, size)
     peer = peer_of(path, qtype, (size, size)) if path else None
     calls: list[Callable[[], object]] = [
         lambda: dequantize_into(packed, qtype.name, out),
         lambda: eager.dequantize(qtype, packed, out),
         lambda: out.copy_(source),
         libggml_of(qtype, packed),
+        lambda: dequantize_into(packed, qtype.name, wide),
+        lambda: qtype.dequantize(packed, torch.bfloat16),
     ]
-    best, operations, copy, libggml, *others = harness.fastest(
-        seconds, *calls, *([lambda: peer(packed)] if peer else [])
-    )
+    calls += [lambda: peer(packed)] if peer else []
+    times = harness.in_turns(seconds, *calls, clock=time.process_time, least=5)
+    best, operations, copy, libggml, best_wide, new, *others = map(median, times)
     row: dict[str, object] = {
         "type": qtype.name,
         "ms": round(best, 1),
         "torch_ms": round(operations, 1),
+        "new_ms": round(new, 1),
         "gb_s": round(out.nbytes / best / 1e6, 2),
         "of_memcpy": round(copy / best, 2),
         "of_libggml": round(libggml / best, 2),
+        "of_libggml_f32": round(libggml / best_wide, 2),
         "ours": our_traffic(qtype, packed),
     }
     if peer:
@@ -121,7 +131,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows = [measure(QTYPES[name], options.size, options.seconds, options.peer) for name in options.types]
     result = {"machine": harness.machine(), "size": options.size, "rows": rows}
-    columns = ("type", "ms", "torch_ms", "gb_s", "of_memcpy", "of_libggml", "of_peer", "torch_of_peer", "ours", "peer")
+    columns = ("type", "ms", "torch_ms", "new_ms", "gb_s", "of_memcpy", "of_libggml", "of_libggml_f32", "of_peer")
+    columns += ("torch_of_peer", "ours", "peer")
     shown = [
         {key: ", ".join(map(str, value.values())) if isinstance(value, dict) else value for key, value in row.items()}
         for row in rows

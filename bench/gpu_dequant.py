@@ -1,15 +1,17 @@
 """Correctness and speed of the Triton kernels on a GPU; a stand-alone script.
 
-    python bench/gpu_dequant.py results.jsonl [--minutes 5]
+    python bench/gpu_dequant.py results.jsonl [--minutes 5] [--types Q4_K Q8_0]
     TRITON_INTERPRET=1 python bench/gpu_dequant.py --selftest        (without a GPU: the correctness check, interpreted)
 
 It needs torch, triton and numpy, but not ComfyUI. IQ1 to IQ3 also need gguf, which has their grids. The script writes a
 JSON line for each case as soon as it is measured, and stops when the minutes are over. The cases:
 
     machine      the GPU and the versions, and the types left out for want of gguf
-    correct      for each type and dtype, whether the bits equal those of the torch operations
+    correct      for each type and dtype, whether the bits equal those of the torch operations; also for rotated int8
+                 rows, on this device and on the CPU
     ceilings     bandwidth of a copy, and speed of a bfloat16 product
     dequantize   microseconds, and bandwidth relative to that of the copy
+    int8         the same for rotated int8 rows; two_step_us by way of bfloat16, and torch_us with torch operations
     linear       a Linear of 5120 x 13824 at four numbers of tokens: dequantized in tiles as the nodes do, and whole,
                  against a resident bfloat16 weight; peak memory, and the difference between the two results
 """
@@ -21,7 +23,7 @@ import importlib.util
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -38,7 +40,7 @@ for name, folder in (("wanquant", ROOT), ("wanquant.quant", ROOT / "quant")):
         sys.modules[name].__path__ = [str(folder)]
 
 from wanquant.bench.harness import Row, gpu_machine, write_row  # noqa: E402
-from wanquant.quant.kernels import triton_kernel  # noqa: E402
+from wanquant.quant.kernels import eager, triton_int8, triton_kernel  # noqa: E402
 from wanquant.quant.qtype import QTYPES  # noqa: E402
 
 if TYPE_CHECKING:
@@ -52,10 +54,11 @@ TILE_BYTES = 64 << 20
 """The value of ops/packed/matmul.py, which needs ComfyUI."""
 
 
-def types_here() -> list[QuantType]:
+def types_here(wanted: Sequence[str] = ()) -> list[QuantType]:
     """Return the types that have a kernel, without those whose grid is in gguf where that is not installed."""
     has_grids = importlib.util.find_spec("gguf") is not None
-    return [QTYPES[name] for name, form in triton_kernel.FORMATS.items() if has_grids or not form.grid_steps]
+    names = [name for name, form in triton_kernel.FORMATS.items() if has_grids or not form.grid_steps]
+    return [QTYPES[name] for name in names if not wanted or name in wanted]
 
 
 def random_blocks(qtype: QuantType, shape: tuple[int, ...], device: str, seed: int = 0) -> Tensor:
@@ -72,14 +75,42 @@ def same_bits(qtype: QuantType, n_blocks: int, dtype: torch.dtype, device: str) 
     expected = qtype.dequantize_blocks(packed).to(dtype)
     integers = torch.int32 if dtype is torch.float32 else torch.int16
     steps = (out.view(integers).long() - expected.view(integers).long()).abs()
-    # Triton's interpreter truncates to bfloat16 where hardware rounds.
-    allowed = 1 if device == "cpu" and dtype is torch.bfloat16 else 0
-    return bool(((steps <= allowed) | (out.isnan() & expected.isnan())).all())
+    same = (steps == 0) | (out.isnan() & expected.isnan())
+    if device == "cpu" and dtype is torch.bfloat16:
+        # Triton's interpreter truncates to bfloat16 where hardware rounds, and makes subnormal numbers zero.
+        same |= (steps <= 1) | (expected.abs() < torch.finfo(dtype).smallest_normal)
+    return bool(same.all())
 
 
-def correctness(device: str) -> Iterator[Row]:
+def int8_rows(qtype: QuantType, packed: Tensor, columns: int, by: Callable[..., object]) -> tuple[Tensor, Tensor]:
+    """Return int8 codes, (rows, columns), and float32 scales, (rows, 1), of packed uint8 rows."""
+    codes = torch.full((len(packed), columns), 7, dtype=torch.int8, device=packed.device)
+    scales = torch.zeros(len(packed), 1, device=packed.device)
+    by(qtype, packed, codes, scales)
+    return codes, scales
+
+
+def same_int8_rows(qtype: QuantType, shape: tuple[int, int], device: str) -> bool:
+    """Return whether the kernel, the torch operations there and those on the CPU give equal int8 rows."""
+    packed = random_blocks(qtype, shape, device)
+    packed[:-1] &= 191  # finite scales, but the last row, of which only the scale counts
+    actual = int8_rows(qtype, packed, shape[1], triton_int8.launch)
+    found = [int8_rows(qtype, blocks, shape[1], eager.int8_rows) for blocks in (packed, packed.cpu())]
+    finite = actual[1].isfinite().flatten()
+    return all(
+        torch.equal(actual[1].nan_to_num().cpu(), scales.nan_to_num().cpu())
+        and torch.equal(actual[0][finite].cpu(), codes.cpu()[finite.cpu()])
+        for codes, scales in found
+    )
+
+
+def correctness(device: str, wanted: Sequence[str]) -> Iterator[Row]:
     tile = triton_kernel.TILE
-    for qtype in types_here():
+    plain = [QTYPES[name] for name in triton_int8.PLAIN if not wanted]
+    for qtype in (*types_here(wanted), *plain):
+        same = all(same_int8_rows(qtype, shape, device) for shape in ((1, 256), (5, 1280)))
+        yield {"case": "correct", "type": qtype.name, "dtype": str(torch.int8), "same_bits": same}
+    for qtype in types_here(wanted):
         blocks = (1, tile // qtype.block_size, 3 * tile // qtype.block_size + 1)
         for dtype in DTYPES:
             same = all(same_bits(qtype, n, dtype, device) for n in blocks)
@@ -114,6 +145,26 @@ def speed(qtype: QuantType, shape: tuple[int, int], copy_gb_s: float) -> Row:
     gb_s = 1e-3 * (packed[0].nbytes + out.nbytes) / us
     row: Row = {"case": "dequantize", "type": qtype.name, "shape": shape, "us": round(us, 1), "gb_s": round(gb_s)}
     return row | {"of_copy": round(gb_s / copy_gb_s, 3)}
+
+
+def int8_speed(qtype: QuantType, shape: tuple[int, int], copy_gb_s: float) -> Row:
+    packed = [random_blocks(qtype, shape, "cuda", seed) & 191 for seed in range(4)]
+    dense = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    codes, scales = torch.empty(shape, dtype=torch.int8, device="cuda"), torch.empty(shape[0], 1, device="cuda")
+
+    def two_steps(blocks: Tensor) -> None:
+        triton_kernel.launch(qtype, blocks, dense)
+        triton_int8.launch(QTYPES["BF16"], dense.view(torch.uint8), codes, scales)
+
+    calls: dict[str, Callable[[Tensor], object]] = {
+        "us": lambda blocks: triton_int8.launch(qtype, blocks, codes, scales),
+        "two_step_us": two_steps,
+        "torch_us": lambda blocks: eager.int8_rows(qtype, blocks, codes, scales),
+    }
+    row: Row = {"case": "int8", "type": qtype.name, "shape": shape}
+    row |= {name: round(median_us(rotating(call, packed)), 1) for name, call in calls.items()}
+    gb_s = 1e-3 * (packed[0].nbytes + codes.nbytes) / float(row["us"])
+    return row | {"gb_s": round(gb_s), "of_copy": round(gb_s / copy_gb_s, 3)}
 
 
 def layer(qtype: QuantType, tokens: int) -> Row:
@@ -152,14 +203,15 @@ def layer(qtype: QuantType, tokens: int) -> Row:
     return row | {"peak_mib": round(peak / 2**20, 1)}
 
 
-def measurements() -> Iterator[Row]:
+def measurements(wanted: Sequence[str]) -> Iterator[Row]:
     """Yield the most important measurements first."""
     yield (limits := ceilings())
     copy_gb_s = float(str(limits["copy_gb_s"]))
     for shape in SHAPES:
-        yield from (speed(qtype, shape, copy_gb_s) for qtype in types_here())
+        yield from (int8_speed(qtype, shape, copy_gb_s) for qtype in types_here(wanted))
+        yield from (speed(qtype, shape, copy_gb_s) for qtype in types_here(wanted))
     for tokens in TOKENS:
-        for name in ("Q8_0", "Q4_K", "Q6_K", "Q5_0"):
+        for name in wanted or ("Q8_0", "Q4_K", "Q6_K", "Q5_0"):
             try:
                 yield layer(QTYPES[name], tokens)
             except torch.OutOfMemoryError:
@@ -181,6 +233,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, help="file for the JSON lines (default: standard output)")
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--types", nargs="+", default=(), choices=triton_kernel.FORMATS, help="only these types")
     parser.add_argument(
         "--selftest", action="store_true", help="only check the bits; also runs in Triton's interpreter"
     )
@@ -193,9 +246,9 @@ def main() -> int:
     with options.results.open("a") if options.results else open(sys.stdout.fileno(), "w", closefd=False) as file:
         left_out = sorted(triton_kernel.FORMATS.keys() - {qtype.name for qtype in types_here()})
         write_row(file, gpu_machine() | {"triton": triton.__version__, "left_out": left_out})
-        right = write(correctness("cuda" if gpu else "cpu"), file, deadline)
+        right = write(correctness("cuda" if gpu else "cpu", options.types), file, deadline)
         if not options.selftest:
-            right &= write(measurements(), file, deadline)
+            right &= write(measurements(options.types), file, deadline)
     return 0 if right else 1
 
 

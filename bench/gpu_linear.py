@@ -10,9 +10,11 @@ for a layer of Wan 14B, in microseconds:
     bf16_us             a weight that is resident in bfloat16
     exact_us            packed, as the nodes do it by default
     int8_us             packed, with the node's int8
-    quantize_us         of int8_us, the time to make 8-bit rows of the weight
+    rows_us             of int8_us, the time to make 8-bit rows of the packed weight
+    rows_lora_us        the same with a LoRA of rank 64
+    rows_kitchen_us     by comfy-kitchen instead, from tiles in bfloat16
     int8_resident_us    the host's INT8 with a weight that is resident in 8 bits
-    exact_error, int8_error     relative to the product in float32
+    exact_error, int8_error, int8_resident_error     relative to the product in float32
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 for name, place in (("wanquant", ROOT), ("wanquant.bench", ROOT / "bench")):
@@ -32,6 +35,9 @@ for name, place in (("wanquant", ROOT), ("wanquant.bench", ROOT / "bench")):
 
 from wanquant.bench import gpu_host  # noqa: E402
 from wanquant.bench.harness import Row, gpu_machine, write_row  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TYPES = ("Q4_K", "Q8_0", "Q2_K", "Q6_K")
 LAYER, TOKENS = (13824, 5120), (32760, 8190, 1024, 75600, 2048, 4096)
@@ -71,16 +77,25 @@ def median_us(call: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1e6
 
 
+def kitchen_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return comfy-kitchen's int8 codes, (rows, columns), and float32 scales, (rows, 1), of a bfloat16 weight."""
+    from comfy_kitchen.tensor import TensorWiseINT8Layout
+
+    codes, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True)
+    return codes, params.scale.view(-1, 1)
+
+
 def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
     """Measure one type and number of tokens; the layer is its number of rows and columns."""
     import torch
     from torch.nn.functional import linear
 
     from wanquant.ops import host
-    from wanquant.ops.packed.int8 import GROUP, int8_linear
+    from wanquant.ops.packed.int8 import int8_linear, int8_rows
     from wanquant.ops.packed.layout import pack
     from wanquant.ops.packed.matmul import PatchedRows, dequantized_tiles, packed_linear
     from wanquant.quant import QTYPES
+    from wanquant.quant.native.rotation import GROUP
 
     torch.manual_seed(0)
     rows, columns = layer
@@ -90,23 +105,30 @@ def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
     packed = pack(blocks, name, layer, torch.bfloat16)
     dense = QTYPES[name].dequantize(blocks, torch.bfloat16)
     x = torch.randn(tokens, columns, device=device).bfloat16()
-    codes, scales = host.quantize_rows(dense)
+    up, down = (torch.randn(n, 64, device=device).bfloat16() / 256 for n in layer)
+    codes, scales = kitchen_rows(dense)
 
-    def quantized_rows() -> None:
+    def rows_by_kitchen() -> None:
         for part, tile in dequantized_tiles(PatchedRows(packed, (), x), slice(0, rows), x):
-            codes[part], scales[part] = host.quantize_rows(tile)
+            codes[part], scales[part] = kitchen_rows(tile)
+
+    def with_lora(tile: Tensor) -> Tensor:
+        return tile.addmm_(up, down.t())
 
     calls = {
         "bf16_us": lambda: linear(x, dense, bias),
         "exact_us": lambda: packed_linear(x, packed, bias),
         "int8_us": lambda: int8_linear(x, packed, bias),
-        "quantize_us": quantized_rows,
+        "rows_us": lambda: int8_rows(packed, (), x),
+        "rows_lora_us": lambda: int8_rows(packed, (with_lora,), x),
+        "rows_kitchen_us": rows_by_kitchen,
         "int8_resident_us": lambda: host.int8_linear(x, codes, scales, bias, GROUP),
     }
     row: Row = {"case": "linear", "type": name, "tokens": tokens}
     expected = linear(x[:512].float(), dense.float(), bias.float())
-    for key, call in (("exact_error", calls["exact_us"]), ("int8_error", calls["int8_us"])):
-        row[key] = float(f"{float((call()[:512].float() - expected).norm() / expected.norm()):.2e}")
+    for key in ("exact", "int8", "int8_resident"):
+        product = calls[f"{key}_us"]()[:512].float()
+        row[f"{key}_error"] = float(f"{float((product - expected).norm() / expected.norm()):.2e}")
     for key, call in calls.items():
         row[key] = round(median_us(call), 1)
     return row

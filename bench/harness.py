@@ -62,18 +62,25 @@ def import_comfyui(*, cpu: bool = True) -> None:
 def fastest(
     seconds: float, *calls: Callable[[], object], clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
-    """Return the milliseconds of the fastest run of each call.
+    """Return the milliseconds of the fastest run of each call; see `in_turns`."""
+    return [min(times) for times in in_turns(seconds, *calls, clock=clock)]
 
-    The calls take turns, at least three times each, so that all of them see the same load of the machine.
+
+def in_turns(
+    seconds: float, *calls: Callable[[], object], clock: Callable[[], float] = time.perf_counter, least: int = 3
+) -> list[list[float]]:
+    """Return the milliseconds of all runs of each call.
+
+    The calls take turns, at least `least` times each, so that all of them see the same load of the machine.
     """
     times: list[list[float]] = [[] for _ in calls]
     end = time.monotonic() + seconds
-    while time.monotonic() < end or len(times[0]) < 3:
+    while time.monotonic() < end or len(times[0]) < least:
         for call, seen in zip(calls, times, strict=True):
             started = clock()
             call()
-            seen.append(clock() - started)
-    return [min(seen) * 1e3 for seen in times]
+            seen.append((clock() - started) * 1e3)
+    return times
 
 
 @contextmanager

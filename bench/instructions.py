@@ -3,7 +3,8 @@
 A kernel can only reach the memory's bandwidth if no unit needs more time than the memory does. The last columns are
 the time of the busiest unit over that of the memory, from the clock and bandwidth in the data sheets. Above 1, the
 unit is the limit. IQ1 to IQ3 read rows of a table, for which the threads of a warp may wait for each other. That is not
-counted.
+counted. The rows "int8" are of the kernel that makes rotated 8-bit integers. It does everything twice, and where a GPU
+has much memory bandwidth for its units, they are the limit.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..quant.kernels import triton_kernel
+from ..quant.kernels import triton_int8, triton_kernel
 from ..quant.qtype import QTYPES
 from . import harness
 
+PLAIN = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
+"""Triton's names of the types without blocks, which only the int8 kernel reads."""
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-WEIGHTS = triton_kernel.TILE // (32 * triton_kernel.OPTIONS["num_warps"])
-"""Weights that one thread dequantizes."""
+COLUMNS = 5120
+"""Of the weight for which the int8 kernel is compiled."""
 
 
 class GPU(NamedTuple):
@@ -49,23 +52,46 @@ UNITS = {
     "float": r"FADD|FMUL|FFMA|HADD2|HMUL2|HFMA2|FSETP",
     "multiply": r"IMAD",
     "special": r"I2F\b|F2I|MUFU|F2F\b",
-    "memory": r"LDG|STG|LDS|STS|LDC",
+    "memory": r"LDG|STG|LDS|STS|LDC|SHFL",
     "integer": r"LOP3|SHF|IADD3|I2FP|F2FP|PRMT|ISETP|SEL|LEA|VIADD|VIMNMX|IMNMX|SGXT|MOV|IABS|PLOP3",
 }
 
 
 def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
-    """Return the output of every stage of the compiler, for a launch with aligned pointers."""
-    constants = triton_kernel.constants(QTYPES[name]) | {"TILE": triton_kernel.TILE}
-    arguments = {"packed": "*u8", "out": f"*{dtype}", "n_elements": "i64", "integers": "i32", "grid": "*u8"}
-    aligned = {(index,): [["tt.divisibility", 16]] for index in (0, 1, 2, 4)}
-    if not triton_kernel.FORMATS[name].grid_steps:  # a launch compiles None as a constant
-        del arguments["grid"], aligned[4,]
+    """Return the output of every stage of the compiler, for a launch with aligned pointers.
+
+    Args:
+        dtype: of the result; "i8" is for rotated 8-bit integers.
+    """
+    qtype = QTYPES[name]
+    constants, source = triton_kernel.constants(qtype), PLAIN.get(name, "u8")
+    arguments: dict[str, str | None]
+    if dtype == "i8":
+        constants |= triton_int8.shape_of(qtype, COLUMNS, COLUMNS)._asdict()
+        arguments = {"packed": f"*{source}", "codes": "*i8", "scales": "*fp32", "n_rows": "i32", "columns": "i32"}
+        kernel, multiples_of_16 = triton_int8.int8_kernel, {"packed", "codes", "scales", "columns", "grid"}
+    else:
+        constants |= {"TILE": triton_kernel.TILE}
+        arguments = {"packed": "*u8", "out": f"*{dtype}", "n_elements": "i64"}
+        kernel, multiples_of_16 = triton_kernel.dequantize_kernel, {"packed", "out", "n_elements", "grid"}
+    arguments |= {"integers": "i32", "grid": "*u8"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(arguments) if key in multiples_of_16}
+    form = triton_kernel.FORMATS.get(name)
+    if form is None or not form.grid_steps:  # a launch compiles None as a constant
+        del aligned[len(arguments) - 1,], arguments["grid"]
         constants["grid"] = None
     signature = arguments | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(triton_kernel.dequantize_kernel, signature, constants, aligned)
-    stages: dict[str, Any] = triton.compile(source, target=target, options=triton_kernel.OPTIONS).asm
+    stages: dict[str, Any] = triton.compile(
+        ASTSource(kernel, signature, constants, aligned), target=target, options=triton_kernel.OPTIONS
+    ).asm
     return stages
+
+
+def weights_of_a_thread(name: str, dtype: str) -> int:
+    """Return how many weights a thread converts at a time."""
+    if dtype == "i8":
+        return triton_int8.shape_of(QTYPES[name], COLUMNS, COLUMNS).EACH
+    return triton_kernel.TILE // (32 * triton_kernel.OPTIONS["num_warps"])
 
 
 def machine_code(cubin: bytes) -> list[str]:
@@ -80,9 +106,9 @@ def machine_code(cubin: bytes) -> list[str]:
 
 def per_weight(name: str, capability: int, dtype: str = "bf16") -> dict[str, float]:
     """Return the instructions per weight, by unit."""
-    names = machine_code(compiled(name, dtype, GPUTarget("cuda", capability, 32))["cubin"])
-    counts = Counter(_unit(name) for name in names)
-    return {"all": len(names) / WEIGHTS} | {unit: counts[unit] / WEIGHTS for unit in UNITS}
+    code = machine_code(compiled(name, dtype, GPUTarget("cuda", capability, 32))["cubin"])
+    counts, weights = Counter(_unit(instruction) for instruction in code), weights_of_a_thread(name, dtype)
+    return {"all": len(code) / weights} | {unit: counts[unit] / weights for unit in UNITS}
 
 
 def _unit(name: str) -> str:
@@ -90,24 +116,30 @@ def _unit(name: str) -> str:
     return next((unit for unit, pattern in UNITS.items() if re.match(pattern, name)), "other")
 
 
-def busiest(name: str, gpu: GPU) -> float:
+def busiest(name: str, gpu: GPU, dtype: str = "bf16") -> float:
     """Return the time of the busiest unit over that of the memory, by the data sheet."""
     qtype = QTYPES[name]
-    clocks = max(count / RATES[unit] for unit, count in per_weight(name, gpu.capability).items())
-    memory_ns = (qtype.type_size / qtype.block_size + 2) / gpu.memory_gb_s
+    clocks = max(count / RATES[unit] for unit, count in per_weight(name, gpu.capability, dtype).items())
+    memory_ns = (qtype.type_size / qtype.block_size + (1 if dtype == "i8" else 2)) / gpu.memory_gb_s
     return clocks / (gpu.multiprocessors * gpu.clock_ghz) / memory_ns
 
 
 def rows() -> list[dict[str, Any]]:
+    names = [(name, "bf16") for name in triton_kernel.FORMATS]
+    names += [(name, "i8") for name in (*triton_kernel.FORMATS, *PLAIN)]
     return [
-        {"type": name, **per_weight(name, GPUS[0].capability)} | {gpu.name: busiest(name, gpu) for gpu in GPUS}
-        for name in triton_kernel.FORMATS
+        {"type": name, "to": "int8" if dtype == "i8" else dtype}
+        | per_weight(name, GPUS[0].capability, dtype)
+        | {gpu.name: busiest(name, gpu, dtype) for gpu in GPUS}
+        for name, dtype in names
     ]
 
 
 def main() -> None:
     options = harness.arguments(__doc__).parse_args()
-    found = [{key: value if key == "type" else round(value, 2) for key, value in row.items()} for row in rows()]
+    found = [
+        {key: value if isinstance(value, str) else round(value, 2) for key, value in row.items()} for row in rows()
+    ]
     result = {"machine": harness.machine(), "triton": triton.__version__, "rows": found}
     harness.conclude(options, result, harness.table(list(found[0]), [list(row.values()) for row in found]))
 

@@ -31,7 +31,7 @@ from wanquant.bench.tinywan.pictures import draw_quality
 from wanquant.bench.tinywan.reference import gains, origin
 from wanquant.quant.plan.recipe import RECIPES
 
-GGUF = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+GGUF = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M")
 NATIVE = ("MXFP8", "INT8", "FP8", "W6A8", "W4A8", "NVFP4", "INT4")
 ALL_METHODS = tuple(dict.fromkeys(("kitchen", *METHODS, *NATIVE_METHODS)))
 PEERS = {

@@ -32,8 +32,9 @@ def quality_rows() -> str:
     gains: dict[str, list[str]] = {}
     for row in rows:
         if row["recipe"] in GGUF_RECIPES and row["method"] in ("plain", "importance", "calibrated", "thorough"):
-            cells = (row["gains"][measure] for measure in ("velocity", "latent"))
-            gains.setdefault(row["recipe"], []).extend(f"{gain['mean']:+.1f} ± {gain['error']:.1f}" for gain in cells)
+            found = [row["gains"].get(measure) for measure in ("velocity", "latent")]  # none if ggml cannot make it
+            cells = (f"{gain['mean']:+.1f} ± {gain['error']:.1f}" if gain else "" for gain in found)
+            gains.setdefault(row["recipe"], []).extend(cells)
     return "".join(f"| {' | '.join((recipe, *cells))} |\n" for recipe, cells in gains.items())
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..quant import QuantError
 from ..quant.conversion.convert import convert
+from ..quant.conversion.settings import Target
+from ..quant.plan.recipe import find_recipe
 from ..quant.qtype import Effort
 from ..quant.statistics.importance import Importance
 from . import encoding
@@ -164,7 +167,7 @@ class WanQuantConvert(io.ComfyNode):
         add_ons = _add_ons(module, more_modules)
         path = destination(folder)
         name = _file_name(path, output_name, source, add_ons, recipe, target_size)
-        target = output_path(path, name, encoding.written_suffix(recipe, target_size))
+        target = output_path(path, name, find_recipe(recipe).suffix)
         if importance != NONE:
             importance_path = importance_path or model_path(IMPORTANCE, importance)
         report = convert(
@@ -203,6 +206,6 @@ def _file_name(
 ) -> str:
     """Return `output_name`, or if it is empty a name made of the source, the add-ons and the recipe or target size."""
     added = [os.path.basename(source_stem(add_on)) for add_on in add_ons]
-    parts = (source_stem(source), *added, f"{target_size:g}GiB" if target_size else recipe)
-    suffix = encoding.written_suffix(recipe, target_size)
-    return encoding.with_suffix(portable(output_name), suffix) or within(folder, "-".join(parts) + suffix)
+    target = Target(Path(), recipe, target_size or None)
+    parts = (source_stem(source), *added, target.mark)
+    return encoding.with_suffix(portable(output_name), target.suffix) or within(folder, "-".join(parts) + target.suffix)

@@ -21,7 +21,7 @@ from ..ops.host_version import MINIMUM_HOST, host_version
 from ..ops.loading.native_support import SINCE, lacking, problems
 from ..quant.conversion.convert import ConversionReport
 from ..quant.errors import PrintableLog, printable
-from ..quant.plan.recipe import GGUF_RECIPES, find_recipe
+from ..quant.plan.recipe import GGUF_RECIPES
 from ..quant.progress import Progress
 from ..quant.safetensors.header import read_native_header
 from ..quant.statistics.importance import Importance
@@ -39,7 +39,7 @@ _SECONDS_BEFORE_TIME_LEFT = 3.0
 
 
 # The order of the list: what is fast on most GPUs comes before what is fast on new ones.
-_NATIVE_RECIPES = ("INT8", "W4A8", "W6A8", "INT4", "FP8", "NVFP4", "MXFP8")
+_NATIVE_RECIPES = ("INT8", "W4A8", "W4A8_G32", "W6A8", "INT4", "FP8", "NVFP4", "MXFP8")
 _OF_GGUF = (
     "Q8_0 is nearly lossless, Q4_K_M the usual choice. IQ3_XXS and below need a calibration to be worth having, and"
     " IQ1_M, the smallest, is experimental."
@@ -65,11 +65,6 @@ def missing_recipes() -> str:
     """Return which recipes this host cannot use, and which ComfyUI can; empty if it can use all."""
     needed = [f"{recipe} (needs {SINCE.get(recipe, MINIMUM_HOST)} or newer)" for recipe in lacking()]
     return f"This ComfyUI, {host_version()}, cannot use {', '.join(needed)}." if needed else ""
-
-
-def written_suffix(recipe: str, target_size: float = 0.0) -> str:
-    """Return the suffix of the file that a recipe or a target size writes."""
-    return ".gguf" if target_size else find_recipe(recipe).suffix
 
 
 def with_suffix(name: str, suffix: str) -> str:
@@ -134,7 +129,8 @@ def target_size_input() -> io.Float.Input:
         max=100.0,
         step=0.01,
         optional=True,  # because graphs saved before it was added lack it
-        tooltip="Size of the file in GiB: the types are chosen for the least error at that size. 0 uses the recipe.",
+        tooltip="Size of the file in GiB: the types are chosen for the least error at that size. A recipe of ComfyUI's"
+        " own formats mixes those that load wherever it does; any other recipe makes a GGUF. 0 uses the recipe alone.",
     )
 
 

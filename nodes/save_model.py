@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..ops.merged_source import merged_checkpoint
 from ..quant.conversion.convert import convert
+from ..quant.plan.recipe import find_recipe
 from ..quant.qtype import Effort
 from . import encoding
 from .folders import destination, output_path, portable, written_token
@@ -41,10 +42,8 @@ class WanQuantSaveModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(
-        cls, name: str, folder: str, recipe: str = "Q4_K_M", target_size: float = 0.0, **_: object
-    ) -> str:
-        name = encoding.with_suffix(portable(name), encoding.written_suffix(recipe, target_size))
+    def fingerprint_inputs(cls, name: str, folder: str, recipe: str = "Q4_K_M", **_: object) -> str:
+        name = encoding.with_suffix(portable(name), find_recipe(recipe).suffix)
         return written_token(os.path.join(destination(folder), name))
 
     @classmethod
@@ -59,7 +58,7 @@ class WanQuantSaveModel(io.ComfyNode):
         device: str,
         target_size: float = 0.0,
     ) -> io.NodeOutput:
-        suffix = encoding.written_suffix(recipe, target_size)
+        suffix = find_recipe(recipe).suffix
         target = output_path(destination(folder), encoding.with_suffix(portable(name), suffix), suffix)
         encoder_device = encoding.encoder_device(device)
         report = convert(

@@ -367,23 +367,8 @@ def has_int8() -> bool:
     return comfy_kitchen is not None
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a weight to 8-bit integers, with its columns rotated in groups of 256.
-
-    Args:
-        weight: floating point, (rows, columns).
-
-    Returns:
-        Codes, int8, (rows, columns), and scales, float32, (rows, 1).
-    """
-    if weight.is_meta:  # as a fused kernel, which allocates nothing else
-        return torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), 1, dtype=torch.float32)
-    codes, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True)
-    return codes, params.scale.view(-1, 1)
-
-
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """Return the product of x with the result of `quantize_rows`; x is rotated and quantized token by token.
+    """Return the product of x with rotated rows of 8-bit integers; x is rotated and quantized token by token.
 
     Args:
         x: floating point, (..., columns).

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -177,7 +177,10 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
     held = max((_MERGING_COPIES * 4 * math.prod(tensor.shape) for tensor in on_cpu), default=0)
     preferences = {unwrapped(name): config for name, config in host.attention_preferences(model).items()}
     metadata = _detection_metadata(patcher.model, memory.tensors) | preference_metadata(preferences)
-    return Checkpoint(identity, str(path), metadata, architecture, {}, tensors, memory, held)
+    checkpoint = Checkpoint(identity, str(path), metadata, architecture, {}, tensors, memory, held)
+    n_patched = sum(bool(tensor.patches) for tensor in memory.tensors)
+    note = f"the LoRAs of MODEL are baked into {n_patched} tensors, before their rounding; load the file without them"
+    return replace(checkpoint, notes=(note,)) if n_patched else checkpoint
 
 
 def _by_name(items: Iterable[tuple[str, _Value]]) -> dict[str, list[_Value]]:

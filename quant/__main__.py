@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeAlias, get_args
+from typing import Any, Protocol, TextIO, TypeAlias
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from .arguments import add_convert_options, add_options_of_source, add_statistics_options
 from .conversion.batch import list_targets
 from .conversion.convert import ConversionReport, convert_all
 from .conversion.restore import DTYPES, restore
@@ -20,9 +21,7 @@ from .conversion.settings import Settings
 from .errors import QuantError, escaped
 from .inspection.report import inspect
 from .inspection.verify import verify
-from .plan.recipe import RECIPES
 from .progress import Progress
-from .qtype import Effort
 from .recovery.recovery_lora import recover
 from .statistics.calibration_file import read_calibration
 from .statistics.importance import Importance
@@ -83,74 +82,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_convert(commands: _Commands) -> None:
     command = _add(commands, "convert", _convert, "make a GGUF or a file in a format of ComfyUI from a checkpoint")
-    command.add_argument(
-        "source",
-        type=Path,
-        metavar="SRC",
-        help="a .safetensors or .gguf file, a folder of shards, or a quoted pattern such as 'models/*.safetensors'",
-    )
-    command.add_argument(
-        "destination",
-        type=Path,
-        metavar="DST",
-        help="a .gguf or .safetensors file, as the recipe writes it, or a folder, which several files need",
-    )
-    mix = command.add_mutually_exclusive_group()
-    mix.add_argument(
-        "--recipe",
-        default=["Q4_K_M"],
-        type=_recipes,
-        metavar="NAME[,NAME...]",
-        help=f"the mix of types, one file for each name (default: Q4_K_M); one or more of {', '.join(RECIPES)}",
-    )
-    mix.add_argument(
-        "--target-size",
-        type=float,
-        metavar="GiB",
-        help="the largest size of the file in GiB; the types are chosen for the least error at that size",
-    )
-    _add_statistics_options(
-        command,
-        "it moves the error to the input channels that matter least",
-        "like --imatrix, and rounding errors are compensated for (GPTQ)",
-    )
-    command.add_argument(
-        "--effort",
-        default="best",
-        choices=get_args(Effort),
-        help="best (default) searches for the least error; fast writes the same bytes as ggml; thorough takes longer"
-        " than best for less error, with --calibrate only",
-    )
-    command.add_argument("--device", default="cpu", help="the device that quantizes: cpu (default), cuda, mps or xpu")
-    command.add_argument(
-        "--patch-embedding",
-        default="4d",
-        choices=("4d", "5d"),
-        help="dimensions of the patch embedding: 4d (default) as llama.cpp's tools need it, 5d for WanVideoWrapper",
-    )
-    command.add_argument(
-        "--allow-non-finite",
-        action="store_true",
-        help="write 0 for NaN and infinity in the source, instead of refusing it",
-    )
-    _add_add_on_option(command)
-    command.add_argument(
-        "--overwrite", action="store_true", help="replace a destination that is another file or another conversion"
-    )
+    add_convert_options(command)
 
 
 def _add_inspect(commands: _Commands) -> None:
     command = _add(commands, "inspect", _inspect, "show the types, sizes, errors and metadata of a GGUF file")
     command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file, or the first part of a split one")
-
-
-def _add_statistics_options(command: argparse.ArgumentParser, of_imatrix: str, of_calibrate: str) -> None:
-    """Add the options whose files `_statistics` reads; both texts say what a file does."""
-    group = command.add_mutually_exclusive_group()
-    kinds = {"imatrix": f"an importance matrix (.gguf or .dat); {of_imatrix}"}
-    kinds["calibrate"] = f"a calibration (.safetensors); {of_calibrate}"
-    for name, text in kinds.items():
-        group.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
 
 
 def _add_restore(commands: _Commands) -> None:
@@ -173,11 +110,11 @@ def _add_recover(commands: _Commands) -> None:
     command.add_argument("source", type=Path, metavar="SRC", help="the checkpoint that it was made from")
     command.add_argument("destination", type=Path, metavar="DST", help="a .safetensors file")
     command.add_argument("--size", type=float, required=True, metavar="GiB", help="the largest size of the LoRA in GiB")
-    _add_statistics_options(
+    add_statistics_options(
         command, "the error of input channels that matter most is removed first", "like --imatrix, which it contains"
     )
     command.add_argument("--device", default="cpu", help="the device that computes: cpu (default), cuda, mps or xpu")
-    _add_add_on_option(command)
+    add_options_of_source(command)
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
@@ -185,19 +122,7 @@ def _add_verify(commands: _Commands) -> None:
     command = _add(commands, "verify", _verify, "measure the error of a GGUF file against its source")
     command.add_argument("file", type=Path, metavar="FILE", help="a .gguf file")
     command.add_argument("source", type=Path, metavar="SRC", help="the checkpoint that it was made from")
-    _add_add_on_option(command)
-
-
-def _add_add_on_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--module",
-        action="append",
-        default=[],
-        type=Path,
-        dest="add_ons",
-        metavar="FILE",
-        help="an add-on file (VACE, ...) that is merged onto the source; repeat the option for more",
-    )
+    add_options_of_source(command)
 
 
 def _add(
@@ -237,7 +162,9 @@ def _statistics(options: argparse.Namespace) -> Importance | None:
 
 
 def _convert(options: argparse.Namespace) -> Report:
-    batch = list_targets(options.source, options.destination, options.recipe, options.target_size, options.add_ons)
+    batch = list_targets(
+        options.source, options.destination, options.recipe, options.target_size, options.add_ons, options.loras
+    )
     settings = Settings(
         effort=options.effort,
         importance=_statistics(options),
@@ -246,20 +173,13 @@ def _convert(options: argparse.Namespace) -> Report:
         five_d=options.patch_embedding == "5d",
         allow_non_finite=options.allow_non_finite,
         add_ons=options.add_ons,
+        loras=options.loras,
     )
     reports: list[ConversionReport] = []
     for source, targets in batch.items():
         with _bar() as progress:
             reports += convert_all(source, targets, settings, progress=progress)
     return reports[0] if len(reports) == 1 else BatchReport(reports)
-
-
-def _recipes(text: str) -> list[str]:
-    names = text.upper().split(",")
-    unknown = [name for name in names if name not in RECIPES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown recipe {unknown[0]!r}; choose from {', '.join(RECIPES)}")
-    return names
 
 
 def _inspect(options: argparse.Namespace) -> Report:
@@ -275,6 +195,7 @@ def _recover(options: argparse.Namespace) -> Report:
             options.size,
             importance=_statistics(options),
             add_ons=options.add_ons,
+            loras=options.loras,
             device=options.device,
             overwrite=options.overwrite,
             progress=progress,
@@ -282,7 +203,7 @@ def _recover(options: argparse.Namespace) -> Report:
 
 
 def _verify(options: argparse.Namespace) -> Report:
-    return verify(options.file, options.source, options.add_ons)
+    return verify(options.file, options.source, options.add_ons, options.loras)
 
 
 if __name__ == "__main__":

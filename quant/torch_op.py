@@ -1,4 +1,7 @@
-"""`torch.ops.wanquant.dequantize(packed, qtype, dtype)`: an operator, so that torch.compile does not trace into it."""
+"""Dequantization, and rows of 8-bit integers, by the fastest path of the device.
+
+`torch.ops.wanquant.dequantize(packed, qtype, dtype)` is an operator, so that torch.compile does not trace into it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from torch import Tensor
 
 from .errors import QuantError
 from .kernels import eager
-from .kernels.optional import FUSED, GGML
+from .kernels.optional import FUSED, FUSED_INT8, GGML
+from .native.rotation import GROUP
 from .qtype import QTYPES
 
 # The device type of ROCm is cuda, too.
 _PATHS = {"cuda": FUSED, "xpu": FUSED, "cpu": GGML}
+_INT8_PATHS = {"cuda": FUSED_INT8, "xpu": FUSED_INT8}
 
 
 def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
@@ -40,6 +45,39 @@ def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> None:
             eager.dequantize(QTYPES[qtype], packed, out)
 
 
+def int8_rows_into(packed: Tensor, qtype: str, codes: Tensor, scales: Tensor) -> None:
+    """Dequantize rows to float32, rotate them, and round them to 8-bit integers with one scale a row.
+
+    The bits are those of `eager.int8_rows` on every device.
+
+    Args:
+        packed: uint8, (n_rows, n_blocks * type_size), of any strides.
+        qtype: name of a ggml type; F32, F16 and BF16 are for the bytes of dense rows.
+        codes: int8, (n_rows, columns), contiguous, with columns that are a multiple of 256; written to.
+        scales: float32, (n_rows, 1), contiguous; written to.
+
+    Raises:
+        QuantError: a dtype, shape, strides or device differs from that.
+    """
+    rows, columns = QTYPES[qtype].unpacked_shape((len(packed), packed[:1].numel()))
+    devices = {tensor.device for tensor in (packed, codes, scales)}
+    if len(devices) > 1:
+        raise QuantError(f"{qtype}: packed data, codes and scales on {devices}; put all of them on one device")
+    expected = (rows, columns), torch.int8, (rows, 1), torch.float32, torch.uint8, True, True, 0
+    got = tuple(codes.shape), codes.dtype, tuple(scales.shape), scales.dtype, packed.dtype
+    if (*got, codes.is_contiguous(), scales.is_contiguous(), columns % GROUP) != expected:
+        raise QuantError(
+            f"{qtype}: got codes, scales and packed data {got}, expected {expected[:5]}, contiguous and with a multiple"
+            f" of {GROUP} columns; allocate new outputs"
+        )
+    if packed.is_meta:
+        torch.ops.wanquant.int8_rows_into(packed, qtype, codes, scales)
+    elif packed.numel():
+        path = _INT8_PATHS.get(packed.device.type)
+        if not (path and path.int8_rows(QTYPES[qtype], packed, codes, scales)):
+            eager.int8_rows(QTYPES[qtype], packed, codes, scales)
+
+
 def _dequantize(packed: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
     out = _fake(packed, qtype, dtype)
     dequantize_into(packed, qtype, out)
@@ -60,9 +98,11 @@ def _register() -> torch.library.Library | None:
     library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     # Not register_fake, which searches all loaded modules for its caller: 0.2 seconds within ComfyUI.
     library.impl("dequantize", _fake, "Meta")  # type: ignore[no-untyped-call]
-    # On meta tensors, this operator stands for a fused kernel, so that counts of memory see that it allocates nothing.
+    # On meta tensors, these operators stand for fused kernels, so that counts of memory see that they allocate nothing.
     library.define("dequantize_into(Tensor packed, str qtype, Tensor(a!) out) -> ()")  # type: ignore[no-untyped-call]
     library.impl("dequantize_into", lambda packed, qtype, out: None, "Meta")  # type: ignore[no-untyped-call]
+    library.define("int8_rows_into(Tensor packed, str qtype, Tensor(a!) codes, Tensor(b!) scales) -> ()")  # type: ignore[no-untyped-call]
+    library.impl("int8_rows_into", lambda packed, qtype, codes, scales: None, "Meta")  # type: ignore[no-untyped-call]
     return library
 
 

@@ -14,7 +14,7 @@ _LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
     "INT8": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True}),
     "INT4": ("TensorCoreConvRotW4A4Layout", {}),
     "W4A8": ("AsymW4A8Int8Layout", {}),
-    "W4A8 G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
+    "W4A8_G32": ("AsymW4A8Int8Layout", {"group_size": 32}),
     "W6A8": ("AsymW4A8Int8Layout", {"bits": 6}),
 }
 
@@ -35,6 +35,16 @@ def layout(name: str) -> Any:
     return found
 
 
+def encoder(name: str) -> tuple[Any, dict[str, object]]:
+    """Return the layout of kitchen's that encodes a native format, and the options of its `quantize`.
+
+    Raises:
+        MissingLayoutError: the installed kitchen lacks the layout.
+    """
+    class_name, options = _LAYOUTS[name]
+    return layout(class_name), options
+
+
 def kitchen_values(name: str, weight: Tensor) -> Tensor:
     """Return what kitchen makes of a weight, float32 (rows, columns), by encoding and decoding it.
 
@@ -44,8 +54,7 @@ def kitchen_values(name: str, weight: Tensor) -> Tensor:
     Raises:
         MissingLayoutError: the installed kitchen lacks the format.
     """
-    class_name, options = _LAYOUTS[name]
-    cls = layout(class_name)
+    cls, options = encoder(name)
     try:
         values: Tensor = cls.dequantize(*cls.quantize(weight, **options))
     except (TypeError, ValueError) as error:

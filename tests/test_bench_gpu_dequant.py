@@ -27,7 +27,7 @@ def test_selftest(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert (rows[0]["case"], rows[0]["torch"], rows[0]["left_out"]) == ("machine", torch.__version__, [])
-    assert len(rows) == 1 + 19 * 3
+    assert len(rows) == 1 + 25 * 4 + 3
     assert all(row["same_bits"] for row in rows[1:])
 
 
@@ -52,6 +52,7 @@ bench = runpy.run_path(sys.argv[1])
 bench["layer"].__globals__.update(LAYER=(64, 512), TILE_BYTES=24 * 1024)
 with StubCUDA():
     print(bench["speed"](bench["QTYPES"]["Q4_K"], (16, 512), 1000.0))
+    print(bench["int8_speed"](bench["QTYPES"]["Q4_K"], (16, 512), 1000.0))
     print(bench["layer"](bench["QTYPES"]["Q8_0"], 3))
 sys.modules["gguf"] = None
 print([qtype.name for qtype in bench["types_here"]()])
@@ -68,12 +69,13 @@ def test_measurements_on_a_stub_of_cuda() -> None:
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    speed, layer, without_gguf = (ast.literal_eval(line) for line in result.stdout.splitlines())
+    speed, int8, layer, without_gguf = (ast.literal_eval(line) for line in result.stdout.splitlines())
     assert (speed["us"], speed["gb_s"], speed["of_copy"]) == (2500.0, 0, 0.0)
+    assert {int8[name] for name in ("us", "two_step_us", "torch_us")} == {2500.0}
     assert {layer[name] for name in ("us", "whole_us", "bf16_us", "bf16_again_us")} == {2500.0}
     assert layer["error"] < 5e-3
     assert layer["peak_mib"] == 2.0
-    assert len(without_gguf) == 12
+    assert len(without_gguf) == 18
     assert not [name for name in without_gguf if name.startswith(("IQ1", "IQ2", "IQ3"))]
 
 

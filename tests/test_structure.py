@@ -67,7 +67,7 @@ FLOORS = {
             "files",
         ),
         *("gguf", "safetensors", "sources", "plan", "statistics", "inspection", "conversion"),
-        *("tuning", "recovery", "__init__", "__main__"),
+        *("tuning", "recovery", "__init__", "arguments", "__main__"),
     ),
     "ops": (
         *(

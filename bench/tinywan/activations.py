@@ -10,20 +10,15 @@ Source: forward of mixed_precision_ops in comfy/ops.py, ComfyUI 0.30.0; comfy_ki
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from wanquant.quant.native.inputs import rounded_inputs
 from wanquant.quant.native.registry import NATIVE
-from wanquant.quant.native.rotation import rotate
 
 Rounding = Callable[[Tensor], Tensor]
 """Takes and returns the inputs of a layer: float32, (..., columns)."""
-
-# The format of the weight, and that of the inputs, which are encoded as weights are without any search.
-_INPUTS = {"MXFP8": "MXFP8", "NVFP4": "NVFP4", "INT8": "INT8", "W4A8": "INT8", "W6A8": "INT8", "INT4": "INT4"}
-_MAX_FP8 = 448.0
 
 
 def rounding(name: str, factors: Tensor | None = None) -> Rounding:
@@ -33,7 +28,10 @@ def rounding(name: str, factors: Tensor | None = None) -> Rounding:
         name: the native format of its weight.
         factors: float32 (columns,), `pre_quant_scale`, by which the inputs are multiplied before.
     """
-    rounded = _fp8 if name == "FP8" else partial(_encoded, _INPUTS[name])
+
+    def rounded(inputs: Tensor) -> Tensor:
+        return rounded_inputs(NATIVE[name], inputs.flatten(0, -2)).view_as(inputs)
+
     return rounded if factors is None else lambda inputs: rounded(inputs * factors) / factors
 
 
@@ -42,13 +40,3 @@ def quantize_inputs(module: torch.nn.Module, roundings: Mapping[str, Rounding]) 
     for name, layer in module.named_modules():
         if rounded := roundings.get(f"{name}.weight"):
             layer.register_forward_pre_hook(lambda _, inputs, rounded=rounded: (rounded(inputs[0]),))
-
-
-def _fp8(inputs: Tensor) -> Tensor:
-    return inputs.clamp(-_MAX_FP8, _MAX_FP8).to(torch.float8_e4m3fn).float()
-
-
-def _encoded(name: str, inputs: Tensor) -> Tensor:
-    rows = inputs.flatten(0, -2)
-    values = NATIVE[name].decode(NATIVE[name].encode(rows, effort="fast"), tuple(rows.shape), rotate)
-    return values.view_as(inputs)

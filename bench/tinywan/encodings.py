@@ -18,7 +18,7 @@ from wanquant.bench.tinywan.activations import Rounding, rounding
 from wanquant.bench.tinywan.data import Caption
 from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
-from wanquant.quant import convert, open_gguf
+from wanquant.quant import QTYPES, convert, open_gguf
 from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.plan.recipe import RECIPES
 from wanquant.quant.qtype import Effort
@@ -199,4 +199,6 @@ def unavailable(recipe: str, method: str) -> str | None:
             kitchen_values(recipe, torch.ones(16, 256))
         except MissingLayoutError as error:
             return f"{recipe} by kitchen is left out: {error}"
+    if method == "ggml" and any(QTYPES[name].fast_in_c == "requires importance" for name in RECIPES[recipe].types):
+        return f"{recipe} by ggml is left out: ggml cannot make it without an importance matrix"
     return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from pathlib import Path
 
 import comfy.sd
@@ -13,19 +11,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...quant import QuantError, open_gguf
+from ...quant.sources.lora_file import KEPT, check_is_lora, common_alphas, host_name, host_shape
 from .by_host import built_by_host
-
-_KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ALPHA_KEY = "adapter.lora.alpha"
-# llama.cpp writes `NAME.weight.lora_a`.
-_LLAMA = re.compile(r"(?:\.weight)?\.lora_([ab])$")
-_DOWN = ".lora_A.weight"
-# The fewest dimensions of tensors that ComfyUI multiplies or adds; ggml drops leading ones of size 1.
-_LEAST_DIMS = (
-    (re.compile(r"(\.lora_(A|B|up|down)|[._]lora\.(up|down))\.weight$|\.(hada|lokr)_w\d(_[ab])?$|\.dora_scale$"), 2),
-    (re.compile(r"\.oft_(blocks|diag)$|\bmodulation\.(diff|set_weight)$|\.diff_m$|\.emb_pos\.(diff|set_weight)$"), 3),
-)
-_OF_A_LORA = re.compile(r"[._](lora[._]|hada_|lokr_|oft_|boft_)|\.diff(_b)?$")
 
 
 def load_lora(patcher: ModelPatcher, path: str | os.PathLike[str], strength: float) -> ModelPatcher:
@@ -62,19 +49,10 @@ def read_lora(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         QuantError: a malformed GGUF, or a file that is not a LoRA.
     """
     file = open_gguf(path)
-    if not any(_OF_A_LORA.search(name) for name in file.tensors):
-        names = ", ".join(list(file.tensors)[:3]) or "none"
-        raise QuantError(f"{path}: not a LoRA (tensors {names}, ...); choose a LoRA, or load the file as a model")
+    check_is_lora(path, file.tensors.keys())
     tensors = {}
     for stored_name, tensor in file.tensors.items():
-        name = _LLAMA.sub(lambda match: f".lora_{match[1].upper()}.weight", stored_name)
-        values = tensor.dequantize(_KEPT.get(tensor.qtype.name, torch.float32))
-        least = next((dims for pattern, dims in _LEAST_DIMS if pattern.search(name)), 0)
-        tensors[name] = values[(None,) * (least - values.ndim)]
-    alpha = file.metadata.get(_ALPHA_KEY)
-    if alpha is not None:
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise QuantError(f"{path}: {_ALPHA_KEY}: {alpha!r:.40}, expected a finite number; download the LoRA again")
-        for layer in [name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)]:
-            tensors.setdefault(f"{layer}.alpha", torch.tensor(float(alpha)))
-    return tensors
+        name, values = host_name(stored_name), tensor.dequantize(KEPT.get(tensor.qtype.name, torch.float32))
+        tensors[name] = values.view(host_shape(name, tuple(values.shape)))
+    alphas = common_alphas(path, file.metadata, tensors.keys())
+    return tensors | {name: torch.tensor(alpha) for name, alpha in alphas.items()}

@@ -9,14 +9,14 @@ import comfy.quant_ops
 import torch
 
 from ...quant.native.layer_type import type_name
-from ...quant.native.registry import NATIVE
+from ...quant.native.registry import FIRST_HOST, NATIVE
 from ...quant.safetensors.header import NativeHeader
 from ..host_version import host_version
 
 _SIX_BITS = "W6A8"
 # The first ComfyUI with a format; all that the pack supports have the others. Source: its release notes, pull request
 # 14859 for INT4, and for 6 bits the first comfy-kitchen with them, which came with about this ComfyUI.
-SINCE = {"MXFP8": "0.18", "INT8": "0.27", "INT4": "0.28", "W4A8": "0.31", _SIX_BITS: "0.38"}
+SINCE = {name: f"{major}.{minor}" for name, (major, minor) in FIRST_HOST.items() if name not in ("FP8", "NVFP4")}
 """The first ComfyUI that uses a native format, for those that some supported ones lack."""
 _SIX_BIT_KITCHEN = "0.2.36"
 

@@ -10,6 +10,8 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...quant import QuantError
+from ...quant.native.rotation import GROUP
+from ...quant.torch_op import int8_rows_into
 from .. import host
 from .linear import GGUFOps
 from .matmul import (
@@ -22,8 +24,7 @@ from .matmul import (
     packed_linear,
 )
 
-GROUP = 256
-"""A Hadamard matrix mixes this number of neighboring input channels, so that one outlier does not set the scale."""
+_PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 MIN_TOKENS = 1024
 """With fewer tokens, products are exact in `Int8Ops`."""
@@ -81,23 +82,40 @@ def hold_int8(
     """
     if patched.shape[1] % GROUP or tokens < least_tokens:
         return hold_dense(patched, rows, like, tokens)
-    codes, scales = int8_rows(patched, rows, like)
+    codes, scales = patched_int8_rows(patched, rows, like)
     return lambda x, bias: host.int8_linear(x, codes, scales, bias, GROUP)
 
 
-def int8_rows(patched: PatchedRows, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows of a packed weight, patched, as rotated 8-bit integers.
+def int8_rows(weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a packed weight after `functions` as rotated 8-bit integers.
+
+    Without functions, the weights are rounded to 8 bits only. Functions get tiles in the dtype of `like`, as always.
 
     Args:
-        rows: as for `dequantized_tiles`, like `like`.
+        weight: packed, (rows, columns).
+        functions: applied to the dequantized weight in turn.
+        like: a tensor of the compute dtype and on the device of the weight.
 
     Returns:
-        Codes, int8, (number of rows, columns), and scales, float32, (number of rows, 1).
+        Codes, int8, (rows, columns), and scales, float32, (rows, 1).
+    """
+    return patched_int8_rows(PatchedRows(weight, functions, like), slice(0, len(weight)), like)
+
+
+def patched_int8_rows(patched: PatchedRows, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return some rows of `int8_rows`: codes, int8, (rows, columns), and scales, float32, (rows, 1).
+
+    Args:
+        rows: as for `dequantized_tiles`.
+        like: a tensor of the compute dtype and on the device of the weight.
     """
     codes = like.new_empty(rows.stop - rows.start, patched.shape[1], dtype=torch.int8)
     scales = like.new_empty(len(codes), 1, dtype=torch.float32)
-    for part, tile in dequantized_tiles(patched, rows, like):
-        codes[part], scales[part] = host.quantize_rows(tile)
+    if patched.is_patched:
+        for part, tile in dequantized_tiles(patched, rows, like):
+            int8_rows_into(tile.contiguous().view(torch.uint8), _PLAIN[tile.dtype], codes[part], scales[part])
+    else:
+        int8_rows_into(patched.packed[rows], patched.qtype, codes, scales)
     return codes, scales
 
 

@@ -66,8 +66,8 @@ class PatchedRows:
     """
 
     def __init__(self, weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> None:
-        self._weight, self._packed = weight, host.packed_bytes(weight)
-        self.shape = weight.shape
+        self.packed, self.qtype, self.shape = host.packed_bytes(weight), weight.params.qtype, weight.shape
+        self.is_patched = bool(functions)
         self._patches = [_patch_rows(function, like) for function in functions]
         whole = len(weight)
         self.row_multiple = lcm(1, *(f.row_multiple if isinstance(f, OnTheFly) else whole for f in functions))
@@ -82,7 +82,7 @@ class PatchedRows:
         Returns:
             `out`, or a tensor of its shape that the last function returned.
         """
-        dequantize_into(self._packed[start : start + len(out)], self._weight.params.qtype, out)
+        dequantize_into(self.packed[start : start + len(out)], self.qtype, out)
         for patch in self._patches:
             out = patch(out, start)
         return out

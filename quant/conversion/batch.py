@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import QuantError
+from ..sources.baked_lora import LoRA
 from ..sources.checkpoint import open_checkpoint
 from ..sources.opening import shard_of
 from .settings import Target
@@ -19,6 +20,7 @@ def list_targets(
     recipes: Sequence[str],
     target_size: float | None = None,
     add_ons: Sequence[Path] = (),
+    loras: Sequence[LoRA] = (),
 ) -> dict[Path, list[Target]]:
     """Return the files to make of each source.
 
@@ -27,27 +29,30 @@ def list_targets(
     Args:
         source: a file or folder, or a pattern that matches several files.
         destination: a .gguf or .safetensors file, or an existing folder. In a folder, files are named after the
-            source, the add-ons, and the recipe or size.
+            source, the add-ons and LoRAs, and the recipe or size.
         recipes: the names of the recipes; each makes one file per source.
-        target_size: the size of each file in GiB, in place of the recipes.
+        target_size: the size of each file in GiB; the recipes then choose the containers.
         add_ons: add-on files that are merged onto each source.
+        loras: LoRAs that are added to the weights of each source.
 
     Raises:
         QuantError: no source, one that cannot be opened, or several results with the same file name.
     """
     sources, is_folder = _matching(source), destination.is_dir()
-    targets = {recipe: Target(destination, recipe) for recipe in recipes}
-    if target_size is not None:
-        targets = {f"{target_size:g}GiB": Target(destination, target_size=target_size)}
+    targets: dict[str, Target] = {}
+    for target in (Target(destination, recipe, target_size) for recipe in recipes):
+        # For a size, every recipe of GGUF means the same file.
+        is_any_gguf = target_size is not None and not target.is_native
+        targets[target.mark] = Target(destination, target_size=target_size) if is_any_gguf else target
     count = len(sources) * len(targets)
     if count > 1 and not is_folder:
         raise QuantError(f"{destination}: not a folder, and {count} files are to be made; give a folder that exists")
     batch: dict[Path, list[Target]] = {}
     stems: dict[str, Path] = {}
     for path in sources:
-        with open_checkpoint(path, add_ons) as checkpoint:
+        with open_checkpoint(path, add_ons, loras) as checkpoint:
             checkpoint.check_complete()
-            stem = "-".join(shard_of(part)[0] for part in (path, *add_ons))
+            stem = "-".join(shard_of(part)[0] for part in (path, *add_ons, *(lora.path for lora in loras)))
         other = stems.setdefault(stem, path)
         if other is not path:
             raise QuantError(

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ..device import has_float8, has_float64, usable_device
-from ..errors import PrintableLog, printable_lines
+from ..errors import PrintableLog, QuantError, printable_lines
 from ..files.disk_space import leftovers
 from ..inspection.report import FileReport, inspect
 from ..plan.recipe import Fallback, TypePlan
 from ..progress import Progress
 from ..qtype import Effort
+from ..sources.baked_lora import LoRA, LoRALike
 from ..sources.checkpoint import Checkpoint, open_checkpoint
 from ..statistics.calibration import Calibration
 from ..statistics.importance import check_importance
@@ -95,6 +96,7 @@ def convert(
     five_d: bool = False,
     allow_non_finite: bool = False,
     modules: Sequence[str | Path] = (),
+    loras: Sequence[LoRALike] = (),
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert a Wan transformer, an add-on for one, or Wan's T5 text encoder to a GGUF file.
@@ -112,21 +114,25 @@ def convert(
             `Checkpoint`, which is closed at the end. A source that is quantized already adds its own error, which is
             logged as a warning.
         destination: path of the .gguf file. Its folder must exist.
-        recipe: a mix of ggml types such as "Q8_0", "Q4_K_M" or "Q2_K", a key of `quant.plan.recipe.RECIPES`.
-        target_size: the largest size of the file in GiB. The types are then chosen for the least error at that size,
-            and `recipe` is ignored.
+        recipe: a mix of types such as "Q8_0", "Q4_K_M" or "INT8", a key of `quant.plan.recipe.RECIPES`. It decides
+            whether the file is a GGUF or a safetensors.
+        target_size: the largest size of the file in GiB. The types are then chosen for the least error at that size. A
+            recipe of ComfyUI's own formats mixes those that load wherever it does. Any other is ignored.
         effort: "best" searches for the scales and codes of least squared error, in which large weights count more, and
             then restores the gain of every row. "fast" writes the same bytes as ggml. With `importance`, both search.
             "thorough" takes longer than "best" for less error with a calibration, and is the same without one.
         importance: the statistics of the layers' inputs, from `read_importance` or `read_calibration`. By tensor name,
             a floating point tensor of shape (in_features,) with the mean square of each input channel, by which the
             squared error of a weight counts. With a calibration, weights are also rounded as in GPTQ for the least
-            error of the layer's outputs.
+            error of the layer's outputs. So are those of ComfyUI's formats that rotate their inputs, with either.
         device: the device that quantizes, such as "cpu" or "cuda".
         overwrite: replace a destination that is another file or the result of another conversion.
         five_d: store the patch embedding with its 5 dimensions, for loaders that cannot read it flattened to 4.
         allow_non_finite: write 0 for NaN and infinity and report their tensors, instead of refusing the source.
         modules: paths of add-on files (VACE and the like) that are merged onto the source.
+        loras: LoRAs that are added to the weights before these are quantized: paths, texts as FILE:STRENGTH, or pairs
+            of path and strength. They are plain ones (up, down, alpha) or differences. ComfyUI would round a quantized
+            layer again to add a LoRA to it.
         progress: is called with the source bytes done, the source bytes in total and the name of the tensor. It may
             raise any exception to stop the conversion.
 
@@ -137,7 +143,8 @@ def convert(
         QuantError: an unusable or incomplete source, an unusable destination, recipe, size or device; statistics of
             another model; NaN or infinity in the source; too little disk space or main memory.
     """
-    settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, add_ons=modules)
+    added = [LoRA.of(lora) for lora in loras]
+    settings = Settings(effort, importance, device, overwrite, five_d, allow_non_finite, modules, added)
     (report,) = convert_all(source, [Target(Path(destination), recipe, target_size)], settings, progress=progress)
     return report
 
@@ -165,7 +172,7 @@ def convert_all(
     """
     started = time.monotonic()
     device = _device(settings, targets)
-    with source if isinstance(source, Checkpoint) else open_checkpoint(source, settings.add_ons) as checkpoint:
+    with _opened(source, settings) as checkpoint:
         checkpoint.check_complete()
         checkpoint = checkpoint.allowing_non_finite() if settings.allow_non_finite else checkpoint
         missing_importance = check_importance(settings.importance, checkpoint.tensors)
@@ -192,12 +199,21 @@ def convert_all(
             source_bytes=checkpoint.identity.size,
             fallbacks=plan.fallbacks,
             warnings=(*warnings, *output.notes, *_non_finite_warning(checkpoint)),
-            notes=() if output.reused else _notes(stream, plan),
+            notes=(*checkpoint.notes, *(() if output.reused else _notes(stream, plan))),
             seconds=seconds,
             reused=output.reused,
         )
         for output, plan in pairs
     ]
+
+
+def _opened(source: str | Path | Checkpoint, settings: Settings) -> Checkpoint:
+    """Return the source with the add-ons and LoRAs of the settings; an open one must have them already."""
+    if not isinstance(source, Checkpoint):
+        return open_checkpoint(source, settings.add_ons, settings.loras)
+    if settings.loras and source.loras != tuple(settings.loras):
+        raise QuantError(f"{source.path}: is open without LoRA {settings.loras[0]}, expected with it; convert by path")
+    return source
 
 
 def _device(settings: Settings, targets: Sequence[Target]) -> torch.device:
@@ -216,6 +232,9 @@ def _notes(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
     notes = []
     if stream.biases:
         notes.append(f"{len(stream.biases)} biases make up for the mean error of their layers")
+    rounded = sum((name, qtype.name) in stream.encoders.rounded for name, qtype in plan.types.items())
+    if rounded:
+        notes.append(f"{rounded} matrices were rounded for the least error of their layers' outputs")
     plainer = [name for name, qtype in plan.types.items() if (name, qtype.name) in stream.encoders.plainer]
     if plainer:
         notes.append(

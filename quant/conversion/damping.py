@@ -30,7 +30,9 @@ def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moment
     Raises:
         QuantError: the moments are not positive definite, as those of inputs are once they are damped.
     """
-    usual, *others = (_with_damping(second, damping) for damping in _DAMPINGS)
+    # Before anything rounds the factors, which all candidates share.
+    scale = (second.blocks.diagonal(dim1=1, dim2=2) + second.factors.square().sum(2)).mean(1)
+    usual = _with_damping(second, _DAMPINGS[0], scale)
     if not _is_positive_definite(usual) and second.factors.shape[2]:
         return damped(second.within_spans(), held_out, label)
     if not _is_positive_definite(usual):
@@ -40,8 +42,12 @@ def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moment
         )
     if held_out is None or not len(held_out):
         return usual
-    usable = [usual, *filter(_is_positive_definite, others)]
-    return min(usable, key=lambda moments: _expected_error(moments, held_out))
+    best, least = usual, _expected_error(usual, held_out)
+    for damping in _DAMPINGS[1:]:
+        moments = _with_damping(second, damping, scale)
+        if _is_positive_definite(moments) and (error := _expected_error(moments, held_out)) < least:
+            best, least = moments, error
+    return best
 
 
 def is_clearly_less(error: Tensor, than: Tensor, tokens: Tensor) -> bool:
@@ -60,9 +66,9 @@ def is_clearly_less(error: Tensor, than: Tensor, tokens: Tensor) -> bool:
     return bool(gains.mean() > 2 * gains.std() / len(gains) ** 0.5)
 
 
-def _with_damping(second: SecondMoments, damping: float) -> Moments:
+def _with_damping(second: SecondMoments, damping: float, scale: Tensor) -> Moments:
+    """Return the moments, damped by a fraction of the mean of each diagonal, float64 (spans,)."""
     blocks = second.blocks.clone()
-    scale = (blocks.diagonal(dim1=1, dim2=2) + second.factors.square().sum(2)).mean(1)
     blocks.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, damping * scale, 1.0)[:, None])
     return Moments(blocks, second.factors)
 

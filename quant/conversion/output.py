@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 from ..errors import PrintableLog, QuantError
 from ..files.disk_space import temporary_of
 from ..files.regular_file import check_path
+from ..files.sentencepiece import has_tokenizer, sentencepiece_model
 from ..files.tensor_writer import TensorWriter
 from ..gguf.layout import TensorSpec
 from ..gguf.provenance import (
@@ -20,12 +22,14 @@ from ..gguf.provenance import (
     CORRECTED_BIASES,
     DATA_SHA256,
     FIVE_D,
+    LORAS,
     NON_FINITE,
     RELATIVE_ERROR,
     SOURCE_MTIME,
     SOURCE_PARTS,
     SOURCE_SHA256,
     TARGET_SIZE,
+    TOKENIZER,
     TUNED,
     VERSION,
     carried_metadata,
@@ -38,10 +42,10 @@ from ..gguf.writer import GGUFWriter
 from ..plan.recipe import TypePlan, find_recipe
 from ..qtype import QuantType
 from ..safetensors.header import AnyHeader, read_any_header
-from ..safetensors.layout import NativeSpec, SafetensorsLayout
+from ..safetensors.layout import NativeSpec, PlainBytes, SafetensorsLayout
 from ..sources.checkpoint import Checkpoint
-from ..sources.names import T5
 from ..sources.opening import shard_of
+from ..sources.t5 import SPIECE_TENSOR, transformers_name
 from ..statistics.importance import Importance
 from .bias_correction import corrected_biases
 from .layer_encoder import revisions_today
@@ -73,11 +77,6 @@ class Output:
         """
         path = target.destination
         _check_paths(checkpoint.path, target)
-        if target.is_native and checkpoint.architecture == T5:
-            raise QuantError(
-                f"{checkpoint.path}: a T5 text encoder, which recipe {target.recipe} cannot store, expected a Wan"
-                " diffusion model; choose a recipe of GGUF, such as Q8_0"
-            )
         metadata = _metadata(target, checkpoint, settings)
         exists = path.exists()
         existing = _header_of_same(target, metadata, checkpoint) if exists else None
@@ -117,9 +116,14 @@ class Output:
         # or infinity is only known after all of them were read.
         resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
         if self.target.is_native:
-            native = [NativeSpec(name, stored, shapes[name].shape) for name, stored in plan.types.items()]
+            native = [
+                NativeSpec(name, stored, shapes[name].shape, transformers_name(name))
+                for name, stored in plan.types.items()
+            ]
+            if spiece := tokenizer_of(checkpoint):
+                native.append(NativeSpec(SPIECE_TENSOR, PlainBytes(), (len(spiece),)))
             layout = SafetensorsLayout(path, self.metadata, native)
-            return TensorWriter(layout, overwrite=settings.overwrite, resume=resume)
+            return TensorWriter(layout, overwrite=settings.overwrite, resume=resume, ending=spiece)
         specs = [
             TensorSpec(name, stored, shapes[name].shape)
             for name, stored in plan.types.items()
@@ -139,17 +143,18 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         "general.file_type": _MIXED if target.target_bytes else recipe.file_type,
         "general.name": shard_of(checkpoint.path)[0],
         "wanquant.version": VERSION,
-        "wanquant.recipe": "" if target.target_bytes else recipe.name,
+        "wanquant.recipe": "" if target.target_bytes and not target.is_native else recipe.name,
         TARGET_SIZE: np.uint64(target.target_bytes),
         "wanquant.effort": settings.effort,
         "wanquant.importance": fingerprint(importance),
         **encoders(revisions_today(importance)),
         **({CORRECTED_BIASES: biases} if (biases := list(corrected_biases(settings, tensors).values())) else {}),
+        **({LORAS: [str(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
         FIVE_D: settings.five_d,
         "wanquant.source_name": checkpoint.name,
         "wanquant.source_size": np.uint64(checkpoint.identity.size),
         "wanquant.source_dtype": checkpoint.stored,
-        **checkpoint.gguf_metadata,
+        **(_of_tokenizer(checkpoint) if target.is_native else checkpoint.gguf_metadata),
         **carried_metadata(checkpoint.metadata),
         **({} if checkpoint.zeroed is None else {NON_FINITE: True}),
         **({TUNED: settings.tuned, CALIBRATED: True} if settings.tuned else {}),
@@ -160,6 +165,16 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         DATA_SHA256: "0" * 64,
         RELATIVE_ERROR: np.zeros(len(tensors), np.float32),
     }
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> bytes:
+    """Return the sentencepiece model of a text encoder, empty for another model."""
+    return sentencepiece_model(checkpoint.gguf_metadata) if has_tokenizer(checkpoint.gguf_metadata) else b""
+
+
+def _of_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
+    spiece = tokenizer_of(checkpoint)
+    return {TOKENIZER: hashlib.sha256(spiece).hexdigest()} if spiece else {}
 
 
 def _header_of_same(target: Target, metadata: Mapping[str, Any], checkpoint: Checkpoint) -> AnyHeader | None:
@@ -190,7 +205,7 @@ def _check_paths(source: Path, target: Target) -> None:
     destination, suffix = target.destination, target.suffix
     check_path(destination, temporary_of(destination))
     if destination.suffix.lower() != suffix:
-        what = "" if target.target_size is not None else f", which {target.recipe} writes"
+        what = "" if target.target_size is not None and not target.is_native else f", which {target.recipe} writes"
         raise QuantError(f"{destination}: not a {suffix} name{what}; choose a destination that ends in {suffix}")
     if source.exists() and destination.exists() and source.samefile(destination):
         raise QuantError(f"{destination}: is the source itself; choose another destination")

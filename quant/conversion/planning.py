@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from ..native.layer_type import LayerType
+from ..plan.container import Container, GGUFContainer, NativeContainer
 from ..plan.recipe import Fallback, StoredType, TypePlan, find_recipe, plan_types
-from ..plan.target_size import ParetoFront, check_size, is_small, measure, plan_for_size
+from ..plan.target_size import ParetoFront, check_size, measure, plan_for_size
 from ..qtype import QTYPES
 from ..safetensors.header import read_any_header
 from ..sources.checkpoint import Checkpoint
 from .layer_encoder import LayerEncoder
-from .output import Output
+from .output import Output, tokenizer_of
 from .settings import Target
 from .stream import Stream
 
@@ -30,21 +31,36 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
     searches = settings.effort != "fast"
     sized = [output for output in outputs if output.target.target_size is not None and not output.reused]
     for output in sized:
-        check_size(output.target.target_bytes, tensors, output.metadata, five_d=settings.five_d, small=searches)
-    fronts: Mapping[str, ParetoFront] = {}
-    if sized:
-        small = searches and any(_is_small(stream, output) for output in sized)
-        statistics, effort = stream.importance, settings.effort
-        fronts = measure(tensors, statistics, effort, stream.device, lambda t: stream.advance(t, 0), small=small)
-    plans = [_plan(stream, output, fronts) for output in outputs]
+        check_size(output.target.target_bytes, tensors, output.metadata, _container(stream, output), small=searches)
+    fronts: dict[Container, Mapping[str, ParetoFront]] = {}
+    for container in {_container(stream, output): None for output in sized}:
+        small = searches and any(
+            _is_small(stream, output) for output in sized if _container(stream, output) == container
+        )
+        fronts[container] = measure(
+            tensors,
+            stream.importance,
+            settings.effort,
+            stream.device,
+            lambda t: stream.advance(t, 0),
+            container,
+            small=small,
+        )
+    plans = [_plan(stream, output, fronts.get(_container(stream, output), {})) for output in outputs]
     made = [plan.types.values() for plan, output in zip(plans, outputs, strict=True) if not output.reused]
     _try_encoders(stream, set(itertools.chain.from_iterable(made)))
     return plans
 
 
+def _container(stream: Stream, output: Output) -> Container:
+    if not output.target.is_native:
+        return GGUFContainer(stream.settings.five_d)
+    return NativeContainer(find_recipe(output.target.recipe).base, len(tokenizer_of(stream.checkpoint)))
+
+
 def _is_small(stream: Stream, output: Output) -> bool:
-    size, tensors, metadata = output.target.target_bytes, stream.checkpoint.tensors, output.metadata
-    return is_small(size, tensors, metadata, five_d=stream.settings.five_d)
+    size, tensors = output.target.target_bytes, stream.checkpoint.tensors
+    return _container(stream, output).is_small(size, tensors, output.metadata)
 
 
 def _try_encoders(stream: Stream, types: Iterable[StoredType]) -> None:
@@ -65,10 +81,10 @@ def _plan(stream: Stream, output: Output, fronts: Mapping[str, ParetoFront]) -> 
     if target.target_size is None:
         type_plan = plan_types(find_recipe(target.recipe), tensors)
     else:
-        five_d = stream.settings.five_d
+        container = _container(stream, output)
         if not _is_small(stream, output):  # whatever other files of this pass needed
             fronts = {name: front.without_small() for name, front in fronts.items()}
-        type_plan = plan_for_size(target.target_bytes, tensors, output.metadata, fronts, five_d=five_d)
+        type_plan = plan_for_size(target.target_bytes, tensors, output.metadata, fronts, container)
     return _with_bf16(stream, type_plan)
 
 

@@ -13,22 +13,33 @@ from torch import Tensor
 from ..errors import QuantError
 from ..plan.recipe import find_recipe
 from ..qtype import Effort
+from ..sources.baked_lora import LoRA
 from ..units import GIB
 
 
 @dataclass(frozen=True)
 class Target:
-    """A file to make: its path, and either a recipe or a size."""
+    """A file to make: its path, and a recipe or a size.
+
+    With a size, a native recipe says which types may be mixed: those that load wherever it does.
+    """
 
     destination: Path
     recipe: str = "Q4_K_M"
     target_size: float | None = None
-    """The largest size of the file in GiB, in place of the recipe."""
+    """The largest size of the file in GiB."""
+
+    @property
+    def mark(self) -> str:
+        """What tells the file from others of the same source, for its name."""
+        if self.target_size is None:
+            return self.recipe
+        return f"{self.recipe}-{self.target_size:g}GiB" if self.is_native else f"{self.target_size:g}GiB"
 
     @property
     def is_native(self) -> bool:
         """True if the file is a safetensors in one of ComfyUI's own formats."""
-        return self.target_size is None and find_recipe(self.recipe).is_native
+        return find_recipe(self.recipe).is_native
 
     @property
     def suffix(self) -> str:
@@ -56,5 +67,6 @@ class Settings:
     five_d: bool = False
     allow_non_finite: bool = False
     add_ons: Sequence[str | Path] = ()
+    loras: Sequence[LoRA] = ()
     tuned: str = ""
     """The SHA-256 of the capture that the file is tuned with; empty in a conversion."""

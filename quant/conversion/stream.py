@@ -22,6 +22,7 @@ from ..errors import QuantError
 from ..files.tensor_writer import TensorWriter
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from ..native.layer_type import LayerType
+from ..native.native_format import ROUNDED_ELEMENTS
 from ..plan.recipe import StoredType
 from ..progress import Progress
 from ..qtype import Effort
@@ -30,7 +31,7 @@ from ..sources.tensors import sample_rows
 from ..squares import sum_of_squares, total_of
 from ..statistics.calibration import Calibration
 from .bias_correction import mean_error
-from .layer_encoder import ROUNDED_ELEMENTS, LayerEncoder, LayerEncoders
+from .layer_encoder import LayerEncoder, LayerEncoders
 from .settings import Settings
 
 # The size of a slice bounds its float32 temporaries and the time between two progress reports. Accelerators get larger
@@ -147,7 +148,7 @@ class Stream:
     """The names of the weights that are encoded at once, because parts of a native format describe the whole weight."""
 
     def __post_init__(self) -> None:
-        self.encoders = LayerEncoders(self.importance, self.biases, self.device)
+        self.encoders = LayerEncoders(self.importance, self.biases, self.device, self.settings.effort)
 
     @property
     def importance(self) -> Mapping[str, Tensor]:
@@ -163,6 +164,8 @@ class Stream:
             self._quantize(files, pool)
             self.checkpoint.identity.check_unchanged()
             sha256 = self.checkpoint.files.sha256()
+            for file in files:
+                file.writer.end()
             return [file.writer.close(_final_metadata(file, sha256)) for file in files]
 
     def is_within_f16(self, tensor: SourceTensor) -> bool:

@@ -1,4 +1,4 @@
-"""Encoders, which turn float32 weights into ggml's blocks: ggml's own algorithms, and a search for less error.
+"""Encoders from float32 weights: ggml's own algorithms, a search for less error, and a rounding for a layer's outputs.
 
-It imports `formats`.
+It imports `formats` and `native`.
 """

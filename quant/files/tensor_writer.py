@@ -66,6 +66,7 @@ class TensorWriter(Generic[SpecT]):
         resume: keep the tensors that a killed writer of the same metadata and tensors recorded. `recorded` then has
             their relative errors, and only the tensors after them are to be written.
         keep: an exception leaves what a killed process would.
+        ending: the bytes of the last tensor, which `end` adds; empty without one.
 
     Raises:
         QuantError: on entering, what `AtomicFile` raises.
@@ -78,8 +79,9 @@ class TensorWriter(Generic[SpecT]):
         overwrite: bool = False,
         resume: bool = False,
         keep: bool = False,
+        ending: bytes = b"",
     ) -> None:
-        self._layout = layout
+        self._layout, self._ending = layout, ending
         self.path, self.tensors = layout.path, tuple(layout.tensors)
         self.nbytes = self._layout.nbytes
         """The size of the finished file in bytes."""
@@ -110,6 +112,12 @@ class TensorWriter(Generic[SpecT]):
             if self._is_closed or not self._keep:
                 self._journal.delete()
             self._file.__exit__(kind, error, traceback)
+
+    def end(self) -> None:
+        """Add the ending, if all other tensors are written; once."""
+        if self._ending and self._n_written == len(self.tensors) - 1:
+            self._append(self._ending)
+            self._n_written += 1
 
     @property
     def sha256(self) -> str:
@@ -160,6 +168,7 @@ class TensorWriter(Generic[SpecT]):
         Returns:
             The path of the file, which can differ from the requested one: see `AtomicFile.commit`.
         """
+        self.end()
         if self._n_written < len(self.tensors):
             raise QuantError(
                 f"{self.path}: {self._n_written} of {len(self.tensors)} tensors are written; write all before closing"

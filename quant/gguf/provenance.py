@@ -28,6 +28,10 @@ CALIBRATED = "wanquant.calibrated"
 """BOOL, true or absent: codes were rounded for the least error of the layers' outputs."""
 CORRECTED_BIASES = "wanquant.corrected_biases"
 """ARRAY of STRING, may be absent: the biases that make up for the mean error of their layers' weights."""
+LORAS = "wanquant.loras"
+"""ARRAY of STRING, may be absent: the LoRAs that were added to the weights, each as FILE:STRENGTH."""
+TOKENIZER = "wanquant.tokenizer"
+"""STRING or absent: the SHA-256 of the tokenizer of a text encoder, which is a tensor of its own in a safetensors."""
 TUNED = "wanquant.tuned"
 """STRING or absent: the SHA-256 of the capture that the file was tuned with, block by block."""
 TARGET_SIZE = "wanquant.target_size"
@@ -88,21 +92,30 @@ def encoder_revisions(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 def corrected_in(metadata: Mapping[str, Any]) -> frozenset[str]:
     """Return the names of the corrected biases that a file records; nothing for a file of another program."""
-    recorded = metadata.get(CORRECTED_BIASES)
+    return frozenset(_strings(metadata, CORRECTED_BIASES))
+
+
+def baked_into(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the LoRAs that a file records, each as FILE:STRENGTH."""
+    return _strings(metadata, LORAS)
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    recorded = metadata.get(key)
     names = recorded if isinstance(recorded, Sequence) and not isinstance(recorded, str) else ()
-    return frozenset(name for name in names if isinstance(name, str))
+    return tuple(name for name in names if isinstance(name, str))
 
 
 def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether a file's metadata names the same source, settings and tokenizer as `wanted`.
+    """Return whether a file's metadata names the same source, settings, LoRAs and tokenizer as `wanted`.
 
     The source is compared by its name and size only. Versions and encoder revisions may differ: an update of the pack
     must not stop a saved graph.
     """
-    same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED, TUNED)
+    same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED, TUNED, TOKENIZER)
     is_same = all(existing.get(key) == wanted.get(key) for key in same)
     # The tokenizer can come from a file beside the source.
-    is_same = is_same and corrected_in(existing) == corrected_in(wanted)
+    is_same = is_same and corrected_in(existing) == corrected_in(wanted) and baked_into(existing) == baked_into(wanted)
     return is_same and _tokenizer(existing) == _tokenizer(wanted)
 
 

@@ -16,10 +16,12 @@ from ..gguf.provenance import relative_errors
 from ..plan.wan_shapes import role
 from ..safetensors.header import read_any_header
 from ..sources.names import T5, find_naming
+from ..sources.t5 import is_tokenizer
 from ..units import GIB, MIB
 
 _MAX_VALUE_CHARS = 80
 _MAX_LISTED_ERRORS = 5
+_MAX_LISTED_NAMES = 4
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def inspect(path: str | Path) -> FileReport:
         QuantError: not a well-formed file.
     """
     header = read_any_header(path)
-    errors = relative_errors(header.metadata, list(header.tensors))
+    errors = relative_errors(header.metadata, [name for name in header.tensors if not is_tokenizer(name)])
     tensors = tuple(
         TensorSummary(name, record.stored, record.shape, record.nbytes, errors.get(name))
         for name, record in header.tensors.items()
@@ -164,5 +166,7 @@ def _readable(metadata: Mapping[str, Any]) -> Iterator[tuple[str, str | int | fl
             cut = len(value) > _MAX_VALUE_CHARS
             shown = printable(value[:_MAX_VALUE_CHARS])
             yield key, f"{shown}... ({len(value)} characters)" if cut else shown
+        elif len(value) <= _MAX_LISTED_NAMES and all(isinstance(item, str) for item in value):
+            yield key, ", ".join(printable(item, _MAX_VALUE_CHARS) for item in value)
         else:
             yield key, f"array of {len(value)}" + (f" {value.dtype}" if isinstance(value, np.ndarray) else "")

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..errors import QuantError, printable_lines
-from ..gguf.provenance import DATA_SHA256, NON_FINITE, corrected_in
+from ..gguf.provenance import CALIBRATED, DATA_SHA256, NON_FINITE, baked_into, corrected_in
 from ..gguf.reader import GGUFTensor
 from ..plan.wan_shapes import role
 from ..safetensors.header import NativeRecord, read_native_header
+from ..sources.baked_lora import LoRA
 from ..sources.checkpoint import SourceTensor, open_checkpoint
 from ..sources.model_tensors import open_model
+from ..sources.t5 import transformers_name
 from ..squares import sum_of_squares
 from .report import sqnr_db
 
@@ -58,6 +60,10 @@ class Verification:
     """The names of tensors that are only in the file."""
     corrected: frozenset[str] = frozenset()
     """The names of biases that differ on purpose, to make up for the errors of weights; no total counts them."""
+    other_loras: tuple[tuple[str, ...], ...] = ()
+    """The LoRAs in the file, and those added to the source, if these differ."""
+    is_calibrated: bool = False
+    """Whether the file records that weights were rounded for the outputs of their layers."""
 
     @property
     def by_role(self) -> list[TensorError]:
@@ -75,7 +81,8 @@ class Verification:
                 *(map(_row, self.tensors)),
                 "",
                 *(map(_row, self.by_role)),
-                *self._corrections(),
+                *self._remarks(),
+                *self._loras(),
                 *(f"only in the source: {name}" for name in self.missing),
                 *(f"only in the file: {name}" for name in self.unknown),
             )
@@ -89,9 +96,21 @@ class Verification:
             "missing": list(self.missing),
             "unknown": list(self.unknown),
             "corrected": sorted(self.corrected),
+            "other_loras": [list(loras) for loras in self.other_loras],
+            "calibrated": self.is_calibrated,
         }
 
-    def _corrections(self) -> Iterator[str]:
+    def _loras(self) -> Iterator[str]:
+        if self.other_loras:
+            in_file, added = (", ".join(loras) or "none" for loras in self.other_loras)
+            yield (
+                f"the file was made with LoRAs: {in_file}; it was compared with LoRAs: {added}; errors count the"
+                " difference; give the same ones (--lora)"
+            )
+
+    def _remarks(self) -> Iterator[str]:
+        if self.is_calibrated:
+            yield "weights were rounded for the outputs of their layers, which makes their own errors larger"
         if self.corrected:
             yield (
                 f"{len(self.corrected)} biases differ on purpose and are in no total: they make up for the mean errors"
@@ -99,20 +118,23 @@ class Verification:
             )
 
 
-def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] = ()) -> Verification:
+def verify(
+    gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] = (), loras: Sequence[LoRA] = ()
+) -> Verification:
     """Dequantize every tensor of a GGUF or safetensors file and compare it with the source, slice by slice.
 
     Args:
         gguf: path of the file, made by any converter.
         source: path of the checkpoint that it was made from, as for `open_checkpoint`.
         add_ons: add-on files that were merged onto the source.
+        loras: LoRAs that were added to the weights of the source.
 
     Raises:
         QuantError: an unreadable or damaged file, a tensor with another shape, or files without a common tensor.
     """
     with ExitStack() as stack:
         metadata, decoded = _decoded(Path(gguf), stack)
-        checkpoint = stack.enter_context(open_checkpoint(source, add_ons))
+        checkpoint = stack.enter_context(open_checkpoint(source, add_ons, loras))
         checkpoint = checkpoint.allowing_non_finite() if metadata.get(NON_FINITE) else checkpoint
         names = [name for name in checkpoint.tensors if name in decoded]
         if not names:
@@ -122,7 +144,10 @@ def verify(gguf: str | Path, source: str | Path, add_ons: Sequence[str | Path] =
         errors = tuple(_compare(decoded[name], checkpoint.tensors[name]) for name in names)
         missing = tuple(name for name in checkpoint.tensors if name not in decoded)
         unknown = tuple(name for name in decoded if name not in checkpoint.tensors)
-    return Verification(errors, missing, unknown, corrected_in(metadata) & set(names))
+    corrected, is_calibrated = corrected_in(metadata) & set(names), bool(metadata.get(CALIBRATED))
+    baked, given = baked_into(metadata), tuple(map(str, loras))
+    other = () if baked == given else (baked, given)
+    return Verification(errors, missing, unknown, corrected, other, is_calibrated)
 
 
 class Decoded(NamedTuple):
@@ -161,7 +186,8 @@ def _of_native(path: Path, records: Mapping[str, NativeRecord], tensor: SourceTe
     rows = tensor.shape[0] if tensor.shape else 1
     elements = math.prod(tensor.shape) // rows
     decode = lambda first, last: tensor.read(first * elements, last * elements)  # noqa: E731
-    stored = records[tensor.name].stored if tensor.name in records else tensor.stored
+    record = records.get(transformers_name(tensor.name))
+    stored = tensor.stored if record is None else record.stored
     return Decoded(path, tensor.name, stored, tensor.shape, rows, decode)
 
 

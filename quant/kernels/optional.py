@@ -66,6 +66,16 @@ class OptionalPath:
         """
         return self._attempt("quantize_rows", qtype, rows, packed, importance)
 
+    def int8_rows(self, qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor) -> bool:
+        """Rotate and round rows as `eager.int8_rows` does, and return whether that was done.
+
+        Args:
+            packed: uint8, (n_rows, n_blocks * type_size).
+            codes: int8, (n_rows, columns), contiguous, with columns that are a multiple of 256; written to.
+            scales: float32, (n_rows, 1), contiguous; written to.
+        """
+        return self._attempt("int8_rows", qtype, _aligned(packed), codes, scales)
+
     def _attempt(self, operation: str, qtype: QuantType, *arguments: Tensor | None) -> bool:
         if self._missing or qtype.name in self.lost:
             return False
@@ -109,4 +119,5 @@ def _aligned(source: Tensor) -> Tensor:
 
 
 FUSED = OptionalPath("triton_kernel", "Fused Triton dequantization")
+FUSED_INT8 = OptionalPath("triton_int8", "Fused Triton rounding to 8 bits")
 GGML = OptionalPath("libggml", "ggml's C code")

@@ -29,11 +29,10 @@ import triton
 import triton.language as tl
 
 from .triton_grids import read_grid
-from .triton_loads import BITS, load_byte, load_half, load_shifted_words, load_word, load_words, spread
+from .triton_loads import BITS, PAIRS, SIGNS, load_byte, load_half, load_shifted_words, load_word, load_words, spread
+from .triton_low_bits import read_low_bits
 
 _NIBBLES = tl.constexpr(0x0F0F0F0F)
-_PAIRS = tl.constexpr(0x03030303)
-_SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def q5_1(block, group, FIELD: tl.constexpr):
 @triton.jit
 def q8_0(block, group, FIELD: tl.constexpr):
     low, high = load_words(block + 2 + 8 * group, 2)
-    return low ^ _SIGNS, high ^ _SIGNS, load_half(block), 0.0
+    return low ^ SIGNS, high ^ SIGNS, load_half(block), 0.0
 
 
 @triton.jit
@@ -107,7 +106,7 @@ def q3_k(block, group, FIELD: tl.constexpr):
     scale = (load_word(block + 96 + 4 * (FIELD // 2), 2) >> down >> (16 * (FIELD % 2))) & 15
     scale |= ((load_word(block + 104, 2) >> down >> (16 * (FIELD % 2) + 2 * (FIELD // 2))) & 3) << 4
     scale = load_half(block + 108) * (scale.to(tl.int32) - 32).to(tl.float32)
-    return (low & _PAIRS) | low_bit << 2, (high & _PAIRS) | high_bit << 2, scale, 0.0
+    return (low & PAIRS) | low_bit << 2, (high & PAIRS) | high_bit << 2, scale, 0.0
 
 
 @triton.jit
@@ -145,7 +144,7 @@ def q6_k(block, group, FIELD: tl.constexpr):
     half, part = group // 4, group % 4
     low, high = load_shifted_words(block + 64 * half + 8 * part + 32 * (FIELD % 2), 4 * (FIELD // 2), 2)
     low_bits, high_bits = load_shifted_words(block + 128 + 8 * group, 2 * FIELD, 2)
-    low, high = (low & _NIBBLES) | (low_bits & _PAIRS) << 4, (high & _NIBBLES) | (high_bits & _PAIRS) << 4
+    low, high = (low & _NIBBLES) | (low_bits & PAIRS) << 4, (high & _NIBBLES) | (high_bits & PAIRS) << 4
     scale = load_byte(block + 192 + 8 * half + part // 2 + 2 * FIELD).to(tl.int8).to(tl.float32)
     return low, high, load_half(block + 208) * scale, 0.0
 
@@ -186,6 +185,8 @@ def read(block, group, grid, FIELD: tl.constexpr, FORMAT: tl.constexpr):
         return q4_0(block, group, FIELD)
     elif FORMAT == "IQ4_XS":
         return iq4_xs(block, group, FIELD)
+    elif grid is None:
+        return read_low_bits(block, group, FIELD, FORMAT)
     else:
         return read_grid(block, group, grid, FIELD, FORMAT)
 
@@ -205,4 +206,10 @@ FORMATS = {
     "IQ4_XS": CodeLayout(4, span=2, bias=None),
     **dict.fromkeys(("IQ1_S", "IQ1_M"), CodeLayout(8, span=2, bias=128, grid_steps=8)),
     **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), CodeLayout(8, span=2, bias=128, grid_steps=1)),
+    "TQ1_0": CodeLayout(2, fields=1, bias=1),
+    "TQ2_0": CodeLayout(2, fields=4, bias=1),
+    "MXFP4": CodeLayout(8, span=2, bias=128),
+    "NVFP4": CodeLayout(8, span=1, bias=128),
+    "Q1_0": CodeLayout(2, fields=1, bias=1),
+    "Q2_0": CodeLayout(2, fields=1, bias=1),
 }

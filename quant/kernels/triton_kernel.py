@@ -8,6 +8,7 @@ are the first to limit the speed. So codes become floats by their bit pattern in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from ..device import lasting_allocations
-from .triton_formats import FORMATS, read
+from .triton_formats import FORMATS, CodeLayout, read
 from .triton_grids import grid_codes
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ TILE = 4096
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Without fused multiply-adds, which round differently than ggml does."""
 # The bits of 2^23 as float32. With an integer below 2^23 in the lowest bits, these are the bits of 2^23 + integer.
-_TWO_TO_23 = tl.constexpr(0x4B000000)
-_loaded: set[tuple[str, torch.dtype, torch.device]] = set()
+TWO_TO_23 = tl.constexpr(0x4B000000)
+_loaded: set[tuple[object, ...]] = set()
 
 
 @triton.jit
@@ -40,6 +41,24 @@ def _codebook(x):
     """
     value = tl.fma(tl.fma(tl.fma(tl.fma(x, 0.001586, 0.08184), x, -0.01681), x, 11.44), x, 1.433)
     return (value + 12582912.0) - 12582912.0  # at 1.5 * 2^23, neighboring float32 are integers
+
+
+@triton.jit
+def values(word, byte, scale, minimum, integers, BITS: tl.constexpr, BIAS: tl.constexpr, HAS_MINIMUM: tl.constexpr):
+    """Return the weight whose code is in a byte of a word: float32, of the shape that the arguments broadcast to."""
+    # Each half of a word is moved to the lower half. Its lower byte is used as it is. Its upper byte stays in place, so
+    # that its code is 256 times too large, which `unit` undoes.
+    place, unit = 8 * (byte % 2), tl.where(byte % 2 == 0, 1.0, 1 / 256)
+    code = (word >> (16 * (byte // 2))) & (((1 << BITS) - 1) << place) | integers
+    zero = TWO_TO_23 + ((8 if BIAS is None else BIAS) << place)
+    code = code.to(tl.float32, bitcast=True) - zero.to(tl.float32, bitcast=True)
+    if BIAS is None:  # noqa: SIM108
+        weight = _codebook(code * unit) * scale
+    else:
+        weight = code * (unit * scale)
+    if HAS_MINIMUM:
+        weight -= minimum
+    return weight
 
 
 @triton.jit
@@ -56,20 +75,12 @@ def _weights(
 ):
     """Dequantize one bit field of every group, float32 (groups, 8)."""
     low, high, scale, minimum = read(block, group, grid, FIELD, FORMAT)
-    # Each half of a word is moved to the lower half. Its lower byte is used as it is. Its upper byte stays in place, so
-    # that its code is 256 times too large, which `unit` undoes.
     word = tl.join(low, high).to(tl.uint32)[:, :, None]
-    byte = tl.arange(0, 4)[None, None, :]
-    place, unit = 8 * (byte % 2), tl.where(byte % 2 == 0, 1.0, 1 / 256)
-    code = (word >> (16 * (byte // 2))) & (((1 << BITS) - 1) << place) | integers
-    zero = _TWO_TO_23 + ((8 if BIAS is None else BIAS) << place)
-    code = code.to(tl.float32, bitcast=True) - zero.to(tl.float32, bitcast=True)
-    if BIAS is None:  # noqa: SIM108
-        weight = _codebook(code * unit) * scale[:, None, None]
-    else:
-        weight = code * (unit * scale[:, None, None])
+    scale = scale[:, None, None]
     if HAS_MINIMUM:
-        weight -= minimum[:, None, None]
+        minimum = minimum[:, None, None]
+    byte = tl.arange(0, 4)[None, None, :]
+    weight = values(word, byte, scale, minimum, integers, BITS, BIAS, HAS_MINIMUM)
     return tl.reshape(weight, (block.shape[0], 8))
 
 
@@ -95,7 +106,7 @@ def dequantize_kernel(
     Args:
         packed: uint8, starting at a 16-byte boundary.
         out: `n_elements` of a float dtype, at least TILE, contiguous.
-        integers: _TWO_TO_23. An argument stays in a register, while a constant costs one more instruction per weight.
+        integers: TWO_TO_23. An argument stays in a register, while a constant costs one more instruction per weight.
         grid: `grid_codes` of the type, uint8, (rows, 8 or 4); None for a type without a grid.
     """
     # The last program starts early enough to end with the last weight. Some weights are then dequantized twice, but no
@@ -122,8 +133,8 @@ def dequantize_kernel(
 
 
 def constants(qtype: QuantType) -> dict[str, object]:
-    """Return the kernel's constants, except TILE, for a type of FORMATS."""
-    form = FORMATS[qtype.name]
+    """Return the constants of a type: those of the kernel, except TILE."""
+    form = FORMATS.get(qtype.name, CodeLayout(0, fields=1))
     return {
         "FORMAT": qtype.name,
         "BITS": form.bits,
@@ -136,6 +147,12 @@ def constants(qtype: QuantType) -> dict[str, object]:
     }
 
 
+def grid_of(qtype: QuantType, device: torch.device) -> Tensor | None:
+    """Return the argument `grid` of the kernels: uint8 (rows, 8 or 4), or None for a type without a grid."""
+    steps = FORMATS[qtype.name].grid_steps if qtype.name in FORMATS else 0
+    return grid_codes(qtype.name, steps, device) if steps else None
+
+
 def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     """Launch the kernel on the current device, without regard to the device of the tensors.
 
@@ -146,10 +163,26 @@ def launch(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
     n_elements = out.numel()
     tile = min(TILE, 1 << (n_elements.bit_length() - 1))
     programs = (-(-n_elements // tile),)
-    steps = FORMATS[qtype.name].grid_steps
-    grid = grid_codes(qtype.name, steps, packed.device) if steps else None
-    arguments = (packed, out, n_elements, _TWO_TO_23.value, grid)
+    arguments = (packed, out, n_elements, TWO_TO_23.value, grid_of(qtype, packed.device))
     dequantize_kernel[programs](*arguments, TILE=tile, **constants(qtype), **OPTIONS)
+
+
+def run_on_device(kernel: tuple[object, ...], device: torch.device, call: Callable[[], None]) -> None:
+    """Call a function that launches a kernel, on a device; the first launch loads the kernel, which stays there.
+
+    Args:
+        kernel: what tells the kernel from others, the name of the type first.
+
+    Raises:
+        RuntimeError: Triton cannot compile for the device, or has no driver for it.
+    """
+    loaded = nullcontext() if kernel in _loaded else lasting_allocations()
+    with getattr(torch, device.type).device(device), loaded:
+        try:
+            call()
+        except TritonError as error:
+            raise RuntimeError(f"{kernel[0]} does not compile: {error}") from error
+    _loaded.add(kernel)
 
 
 def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
@@ -164,15 +197,5 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> bool:
     """
     if qtype.name not in FORMATS:
         return False
-    kernel = (qtype.name, out.dtype, packed.device)
-    # The first launch loads the kernel, which stays on the device.
-    with (
-        getattr(torch, packed.device.type).device(packed.device),
-        nullcontext() if kernel in _loaded else lasting_allocations(),
-    ):
-        try:
-            launch(qtype, packed, out)
-        except TritonError as error:
-            raise RuntimeError(f"{qtype.name} does not compile: {error}") from error
-    _loaded.add(kernel)
+    run_on_device((qtype.name, out.dtype, packed.device), packed.device, lambda: launch(qtype, packed, out))
     return True

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 BITS = tl.constexpr(0x01010101)
+PAIRS = tl.constexpr(0x03030303)
+SIGNS = tl.constexpr(0x80808080 - (1 << 32))
 
 
 @triton.jit
@@ -30,6 +32,9 @@ def load_word(pointer, ALIGN: tl.constexpr):
     """Load four bytes as a word."""
     if ALIGN >= 4:
         return tl.load(pointer.to(tl.pointer_type(tl.int32)))
+    if ALIGN == 1:
+        low, high = load_byte(pointer) | (load_byte(pointer + 1) << 8), load_byte(pointer + 2)
+        return low | (high << 16) | (load_byte(pointer + 3) << 24)
     return load_pair(pointer) | (load_pair(pointer + 2) << 16)
 
 

@@ -6,6 +6,7 @@ Source: comfy_kitchen 0.2.40 tensor/w4a8_packed.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ _CODEBOOK = (
     *(-0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720),
     *(0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671),
 )
-# Bins of the interval from -1 to 1, in each of which lies at most one value of the table.
-_BINS = 1 << 12
+BINS = 1 << 12
+"""Bins of the interval from -1 to 1, in each of which lies at most one value of a table."""
 _MAX_INTEGER = 31
 
 
@@ -41,7 +42,8 @@ class CodeValues(ABC):
         """Return the values below and above numbers, float32 of any shape; equal where only one is near.
 
         Of the levels of an integer grid to which all values are rounded, that of one of these two is the nearest: a
-        value is moved by half a level at most, and its neighbor beyond is at least half a level away.
+        value is moved by half a level at most, and its neighbor beyond is at least half a level away. Where values of a
+        fitted table lie closer, the error may be a fraction of a level larger.
         """
 
     @abstractmethod
@@ -67,25 +69,28 @@ class CodeValues(ABC):
         return torch.where((scaled - upper).abs_() < (scaled - lower).abs_(), upper, lower)
 
 
+@dataclass(frozen=True)
 class Codebook(CodeValues):
-    """The 16 values of kitchen's frozen table.
+    """A table of 16 rising values of at most about 1; at least two bins of the interval lie between neighbors.
 
-    Kitchen fits another table to weights whose tails are heavy even after the rotation, and has less error there. Its
-    authors say that real models have none. Another table costs the fast kernel for few tokens.
+    Args:
+        values: by default those of kitchen's frozen table. Another table costs the fast kernel for few tokens.
     """
+
+    values: tuple[float, ...] = _CODEBOOK
 
     bits, top, stored = 4, 1.0, True
 
     def table(self, device: torch.device) -> Tensor:
-        return _bins(device)[0]
+        return _bins(self.values, device)[0]
 
     def around(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
-        _, _, lower, upper = _bins(scaled.device)
+        _, _, lower, upper = _bins(self.values, scaled.device)
         index = _bin_of(scaled)
         return _look_up(lower, index), _look_up(upper, index)
 
     def codes(self, scaled: Tensor, upper: Tensor) -> Tensor:
-        return _look_up(_bins(scaled.device)[1], _bin_of(scaled)) + upper
+        return _look_up(_bins(self.values, scaled.device)[1], _bin_of(scaled)) + upper
 
     def pack(self, codes: Tensor) -> Tensor:
         return pack_nibbles(codes)
@@ -120,7 +125,7 @@ class Integers(CodeValues):
 
 
 def _bin_of(scaled: Tensor) -> Tensor:
-    return (scaled * (_BINS // 2)).add_(_BINS // 2).clamp_(0, _BINS - 1).int()
+    return (scaled * (BINS // 2)).add_(BINS // 2).clamp_(0, BINS - 1).int()
 
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
@@ -129,13 +134,13 @@ def _look_up(table: Tensor, index: Tensor) -> Tensor:
 
 
 @cached_on_device
-def _bins(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _bins(values: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the table, and for each bin the code below it and the values below and above.
 
     In a bin with a value of the table that value is the nearest by far, and so both.
     """
-    table = torch.tensor(_CODEBOOK)
-    edges = torch.arange(_BINS + 1) / (_BINS // 2) - 1
+    table = torch.tensor(values)
+    edges = torch.arange(BINS + 1) / (BINS // 2) - 1
     below_start, below_end = (torch.bucketize(edge, table, right=True) for edge in (edges[:-1], edges[1:]))
     has_value = below_end > below_start
     lower = torch.where(has_value, below_start, below_start - 1).clamp_(0, len(table) - 1)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .native_format import NativeFormat, Part
+from .native_format import NativeFormat, Part, Rounding
 from .rotation import rotate
 
 DTYPES = {
@@ -49,18 +50,26 @@ class LayerType:
         """Return the shape of the bytes of a weight of this type."""
         return (self.nbytes,)
 
-    def quantize(self, weight: Tensor, importance: Tensor | None = None, effort: str = "best") -> Tensor:
+    def quantize(
+        self,
+        weight: Tensor,
+        importance: Tensor | None = None,
+        effort: str = "best",
+        rounding: Rounding | None = None,
+    ) -> Tensor:
         """Encode the whole weight.
 
         Args:
             weight: floating point, of this type's shape, on any device.
             importance: floating point, (in_features,).
-            effort: "fast", "best" or "thorough", which is the same as "best".
+            effort: "fast", "best" or "thorough", which is the same as "best". With a rounding, all are.
+            rounding: rounds the weights in place of rounding each to the nearest level.
 
         Returns:
             uint8, (n,): the bytes of all parts, on the device of the weight.
         """
-        parts = self.format.encode(weight.float(), importance, "fast" if effort == "fast" else "best")
+        search: Literal["fast", "best"] = "fast" if effort == "fast" and rounding is None else "best"
+        parts = self.format.encode(weight.float(), importance, search, rounding)
         return torch.cat([_bytes(parts[part.suffix], part) for part in self.parts])
 
     def dequantize(self, packed: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +17,16 @@ from ..errors import QuantError
 from .rotation import Rotation, rotate_as_kitchen
 
 Effort = Literal["fast", "best"]
+Rounding = Callable[["NativeFormat", Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Rounds weights for the least error of a layer's outputs.
+
+It takes the format and weights in units of their row's scale, float32 (rows, columns). It returns the levels of the
+weights, (rows, columns), the scales of their groups, (rows, groups), and factors of the rows' scales, (rows, 1).
+"""
 MARKER = "comfy_quant"
 _BYTES = {"I8": 1, "U8": 1, "F8_E4M3": 1, "F32": 4}
+# The rounding for outputs works on one column of all rows at a time, so that it needs more rows than a search.
+ROUNDED_ELEMENTS = 1 << 22
 # The smallest normal float32, as a lower limit of scales: below, processors lose bits or flush to zero.
 TINY = 2.0**-126
 
@@ -48,6 +56,9 @@ class NativeFormat(ABC):
     config: Mapping[str, object] = field(hash=False)
     """The JSON object of `comfy_quant`."""
 
+    rotates: ClassVar[bool] = False
+    """Whether weights are rotated before they are rounded, and inputs before the product."""
+
     def takes(self, shape: tuple[int, ...]) -> str | None:
         """Return why the format cannot hold a weight of this shape, or None."""
         if len(shape) != 2 or 0 in shape:
@@ -63,13 +74,20 @@ class NativeFormat(ABC):
         """Return the stored bits per weight, with all scales and the marker."""
         return 8 * sum(part.nbytes for part in self.parts(shape)) / math.prod(shape)
 
-    def encode(self, weight: Tensor, importance: Tensor | None = None, effort: Effort = "best") -> dict[str, Tensor]:
+    def encode(
+        self,
+        weight: Tensor,
+        importance: Tensor | None = None,
+        effort: Effort = "best",
+        rounding: Rounding | None = None,
+    ) -> dict[str, Tensor]:
         """Encode a weight.
 
         Args:
             weight: float32 (rows, columns), on any device.
             importance: float32 (columns,), factors of the squared errors. Only NVFP4 uses them.
             effort: `fast` takes the scales that ComfyUI would; `best` searches for scales with less error.
+            rounding: rounds the weights in place of rounding each to the nearest level.
 
         Returns:
             A tensor for each of `parts`, with its dtype and shape, on the device of the weight.
@@ -80,7 +98,7 @@ class NativeFormat(ABC):
         self._check(tuple(weight.shape))
         if importance is not None:
             importance = importance.to(weight.device, torch.float32)
-        encoded = self._encode(weight, importance, effort == "best")
+        encoded = self._encode(weight, importance, effort == "best", rounding)
         return encoded | {MARKER: torch.tensor(list(self._marker()), dtype=torch.uint8, device=weight.device)}
 
     @abstractmethod
@@ -100,7 +118,9 @@ class NativeFormat(ABC):
         """Return the tensors other than the marker."""
 
     @abstractmethod
-    def _encode(self, weight: Tensor, importance: Tensor | None, search: bool) -> dict[str, Tensor]: ...
+    def _encode(
+        self, weight: Tensor, importance: Tensor | None, search: bool, rounding: Rounding | None
+    ) -> dict[str, Tensor]: ...
 
     def _unfit(self, rows: int, columns: int) -> str | None:
         return None
@@ -115,16 +135,19 @@ class NativeFormat(ABC):
         return text + b" " * (-len(text) % 8)
 
 
-def by_rows(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, columns: int) -> tuple[Tensor, ...]:
+def by_rows(
+    function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor, columns: int, elements: int = 0
+) -> tuple[Tensor, ...]:
     """Apply a function to a few rows at a time of tensors of any dtype, (rows, any), so that temporaries stay small.
 
     Args:
         columns: of the weight, whose elements are counted.
+        elements: how many at a time; 0 is what suits the device.
 
     Returns:
         The results of all rows, each as (rows, any).
     """
-    n_rows, step = len(tensors[0]), max(1, elements_at_a_time(tensors[0].device) // columns)
+    n_rows, step = len(tensors[0]), max(1, (elements or elements_at_a_time(tensors[0].device)) // columns)
     results: tuple[Tensor, ...] = ()
     for first in range(0, n_rows, step):
         pieces = function(*(tensor[first : first + step] for tensor in tensors))

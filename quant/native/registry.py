@@ -13,8 +13,8 @@ from .rowwise import INT4, INT8
 
 def w4a8(group: int = 16) -> NativeFormat:
     """Return W4A8 with this many weights per scale."""
-    name = "W4A8" if group == 16 else f"W4A8 G{group}"
-    return LevelsFormat(name, 0, _levels_config(group), group, Codebook(), (), (-3, -2, -1, 1, 2, 3))
+    name = "W4A8" if group == 16 else f"W4A8_G{group}"
+    return LevelsFormat(name, 1, _levels_config(group), group, Codebook(), (), (-3, -2, -1, 1, 2, 3))
 
 
 def _levels_config(group: int) -> dict[str, object]:
@@ -34,8 +34,23 @@ NATIVE: dict[str, NativeFormat] = {
         MXFP8("MXFP8", 0, {"format": "mxfp8"}),
         INT8("INT8", 0, _INT8_CONFIG, 127, 1e-30, _INT8_COARSE, (0.01, 0.005, 0.0025)),
         w4a8(),
+        w4a8(32),
         LevelsFormat("W6A8", 0, _levels_config(16), 16, Integers(), (-1, 1), (-3, -2, -1, 1, 2, 3)),
         NVFP4("NVFP4", 0, {"format": "nvfp4"}),
         INT4("INT4", 0, _INT4_CONFIG, 7, 1e-10 / 7, _INT4_COARSE, (0.02, 0.01, 0.005)),
     )
 }
+
+FIRST_HOST = {
+    **{"FP8": (0, 8), "NVFP4": (0, 8), "MXFP8": (0, 18), "INT8": (0, 27), "INT4": (0, 28)},
+    **{"W4A8": (0, 31), "W4A8_G32": (0, 31), "W6A8": (0, 38)},
+}
+"""The first ComfyUI that loads each format. Source: its release notes, and pull request 14859 for INT4."""
+
+
+def companions(name: str) -> list[str]:
+    """Return the formats that load wherever this one does, itself included, in the order of `NATIVE`.
+
+    MXFP8 has no error less than FP8 in more bytes, and also needs PyTorch 2.10, so that it accompanies no other.
+    """
+    return [other for other in NATIVE if other == name or (other != "MXFP8" and FIRST_HOST[other] <= FIRST_HOST[name])]

@@ -33,16 +33,21 @@ Rotation = Callable[[Tensor], Tensor]
 """Takes and returns float32, (n, columns)."""
 
 
-def rotate(rows: Tensor) -> Tensor:
-    """Rotate each run of 256 columns, or undo it: float32, (n, columns).
+def rotate(rows: Tensor, distances: tuple[int, ...] = (64, 16, 4, 1)) -> Tensor:
+    """Rotate each run of 256 columns, or undo it: float32 or float64, (n, columns).
 
     The order of the additions is fixed, so that the bits do not depend on threads, slices or the device.
+
+    Args:
+        distances: between the columns that each of the four steps mixes, in their order.
     """
-    turned = rows.reshape(-1, GROUP)
-    for distance in (64, 16, 4, 1):
-        a, b, c, d = turned.view(-1, 4, distance).unbind(1)
+    # A step replaces a, b, c, d by their sum minus twice d, c, b, a. It reverses them, and so do all steps together.
+    turned = rows.reshape(-1, GROUP).flip(1)
+    for distance in distances:
+        quarters = turned.view(-1, 4, distance)
+        a, b, c, d = quarters.unbind(1)
         total = (a + b).add_(c + d)
-        turned = torch.stack([torch.sub(total, one, alpha=2) for one in (d, c, b, a)], 1).view(-1, GROUP)
+        torch.sub(total.unsqueeze(1), quarters, alpha=2, out=quarters)
     return turned.mul_(GROUP**-0.5).view_as(rows)
 
 

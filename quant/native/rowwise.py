@@ -8,11 +8,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .native_format import TINY, NativeFormat, Part, by_rows
+from .native_format import ROUNDED_ELEMENTS, TINY, NativeFormat, Part, Rounding, by_rows
 from .packing import pack_nibbles, unpack_nibbles
 from .rotation import Rotation, not_rotatable, rotate, rotate_as_kitchen
 
@@ -28,6 +29,7 @@ class RowScaled(NativeFormat):
     """The scales to try first, relative to the one that maps the largest magnitude to `top`."""
     fine: tuple[float, ...]
     """Steps from the best scale so far, each tried in both directions."""
+    rotates: ClassVar[bool] = True
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
@@ -43,17 +45,23 @@ class RowScaled(NativeFormat):
     def _unfit(self, rows: int, columns: int) -> str | None:
         return not_rotatable(columns)
 
-    def _encode(self, weight: Tensor, importance: Tensor | None, search: bool) -> dict[str, Tensor]:
+    def _encode(
+        self, weight: Tensor, importance: Tensor | None, search: bool, rounding: Rounding | None
+    ) -> dict[str, Tensor]:
         def encode(rows: Tensor) -> tuple[Tensor, ...]:
             rotated = rotate(rows.float())
             amax = torch.linalg.vector_norm(rotated, torch.inf, 1, keepdim=True)
             scales = torch.where(amax > 0, (amax / self.top).clamp_(min=TINY), self.zero_scale)
             if search:
                 scales = self._best_scales(rotated, amax, scales)
-            codes = rotated.div_(scales).round_().clamp_(-self.top, self.top).to(torch.int8)
-            return self._pack(codes), scales
+            codes = rotated.div_(scales)
+            if rounding is not None:
+                codes, _, factors = rounding(self, codes)
+                scales = scales * factors
+            return self._pack(codes.round_().clamp_(-self.top, self.top).to(torch.int8)), scales
 
-        codes, scales = by_rows(encode, weight, columns=weight.shape[1])
+        elements = 0 if rounding is None else ROUNDED_ELEMENTS
+        codes, scales = by_rows(encode, weight, columns=weight.shape[1], elements=elements)
         return {"weight": codes, "weight_scale": scales.view(self._scale_shape(len(scales)))}
 
     def _best_scales(self, rows: Tensor, amax: Tensor, first: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import QuantError
 from ..native.layer_type import LayerType
+from ..native.native_format import NativeFormat
 from ..native.registry import NATIVE
 from ..qtype import QTYPES, QuantType
 
@@ -101,6 +102,8 @@ _SMALL_ELEMENTS = 1024
 
 # Source: llama.cpp src/llama-quant.cpp, for tensors whose rows are not a multiple of the block size.
 _COARSE = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "Q2_K", "Q3_K", "IQ4_XS")
+_NATIVE_FALLBACK = "FP8"
+"""The format that takes rows of any length, and loads wherever another one does."""
 _FALLBACK = {**dict.fromkeys(_COARSE, "IQ4_NL"), "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
@@ -165,29 +168,39 @@ def plan_types(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
 
 
 def _plan_native(recipe: Recipe, tensors: Mapping[str, TensorInfo]) -> TypePlan:
-    """Return the native format for the weights of blocks, and the dtype of the source for everything else."""
+    """Return the native format for the weights of blocks, and the dtype of the source for everything else.
+
+    A weight of another shape than the format can hold is in FP8, or keeps its dtype if that cannot hold it either.
+    """
     types: dict[str, StoredType] = {}
     fallbacks: list[Fallback] = []
-    native = NATIVE[recipe.base]
     for name, tensor in tensors.items():
-        types[name] = QTYPES[_kept_dtype(tensor)]
-        if required_precision(name, tensor) != "quantized":
+        types[name] = kept_type(tensor)
+        if not is_native_layer(name, tensor):
             continue
-        rows, columns = tensor.shape
-        reason = native.takes((rows, columns))
-        if reason is None and any(part.nbytes % 4 for part in native.parts((rows, columns))):
-            reason = f"{rows}x{columns} weights, not a multiple of 4"
-        if reason is None:
-            types[name] = LayerType(native, (rows, columns))
-        else:
-            fallbacks.append(Fallback(name, recipe.base, types[name].name, reason))
+        stored, next_one = (native_type(NATIVE[each], tensor) for each in (recipe.base, _NATIVE_FALLBACK))
+        if isinstance(stored, LayerType):
+            types[name] = stored
+            continue
+        if isinstance(next_one, LayerType):
+            types[name] = next_one
+        fallbacks.append(Fallback(name, recipe.base, types[name].name, stored))
     return TypePlan(types, tuple(fallbacks))
 
 
-def _kept_dtype(tensor: TensorInfo) -> str:
+def native_type(native: NativeFormat, tensor: TensorInfo) -> LayerType | str:
+    """Return a native format as the type of a matrix, or why the format cannot hold it."""
+    rows, columns = tensor.shape
+    reason = native.takes((rows, columns))
+    if reason is None and any(part.nbytes % 4 for part in native.parts((rows, columns))):
+        reason = f"{rows}x{columns} weights, not a multiple of 4"
+    return LayerType(native, (rows, columns)) if reason is None else reason
+
+
+def kept_type(tensor: TensorInfo) -> QuantType:
     """Return the dtype in which a tensor stays: its own, if the next tensor in the file then starts at 4 bytes."""
     name = {torch.float16: "F16", torch.bfloat16: "BF16"}.get(tensor.dtype, "F32")
-    return "F32" if math.prod(tensor.shape) % 2 else name
+    return QTYPES["F32" if math.prod(tensor.shape) % 2 else name]
 
 
 def required_precision(name: str, tensor: TensorInfo) -> Precision:
@@ -204,6 +217,11 @@ def required_precision(name: str, tensor: TensorInfo) -> Precision:
     ):
         return "exact"
     return "protected" if _PROTECTED.search(name) else "quantized"
+
+
+def is_native_layer(name: str, tensor: TensorInfo) -> bool:
+    """Return whether a tensor may be in one of ComfyUI's own formats; most of them are for Linear modules only."""
+    return name != EMBEDDING and required_precision(name, tensor) == "quantized"
 
 
 def type_or_fallback(wanted: str, tensor: TensorInfo) -> QuantType:

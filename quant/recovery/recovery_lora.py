@@ -23,6 +23,7 @@ from ..gguf.provenance import DATA_SHA256, VERSION, corrected_in
 from ..gguf.reader import GGUFFile, GGUFTensor
 from ..plan.recipe import required_precision
 from ..progress import Progress
+from ..sources.baked_lora import LoRA
 from ..sources.checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from ..sources.model_tensors import open_model
 from ..sources.names import WAN
@@ -110,6 +111,7 @@ def recover(
     *,
     importance: Mapping[str, Tensor] | None = None,
     add_ons: Sequence[str | Path] = (),
+    loras: Sequence[LoRA] = (),
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -127,6 +129,7 @@ def recover(
             squared error of a weight counts. See `read_importance`. A file with corrected biases needs the matrix that
             it was made with.
         add_ons: add-on files that were merged onto the source.
+        loras: LoRAs that were added to the weights of the source.
         device: the device that computes the corrections.
         overwrite: replace an existing destination.
         progress: is called with the source bytes done, the source bytes in total and the name of the tensor.
@@ -141,7 +144,7 @@ def recover(
         raise QuantError(f"{destination}: not a .safetensors name; choose a destination that ends in .safetensors")
     packed = open_model(file)
     with (
-        open_checkpoint(source, add_ons) as checkpoint,
+        open_checkpoint(source, add_ons, loras) as checkpoint,
         AtomicFile(destination, int(size * GIB), overwrite=overwrite) as output,
     ):
         warnings = check_importance(importance, checkpoint.tensors)

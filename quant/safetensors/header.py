@@ -16,10 +16,10 @@ from .metadata import from_text
 
 _MARKER, _WEIGHT = "comfy_quant", "weight"
 _MOST_MARKER_BYTES = 1 << 12
-_W4A8 = "asym_w4a8_int8"
-# W6A8 has the same name in its marker as W4A8.
-_NAMES = {str(native.config["format"]): type_name(native) for name, native in NATIVE.items() if name != "W6A8"}
-_CODES_A_BYTE = {"INT4": (2, 1), "NVFP4 (ComfyUI)": (2, 1), "W4A8": (2, 1), "W6A8": (4, 3)}
+# W4A8 and W6A8 have the same name in their markers. They differ in the bytes of a row, and in the size of the groups.
+_LEVELS, _USUAL_GROUP = "asym_w4a8_int8", 16
+_NAMES = {str(native.config["format"]): type_name(native) for native in NATIVE.values()}
+_CODES_A_BYTE = {"INT4": 2, "NVFP4 (ComfyUI)": 2}
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,23 @@ def _record(name: str, parts: list[TensorEntry], config: Mapping[str, object]) -
     nbytes = sum(part.end - part.begin for part in parts)
     if not config:
         return NativeRecord(name, weight.dtype, weight.shape, nbytes)
-    is_six_bits = config.get("format") == _W4A8 and not any(part.name.endswith("_codebook") for part in parts)
-    stored = "W6A8" if is_six_bits else _NAMES.get(str(config.get("format")), str(config.get("format")))
-    shape = weight.shape
-    if len(shape) == 2 and (codes := _CODES_A_BYTE.get(stored)):
-        shape = (shape[0], shape[1] * codes[0] // codes[1])
+    stored, shape = _NAMES.get(str(config.get("format")), str(config.get("format"))), weight.shape
+    if config.get("format") == _LEVELS:
+        stored, shape = _levels(parts, weight.shape, config)
+    elif len(shape) == 2 and (codes := _CODES_A_BYTE.get(stored)):
+        shape = (shape[0], shape[1] * codes)
     return NativeRecord(name, stored, shape, nbytes)
+
+
+def _levels(
+    parts: list[TensorEntry], stored: tuple[int, ...], config: Mapping[str, object]
+) -> tuple[str, tuple[int, ...]]:
+    """Return the name of W4A8 or W6A8, with an unusual group, and the shape of the weight; as stored if malformed."""
+    params = config.get("params")
+    group = config.get("group_size", params.get("group_size") if isinstance(params, dict) else None) or _USUAL_GROUP
+    scales = next((part.shape for part in parts if part.name.endswith(".weight_s_rel")), ())
+    if type(group) is not int or len(scales) != 2 or len(stored) != 2:
+        return _LEVELS, stored
+    columns = scales[1] * group
+    name = "W6A8" if stored[1] * 4 == columns * 3 else "W4A8"
+    return name if group == _USUAL_GROUP else f"{name}_G{group}", (stored[0], columns)

@@ -23,12 +23,26 @@ _WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
+class PlainBytes:
+    """The type of a tensor that holds bytes, such as a tokenizer."""
+
+    name: str = "U8"
+
+    def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the bytes."""
+        return shape
+
+
+@dataclass(frozen=True)
 class NativeSpec:
     """A tensor of a model to be written: as it is, or as the tensors of a quantized layer."""
 
     name: str
-    qtype: QuantType | LayerType
+    """The name in the source's model."""
+    qtype: QuantType | LayerType | PlainBytes
     shape: tuple[int, ...]
+    name_in_file: str = ""
+    """The name in the file, if it is another one."""
 
     @property
     def nbytes(self) -> int:
@@ -37,10 +51,11 @@ class NativeSpec:
     def entries(self) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
         """Yield the names, dtypes, shapes and bytes of the tensors in the file."""
         if not isinstance(self.qtype, LayerType):
-            yield self.name, self.qtype.name, self.shape, self.nbytes
+            yield self.name_in_file or self.name, self.qtype.name, self.shape, self.nbytes
             return
+        layer = (self.name_in_file or self.name).removesuffix(_WEIGHT)
         for part in self.qtype.parts:
-            yield self.name.removesuffix(_WEIGHT) + part.suffix, part.dtype, part.shape, part.nbytes
+            yield layer + part.suffix, part.dtype, part.shape, part.nbytes
 
 
 class SafetensorsLayout:

@@ -12,6 +12,7 @@ from ..gguf.provenance import (
     CALIBRATED,
     CORRECTED_BIASES,
     FIVE_D,
+    LORAS,
     NON_FINITE,
     RELATIVE_ERROR,
     SOURCE_MTIME,
@@ -22,6 +23,7 @@ from ..gguf.provenance import (
 
 OURS = "wanquant."
 _NUMBERS = (TARGET_SIZE, SOURCE_MTIME, "wanquant.source_size")
+_LISTS = (CORRECTED_BIASES, LORAS)
 _FLAGS = (FIVE_D, NON_FINITE, CALIBRATED)
 # It describes the layers of the source, and ComfyUI prefers it to the layers' own markers.
 _OF_SOURCE_FORMAT = "_quantization_metadata"
@@ -69,6 +71,6 @@ def _value(key: str, text: str) -> object:
         return int(text)
     if key in _FLAGS:
         return {"true": True, "false": False}.get(text, False)
-    if key == CORRECTED_BIASES:
+    if key in _LISTS:
         return json.loads(text)
     return text

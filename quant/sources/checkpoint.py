@@ -15,6 +15,7 @@ from ..gguf.provenance import source_metadata
 from .add_ons import check_add_on, check_has_layers, is_add_on
 from .animate import joined_tensor, with_joined_halves
 from .attention import take_preferences, without_preferences
+from .baked_lora import LoRA, bake
 from .completeness import check_complete, few_blocks
 from .files import SourceFiles, SourceIdentity
 from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
@@ -47,6 +48,10 @@ class Checkpoint:
     """The most bytes of main memory that reading needs in addition to the values that are read."""
     left_out: tuple[str, ...] = ()
     """Warnings of another model in the files, which is left out."""
+    loras: tuple[LoRA, ...] = ()
+    """The LoRAs that are added to the weights."""
+    notes: tuple[str, ...] = ()
+    """Sentences on what was added to the weights."""
     zeroed: set[str] | None = field(default=None, compare=False)
     """The names of the tensors in which NaN or infinity was read as 0 so far; None if these values are refused."""
 
@@ -93,25 +98,49 @@ class Checkpoint:
         self.files.close()
 
 
-def open_checkpoint(path: str | Path, add_ons: Sequence[str | Path] = ()) -> Checkpoint:
+def open_checkpoint(path: str | Path, add_ons: Sequence[str | Path] = (), loras: Sequence[LoRA] = ()) -> Checkpoint:
     """Open a Wan transformer, an add-on for one, or a T5 text encoder.
 
     Args:
         path: a safetensors file (plain, FP8, or in ComfyUI's quantized formats), a folder of shards, their index, one
             of the shards, or a GGUF.
         add_ons: add-on files (VACE and the like) whose tensors are merged onto the checkpoint's.
+        loras: LoRAs that are added to the weights, in this order.
 
     Raises:
-        QuantError: no such file, a pickle, a damaged or missing file, another model, or an unsupported format.
+        QuantError: no such file, a pickle, a damaged or missing file, another model, an unsupported format, or a LoRA
+            that does not fit.
     """
     base = _open(Path(path))
     try:
         for add_on in add_ons:
             base = _merged(base, _open(Path(add_on)))
+        if loras:
+            base = with_loras(base, loras)
     except BaseException:
         base.files.close()
         raise
     return base
+
+
+def with_loras(base: Checkpoint, loras: Sequence[LoRA]) -> Checkpoint:
+    """Return a checkpoint with LoRAs added to its weights, which are float32 then.
+
+    Raises:
+        QuantError: see `bake`.
+    """
+    baked = bake(base.path, base.tensors, loras)
+    parts = tuple(file.identity for file in baked.files)
+    return replace(
+        base,
+        identity=replace(base.identity, parts=base.identity.parts + parts),
+        tensors=baked.tensors,
+        files=SourceFiles([*base.files.parts, *baked.files]),
+        held_bytes=base.held_bytes + baked.held_bytes,
+        left_out=(*base.left_out, *baked.warnings),
+        loras=(*base.loras, *loras),
+        notes=(*base.notes, *baked.notes),
+    )
 
 
 def _open(path: Path) -> Checkpoint:

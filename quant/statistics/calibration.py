@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..gguf.provenance import CALIBRATED
+from ..native.rotation import rotate
 from .held_out import HeldOut
 from .importance import Collector, Importance
 from .leading_factors import leading_factors, sketch
@@ -51,9 +52,28 @@ class SecondMoments(NamedTuple):
     factors: Tensor
     """float64 (in_features / span, span, rank); the rank may be 0."""
 
+    @classmethod
+    def of_uncorrelated(cls, squares: Tensor) -> SecondMoments:
+        """Return the moments of channels that do not vary together, from their mean squares, (in_features,)."""
+        spans = squares.double().view(-1, math.gcd(len(squares), SPAN))
+        return cls(torch.diag_embed(spans), spans.new_zeros(*spans.shape, 0))
+
     def within_spans(self) -> SecondMoments:
         """Return these moments without what the spans have in common."""
         return SecondMoments(self.blocks + self.factors @ self.factors.mT, self.factors[:, :, :0])
+
+    def rotated(self) -> SecondMoments:
+        """Return the moments of inputs that are rotated in runs of 256, as many as a span has here."""
+        blocks, factors = _rotate_last(_rotate_last(self.blocks).mT), _rotate_last(self.factors.mT).mT
+        return SecondMoments(blocks, factors.contiguous())
+
+    def diagonal(self) -> Tensor:
+        """Return the mean square of each input channel: float64, (in_features,)."""
+        return (self.blocks.diagonal(dim1=1, dim2=2) + self.factors.square().sum(2)).flatten()
+
+
+def _rotate_last(values: Tensor) -> Tensor:
+    return rotate(values.reshape(-1, values.shape[-1])).view(values.shape)
 
 
 @dataclass(frozen=True, eq=False)

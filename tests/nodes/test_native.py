@@ -52,7 +52,9 @@ def test_native_recipes_follow_the_present_ones(models):
         ("INT8", "a.gguf", 0.0, "a.safetensors", True),
         ("INT8", "a.SAFETENSORS", 0.0, "a.SAFETENSORS", False),
         ("Q8_0", "a.safetensors", 0.0, "a.gguf", True),
-        ("FP8", "a.safetensors", 0.005, "a.gguf", True),
+        ("FP8", "a.safetensors", 0.0055, "a.safetensors", False),
+        ("W4A8", "", 0.0045, "wan-W4A8-0.0045GiB.safetensors", False),
+        ("Q8_0", "", 0.005, "wan-0.005GiB.gguf", False),
     ],
 )
 def test_the_recipe_chooses_the_suffix(recipe, asked, target_size, written, said, folder):

@@ -13,6 +13,7 @@ sum without rounding errors (`exact.py`). The bytes of a row therefore depend ne
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from .descent import Descent
 from .exact import exact_product
-from .feedback import round_with_feedback
-from .grid import Grid
+from .feedback import Rounded, round_with_feedback
+from .grid import Grid, PackedGrid
 from .moments import Moments
 
-__all__ = ["BEST", "THOROUGH", "Grid", "Moments", "Thoroughness", "round_for_outputs"]
+__all__ = ["BEST", "THOROUGH", "Grid", "Moments", "Rounded", "Thoroughness", "round_for_outputs", "round_spans"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ THOROUGH = Thoroughness(neighbors=True, sweeps=6)
 
 
 def round_for_outputs(
-    grid: Grid, block_size: int, weight: Tensor, importance: Tensor, moments: Moments, how: Thoroughness
+    grid: PackedGrid, block_size: int, weight: Tensor, importance: Tensor, moments: Moments, how: Thoroughness
 ) -> Tensor:
     """Quantize a weight for the least squared error of its layer's outputs.
 
@@ -57,6 +58,23 @@ def round_for_outputs(
     Returns:
         uint8 (rows, bytes per row).
     """
+    rows, packed = len(weight), []
+    for rounded in round_spans(grid, block_size, weight, importance, moments, how):
+        n = len(rounded.levels)
+        blocks = [grid.pack_levels(*block).view(n, rows, -1) for block in rounded.blocks()]
+        packed.append(torch.stack(blocks, 2))
+    return torch.cat(packed).transpose(0, 1).reshape(rows, -1)
+
+
+def round_spans(
+    grid: Grid, block_size: int, weight: Tensor, importance: Tensor, moments: Moments, how: Thoroughness
+) -> Iterator[Rounded]:
+    """Yield the rounded spans of a weight, some at a time and in their order.
+
+    Args:
+        weight, importance: float32 (rows, input channels).
+        moments: as for `round_for_outputs`.
+    """
     rows, n = len(weight), len(moments.blocks)
 
     def by_channel(values: Tensor) -> Tensor:
@@ -65,7 +83,6 @@ def round_for_outputs(
     weight, importance = by_channel(weight), by_channel(importance)
     # F^T e of the turns so far.
     left = weight.new_zeros(1, moments.factors.shape[2], rows)
-    packed = []
     for turn in moments.turns:
         target = weight[turn.spans]
         if turn.spans.start:
@@ -78,6 +95,4 @@ def round_for_outputs(
             error = weight[turn.spans] - rounded.values(slice(0, rounded.scales.shape[1]))
             for part in exact_product(turn.factors, error):
                 left = left + part
-        blocks = [grid.pack_levels(*block).view(len(target), rows, -1) for block in rounded.blocks()]
-        packed.append(torch.stack(blocks, 2))
-    return torch.cat(packed).transpose(0, 1).reshape(rows, -1)
+        yield rounded

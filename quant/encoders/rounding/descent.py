@@ -12,11 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..search.levels import Integers, OddIntegers
 from ..search.sub_blocks import reciprocal_or_zero
 from .exact import exact_product, rounded_matrix, sum_channels
 from .feedback import Option, Rounded, better
-from .grid import Grid
+from .grid import Grid, Scales
 from .moments import SpanMoments
 from .small_matrices import root_and_inverse, times
 
@@ -42,44 +41,87 @@ class Descent:
 
     def run(self, sweeps: int) -> None:
         """Fit the factors, then go over all sub-blocks and fit the factors again, `sweeps` times."""
-        self._fit_factors()
+        if self._grid.has_factors:
+            self._fit_factors()
         for _ in range(sweeps):
             for sub in range(self._n_subs):
                 self._improve(sub)
-            self._fit_factors()
+            if self._grid.has_factors:
+                self._fit_factors()
 
     def _improve(self, sub: int) -> None:
-        """Choose the levels of a sub-block, then its integer scale and min."""
+        """Choose the levels of a sub-block, then its scale and min."""
         one = slice(sub, sub + 1)
         channels = slice(sub * self._grid.size, (sub + 1) * self._grid.size)
         before, matrix = self._rounded.values(one), self._moments.matrix[:, channels, channels].float()
-        gradient = self._round(sub, channels, matrix)
-        self._move(sub, self._rounded.levels[:, channels], gradient, matrix)
+        scale, levels = self._rounded.effective(one)[0], self._rounded.levels[:, channels]
+        if self._grid.has_factors:
+            new, gradient = self._round(levels, scale, self._gradient[:, channels], matrix)
+            self._move(sub, new, gradient, matrix)
+        else:
+            new, self._rounded.scales[:, sub] = self._round_again(levels, scale, self._gradient[:, channels], matrix)
+        self._rounded.levels[:, channels] = new
         change = self._rounded.values(one).sub_(before)
         self._gradient -= exact_product(self._moments.exact[:, :, channels], change)
 
-    def _round(self, sub: int, channels: slice, matrix: Tensor) -> Tensor:
-        """Round the groups of a sub-block one after the other; return its gradient, float32 (n, size, rows)."""
-        levels, gradient = self._rounded.levels[:, channels], self._gradient[:, channels].clone()
-        scale, together = self._rounded.effective(slice(sub, sub + 1))[0], self._grid.together
-        round_group = self._grid.rounding(scale[:, 0], self._grid.offset(levels))
+    def _round(
+        self, old: Tensor, scale: Tensor, gradient: Tensor, matrix: Tensor, unit_of_old: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Round the groups of a sub-block one after the other.
+
+        Args:
+            old, gradient: float32 (n, size, rows).
+            scale: float32 (n, 1, rows).
+            matrix: float32 (n, size, size).
+            unit_of_old: what the old levels count, float32 (n, 1, rows), if not as much as the new ones.
+
+        Returns:
+            The levels and the gradient after it, float32 (n, size, rows).
+        """
+        gradient, levels, together = gradient.clone(), old.clone(), self._grid.together
+        round_group, unit = self._grid.rounding(scale[:, 0], self._grid.offset(old)), self._grid.unit(scale)
         for first in range(0, self._grid.size, together):
             group = slice(first, first + together)
             root, inverse = root_and_inverse(matrix[:, group, group])
-            old = levels[:, group]
             # The values of least error if any were allowed.
-            free = times(gradient[:, group], inverse).addcmul_(old, scale)
+            free = times(gradient[:, group], inverse)
+            free = free.addcmul_(old[:, group], unit if unit_of_old is None else unit_of_old)
             new = round_group(free, root)
             if together > 1:
-                new = _closer(new, old, free, scale, root)
-            change = (new - old).mul_(scale)
+                new = _closer(new, old[:, group], free, scale, root)
+            if unit_of_old is None:
+                change = (new - old[:, group]).mul_(unit)
+            else:
+                change = new * unit - old[:, group] * unit_of_old
             for i in range(together):
                 gradient.addcmul_(matrix[:, :, first + i, None], change[:, i, None], value=-1)
             levels[:, group] = new
-        return gradient
+        return levels, gradient
+
+    def _round_again(self, old: Tensor, scale: Tensor, gradient: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Round a sub-block under its scale and the neighbors of it; return the levels and the scale of least error.
+
+        Args:
+            old, gradient: float32 (n, size, rows).
+            scale: float32 (n, 1, rows).
+            matrix: float32 (n, size, size).
+        """
+        scales, unit = self._grid.search.scales, self._grid.unit(scale)
+
+        def option(steps: int) -> Option:
+            moved = scales.moved(scale, steps) if steps else scale
+            levels, after = self._round(old, moved, gradient, matrix, unit if steps else None)
+            change = levels * self._grid.unit(moved) - old * unit
+            # With c the change and g - H c the gradient after it, the error changes by c H c^T - 2 c g.
+            return -sum_channels(change * (gradient + after)), moved[:, 0], levels
+
+        best, *others = (option(steps) for steps in _steps(scales))
+        for other in others:
+            best = better(other, best)
+        return best[2], best[1]
 
     def _move(self, sub: int, levels: Tensor, gradient: Tensor, matrix: Tensor) -> None:
-        """Move the integer scale and min of a sub-block to the best neighbors.
+        """Move the scale and min of a sub-block to the best neighbors.
 
         Args:
             levels, gradient: float32 (n, size, rows).
@@ -97,7 +139,7 @@ class Descent:
         scale, minimum = rounded.scales[:, sub], rounded.mins[:, sub]
 
         def option(scale_step: int, min_step: int) -> Option:
-            new = search.scales.nearest(scale + scale_step), search.mins.nearest(minimum + min_step)
+            new = search.scales.moved(scale, scale_step), search.mins.moved(minimum, min_step)
             a, b = rounded.d[:, block] * (new[0] - scale), rounded.dmin[:, block] * (new[1] - minimum)
             return a * (a * squares - 2 * of_levels) + b * (b * ones + 2 * of_ones - 2 * a * mixed), *new
 
@@ -162,5 +204,5 @@ def _closer(new: Tensor, old: Tensor, values: Tensor, scale: Tensor, root: Tenso
     return torch.where((costs[0] < costs[1])[:, None], new, old)
 
 
-def _steps(integers: Integers | OddIntegers) -> tuple[int, ...]:
-    return (0,) if integers.low == integers.high else (0, -integers.step, integers.step)
+def _steps(scales: Scales) -> tuple[int, ...]:
+    return (0,) if scales.is_fixed else (0, -1, 1)

@@ -25,14 +25,15 @@ Option = tuple[Tensor, ...]
 
 @dataclass
 class Rounded:
-    """A rounded weight by channel, d * scale * level - dmin * min; the first axis are runs of `span` input channels.
+    """A rounded weight by channel, unit * level - dmin * min; the first axis are runs of `span` input channels.
 
     Args:
         levels: float32 (n, span, rows).
         d, dmin: float16 values as float32, (n, blocks, rows).
-        scales, mins: integers as float32, (n, sub-blocks, rows).
+        scales, mins: as the grid can store them, float32 (n, sub-blocks, rows).
     """
 
+    grid: Grid
     levels: Tensor
     d: Tensor
     dmin: Tensor
@@ -48,7 +49,7 @@ class Rounded:
         scale, minimum = self.effective(subs)
         size = self.levels.shape[1] // self.scales.shape[1]
         levels = self.levels[:, subs.start * size : subs.stop * size]
-        return scale.repeat_interleave(size, 1).mul_(levels).sub_(minimum.repeat_interleave(size, 1))
+        return self.grid.unit(scale).repeat_interleave(size, 1).mul_(levels).sub_(minimum.repeat_interleave(size, 1))
 
     def effective(self, subs: slice) -> tuple[Tensor, Tensor]:
         """Return the effective scales and mins of some sub-blocks, float32 (n, sub-blocks, rows)."""
@@ -57,7 +58,8 @@ class Rounded:
 
     def blocks(self) -> Iterator[tuple[BlockScales, Tensor]]:
         """Yield for each block its scales, of n * rows blocks, and its levels, float32 (n * rows, block_size)."""
-        parts = [values.tensor_split(self.d.shape[1], 1) for values in vars(self).values()]
+        fields = (self.levels, self.d, self.dmin, self.scales, self.mins)
+        parts = [values.tensor_split(self.d.shape[1], 1) for values in fields]
         for levels, d, dmin, scales, mins in zip(*parts, strict=True):
             factors = (values.reshape(-1) for values in (d, dmin))
             integers = (values.transpose(1, 2).reshape(d.numel(), -1) for values in (scales, mins))
@@ -90,7 +92,7 @@ def round_with_feedback(
             remaining[:, later] -= exact_product(spread[:, later, channels], errors)
             levels.append(chosen)
         rounded.append((torch.cat(levels, 1), turns.d, turns.dmin, turns.scales, turns.mins))
-    return Rounded(*(torch.cat(parts, 1) for parts in zip(*rounded, strict=True)))
+    return Rounded(grid, *(torch.cat(parts, 1) for parts in zip(*rounded, strict=True)))
 
 
 def better(option: Option, than: Option) -> Option:
@@ -145,7 +147,7 @@ class _Turns:
         """Return the integer scales and mins to try, float32 (n, rows): those of the block's search come first."""
         found = self.scales[:, sub], self.mins[:, sub]
         scales, mins = self.grid.search.scales, self.grid.search.mins
-        if scales.low == scales.high:
+        if scales.is_fixed:
             return [found]
         # A unit of error costs this much once the later channels make up for it.
         costs = factors.diagonal(dim1=1, dim2=2).reciprocal().square().t()[:, :, None]
@@ -153,11 +155,11 @@ class _Turns:
         sub_blocks = SubBlocks(x.flatten(1), (costs / costs.mean(0)).expand_as(x).flatten(1))
         searched = self.grid.fit_integers(sub_blocks, self.d.flatten(), self.dmin.flatten())
         scale, minimum = (values.view_as(found[0]) for values in searched)
-        options = [found, (scale, minimum)]
+        options = [found, (scale, minimum)] if self.grid.has_factors else [(scale, minimum)]
         if self.neighbors:
-            options += [(scales.nearest(scale + step), minimum) for step in (-scales.step, scales.step)]
-            if mins.low < mins.high:
-                options += [(scale, mins.nearest(minimum + step)) for step in (-mins.step, mins.step)]
+            options += [(scales.moved(scale, steps), minimum) for steps in (-1, 1)]
+            if not mins.is_fixed:
+                options += [(scale, mins.moved(minimum, steps)) for steps in (-1, 1)]
         return options
 
     def _option(
@@ -171,11 +173,11 @@ class _Turns:
     ) -> Option:
         """Round the weights of a sub-block in their order; the errors of a group spread over the later groups."""
         real, shifted = self.d[:, 0] * scale, weight + (self.dmin[:, 0] * minimum)[:, None]
-        round_group = self.grid.rounding(real, offset)
+        round_group, unit = self.grid.rounding(real, offset), self.grid.unit(real)
         levels, errors = torch.empty_like(weight), torch.empty_like(weight)
         for group, costs in groups:
             levels[:, group] = round_group(shifted[:, group], costs)
-            error = shifted[:, group].addcmul_(levels[:, group], real[:, None], value=-1)
+            error = shifted[:, group].addcmul_(levels[:, group], unit[:, None], value=-1)
             errors[:, group] = times(error, costs)
             for channel in range(group.start, group.stop):
                 later = factors[:, channel, group.stop :, None]

@@ -14,7 +14,7 @@ from ...formats.kquants import pack_q2_k, pack_q3_k, pack_q4_k, pack_q5_k, pack_
 from ...formats.legacy import pack_q4_0, pack_q4_1, pack_q5_0, pack_q5_1, pack_q8_0
 from .constants import encode_constants_once
 from .fit import BlockScales, SearchSettings, fit_scales, refine
-from .levels import Codebook, Integers, Levels
+from .levels import Codebook, Integers, Levels, ScaledLevels
 from .scale import search_scale, search_scale_and_min
 from .sub_blocks import SubBlocks, reciprocal_or_zero, round_to_float16
 
@@ -49,7 +49,7 @@ _ONE_SCALE_AND_MIN = _Counts(anchors=20, starts=1, rounds=3)
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(ScaledLevels):
     """An encoder that first searches for the scales of blocks and then rounds the weights.
 
     Args:

@@ -31,6 +31,7 @@ from .grid_candidates import (
     weighted_sums,
 )
 from .grid_metric import nearest_coupled
+from .levels import ScaledLevels
 from .sub_blocks import SubBlocks, pairwise_sum, reciprocal_or_zero, round_to_float16, select_best
 
 Pack = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,7 +53,7 @@ _SUBNORMAL = 2.0**-14
 
 
 @dataclass(frozen=True)
-class GridEncoder:
+class GridEncoder(ScaledLevels):
     """An encoder that first searches for the scales of blocks and then rounds the weights to entries of a grid.
 
     Args:

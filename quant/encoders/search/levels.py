@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ class Integers(Levels):
     step: int = 1
     """The distance of neighbors."""
 
+    @property
+    def is_fixed(self) -> bool:
+        """True if there is one integer only, which a block then does not store."""
+        return self.low == self.high
+
+    def moved(self, values: Tensor, steps: int) -> Tensor:
+        """Return the integers so many neighbors away, or the last one: float32, of the shape of `values`."""
+        return self.nearest(values + steps * self.step)
+
     def nearest(self, values: Tensor) -> Tensor:
         return values.round_().clamp_(self.low, self.high)
 
@@ -53,6 +62,11 @@ class OddIntegers:
     high: int
     step: int = 2
     """The distance of neighbors."""
+    is_fixed: ClassVar[bool] = False
+
+    def moved(self, values: Tensor, steps: int) -> Tensor:
+        """Return the integers so many neighbors away, or the last one: float32, of the shape of `values`."""
+        return self.nearest(values + steps * self.step)
 
     def nearest(self, values: Tensor) -> Tensor:
         """Return the odd integer nearest to each value, float32 of the same shape; may overwrite `values`."""
@@ -74,6 +88,16 @@ class Codebook(Levels):
 
     def anchor_levels(self) -> Sequence[int]:
         return self.values
+
+
+class ScaledLevels:
+    """A type whose values are d * scale * level - dmin * min, with factors d and dmin in every block."""
+
+    has_factors: ClassVar[bool] = True
+
+    def unit(self, scale: Tensor) -> Tensor:
+        """Return what a level counts, float32 of any shape: the effective scale."""
+        return scale
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from wanquant.ops.budget.sampling_job import SamplingJob, clip_vision_entries
 from wanquant.ops.budget.simulator import Simulator, streamed_bytes
 from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.ops.packed import int8
 from wanquant.quant import QuantError, convert
 from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.plan.recipe import find_recipe, plan_types
@@ -96,23 +97,21 @@ def test_agrees_with_a_real_forward_in_int8(t2v, lean, monkeypatch):
     pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
     models = [load_diffusion_model(t2v[1], dtype=torch.float32, precision=precision) for precision in ("exact", "int8")]
     # Making the rows has temporaries on the CPU, but not on a GPU.
-    monkeypatch.setattr(host, "quantize_rows", _without_temporaries(host.quantize_rows))
-    exact, int8 = (simulated_peak(model, lean, MANY) for model in models)
-    assert int8 == pytest.approx(real_peak(models[1], lean, MANY), rel=0.05)
-    assert int8 != exact
+    monkeypatch.setattr(int8, "int8_rows_into", _without_temporaries(int8.int8_rows_into))
+    exact, found = (simulated_peak(model, lean, MANY) for model in models)
+    assert found == pytest.approx(real_peak(models[1], lean, MANY), rel=0.05)
+    assert found != exact
 
 
-def _without_temporaries(quantize):
-    def allocate(weight):
-        if weight.is_meta:
-            return quantize(weight)
-        codes, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), 1).float()
-        with _disable_current_modes():
-            found = quantize(weight)
-            codes.copy_(found[0]), scales.copy_(found[1])
-        return codes, scales
+def _without_temporaries(make):
+    def allocate_nothing(packed, *arguments):
+        if packed.is_meta:
+            make(packed, *arguments)
+        else:
+            with _disable_current_modes():
+                make(packed, *arguments)
 
-    return allocate
+    return allocate_nothing
 
 
 @pytest.mark.parametrize("lean", [None, LEAN], ids=["stock", "lean"])

@@ -9,7 +9,7 @@ import torch
 
 from wanquant.ops import host, host_products
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
-from wanquant.ops.packed.int8 import MIN_TOKENS, WORTHWHILE_TOKENS, AutoOps, Int8Ops, int8_linear
+from wanquant.ops.packed.int8 import MIN_TOKENS, WORTHWHILE_TOKENS, AutoOps, Int8Ops, int8_linear, int8_rows
 from wanquant.ops.packed.layout import pack
 from wanquant.ops.packed.linear import GGUFOps
 from wanquant.ops.packed.matmul import packed_linear
@@ -55,6 +55,20 @@ def test_bias_and_weight_functions_count():
     actual = int8_linear(x, packed, bias, [lambda w: w * 2])
     expected = packed_linear(x, packed, bias, [lambda w: w * 2])
     assert (actual - expected).norm() / expected.norm() < 0.02
+
+
+@torch.no_grad()
+def test_a_patch_is_added_to_tiles_before_the_rotation(monkeypatch):
+    """Rows with a patch are those of the patched weight, in whatever tiles; without one they come from the blocks."""
+    _, packed, x = weight_and_input("Q4_K")
+    dense = QTYPES["Q4_K"].dequantize(packed._qdata, torch.bfloat16)
+    blocks = int8_rows(packed, (), x)
+    plain = int8_rows(packed, (lambda w: w,), x)
+    patched = int8_rows(packed, (lambda w: w + 1,), x)
+    expected = int8_rows(pack((dense + 1).view(torch.uint8), "BF16", tuple(dense.shape), torch.bfloat16), (), x)
+    assert all(torch.equal(a, b) for a, b in zip(patched, expected, strict=True))
+    assert 0 < (blocks[0] != plain[0]).float().mean() < 0.2, "rounding to bfloat16 first moves few codes"
+    assert (blocks[0].int() - plain[0].int()).abs().max() == 1
 
 
 def test_loader_takes_it_along(t2v, sqnr):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,14 +20,16 @@ from wanquant.quant.conversion import resources
 from wanquant.quant.conversion.convert import convert, convert_all
 from wanquant.quant.conversion.settings import Settings, Target
 from wanquant.quant.files.safetensors_header import read_safetensors_header
+from wanquant.quant.gguf.provenance import encoder_revisions
 from wanquant.quant.inspection.report import inspect
 from wanquant.quant.inspection.verify import verify
+from wanquant.quant.native import levels, native_format, nvfp4, rowwise
 from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.importance import Importance
 from wanquant.testing.hosts import ROOT
 from wanquant.testing.tiny_wan import write_tiny_wan
-from wanquant.tests.quant.sources.test_completeness import t5_names
+from wanquant.tests.quant.samples import collected, correlated
 
 LAYER = "blocks.0.ffn.0"
 
@@ -135,16 +138,35 @@ def test_a_sources_own_list_of_formats_is_not_carried(wan, tmp_path):
     assert verify(report.path, wan).by_role[-1].relative_error < 0.03
 
 
-def test_weights_that_do_not_fit_stay_as_they_are(wan, tmp_path):
+@pytest.mark.parametrize("name", ["INT8", "W4A8", "W4A8_G32", "W6A8", "INT4"])
+def test_weights_that_do_not_fit_get_the_next_format(name, wan, tmp_path):
     source = load_file(wan)
     source["blocks.0.ffn.2.weight"] = torch.randn(256, 100).bfloat16()
     source[f"{LAYER}.weight"], source[f"{LAYER}.bias"] = torch.randn(100, 256).bfloat16(), torch.randn(100).bfloat16()
     save_file(source, tmp_path / "odd.safetensors")
-    report = convert(tmp_path / "odd.safetensors", tmp_path / "a.safetensors", "INT8")
+    report = convert(tmp_path / "odd.safetensors", tmp_path / "a.safetensors", name)
     (fallback,) = report.fallbacks
-    assert (fallback.name, fallback.wanted, fallback.got) == ("blocks.0.ffn.2.weight", "INT8", "BF16")
-    assert "multiple of 256" in fallback.reason
-    assert load_file(report.path)["blocks.0.ffn.2.weight"].dtype == torch.bfloat16
+    assert (fallback.name, fallback.wanted, fallback.got) == ("blocks.0.ffn.2.weight", name, "FP8")
+    assert f"blocks.0.ffn.2.weight: FP8 instead of {name}: rows of 100, not a multiple of 256" in report.text()
+    stored = load_file(report.path)
+    assert stored["blocks.0.ffn.2.weight"].dtype == torch.float8_e4m3fn
+    assert json.loads(bytes(stored["blocks.0.ffn.2.comfy_quant"].tolist())) == NATIVE["FP8"].config
+    assert not convert(wan, tmp_path / "b.safetensors", name).fallbacks
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_weights_that_no_format_takes_stay_as_they_are(name, wan, tmp_path):
+    """A file of an odd number of bytes before the next tensor could not be mapped."""
+    source = load_file(wan)
+    source[f"{LAYER}.weight"] = torch.randn(101, 257).bfloat16()
+    source[f"{LAYER}.bias"] = torch.randn(101).bfloat16()
+    save_file(source, tmp_path / "odd.safetensors")
+    report = convert(tmp_path / "odd.safetensors", tmp_path / "a.safetensors", name, effort="fast")
+    assert {fallback.name for fallback in report.fallbacks} <= {f"{LAYER}.weight"}
+    if report.fallbacks:
+        assert report.fallbacks[0].got == "F32" and load_file(report.path)[f"{LAYER}.weight"].dtype == torch.float32
+    else:
+        assert name in ("MXFP8", "NVFP4"), "these are padded"
 
 
 KILLED = """
@@ -212,6 +234,64 @@ def test_sources_are_read_again(wan, tmp_path):
             assert len(checkpoint.tensors) == len(load_file(wan))
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Return the path of a Wan of one layer, whose largest weights are two slices of the rounding."""
+    return write_tiny_wan(tmp_path_factory.mktemp("small") / "wan.safetensors", layers=1, ffn_dim=256)
+
+
+def calibrated(small):
+    """Return a calibration of all layers in the blocks, whose inputs have a mean."""
+    widths = {name: tensor.shape[1] for name, tensor in load_file(small).items() if tensor.ndim == 2}
+    known = collected(**{n: correlated(k) + 0.5 for n, k in widths.items() if n.startswith("blocks.")})
+    return replace(known, name="a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["W4A8", "NVFP4"])
+def test_a_calibration_rounds_for_the_outputs(name, small, tmp_path, monkeypatch):
+    known = calibrated(small)
+    plain = convert(small, tmp_path / "plain.safetensors", name)
+    report = convert(small, tmp_path / "a.safetensors", name, importance=known)
+    assert "10 matrices were rounded for the least error of their layers' outputs" in report.text()
+    assert report.metadata["wanquant.calibrated"] is True
+    revisions = encoder_revisions(report.metadata)
+    assert revisions[f"{name} (ComfyUI)" if name == "NVFP4" else name] == NATIVE[name].revision + 1
+    assert "rounded for the outputs of their layers" in verify(report.path, small).text()
+    assert "rounded for the outputs" not in verify(plain.path, small).text()
+    errors = []
+    for path in (plain.path, report.path):
+        with open_checkpoint(path) as checkpoint, open_checkpoint(small) as source:
+            weight, bias = f"{LAYER}.weight", f"{LAYER}.bias"
+            inputs = correlated(256, seed=1) + 0.5
+            outputs = [
+                inputs @ each[weight].read().float().view(256, 256).t() + each[bias].read().float()
+                for each in (checkpoint.tensors, source.tensors)
+            ]
+            errors.append(float((outputs[0] - outputs[1]).norm()))
+    assert errors[1] < 0.7 * errors[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    monkeypatch.setattr(native_format, "ROUNDED_ELEMENTS", 1 << 15)
+    for module in (rowwise, levels, nvfp4):
+        monkeypatch.setattr(module, "ROUNDED_ELEMENTS", 1 << 15)
+    again = convert(small, tmp_path / "b.safetensors", name, importance=known)
+    torch.set_num_threads(threads)
+    assert again.path.read_bytes() == report.path.read_bytes()
+
+
+def test_importance_rounds_formats_that_rotate(small, tmp_path):
+    known = calibrated(small)
+    importance = Importance(known.sums, known.counts, known.samples, totals=known.totals)
+    for name in ("INT4", "NVFP4"):
+        report = convert(small, tmp_path / f"{name}.safetensors", name, importance=importance)
+        assert ("10 matrices were rounded" in report.text()) == NATIVE[name].rotates
+        assert "wanquant.calibrated" not in report.metadata
+        assert (name in encoder_revisions(report.metadata)) == NATIVE[name].rotates
+    fast = convert(small, tmp_path / "fast.safetensors", "INT4", importance=importance, effort="fast")
+    plain = convert(small, tmp_path / "plain.safetensors", "INT4", effort="fast")
+    assert torch.equal(*(load_file(each.path)[f"{LAYER}.weight"] for each in (fast, plain)))
+
+
 def test_a_device_without_fp8_leaves_it_to_the_cpu(wan, tmp_path, monkeypatch, caplog):
     """A CPU stands in for such a device, which is not here."""
     wanted = convert(wan, tmp_path / "a.safetensors", "INT8", effort="fast").path.read_bytes()
@@ -240,15 +320,6 @@ def test_the_settings_of_a_source_are_not_those_of_its_conversion(wan, tmp_path)
     second = convert(first.path, tmp_path / "b.safetensors", "INT8")
     assert "wanquant.corrected_biases" not in second.metadata
     assert convert(first.path, second.path, "INT8").reused
-
-
-def test_a_text_encoder_is_refused(tmp_path):
-    tokenizer = torch.tensor(list(b"\x0a\x03\x0a\x01a"), dtype=torch.uint8)
-    layers = {name: torch.zeros(32, 32) for name in t5_names(1)}
-    save_file(layers | {"spiece_model": tokenizer}, tmp_path / "t5.safetensors")
-    with pytest.raises(QuantError, match="a T5 text encoder, which recipe INT8 cannot store"):
-        convert(tmp_path / "t5.safetensors", tmp_path / "a.safetensors", "INT8")
-    assert not (tmp_path / "a.safetensors").exists()
 
 
 @pytest.mark.parametrize("marker", [b"[" * 4000, b"\xff", b'"text"', b"{}"])

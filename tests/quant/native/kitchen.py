@@ -70,7 +70,7 @@ DECODE: dict[str, Callable[[Parts, tuple[int, ...]], Tensor]] = {
     "INT8": _int8,
     "INT4": _int4,
     "W4A8": _levels,
-    "W4A8 G32": partial(_levels, group=32),
+    "W4A8_G32": partial(_levels, group=32),
     "W6A8": _levels,
 }
 

@@ -63,12 +63,21 @@ def test_front_leaves_out_options_that_are_larger_and_not_better():
 
 @pytest.mark.parametrize(
     ("multiplier", "nbytes"),
-    [(math.inf, 10), (0.21, 10), (0.19, 30), (0.16, 30), (0.14, 50), (0, 50)],
+    [(1e9, 10), (0.21, 10), (0.19, 30), (0.16, 30), (0.14, 50), (0, 50)],
 )
 def test_best_option_minimizes_error_plus_multiplier_times_bytes(multiplier, nbytes):
     points = ((10, 8.0), (20, 9.0), (30, 4.0), (40, 3.9), (50, 1.0))
     assert front(*points).best_option(multiplier).nbytes == nbytes
     assert front(*points, is_sensitive=True).best_option(multiplier).nbytes == {10: 30, 30: 50, 50: 50}[nbytes]
+
+
+def test_the_smallest_size_leaves_no_larger_type_for_sensitive_tensors():
+    points = ((10, 8.0), (30, 4.0))
+    fronts = {"a": front(*points, is_sensitive=True), "b": front(*points), "c": front(*points)}
+    for nbytes, larger in ((30, 0), (49, 0), (50, 1), (70, 2)):
+        chosen = allocate(fronts, nbytes)
+        assert [option.nbytes for option in chosen.values()].count(30) == larger
+    assert front(*points, is_sensitive=True).best_option(math.inf).nbytes == 10
 
 
 def test_error_of_an_allocation_is_nearly_the_smallest_of_all():
@@ -90,7 +99,7 @@ def test_size_is_used_and_never_exceeded(tmp_path, source):
     with pytest.raises(QuantError, match=r"choose a size from ([\d.]+) to ([\d.]+) GiB") as refused:
         sized(source, tmp_path, 1)
     low, high = (float(word) * GIB for word in str(refused.value).split()[-4:-1:2])
-    wanted = [int(low + fraction * (high - low)) for fraction in (0.1, 0.35, 0.6, 0.9)]
+    wanted = [int(low + fraction * (high - low)) for fraction in (0.01, 0.1, 0.35, 0.6, 0.9)]
     targets = [Target(tmp_path / f"{nbytes}.gguf", target_size=nbytes / GIB) for nbytes in wanted]
     for report, nbytes in zip(convert_all(source, targets, Settings(effort="fast")), wanted, strict=True):
         assert 0.99 * nbytes <= report.nbytes <= nbytes
@@ -167,7 +176,7 @@ def planned(checkpoint, folder, *sizes):
 
 def test_sizes_below_that_of_q3_k_use_the_small_types_whatever_else_is_made(tmp_path, source, monkeypatch):
     # The errors of Gaussian weights, nearly; those of grids are a little less at the same size.
-    small = {QTYPES[name] for name in budget._SMALL_TYPES}
+    small = {QTYPES[name] for name in budget.SMALL_TYPES}
     monkeypatch.setattr(
         budget, "relative_error", lambda qtype, *_: 4**-qtype.bits_per_weight * (0.9 if qtype in small else 1)
     )
