@@ -66,12 +66,12 @@ class Check:
         converted = [(f"convert {recipe}", lambda recipe=recipe: self._convert(recipe)) for recipe in recipes]
         return [
             *converted,
-            ("sample int8", lambda: self._against(self._load(int8=True), self._load(), LARGE)),
+            ("sample int8", lambda: self._against(self._load(precision="int8"), self._load(), LARGE)),
             ("sample two LoRAs", lambda: self._against(with_loras(self._load(), 2), self._load())),
             ("sample within a budget", lambda: self._within_budget(self._load())),
             (
                 "sample int8 and LoRA within a budget",
-                lambda: self._within_budget(with_loras(self._load(int8=True), 1)),
+                lambda: self._within_budget(with_loras(self._load(precision="int8"), 1)),
             ),
             ("calibrate", self._calibrate),
             ("tune", self._tune),
@@ -88,10 +88,10 @@ class Check:
         latent: Tensor = comfy.sample.sample(*arguments, disable_pbar=True, seed=0)
         return latent
 
-    def _load(self, *, int8: bool = False) -> Any:
+    def _load(self, *, precision: str = "exact") -> Any:
         from wanquant.ops.loading.diffusion_model import load_diffusion_model
 
-        return load_diffusion_model(self._folder / "Q4_K_M.gguf", dtype=self._dtype, int8=int8)
+        return load_diffusion_model(self._folder / "Q4_K_M.gguf", dtype=self._dtype, precision=precision)
 
     def _convert(self, recipe: str, importance: Any = None, effort: Any = "best") -> Row:
         """Convert on both devices, and sample the file of the GPU."""

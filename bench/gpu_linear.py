@@ -93,7 +93,7 @@ def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
     from wanquant.ops import host
     from wanquant.ops.packed.int8 import int8_linear, int8_rows
     from wanquant.ops.packed.layout import pack
-    from wanquant.ops.packed.matmul import dequantized_tiles, packed_linear
+    from wanquant.ops.packed.matmul import PatchedRows, dequantized_tiles, packed_linear
     from wanquant.quant import QTYPES
     from wanquant.quant.native.rotation import GROUP
 
@@ -109,7 +109,7 @@ def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
     codes, scales = kitchen_rows(dense)
 
     def rows_by_kitchen() -> None:
-        for part, tile in dequantized_tiles(packed, (), x):
+        for part, tile in dequantized_tiles(PatchedRows(packed, (), x), slice(0, rows), x):
             codes[part], scales[part] = kitchen_rows(tile)
 
     def with_lora(tile: Tensor) -> Tensor:

@@ -48,7 +48,10 @@ CASES = {
 }
 
 
-def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
+PRECISIONS = ("exact", "int8")
+
+
+def simulator(size: WanSize, recipe: str, loras: int = 0, precision: str = "exact") -> Simulator:
     """Return the simulator of a model in a recipe, with `loras` LoRAs on every quantized layer."""
     from comfy.model_patcher import ModelPatcher
     from comfy.weight_adapter import LoRAAdapter
@@ -56,10 +59,11 @@ def simulator(size: WanSize, recipe: str, loras: int = 0) -> Simulator:
     from ..ops.budget.meta_wan import META, meta_model
     from ..ops.budget.simulator import Simulator
     from ..ops.packed.linear import packed_modules
+    from ..ops.packed.precision import OPERATIONS
 
     shapes = transformer_shapes(size)
     types = plan_types(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
-    patcher = ModelPatcher(meta_model(shapes, types), META, META)
+    patcher = ModelPatcher(meta_model(shapes, types, operations=OPERATIONS[precision]), META, META)
 
     def lora(rows: int, columns: int) -> LoRAAdapter:
         up, down = (torch.empty(*shape, dtype=torch.bfloat16, device=META) for shape in ((rows, RANK), (RANK, columns)))
@@ -86,12 +90,13 @@ def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
     from ..ops.budget.choose_plan import choose_plan
 
     for model, size in MODELS.items():
-        simulated = simulator(size, recipe, loras)
-        for video, budget in CASES[model]:
-            wanted = job(size, video)
-            for gib in (UNLIMITED_GIB, budget):
-                choice = choose_plan(simulated, wanted, round(gib * harness.GIB))
-                yield row(model, video, recipe, choice, gib)
+        for precision in PRECISIONS:
+            simulated = simulator(size, recipe, loras, precision)
+            for video, budget in CASES[model]:
+                wanted = job(size, video)
+                for gib in (UNLIMITED_GIB, budget):
+                    choice = choose_plan(simulated, wanted, round(gib * harness.GIB))
+                    yield row(model, video, recipe, choice, gib) | {"precision": precision}
 
 
 def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float) -> dict[str, object]:
@@ -105,17 +110,19 @@ def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float
         "peak_gib": round(choice.peak.total_bytes / harness.GIB, 4),
         "parts": parts,
         "slowdown": round(choice.slowdown, 4),
+        "traffic": round(choice.traffic, 3),
     }
 
 
 def text(rows: list[dict[str, Any]]) -> str:
     parts = ("weights", "scratch", "activations", "fragmentation", "context")
-    columns = ("model", "video", "plan", "budget", "peak", *parts, "arithmetic")
+    columns = ("model", "video", "products", "plan", "budget", "peak", *parts, "arithmetic", "bytes")
     cells = []
     for row in rows:
         sizes = [row["budget_gib"], row["peak_gib"], *row["parts"].values()]
         video = f"{row['width']}x{row['height']}x{row['frames']}"
-        cells.append([row["model"], video, row["plan"], *(f"{x:.2f}" for x in sizes), f"{row['slowdown']:.3f}x"])
+        relative = f"{row['slowdown']:.3f}x", f"{row['traffic']:.2f}x"
+        cells.append([row["model"], video, row["precision"], row["plan"], *(f"{x:.2f}" for x in sizes), *relative])
     return harness.table(columns, cells)
 
 

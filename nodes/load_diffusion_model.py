@@ -6,9 +6,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..ops.loading.diffusion_model import load_diffusion_model
-from ..ops.loading.native_model import SUFFIX, load_native_model
-from ..quant import QuantError
+from ..ops.loading.native_model import SUFFIX, load_any_model
+from ..ops.packed.precision import EXACT, INT8, PRECISIONS
 from .folders import (
     GGUF,
     MODELS,
@@ -32,6 +31,18 @@ def dtype_input() -> io.Combo.Input:
         default="default",
         advanced=True,
         tooltip="Number format of the arithmetic. default lets ComfyUI choose one for your GPU.",
+    )
+
+
+def precision_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "precision",
+        options=list(PRECISIONS),
+        default=EXACT,
+        optional=True,  # because graphs saved before it was added lack it
+        advanced=True,
+        tooltip="How to multiply. int8: in 8-bit integers, faster on many GPUs, with an error of about 1.4 % in each"
+        " layer's output. auto: int8 where the GPU is fast at it, else exact.",
     )
 
 
@@ -91,6 +102,7 @@ class WanQuantLoader(io.ComfyNode):
                     tooltip="Multiply in 8-bit integers. This is faster on many GPUs, with an error of about 1.4 %"
                     " in each layer's output.",
                 ),
+                precision_input(),
             ],
             outputs=[io.Model.Output()],
         )
@@ -113,17 +125,19 @@ class WanQuantLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model_name: str, compute_dtype: str, path: str = "", module_name: str = NONE, int8: bool = False
+        cls,
+        model_name: str,
+        compute_dtype: str,
+        path: str = "",
+        module_name: str = NONE,
+        int8: bool = False,
+        precision: str = EXACT,
     ) -> io.NodeOutput:
-        path = chosen_path(model_name, path)
-        if path.lower().endswith(SUFFIX):
-            if int8 or module_name != NONE:
-                raise QuantError(
-                    f"{path}: add_on_name and int8 are for GGUF files; choose a .gguf file, or turn them off"
-                )
-            return io.NodeOutput(load_native_model(path, dtype=DTYPES[compute_dtype]))
+        # Graphs saved before `precision` was added have only `int8`.
+        precision = INT8 if int8 and precision == EXACT else precision
         add_on = None if module_name == NONE else model_path(_folder(module_name), module_name)
-        return io.NodeOutput(load_diffusion_model(path, dtype=DTYPES[compute_dtype], add_on=add_on, int8=int8))
+        path = chosen_path(model_name, path)
+        return io.NodeOutput(load_any_model(path, dtype=DTYPES[compute_dtype], add_on=add_on, precision=precision))
 
 
 def _folder(module_name: str | None) -> str:

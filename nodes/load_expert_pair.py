@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..ops.budget.expert_pair import load_expert_pair
+from ..ops.packed.precision import EXACT
 from ..quant.errors import PrintableLog
 from .encoding import show_on_node
 from .folders import check_names, path_token, source_folder, stat_token
-from .load_diffusion_model import DTYPES, chosen_path, dtype_input, model_names, path_input
+from .load_diffusion_model import DTYPES, chosen_path, dtype_input, model_names, path_input, precision_input
 
 logger = PrintableLog(__name__)
 
@@ -30,6 +31,7 @@ class WanQuantExpertPairLoader(io.ComfyNode):
                 # The inputs below are optional, because graphs saved before they were added lack them.
                 path_input("high_noise_path", "high_noise_name"),
                 path_input("low_noise_path", "low_noise_name"),
+                precision_input(),
             ],
             outputs=[io.Model.Output(display_name="high_noise"), io.Model.Output(display_name="low_noise")],
         )
@@ -68,10 +70,11 @@ class WanQuantExpertPairLoader(io.ComfyNode):
         compute_dtype: str,
         high_noise_path: str = "",
         low_noise_path: str = "",
+        precision: str = EXACT,
     ) -> io.NodeOutput:
         high_file = chosen_path(high_noise_name, high_noise_path)
         low_file = chosen_path(low_noise_name, low_noise_path)
-        high, low, warning = load_expert_pair(high_file, low_file, DTYPES[compute_dtype])
+        high, low, warning = load_expert_pair(high_file, low_file, DTYPES[compute_dtype], precision)
         if warning:
             logger.warning("Load Wan 2.2 Experts: %s", warning)
             show_on_node(warning)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..ops.budget.automatic import automatic_budget
 from ..ops.budget.choose_plan import budget_bytes, choose_plan
 from ..ops.budget.experts import simulator_for
-from ..ops.budget.sampling import expected_job, is_wan, with_budget
+from ..ops.budget.sampling import expected_job, is_wan, job_of_latent, with_budget
+from ..ops.budget.step_time import measured_step, step_key
 from ..ops.budget.vae_tiles import HOST_TILES, tiles_within
 from ..quant import QuantError
 from ..quant.errors import PrintableLog
+from ..quant.units import GIB
 
 logger = PrintableLog(__name__)
 
@@ -32,11 +38,17 @@ class WanQuantLowVRAM(io.ComfyNode):
                     min=0.0,
                     max=1024.0,
                     step=0.01,
-                    tooltip="Video memory for everything, in GiB. CUDA itself needs 0.5 to 0.8 GiB of it.",
+                    tooltip="Video memory for everything, in GiB. CUDA itself needs 0.5 to 0.8 GiB of it. 0 takes what"
+                    " is there when sampling starts.",
                 ),
                 io.Int.Input("width", default=832, min=16, max=8192, step=16, tooltip="Only for the prediction."),
                 io.Int.Input("height", default=480, min=16, max=8192, step=16, tooltip="Only for the prediction."),
                 io.Int.Input("frames", default=81, min=1, max=4097, step=4, tooltip="Only for the prediction."),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The latent to sample. Its size replaces width, height and frames.",
+                ),
             ],
             outputs=[
                 io.Model.Output(),
@@ -49,20 +61,39 @@ class WanQuantLowVRAM(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, budget_gib: float, width: int, height: int, frames: int) -> io.NodeOutput:
+    def fingerprint_inputs(cls, budget_gib: float = 0, **_: object) -> float:
+        # Not a number differs from itself: what is there changes from run to run.
+        return math.nan if budget_gib == 0 else 0.0
+
+    @classmethod
+    def execute(
+        cls,
+        model: ModelPatcher,
+        budget_gib: float,
+        width: int,
+        height: int,
+        frames: int,
+        latent: dict[str, Tensor] | None = None,
+    ) -> io.NodeOutput:
         budget = budget_bytes(budget_gib)
         if not is_wan(model):
             text = f"{type(model.model).__name__} is not a Wan model, so it passes through unchanged"
             logger.warning("Wan Low VRAM: %s", text)
             return io.NodeOutput(model, text, *HOST_TILES)
-        budgeted = with_budget(model, budget)
-        job = expected_job(model, width, height, frames)
+        if latent is None:
+            job, budgeted = expected_job(model, width, height, frames), with_budget(model, budget)
+        else:
+            job = job_of_latent(model, latent["samples"])
+            budgeted = with_budget(model, budget, job.latent)
+        now = budget or automatic_budget(model.load_device)
         try:
-            text = str(choose_plan(simulator_for(model), job, budget))
+            choice = choose_plan(simulator_for(model), job, now)
+            text = str(choice) + measured_step(step_key(model, job.latent, choice.plan))
         except QuantError as refusal:
             # This is a preview only. The latent that reaches the sampler may be smaller and fit.
             text = str(refusal)
             logger.warning("Wan Low VRAM: %s", text)
-        tiles = tiles_within(job, budget)
-        text = f"{text}; {tiles}"
+        tiles = tiles_within(job, now)
+        automatic = "" if budget else f"budget {now / GIB:.2f} GiB: "
+        text = f"{automatic}{text}; {tiles}"
         return io.NodeOutput(budgeted, text, tiles.size, tiles.overlap, ui={"text": (text,)})

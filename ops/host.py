@@ -1,7 +1,7 @@
-"""The seam to ComfyUI: the pack uses private or unstable names of ComfyUI in this file only.
+"""The seam to ComfyUI: private or unstable names of ComfyUI are used only here and in `host_products`.
 
 Tests ran with 0.24.0, 0.27.0, 0.30.0 and 0.33.0. The sources up to 0.39.1 and the main branch of 9 October 2026 were
-read. Comments name the versions where something exists in some of them only. `host_check` compares the calls at start.
+read. Comments name the versions that have what others lack. `host_check` compares the calls at start.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def is_streamed(module: torch.nn.Module) -> bool:
 
 
 def is_lent(module: torch.nn.Module, handle: Any) -> bool:  # noqa: ANN401
-    """Return whether what `cast` returned lies in memory that the host reuses for the next module."""
-    return hasattr(module, "_v") or (handle is not None and handle[0] is not None)
+    """Return whether what `cast` returned lies in memory that the host reuses; meta tensors count as streamed."""
+    return module.weight.is_meta or hasattr(module, "_v") or (handle is not None and handle[0] is not None)  # type: ignore[return-value]
 
 
 def apply_activation(x: Tensor, activation: str | None, weight: object = None, eps: float = 0.0) -> Tensor:
@@ -367,21 +367,8 @@ def has_int8() -> bool:
     return comfy_kitchen is not None
 
 
-def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize a weight to 8-bit integers, with its columns rotated in groups of 256.
-
-    Args:
-        weight: floating point, (rows, columns).
-
-    Returns:
-        Codes, int8, (rows, columns), and scales, float32, (rows, 1).
-    """
-    codes, params = TensorWiseINT8Layout.quantize(weight, per_channel=True, convrot=True)
-    return codes, params.scale.view(-1, 1)
-
-
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """Return the product of x with the result of `quantize_rows`; x is rotated and quantized token by token.
+    """Return the product of x with rotated rows of 8-bit integers; x is rotated and quantized token by token.
 
     Args:
         x: floating point, (..., columns).
@@ -393,5 +380,6 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, g
     Returns:
         The dtype of x, (..., rows).
     """
-    out: Tensor = comfy_kitchen.int8_linear(x, codes, scales, bias, x.dtype, convrot=True, convrot_groupsize=group)
-    return out
+    kind = TensorWiseINT8Layout
+    params = kind.Params(scales, x.dtype, tuple(codes.shape), convrot=True, convrot_groupsize=group)
+    return torch.nn.functional.linear(x, QuantizedTensor(codes, kind.__name__, params), bias)

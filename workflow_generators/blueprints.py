@@ -18,7 +18,7 @@ def blueprints(schemas: Schemas) -> dict[str, Json]:
 def _pair(name: str, schemas: Schemas) -> Json:
     high, low = (file.name for file in models.T2V_A14B)
     loaders = {
-        "model": node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low),
+        "model": node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low, precision="auto"),
         "shift_high": node("ModelSamplingSD3", model=["model", 0], shift=8.0),
         "shift_low": node("ModelSamplingSD3", model=["model", 1], shift=8.0),
     }
@@ -41,7 +41,7 @@ def _pair(name: str, schemas: Schemas) -> Json:
 def _low_vram(name: str, schemas: Schemas) -> Json:
     size = {"width": 1280, "height": 720}
     models_and_memory = {
-        "model": node("WanQuantLoader", model_name=models.T2V_14B.name),
+        "model": node("WanQuantLoader", model_name=models.T2V_14B.name, precision="auto"),
         "shift": node("ModelSamplingSD3", model=["model", 0], shift=5.0),
         "budget": node("WanQuantLowVRAM", model=["shift", 0], budget_gib=3.5, frames=81, **size),
         "empty": node("EmptyHunyuanLatentVideo", length=81, batch_size=1, **size),

@@ -50,7 +50,7 @@ def prompt_encoded_once(text: str) -> Box:
 
 
 def loader(file: Model) -> Node:
-    return node("WanQuantLoader", model_name=file.name)
+    return node("WanQuantLoader", model_name=file.name, precision="auto")
 
 
 def shift(shift: float, model: str = "model", slot: int = 0) -> Node:

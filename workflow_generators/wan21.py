@@ -15,7 +15,7 @@ def t2v_small() -> Columns:
     source = models.T2V_1_3B
     convert = node("WanQuantConvert", models=[source], source=source.name, recipe="Q6_K")
     loaders = {
-        "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
+        "model": node("WanQuantLoader", model_name="", path=["convert", 0], precision="auto"),
         "shift": parts.shift(8.0),
         "vae": parts.vae(),
     }

@@ -45,7 +45,7 @@ def expert_samplers(steps: int, switch: int, cfg: float, **inputs: Any) -> Box:
 
 def _experts(files: tuple[Model, Model]) -> Node:
     high, low = (file.name for file in files)
-    return node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low)
+    return node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low, precision="auto")
 
 
 def experts_t2v() -> Columns:
@@ -126,7 +126,7 @@ def ti2v_5b() -> Columns:
     )
     source = models.TI2V_5B
     loaders = {
-        "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
+        "model": node("WanQuantLoader", model_name="", path=["convert", 0], precision="auto"),
         "shift": parts.shift(8.0),
         "clip": parts.clip(),
         "vae": parts.vae(models.VAE_22),

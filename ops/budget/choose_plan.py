@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
-from ...quant import QuantError
+from ...quant import QTYPES, QuantError
+from ...quant.plan.recipe import RECIPES
+from ...quant.plan.wan_shapes import pixels_per_cell
 from ...quant.units import GIB
 from ..lean import MemoryPlan
 from .sampling_job import SamplingJob, video_frames
@@ -16,6 +19,8 @@ MOST_EXTRA_ARITHMETIC = 0.03
 """The largest share of extra floating-point operations that a plan may cost."""
 
 _LARGEST_BUDGET_GIB = 1024
+
+_Choice = TypeVar("_Choice")
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class ChosenPlan:
     peak: Peak
     slowdown: float
     """Floating-point operations of the forward, divided by those of ComfyUI's own forward."""
+    traffic: float = 1.0
+    """Bytes that the operations of the forward read and write, divided by those of ComfyUI's own forward."""
 
     @property
     def name(self) -> str:
@@ -36,19 +43,19 @@ class ChosenPlan:
         how = "ComfyUI's own forward"
         if self.plan:
             how = f"{self.plan.head_groups} groups of heads, {self.plan.token_chunk} tokens at a time"
-        return f"{self.peak}; {how}, {self.slowdown:.3f}x the arithmetic"
+        return f"{self.peak}; {how}, {self.slowdown:.3f}x the arithmetic, {self.traffic:.2f}x the bytes of a step"
 
 
 def budget_bytes(gib: float) -> int:
-    """Return a budget of `gib` GiB in bytes.
+    """Return a budget of `gib` GiB in bytes; 0 is `AUTOMATIC`.
 
     Raises:
-        QuantError: `gib` is not a number, not positive, or larger than the memory of any accelerator.
+        QuantError: `gib` is not a number, negative, or larger than the memory of any accelerator.
     """
-    if not (math.isfinite(gib) and 0 < gib <= _LARGEST_BUDGET_GIB):
+    if not (math.isfinite(gib) and 0 <= gib <= _LARGEST_BUDGET_GIB):
         raise QuantError(
-            f"budget_gib {gib}: expected GiB of video memory, more than 0 and at most {_LARGEST_BUDGET_GIB};"
-            " choose the memory that ComfyUI may use, such as 3.5"
+            f"budget_gib {gib}: expected GiB of video memory, at most {_LARGEST_BUDGET_GIB}; choose the memory that"
+            " ComfyUI may use, such as 3.5, or 0 to take what is there"
         )
     return round(gib * GIB)
 
@@ -95,46 +102,85 @@ def closest_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenP
 
 
 def _evaluate(simulator: Simulator, job: SamplingJob, plan: MemoryPlan | None) -> ChosenPlan:
-    peak = simulator.peak(job, plan)
-    return ChosenPlan(plan, peak, peak.flops / simulator.peak(job, None).flops)
+    peak, stock = simulator.peak(job, plan), simulator.peak(job, None)
+    return ChosenPlan(plan, peak, peak.flops / stock.flops, peak.moved_bytes / max(1, stock.moved_bytes))
 
 
-def _first_index(plans: Sequence[MemoryPlan], is_enough: Callable[[MemoryPlan], bool]) -> int:
-    """Return the index of the first plan that is enough, or the number of plans if none is.
+def _first_index(choices: Sequence[_Choice], is_enough: Callable[[_Choice], bool]) -> int:
+    """Return the index of the first choice that is enough, or the number of choices if none is.
 
-    All plans after one that is enough must be enough too: this is a binary search.
+    All choices after one that is enough must be enough too: this is a binary search.
     """
-    low, high = 0, len(plans)
+    low, high = 0, len(choices)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(plans[middle]) else (middle + 1, high)
+        low, high = (low, middle) if is_enough(choices[middle]) else (middle + 1, high)
     return low
 
 
 def _refusal(simulator: Simulator, job: SamplingJob, budget: int, smallest: ChosenPlan) -> str:
     frames = _most_frames(simulator, job, budget, smallest.plan)
     shorter = f"at most {frames} frames of this size keep" if frames else "not even one frame of this size keeps"
+    choices = [f"set budget_gib to {_rounded_up_gib(smallest.peak.total_bytes)}"]
+    if smaller := _largest_size(simulator, job, budget, smallest.plan):
+        choices.append(f"choose {smaller}")
+    if recipe := _largest_recipe(simulator, smallest.peak.total_bytes - budget, smallest.peak.weight_bytes):
+        choices.append(f"load a file in {recipe} or smaller")
     return (
         f"budget of {budget / GIB:.2f} GiB: {job} needs at least {smallest.peak};"
-        f" {shorter} within the budget; set budget_gib to {_rounded_up_gib(smallest.peak.total_bytes)},"
-        " or choose a smaller size or fewer frames"
+        f" {shorter} within the budget; {', '.join(choices)}, or choose a smaller size or fewer frames"
     )
+
+
+def _peak_bytes(simulator: Simulator, job: SamplingJob, plan: MemoryPlan | None) -> Callable[[tuple[int, ...]], float]:
+    """Return the function that predicts bytes from the shape of a latent, (batch, channels, frames, height, width).
+
+    The simulator cannot cut the conditionings other than the text. They are assumed to shrink in proportion.
+    """
+    latent = job.latent
+    text_only = simulator.peak(SamplingJob(latent), plan).total_bytes
+    others = (simulator.peak(job, plan).total_bytes - text_only) / math.prod(latent)
+    return lambda smaller: simulator.peak(SamplingJob(smaller), plan).total_bytes + others * math.prod(smaller)
 
 
 def _most_frames(simulator: Simulator, job: SamplingJob, budget: int, plan: MemoryPlan | None) -> int:
     """Return the largest number of video frames that `budget` bytes allow with `plan`, 0 if none."""
+    batch, channels, frames, *size = job.latent
+    nbytes = _peak_bytes(simulator, job, plan)
+    fewer = [(batch, channels, count, *size) for count in range(frames - 1, 0, -1)]
+    index = _first_index(fewer, lambda latent: nbytes(latent) <= budget)
+    return video_frames(fewer[index][2]) if index < len(fewer) else 0
 
-    def text_only_bytes(frames: int) -> int:
-        return simulator.peak(job.text_only(frames), plan).total_bytes
 
-    low, high = 0, job.latent[2]  # `low` latent frames are within the budget, `high` are not
-    # The simulator cannot cut the other conditionings to fewer frames. They are assumed to shrink in proportion.
-    others_per_frame = (simulator.peak(job, plan).total_bytes - text_only_bytes(high)) / high
-    while high - low > 1:
-        middle = (low + high) // 2
-        is_within = text_only_bytes(middle) + others_per_frame * middle <= budget
-        low, high = (middle, high) if is_within else (low, middle)
-    return video_frames(low) if low else 0
+def _largest_size(simulator: Simulator, job: SamplingJob, budget: int, plan: MemoryPlan | None) -> str:
+    """Return the largest size of about the same shape that `budget` bytes allow for as many frames, "" if none."""
+    *other, height, width = job.latent
+    nbytes, side = _peak_bytes(simulator, job, plan), pixels_per_cell(job.latent[1])
+
+    def scaled(cells: int, sixteenths: int) -> int:
+        return max(2, cells * sixteenths // 16 // 2 * 2)
+
+    smaller = [(*other, scaled(height, part), scaled(width, part)) for part in range(15, 3, -1)]
+    index = _first_index(smaller, lambda latent: nbytes(latent) <= budget)
+    if index == len(smaller):
+        return ""
+    *_, height, width = smaller[index]
+    return f"{side * width}x{side * height}"
+
+
+def _largest_recipe(simulator: Simulator, shortage: int, weight_bytes: int) -> str:
+    """Return the recipe of the most bits a weight that makes the weights smaller by `shortage` bytes, "" if none."""
+    elements = simulator.weight_elements
+    if not elements:
+        return ""
+    allowed = 8 * (weight_bytes - shortage) / elements
+    # The largest layers get a mix's widest type.
+    bits = {
+        name: max(QTYPES[kind].bits_per_weight for kind in recipe.types)
+        for name, recipe in RECIPES.items()
+        if not (recipe.is_native or recipe.experimental)
+    }
+    return max((name for name in bits if bits[name] <= allowed), key=lambda name: bits[name], default="")
 
 
 def _rounded_up_gib(nbytes: int) -> float:

@@ -14,6 +14,7 @@ from ...quant import QuantError
 from .. import host
 from ..loading.native_model import load_any_model
 from ..packed.layout import is_packed
+from ..packed.precision import EXACT
 from .experts import share_memory
 
 _COMPARED_BYTES = 4096
@@ -21,7 +22,10 @@ _COMPARED_BYTES = 4096
 
 
 def load_expert_pair(
-    high: str | os.PathLike[str], low: str | os.PathLike[str], dtype: torch.dtype | None = None
+    high: str | os.PathLike[str],
+    low: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    precision: str = EXACT,
 ) -> tuple[ModelPatcher, ModelPatcher, str]:
     """Load two experts that share memory, and return them with a warning, or "" if there is nothing to warn of.
 
@@ -29,11 +33,12 @@ def load_expert_pair(
         high: the GGUF or safetensors file of the expert for the first steps.
         low: the GGUF or safetensors file of the expert for the last steps.
         dtype: the dtype to compute in; if None, the host chooses it for the device.
+        precision: as for `load_any_model`.
 
     Raises:
         QuantError: as `load_any_model` raises it, or experts of different architectures.
     """
-    first, second = (load_any_model(path, dtype=dtype) for path in (high, low))
+    first, second = (load_any_model(path, dtype=dtype, precision=precision) for path in (high, low))
     differences = _differences(first, second)
     if differences:
         raise QuantError(

@@ -43,6 +43,7 @@ class LargerPeakSimulator(Simulator):
 
     def __init__(self, simulators: list[Simulator]) -> None:
         self._simulators = simulators
+        self.weight_elements = simulators[0].weight_elements
 
     @property
     def heads(self) -> int:

@@ -13,7 +13,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .. import host
+from .. import host, host_products
+from ..packed.layout import is_packed
 
 _FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
@@ -28,6 +29,8 @@ Source: c10/cuda/CUDACachingAllocator.h kMinBlockSize.
 
 _DEQUANTIZE_OPERATORS = ("wanquant::dequantize_into", "wanquant::dequantize")
 """The pack's own operators, of quant/torch_op.py."""
+
+_PRODUCTS = ("aten::mm", "aten::addmm")
 
 
 class Moment(NamedTuple):
@@ -54,6 +57,7 @@ class LiveMemory(TorchDispatchMode):
     Attributes:
         now: the current moment.
         peak: the moment with the most bytes.
+        moved_bytes: what operations read and wrote so far.
         history: all moments, if `record` is true.
     """
 
@@ -65,6 +69,7 @@ class LiveMemory(TorchDispatchMode):
         self._scratch: set[int] = set()
         self._record = record
         self.now = self.peak = Moment(0, 0, 0)
+        self.moved_bytes = 0
         self.history: list[Moment] = []
 
     @classmethod
@@ -79,14 +84,29 @@ class LiveMemory(TorchDispatchMode):
         out = self._kernels(func, args, kwargs)
         if count := _FLOPS.get(func._overloadpacket):
             self._step(self.now._replace(flops=self.now.flops + count(*args, **kwargs, out_val=out)))
+        if not _is_view(func):
+            self.moved_bytes += sum(_nbytes((args, kwargs, out)))
         known = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             if storage._cdata not in known and storage.device.type == self._device_type:
                 self._follow(storage)
+        if func._schema.name in _PRODUCTS:
+            self._multiply(*(arg for arg in args if isinstance(arg, Tensor)))
+        if func._schema.name == "aten::clone" and isinstance(out, QuantizedTensor):
+            self._count_as_scratch(next(_storages(out)))
         if func._schema.name in _DEQUANTIZE_OPERATORS:
             dequantized = args[2] if out is None else out
             self._count_as_scratch(next(_storages(dequantized)))
         return out
+
+    def _multiply(self, *operands: Tensor) -> None:
+        """Count what a product with a quantized weight needs while it runs; `operands` are its input and the weight."""
+        x, weight = operands[-2:]
+        if isinstance(weight, QuantizedTensor) and not isinstance(x, QuantizedTensor) and not is_packed(weight):
+            self._count_as_scratch(next(_storages(weight)))
+            nbytes = host_products.workspace_bytes(x, weight)
+            self._step(self.now._replace(scratch_bytes=self.now.scratch_bytes + nbytes))
+            self._step(self.now._replace(scratch_bytes=self.now.scratch_bytes - nbytes))
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
@@ -127,6 +147,23 @@ def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
             yield from _storages(part)
     elif isinstance(tree, dict):
         yield from _storages(tuple(tree.values()))
+
+
+def _is_view(func: OpOverload[..., object]) -> bool:
+    """Return whether an operation only returns other views of its arguments."""
+    aliases = [returned.alias_info for returned in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _nbytes(tree: object) -> Iterator[int]:
+    """Yield the bytes of the tensors in nested containers, without the repetitions of expanded ones."""
+    if isinstance(tree, Tensor):
+        yield min(tree.nbytes, next(_storages(tree)).nbytes())
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _nbytes(part)
+    elif isinstance(tree, dict):
+        yield from _nbytes(tuple(tree.values()))
 
 
 def _call(func: OpOverload[..., object], args: Arguments, kwargs: Keywords) -> object:

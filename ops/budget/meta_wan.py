@@ -39,7 +39,10 @@ _SHORTENED = {
 
 
 def meta_model(
-    shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, QuantType], dtype: torch.dtype = torch.bfloat16
+    shapes: Mapping[str, tuple[int, ...]],
+    types: Mapping[str, QuantType],
+    dtype: torch.dtype = torch.bfloat16,
+    operations: type[GGUFOps] = GGUFOps,
 ) -> BaseModel:
     """Return the model that ComfyUI would detect and load from a GGUF with these tensors.
 
@@ -47,11 +50,12 @@ def meta_model(
         shapes: by tensor name without prefix, in torch's order of dimensions.
         types: by tensor name without prefix.
         dtype: that the model computes in.
+        operations: the layers, which decide how products are computed.
     """
     state = {name: meta_packed(name, shape, types[name], dtype) for name, shape in shapes.items()}
     config = comfy.model_detection.model_config_from_unet(state, "")
     config.set_inference_dtype(dtype, dtype)
-    config.custom_operations = GGUFOps
+    config.custom_operations = operations
     return _build(config, state)
 
 

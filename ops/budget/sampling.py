@@ -19,7 +19,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,22 +33,30 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ...quant import QuantError
 from ...quant.errors import PrintableLog
 from ...quant.units import GIB
 from .. import host
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
 from ..loading.prefetch import prefetch_blocks
 from ..packed.patcher import PackedPatcher
+from .attention_notes import attention_notes
+from .automatic import automatic_budget
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator, check_predictable
+from .step_time import StepClock, step_key
 
 logger = PrintableLog(__name__)
 
 _KEY = "wanquant.budget"
 _COMPILED_RUNS_STOCK = (
     "a compiled model runs ComfyUI's own forward and may exceed the budget; remove TorchCompileModel from the workflow"
+)
+_NOT_A_NUMBER = (
+    "the result is not a number (NaN); choose precision exact in the loader if it is int8, and bfloat16 or float32 as"
+    " compute_dtype if it is float16"
 )
 _POSE_CACHE = (
     "the budget does not include what Wan Animate 2 Cache keeps on the GPU: its buffers, and with device gpu the whole"
@@ -60,24 +68,25 @@ def is_wan(model: ModelPatcher) -> bool:
     return isinstance(model.model.diffusion_model, wan.WanModel)
 
 
-def with_budget(model: ModelPatcher, budget: int) -> ModelPatcher:
+def with_budget(model: ModelPatcher, budget: int, expected: tuple[int, ...] | None = None) -> ModelPatcher:
     """Return a clone of a Wan model that is sampled within a budget.
 
     A latent that cannot be sampled within the budget raises QuantError when its sampling starts.
 
     Args:
-        budget: bytes of accelerator memory, including CUDA's context.
+        budget: bytes of accelerator memory, including CUDA's context; `AUTOMATIC` is chosen when sampling starts.
+        expected: the shape of the latent that was predicted for. The log says if another one is sampled.
 
     Raises:
         QuantError: the weights are tensors of another pack, whose memory use is unknown.
     """
     check_predictable(model)
-    sampling = _BudgetedSampling(budget)
+    sampling = _BudgetedSampling(budget, expected)
     patched = _without_prefetch(apply_lean(model, sampling.plan))
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, sampling.outer_sample),
         (WrappersMP.PREPARE_SAMPLING, sampling.prepare),
-        (WrappersMP.CALC_COND_BATCH, calc_conds_separately),
+        (WrappersMP.CALC_COND_BATCH, sampling.step),
         (WrappersMP.DIFFUSION_MODEL, sampling.forward),
     ):
         patched.remove_wrappers_with_key(kind, _KEY)
@@ -103,15 +112,39 @@ def expected_job(model: ModelPatcher, width: int, height: int, frames: int) -> S
         QuantError: the model does not support this size or number of frames.
     """
     video = SamplingJob.for_video(width, height, frames, channels=model.model.latent_format.latent_channels)
+    return _from_image(model, video)
+
+
+def job_of_latent(model: ModelPatcher, samples: Tensor) -> SamplingJob:
+    """Return the job of one latent, from an image as for `expected_job`.
+
+    Args:
+        samples: of any dtype, (batch, channels, frames, height, width).
+
+    Raises:
+        QuantError: the latent is not one of a video for this model.
+    """
+    channels = model.model.latent_format.latent_channels
+    if samples.ndim != 5 or samples.shape[1] != channels:
+        raise QuantError(
+            f"latent of shape {tuple(samples.shape)}: expected (batch, {channels}, frames, height, width) for this Wan"
+            " model; connect the latent that its sampler gets, or none"
+        )
+    return _from_image(model, SamplingJob(tuple(samples.shape)))
+
+
+def _from_image(model: ModelPatcher, job: SamplingJob) -> SamplingJob:
     from_image = model.model.diffusion_model.img_emb is not None
-    return video.with_entries(**clip_vision_entries(257)) if from_image else video
+    return job.with_entries(**clip_vision_entries(257)) if from_image else job
 
 
 class _BudgetedSampling:
     """The wrappers of one MODEL and the state that they share."""
 
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
+    def __init__(self, budget: int, expected: tuple[int, ...] | None) -> None:
+        self._budget, self._expected = budget, expected
+        self._clock = StepClock()
+        self._step_key: Hashable = None
         self._mask_entries: dict[str, object] = {}
         """What the sampler adds to each conditioning."""
         self._weights_have_room = False
@@ -128,7 +161,15 @@ class _BudgetedSampling:
         mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
         self._mask_entries = {} if mask is None else {"denoise_mask": mask}
         out: Tensor = executor(*args, **kwargs)
+        self._clock.keep(self._step_key)
+        if torch.isnan(out).any():
+            logger.warning("Wan Low VRAM: %s", _NOT_A_NUMBER)
         return out
+
+    def step(self, *args: Any, **kwargs: Any) -> list[Tensor]:  # noqa: ANN401
+        """Wrap ComfyUI's `calc_cond_batch`; see `calc_conds_separately`."""
+        self._clock.step()
+        return calc_conds_separately(*args, **kwargs)
 
     def prepare(
         self,
@@ -147,13 +188,24 @@ class _BudgetedSampling:
             ConditioningOutline.from_entries(self._mask_entries | cond) for each in conds.values() for cond in each
         )
         job = SamplingJob(tuple(noise_shape), tuple(outlines))
-        self._chosen = choose_plan(self._simulator_of(model), job, self._budget)
-        logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, self._budget / GIB, self._chosen)
+        if self._expected not in (None, job.latent):
+            logger.warning(
+                "Wan Low VRAM: the latent at its input has the shape %s, but %s is sampled; the memory plan is for the"
+                " latter, and the predicted peak and the tiles are for the former",
+                self._expected,
+                job.latent,
+            )
+        budget = self._budget or automatic_budget(model.load_device)
+        self._chosen = choose_plan(self._simulator_of(model), job, budget)
+        self._step_key = step_key(model, job.latent, self._chosen.plan)
+        logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, budget / GIB, self._chosen)
+        for note in attention_notes(model):
+            logger.info("Wan Low VRAM: %s", note)
         if self._chosen.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, host.COMPILE_KEY):
             logger.warning("Wan Low VRAM: %s", _COMPILED_RUNS_STOCK)
         if "animate2_cache" in model.model_options.get("transformer_options", {}):
             logger.warning("Wan Low VRAM: %s", _POSE_CACHE)
-        room = self._budget - self._chosen.peak.total_bytes
+        room = budget - self._chosen.peak.total_bytes
         self._weights_have_room = room >= model.model_size()
         if self._weights_have_room or comfy.model_management.is_device_cpu(model.load_device):
             prepared: tuple[BaseModel, object, object] = executor(model, noise_shape, conds, **kwargs)

@@ -21,6 +21,7 @@ from ..packed.foreign import foreign_class
 from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
+from .attention_notes import attention_of
 from .context import context_bytes
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .live_memory import LiveMemory, signature
@@ -50,6 +51,8 @@ class Peak:
     flops: int
     """Floating-point operations."""
     context_bytes: int = context_bytes(META)
+    moved_bytes: int = 0
+    """What the operations of the whole forward read and write."""
 
     @property
     def fragmentation_bytes(self) -> int:
@@ -87,15 +90,26 @@ class Simulator:
       next one, and the weights that ComfyUI cannot stream.
     """
 
-    def __init__(self, model: BaseModel, *, weight_bytes: int, device: torch.device = META) -> None:
+    def __init__(
+        self,
+        model: BaseModel,
+        *,
+        weight_bytes: int,
+        weight_elements: int = 0,
+        attention: FlashAttention | None = None,
+        device: torch.device = META,
+    ) -> None:
         """
         Args:
             model: on meta tensors.
             weight_bytes: result of `streamed_bytes` for the complete model.
+            weight_elements: of the two largest layers among these, 0 if unknown.
+            attention: what the blocks call instead of ComfyUI's attention.
             device: see `context_bytes`.
         """
         use_flash_attention(model.diffusion_model)
         self._model, self._weight_bytes, self._context_bytes = model, weight_bytes, context_bytes(device)
+        self.weight_elements, self._attention = weight_elements, attention or FlashAttention()
         self._peaks: dict[tuple[SamplingJob, MemoryPlan | None], Peak] = {}
 
     @classmethod
@@ -108,7 +122,9 @@ class Simulator:
         check_predictable(patcher)
         model = meta_twin(patcher.model)
         _attach_patches(model, patcher)
-        return cls(model, weight_bytes=streamed_bytes(patcher.model), device=patcher.load_device)
+        nbytes, elements = streamed_bytes(patcher.model), streamed_elements(patcher.model)
+        attention, device = attention_of(patcher), patcher.load_device
+        return cls(model, weight_bytes=nbytes, weight_elements=elements, attention=attention, device=device)
 
     @property
     def heads(self) -> int:
@@ -121,7 +137,7 @@ class Simulator:
             memory = self.run(job, plan)
             moment = memory.peak
             sizes = self._weight_bytes, moment.scratch_bytes, moment.activation_bytes
-            self._peaks[job, plan] = Peak(*sizes, memory.now.flops, self._context_bytes)
+            self._peaks[job, plan] = Peak(*sizes, memory.now.flops, self._context_bytes, memory.moved_bytes)
         return self._peaks[job, plan]
 
     def run(self, job: SamplingJob, plan: MemoryPlan | None, *, record: bool = False) -> LiveMemory:
@@ -135,7 +151,7 @@ class Simulator:
         memory = LiveMemory(META, record=record)
         # ComfyUI samples in inference mode. There a dispatch mode does not see the parts of composite operations.
         with torch.inference_mode(False), torch.no_grad(), memory, FusedNorms():
-            options = {"wrappers": patcher.wrappers, "optimized_attention_override": FlashAttention()}
+            options = {"wrappers": patcher.wrappers, "optimized_attention_override": self._attention}
             state = torch.empty(_SAMPLER_LATENTS, *job.latent, device=META)
             conditionings = [self._prompt() | outline.entries() for outline in job.conditionings]
             run_forwards(self._model, state[0], conditionings, options)
@@ -219,3 +235,13 @@ def streamed_bytes(model: torch.nn.Module) -> int:
         elif name != TIME_PROJECTION:
             streamed.append(nbytes)
     return resident + sum(sorted(streamed)[-2:])
+
+
+def streamed_elements(model: torch.nn.Module) -> int:
+    """Return the number of elements of the two largest layers in `streamed_bytes`."""
+    sizes = []
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if host.is_streamed(module) and name != TIME_PROJECTION:
+            sizes.append((sum(parameter.nbytes for parameter in own), sum(parameter.numel() for parameter in own)))
+    return sum(elements for _, elements in sorted(sizes)[-2:])

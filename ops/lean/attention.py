@@ -6,7 +6,7 @@ keys of recomputed groups and the intermediate tensors exist for one group or on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -57,7 +57,7 @@ class LeanAttention:
         """Return the output of the attention, (batch, tokens, dim), contiguous, in the dtype of the input."""
         output = self._queries()
         kept_keys, inverse_rms = self._first_pass()
-        values = RowProjection(self.attn.v, self.like)
+        values = RowProjection(self.attn.v, self.like, self._inputs)
         for start in range(0, self.dim, self.width):
             features = slice(start, start + self.width)
             if kept_keys:
@@ -69,7 +69,7 @@ class LeanAttention:
         return output
 
     def _queries(self) -> Tensor:
-        project, out = projection(self.attn.q, self.like), self._empty(self.dim)
+        project, out = projection(self.attn.q, self.like, self._inputs), self._empty(self.dim)
         for chunk in self.chunks:
             out[:, chunk] = self._rotated(self.attn.norm_q(project(self.input_chunk(chunk))), chunk)
         return out
@@ -81,7 +81,7 @@ class LeanAttention:
             The keys of the first groups, each (batch, tokens, width), and 1 / RMS of each token's keys over all heads,
             float32, (batch, tokens, 1).
         """
-        project, norm = projection(self.attn.k, self.like), self.attn.norm_k
+        project, norm = projection(self.attn.k, self.like, self._inputs), self.attn.norm_k
         kept = [self._empty(self.width) for _ in range(self.plan.head_groups - self.plan.recomputed_groups)]
         inverse_rms = self.like.new_empty(self.batch, self.tokens, 1, dtype=torch.float32)
         for chunk in self.chunks:
@@ -111,7 +111,10 @@ class LeanAttention:
 
     @cached_property
     def _key_rows(self) -> RowProjection:
-        return RowProjection(self.attn.k, self.like)
+        return RowProjection(self.attn.k, self.like, self._inputs)
+
+    def _inputs(self) -> Iterator[Tensor]:
+        return (self.input_chunk(chunk) for chunk in self.chunks)
 
     def _needs_all_queries(self) -> bool:
         """Return whether the attention function may treat a chunk of the queries differently from all of them."""

@@ -10,7 +10,8 @@ x in place, one chunk of tokens at a time:
 2. Cross-attention: keys and values of the short context are computed once. The rest runs chunk by chunk.
 3. FFN: chunk by chunk, so its hidden layer exists for one chunk.
 
-Each weight is dequantized once per block and used for all chunks, see `weights`.
+Each weight is prepared once per block and used for all chunks, as its layer multiplies with it, see `weights`: products
+in 8-bit integers and in ComfyUI's own formats stay what they are.
 
 Every output is the same sum of the same products as in ComfyUI and differs only by rounding. Kernels may add in another
 order for other shapes, and recomputed keys are normalized in other steps. tests/ops/lean bounds the difference: in
@@ -21,6 +22,7 @@ than 1.2 times that of ComfyUI's own forward. A forward without a plan is ComfyU
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.ldm.wan.model as wan
@@ -31,7 +33,7 @@ from .. import host
 from .attention import LeanAttention, is_lean_attention
 from .memory_plan import MemoryPlan
 from .modulation import Modulation, chunks
-from .weights import is_untouched, projection
+from .weights import Projection, is_untouched, projection
 
 # Image keys need full-precision attention: SageAttention returns NaN for them.
 # Source: WanI2VCrossAttention, ComfyUI 0.33.0.
@@ -86,7 +88,7 @@ class LeanBlock:
 
         if is_lean_attention(attn) and not self.options.get("patches", {}).get("attn1_patch"):
             y = LeanAttention(attn, input_chunk, freqs, x, self.plan, self.options).output()
-            project = projection(attn.o, x)
+            project = projection(attn.o, x, lambda: (y[:, chunk] for chunk in self._chunks(x)))
         else:
             y = attn(input_chunk(slice(0, x.shape[1])), freqs, transformer_options=self.options)
             project = torch.nn.Identity()
@@ -99,7 +101,9 @@ class LeanBlock:
             x += attn(norm(x), context, context_img_len=self.image_tokens, transformer_options=self.options)
             return
         keys_and_values = self._context_keys_and_values(attn, context)
-        query, project = projection(attn.q, x), projection(attn.o, x)
+        query = projection(attn.q, x, lambda: (norm(x[:, chunk]) for chunk in self._chunks(x)))
+        # What the output projection is called with depends on the attention, which would have to run twice.
+        project = projection(attn.o, x)
         options = {"heads": attn.num_heads, "transformer_options": self.options} | host.attention_options(attn)
         for chunk in self._chunks(x):
             q = attn.norm_q(query(norm(x[:, chunk])))
@@ -120,9 +124,17 @@ class LeanBlock:
 
     def _ffn(self, x: Tensor, modulation: Modulation) -> None:
         ffn, norm = self.block.ffn, self.block.norm2
-        layers = [projection(layer, x) for layer in ffn] if is_untouched(ffn) else [ffn]
+
+        def input_chunk(chunk: slice) -> Tensor:
+            return modulation.shift_and_scale(norm(x[:, chunk]), 3, chunk)
+
+        layers: list[Projection] = [ffn]
+        if is_untouched(ffn):
+            first, *others = ffn
+            inputs = partial(map, input_chunk, self._chunks(x))
+            layers = [projection(first, x, inputs), *(projection(layer, x) for layer in others)]
         for chunk in self._chunks(x):
-            y = modulation.shift_and_scale(norm(x[:, chunk]), 3, chunk)
+            y = input_chunk(chunk)
             for layer in layers:
                 y = layer(y)
             x[:, chunk].addcmul_(y, modulation.vector(5, chunk))

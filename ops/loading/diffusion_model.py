@@ -23,10 +23,10 @@ from ...quant.sources.completeness import check_complete, few_blocks, refuse_mis
 from ...quant.sources.names import WAN, Naming, find_naming, known_naming
 from .. import host
 from ..host_check import check_host
-from ..packed.int8 import int8_ops
 from ..packed.layout import pack, with_dtype
-from ..packed.linear import GGUFOps, packed_modules
+from ..packed.linear import packed_modules
 from ..packed.patcher import with_packed_patches
+from ..packed.precision import EXACT, packed_ops
 from .add_on import check_effect, warn_of_unused, with_add_on
 from .by_host import built_by_host
 from .dtypes import LOSSLESS, compute_dtype, flagged_model_dtype
@@ -57,7 +57,7 @@ def load_diffusion_model(
     *,
     dtype: torch.dtype | None = None,
     add_on: str | os.PathLike[str] | None = None,
-    int8: bool = False,
+    precision: str = EXACT,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """Load a GGUF diffusion model for the host; its weights stay packed until they are used.
@@ -66,7 +66,7 @@ def load_diffusion_model(
         path: a GGUF file; of a split one, any part.
         dtype: the dtype to compute in; if None, the host chooses it for the device.
         add_on: a GGUF or safetensors file of an add-on (VACE and the like) for the Wan transformer in `path`.
-        int8: multiply many tokens in 8-bit integers (`int8_linear`).
+        precision: of products with many tokens: exact, int8 (`int8_linear`), or auto (`packed_ops`).
         disable_dynamic: load for the host's legacy memory mode, which it needs for torch.compile and hooks.
 
     Raises:
@@ -96,7 +96,7 @@ def load_diffusion_model(
         state_dict |= {name: host.annotate_source(tensor, header.path) for name, tensor in preferences.items()}
     flagged = None if dtype else flagged_model_dtype()
     stored = LOSSLESS if flagged else dtype
-    options = {"custom_operations": int8_ops() if int8 else GGUFOps} | ({"dtype": stored} if stored else {})
+    options = {"custom_operations": packed_ops(precision)} | ({"dtype": stored} if stored else {})
     with built_by_host(header.path):
         patcher = comfy.sd.load_diffusion_model_state_dict(
             state_dict, options, metadata=metadata, disable_dynamic=disable_dynamic
@@ -108,7 +108,7 @@ def load_diffusion_model(
     if add_on is not None:
         check_effect(patcher.model.diffusion_model, base, header, add_on)
     _set_dtype(patcher.model, dtype or compute_dtype(patcher, flagged))
-    host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, add_on=add_on, int8=int8))
+    host.remember_loader(patcher, partial(load_diffusion_model, path, dtype=dtype, add_on=add_on, precision=precision))
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     patcher.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, __name__, prefetch_blocks)
     if _is_wan(patcher):

@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...quant import QuantError
 from ...quant.safetensors.header import read_native_header
+from ..packed.precision import EXACT, INT8
 from .by_host import built_by_host
 from .diffusion_model import load_diffusion_model
 from .native_support import problems
@@ -18,14 +19,29 @@ from .native_support import problems
 SUFFIX = ".safetensors"
 
 
-def load_any_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> ModelPatcher:
+def load_any_model(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    add_on: str | os.PathLike[str] | None = None,
+    precision: str = EXACT,
+) -> ModelPatcher:
     """Load a diffusion model from a GGUF or a safetensors file; the suffix of the name tells which it is.
 
+    Args:
+        path: the file.
+        dtype: the dtype to compute in; if None, the host chooses it for the device.
+        add_on: as for `load_diffusion_model`.
+        precision: as for `load_diffusion_model`; with `auto`, a safetensors file keeps the products of its format.
+
     Raises:
-        QuantError: as `load_diffusion_model` and `load_native_model` raise it.
+        QuantError: as `load_diffusion_model` and `load_native_model` raise it, or what is for GGUF files only.
     """
-    is_native = Path(path).suffix.lower() == SUFFIX
-    return load_native_model(path, dtype=dtype) if is_native else load_diffusion_model(path, dtype=dtype)
+    if Path(path).suffix.lower() != SUFFIX:
+        return load_diffusion_model(path, dtype=dtype, add_on=add_on, precision=precision)
+    if precision == INT8 or add_on is not None:
+        raise QuantError(f"{path}: add_on_name and int8 are for GGUF files; choose a .gguf file, or turn them off")
+    return load_native_model(path, dtype=dtype)
 
 
 def load_native_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> ModelPatcher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -13,16 +14,35 @@ from ...quant.native.rotation import GROUP
 from ...quant.torch_op import int8_rows_into
 from .. import host
 from .linear import GGUFOps
-from .matmul import WeightFunction, dequantized_tiles, needs_whole_weight, packed_linear
+from .matmul import (
+    HeldProduct,
+    PatchedRows,
+    WeightFunction,
+    dequantized_tiles,
+    hold_dense,
+    needs_whole_weight,
+    packed_linear,
+)
 
 _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 MIN_TOKENS = 1024
-"""With fewer tokens, quantizing the weight to 8-bit integers costs more time than the product saves."""
+"""With fewer tokens, products are exact in `Int8Ops`."""
+
+WORTHWHILE_TOKENS = 8192
+"""With fewer tokens, making the 8-bit rows costs more time than the product saves, and products are exact in `AutoOps`.
+
+Measured on an H100: at 8190 tokens both take the same time (bench/results/gpu-linear-h100.json).
+"""
 
 
 def int8_linear(
-    x: Tensor, weight: QuantizedTensor, bias: Tensor | None, functions: Sequence[WeightFunction] = ()
+    x: Tensor,
+    weight: QuantizedTensor,
+    bias: Tensor | None,
+    functions: Sequence[WeightFunction] = (),
+    *,
+    least_tokens: int = MIN_TOKENS,
 ) -> Tensor:
     """Return the product of `packed_linear`, computed in 8-bit integers.
 
@@ -35,17 +55,35 @@ def int8_linear(
         weight: packed, (rows, columns).
         bias: the dtype of x, (rows,).
         functions: applied to the dequantized weight in turn.
+        least_tokens: with fewer, the product is exact.
 
     Returns:
         The dtype of x, (..., rows).
 
     Source: comfy-kitchen 0.2.26, TensorWiseINT8Layout, `convrot`.
     """
-    columns = weight.shape[1]
-    if columns % GROUP or x.numel() < MIN_TOKENS * columns or needs_whole_weight(x, bias, functions):
+    rows, columns = weight.shape
+    tokens = x.numel() // max(1, columns)
+    if columns % GROUP or tokens < least_tokens or needs_whole_weight(x, bias, functions):
         return packed_linear(x, weight, bias, functions)
-    codes, scales = int8_rows(weight, functions, x)
-    return host.int8_linear(x, codes, scales, bias, GROUP)
+    return hold_int8(PatchedRows(weight, functions, x), slice(0, rows), x, tokens, least_tokens=least_tokens)(x, bias)
+
+
+def hold_int8(
+    patched: PatchedRows, rows: slice, like: Tensor, tokens: int, *, least_tokens: int = MIN_TOKENS
+) -> HeldProduct:
+    """Quantize rows of a packed weight to 8-bit integers once, for products with many chunks of tokens.
+
+    Args:
+        rows: as for `dequantized_tiles`.
+        like: floating point, (..., channels), of the dtype and on the device of the chunks.
+        tokens: of all chunks together.
+        least_tokens: with fewer, the products are exact.
+    """
+    if patched.shape[1] % GROUP or tokens < least_tokens:
+        return hold_dense(patched, rows, like, tokens)
+    codes, scales = patched_int8_rows(patched, rows, like)
+    return lambda x, bias: host.int8_linear(x, codes, scales, bias, GROUP)
 
 
 def int8_rows(weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,13 +99,23 @@ def int8_rows(weight: QuantizedTensor, functions: Sequence[WeightFunction], like
     Returns:
         Codes, int8, (rows, columns), and scales, float32, (rows, 1).
     """
-    codes = like.new_empty(weight.shape, dtype=torch.int8)
+    return patched_int8_rows(PatchedRows(weight, functions, like), slice(0, len(weight)), like)
+
+
+def patched_int8_rows(patched: PatchedRows, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return some rows of `int8_rows`: codes, int8, (rows, columns), and scales, float32, (rows, 1).
+
+    Args:
+        rows: as for `dequantized_tiles`.
+        like: a tensor of the compute dtype and on the device of the weight.
+    """
+    codes = like.new_empty(rows.stop - rows.start, patched.shape[1], dtype=torch.int8)
     scales = like.new_empty(len(codes), 1, dtype=torch.float32)
-    if functions:
-        for part, tile in dequantized_tiles(weight, functions, like):
+    if patched.is_patched:
+        for part, tile in dequantized_tiles(patched, rows, like):
             int8_rows_into(tile.contiguous().view(torch.uint8), _PLAIN[tile.dtype], codes[part], scales[part])
     else:
-        int8_rows_into(host.packed_bytes(weight), weight.params.qtype, codes, scales)
+        int8_rows_into(patched.packed[rows], patched.qtype, codes, scales)
     return codes, scales
 
 
@@ -76,6 +124,15 @@ class Int8Ops(GGUFOps):
 
     class Linear(GGUFOps.Linear):
         multiply = staticmethod(int8_linear)
+        hold = staticmethod(hold_int8)
+
+
+class AutoOps(GGUFOps):
+    """The host's `operations` for a model that computes products in 8-bit integers where these are faster."""
+
+    class Linear(GGUFOps.Linear):
+        multiply = staticmethod(partial(int8_linear, least_tokens=WORTHWHILE_TOKENS))
+        hold = staticmethod(partial(hold_int8, least_tokens=WORTHWHILE_TOKENS))
 
 
 def int8_ops() -> type[GGUFOps]:

@@ -25,7 +25,7 @@ from ...quant import QTYPES
 from ...quant.sources.names import unwrapped
 from .. import host
 from .layout import dense, is_packed
-from .matmul import WeightFunction, packed_linear
+from .matmul import WeightFunction, hold_dense, packed_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -118,6 +118,8 @@ class GGUFOps(comfy.ops.manual_cast):
 
     class Linear(GGUFModule, comfy.ops.manual_cast.Linear):
         multiply = staticmethod(packed_linear)
+        hold = staticmethod(hold_dense)
+        """Prepares rows of the packed weight for products with many chunks of the tokens; see `hold_dense`."""
 
         def __init__(
             self,

@@ -22,6 +22,9 @@ WeightFunction = Callable[[Tensor], Tensor]
 `OnTheFly` of this pack can also patch some of the rows.
 """
 
+HeldProduct = Callable[[Tensor, Tensor | None], Tensor]
+"""A product with rows of a weight that were prepared for several calls: (x, bias of these rows) -> output features."""
+
 TILE_BYTES = 64 << 20
 """The largest size of a tile of dequantized rows, unless a function needs the whole weight or the output is larger."""
 
@@ -63,7 +66,8 @@ class PatchedRows:
     """
 
     def __init__(self, weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> None:
-        self._weight, self._packed = weight, host.packed_bytes(weight)
+        self.packed, self.qtype, self.shape = host.packed_bytes(weight), weight.params.qtype, weight.shape
+        self.is_patched = bool(functions)
         self._patches = [_patch_rows(function, like) for function in functions]
         whole = len(weight)
         self.row_multiple = lcm(1, *(f.row_multiple if isinstance(f, OnTheFly) else whole for f in functions))
@@ -78,7 +82,7 @@ class PatchedRows:
         Returns:
             `out`, or a tensor of its shape that the last function returned.
         """
-        dequantize_into(self._packed[start : start + len(out)], self._weight.params.qtype, out)
+        dequantize_into(self.packed[start : start + len(out)], self.qtype, out)
         for patch in self._patches:
             out = patch(out, start)
         return out
@@ -90,28 +94,37 @@ def _patch_rows(function: WeightFunction, like: Tensor) -> PatchRows:
     return lambda weight, _: function(weight)
 
 
-def dequantized_tiles(
-    weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of a packed weight after `functions`, as tiles that the next one overwrites.
+def dequantized_tiles(patched: PatchedRows, rows: slice, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield rows of a packed weight, patched, as tiles that the next one overwrites.
 
     Args:
-        weight: packed, (rows, columns).
+        rows: the first and the number of them are multiples of `patched.row_multiple`.
         like: a tensor of the dtype and on the device that the tiles get.
 
     Yields:
-        Which rows, and the tile, (number of these rows, columns).
+        Which rows, counted from the first of `rows`, and the tile, (number of these rows, columns).
     """
-    rows, columns = weight.shape
-    patched = PatchedRows(weight, functions, like)
+    total, columns = rows.stop - rows.start, patched.shape[1]
     multiple = lcm(_ALIGNED_ROWS, patched.row_multiple)
     most = max(multiple, TILE_BYTES // (columns * like.itemsize) // multiple * multiple)
-    count = -(-rows // most)
-    step = min(rows, -(-rows // count // multiple) * multiple)
-    tile = _scratch.tile(step, like)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        yield part, patched.dequantize_rows(start, tile[: part.stop - start])
+    count = -(-total // most)
+    step = min(total, -(-total // count // multiple) * multiple)
+    tile = _scratch.tile(step, like.new_empty(0, columns))
+    for start in range(0, total, step):
+        part = slice(start, min(start + step, total))
+        yield part, patched.dequantize_rows(rows.start + start, tile[: part.stop - start])
+
+
+def hold_dense(patched: PatchedRows, rows: slice, like: Tensor, tokens: int) -> HeldProduct:
+    """Dequantize rows of a packed weight once, for products with many chunks of tokens.
+
+    Args:
+        rows: as for `dequantized_tiles`.
+        like: floating point, (..., channels), of the dtype and on the device of the chunks.
+        tokens: of all chunks together.
+    """
+    held = patched.dequantize_rows(rows.start, like.new_empty(rows.stop - rows.start, patched.shape[1]))
+    return lambda x, bias: linear(x, held, bias)
 
 
 def needs_whole_weight(x: Tensor, bias: Tensor | None, functions: Sequence[WeightFunction]) -> bool:
@@ -159,7 +172,7 @@ def packed_linear(
         whole = PatchedRows(weight, functions, x).dequantize_rows(0, _scratch.tile(rows, x))
         return linear(x, whole, bias)
     out = x.new_empty(*x.shape[:-1], rows)
-    for part, tile in dequantized_tiles(weight, functions, x):
+    for part, tile in dequantized_tiles(PatchedRows(weight, functions, x), slice(0, rows), x):
         product, part_bias = out.view(-1, rows)[:, part], None if bias is None else bias[part]
         if x.device.type in _LOSES_OUT_SLICES:
             product.copy_(linear(flat, tile, part_bias))

@@ -193,3 +193,39 @@ def test_file_written_in_place_works_once_it_is_loaded_again(models, t2v, tmp_pa
         patcher.pre_run()
     assert WanQuantLoader.fingerprint_inputs(model_name="", path=None) != before, "so the host loads it again"
     WanQuantLoader.execute("", "default", path=str(path)).args[0].pre_run()
+
+
+def test_precision_and_the_older_switch(models, t2v, caplog):
+    shutil.copy(t2v[1], models / "diffusion_models" / "a.gguf")
+    chosen = {
+        (int8, precision): kind(WanQuantLoader.execute("a.gguf", "float32", int8=int8, precision=precision).args[0])
+        for int8 in (False, True)
+        for precision in ("exact", "int8", "auto")
+    }
+    exact, int8 = chosen[False, "exact"], chosen[False, "int8"]
+    assert exact is not int8
+    # On a CPU, auto is exact; the switch of saved graphs decides only beside exact.
+    assert chosen == {
+        (False, "exact"): exact,
+        (False, "int8"): int8,
+        (False, "auto"): exact,
+        (True, "exact"): int8,
+        (True, "int8"): int8,
+        (True, "auto"): exact,
+    }
+    pair = WanQuantExpertPairLoader.execute("a.gguf", "a.gguf", "float32", precision="int8").args
+    assert [kind(patcher) for patcher in pair] == [int8, int8]
+
+
+def kind(patcher):
+    return patcher.model.model_config.custom_operations
+
+
+def test_int8_is_for_gguf_files(models, t2v):
+    shutil.copy(t2v[0], models / "diffusion_models" / "a.safetensors")
+    for arguments in ({"int8": True}, {"precision": "int8"}):
+        with pytest.raises(QuantError, match="add_on_name and int8 are for GGUF files"):
+            WanQuantLoader.execute("a.safetensors", "float32", **arguments)
+    with pytest.raises(QuantError, match="int8 are for GGUF files"):
+        WanQuantExpertPairLoader.execute("a.safetensors", "a.safetensors", "float32", precision="int8")
+    assert WanQuantLoader.execute("a.safetensors", "float32", precision="auto").args[0].model_size() > 0

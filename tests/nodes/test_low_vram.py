@@ -9,6 +9,7 @@ import torch
 from wanquant.nodes.low_vram import WanQuantLowVRAM
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.quant import QuantError
+from wanquant.quant.units import GIB
 from wanquant.tests.ops.packed.foreign_tensors import with_foreign_weights
 
 
@@ -36,11 +37,31 @@ def test_preview_that_does_not_fit_is_reported_not_refused(model):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0, 256, 256, 5), "budget_gib 0"), ((3.5, 250, 256, 5), "250x256"), ((3.5, 256, 256, 6), "frames 6")],
+    [((-1, 256, 256, 5), "budget_gib -1"), ((3.5, 250, 256, 5), "250x256"), ((3.5, 256, 256, 6), "frames 6")],
 )
 def test_refuses_bad_input(model, arguments, message):
     with pytest.raises(QuantError, match=message):
         WanQuantLowVRAM.execute(model, *arguments)
+
+
+def test_a_latent_replaces_the_typed_size(model):
+    latent = {"samples": torch.zeros(1, 16, 2, 32, 32)}
+    *typed, _ = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
+    *linked, _ = WanQuantLowVRAM.execute(model, 3.5, 832, 480, 81, latent).args
+    assert typed[1:] == linked[1:]
+    for wrong in (torch.zeros(1, 48, 2, 32, 32), torch.zeros(1, 16, 32, 32)):
+        with pytest.raises(QuantError, match=r"expected \(batch, 16, frames, height, width\)"):
+            WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5, {"samples": wrong})
+
+
+def test_a_budget_of_zero_takes_what_is_there_and_is_never_cached(model, monkeypatch):
+    monkeypatch.setattr("wanquant.nodes.low_vram.automatic_budget", lambda device: 2 * GIB)
+    _, text, *tiles = WanQuantLowVRAM.execute(model, 0, 256, 256, 5).args
+    assert text.startswith("budget 2.00 GiB: 0.5")
+    assert tiles == list(WanQuantLowVRAM.execute(model, 2, 256, 256, 5).args[2:])
+    once, again = (WanQuantLowVRAM.fingerprint_inputs(budget_gib=0, width=1) for _ in range(2))
+    assert once != again
+    assert WanQuantLowVRAM.fingerprint_inputs(budget_gib=3.5) == WanQuantLowVRAM.fingerprint_inputs(budget_gib=3.5)
 
 
 def test_other_models_pass_through(model, monkeypatch):

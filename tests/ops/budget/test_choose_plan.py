@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 
 from wanquant.bench.memory import CASES, MODELS, SMALL, job, rows, simulator
+from wanquant.ops.budget.automatic import AUTOMATIC
 from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, budget_bytes, choose_plan, memory_plans
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.quant import QuantError
+from wanquant.quant.plan.recipe import RECIPES
 from wanquant.quant.plan.wan_shapes import SIZES
 from wanquant.quant.units import GIB
 
@@ -61,15 +64,35 @@ def test_a_refusal_names_a_budget_and_a_number_of_frames(small):
     frames = int(str(refusal.value).split(" frames of this size")[0].rsplit(" ", 1)[1])
     assert frames in (1, 5, 9, 13)
     choose_plan(small, SamplingJob.for_video(832, 480, frames), least - (8 << 20))
+    width, height = map(int, re.search(r"choose (\d+)x(\d+)", str(refusal.value)).groups())
+    assert 400 < width < 832 and abs(width / height - 832 / 480) < 0.2
+    choose_plan(small, SamplingJob.for_video(width, height, 17), least - (8 << 20))
     with pytest.raises(QuantError, match="not even one frame"):
         choose_plan(small, LATENT, GIB // 4)
 
 
-@pytest.mark.parametrize("gib", [0, -1, math.nan, math.inf, 8000])
+def test_a_refusal_names_a_recipe_that_would_fit():
+    large = simulator(TINY, "Q8_0")
+    least = large.peak(LATENT, memory_plans(large.heads)[-1]).total_bytes
+    with pytest.raises(QuantError) as refusal:
+        choose_plan(large, LATENT, least - (4 << 20))
+    recipe = re.search(r"load a file in (\w+) or smaller", str(refusal.value))[1]
+    assert recipe in RECIPES and recipe != "Q8_0"
+    choose_plan(simulator(TINY, recipe), LATENT, least - (4 << 20))
+
+
+def test_a_plan_tells_the_bytes_of_a_step(small):
+    lean = choose_plan(small, LATENT, small.peak(LATENT, memory_plans(small.heads)[-1]).total_bytes)
+    assert 0.5 < lean.traffic < 3
+    assert f"{lean.traffic:.2f}x the bytes of a step" in str(lean)
+
+
+@pytest.mark.parametrize("gib", [-1, math.nan, math.inf, 8000])
 def test_refuses_impossible_budgets(gib):
     with pytest.raises(QuantError, match="budget_gib"):
         budget_bytes(gib)
     assert budget_bytes(3.5) == 3.5 * GIB
+    assert budget_bytes(0) == AUTOMATIC
 
 
 def test_loras_of_every_layer_are_counted():
@@ -82,7 +105,9 @@ def test_loras_of_every_layer_are_counted():
 def test_rows_of_the_benchmark(monkeypatch):
     monkeypatch.setattr("wanquant.bench.memory.MODELS", {"1.3B-T2V": TINY})
     monkeypatch.setattr("wanquant.bench.memory.CASES", {"1.3B-T2V": ((SMALL, 1.2),)})
-    stock, lean = rows("Q8_0")
+    *exact, stock, lean = rows("Q8_0")
+    assert [(row["precision"], row["plan"]) for row in exact] == [("exact", "stock"), ("exact", "lean")]
+    assert lean["precision"] == "int8" and lean["parts"]["scratch"] != exact[1]["parts"]["scratch"]
     for row, name in ((stock, "stock"), (lean, "lean")):
         assert (row["model"], row["recipe"], row["plan"]) == ("1.3B-T2V", "Q8_0", name)
         assert (row["width"], row["height"], row["frames"]) == (832, 480, 81)

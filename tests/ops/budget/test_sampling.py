@@ -11,10 +11,14 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
+from wanquant.ops import host_products
+from wanquant.ops.budget.attention_notes import attention_notes
+from wanquant.ops.budget.automatic import AUTOMATIC
 from wanquant.ops.budget.choose_plan import memory_plans
 from wanquant.ops.budget.sampling import _on_weights_device, expected_job, with_budget
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.simulator import Simulator
+from wanquant.ops.budget.step_time import measured_step, step_key
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.prefetch import prefetch_blocks
 from wanquant.quant import QuantError
@@ -176,3 +180,59 @@ def test_time_projection_accepts_further_arguments_of_newer_hosts():
     layer, x, residual = Layer(4, 4), torch.ones(1, 4), torch.ones(4)
     assert torch.equal(_on_weights_device(layer, x, "gelu_tanh", residual=residual), layer(x))
     assert seen == [(("gelu_tanh",), {"residual": residual}), ((), {})]
+
+
+def test_an_automatic_budget_is_chosen_when_sampling_starts(model, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    limited, free = with_budget(model, AUTOMATIC), []
+    monkeypatch.setattr("wanquant.ops.budget.sampling.automatic_budget", lambda device: free[-1])
+    for gib, how in ((100, "own forward"), (smallest_budget(model) / GIB, "groups of heads")):
+        caplog.clear()
+        free.append(round(gib * GIB))
+        sample(limited)
+        assert how in caplog.text and f"in {gib:.2f} GiB" in caplog.text
+
+
+def test_a_step_is_timed_once_it_was_sampled(model):
+    key = step_key(model, SHAPE, None)
+    sample(with_budget(model, AMPLE))
+    assert measured_step(key).startswith("; a step took ")
+    assert measured_step(step_key(model, (1, 16, 9, 32, 32), None)) == ""
+
+
+def test_says_that_another_latent_came_before(model, caplog):
+    for expected, warnings in ((SHAPE, 0), ((1, 16, 3, 32, 32), 1)):
+        caplog.clear()
+        sample(with_budget(model, AMPLE, expected))
+        assert caplog.text.count("is sampled; the memory plan is for the latter") == warnings
+
+
+def test_says_that_the_result_is_not_a_number(model, caplog):
+    limited = with_budget(model, AMPLE)
+    limited.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", lambda execute, x, *args, **_: x * float("nan"))
+    sample(limited)
+    assert "not a number (NaN); choose precision exact" in caplog.text
+
+
+def attend(*_, **__):
+    raise AssertionError("not called")
+
+
+def test_attention_that_is_not_the_usual_one_is_counted_and_named(model, monkeypatch):
+    assert attention_notes(model) == []
+    simulator, plan = Simulator.from_patcher(model), memory_plans(2)[-1]
+    usual = simulator.peak(JOB, plan)
+    other = model.clone()
+    other.model_options["transformer_options"] = {"optimized_attention_override": attend}
+    assert "another node (attend): it gets the queries all at once" in attention_notes(other)[0]
+    assert Simulator.from_patcher(other)._attention.accepts_query_chunks is False
+    monkeypatch.setattr(host_products, "attends_in_8_bits", lambda: True)
+    assert "in 8 bits" in attention_notes(model)[0]
+    assert Simulator.from_patcher(model).peak(JOB, plan).total_bytes >= usual.total_bytes
+    assert Simulator.from_patcher(model).peak(JOB, None).total_bytes > simulator.peak(JOB, None).total_bytes
+
+
+def test_blocks_that_run_as_in_comfyui_are_named(model, monkeypatch):
+    block = model.model.diffusion_model.blocks[0]
+    monkeypatch.setattr(block, "forward", lambda *_, **__: None)
+    assert "1 of 2 blocks run as in ComfyUI" in attention_notes(model)[0]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import comfy.ldm.modules.attention as attention
+import comfy.quant_ops
 import comfy.sd
 import pytest
 import torch
@@ -11,13 +14,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from wanquant.bench.sizes import Source
+from wanquant.ops import host
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.meta_wan import meta_model, meta_twin
 from wanquant.ops.budget.sampling_job import SamplingJob, clip_vision_entries
 from wanquant.ops.budget.simulator import Simulator, streamed_bytes
 from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
-from wanquant.quant import QuantError
+from wanquant.ops.packed import int8
+from wanquant.quant import QuantError, convert
+from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.plan.wan_shapes import SIZES, transformer_shapes
 from wanquant.quant.units import GIB
@@ -45,27 +51,33 @@ class FusedNorms(TorchFunctionMode):
 
 
 @torch.no_grad()
-def real_peak(patcher, lean):
+def real_peak(patcher, lean, latent=LATENT):
     """Return the peak of activations and scratch in bytes of a forward on the CPU, without its inputs."""
     model = (apply_lean(patcher, lean) if lean else patcher).clone()
     options = {"wrappers": model.wrappers, "optimized_attention_override": FlashAttention()}
     loaded = patcher.patch_model(torch.device("cpu"))
-    inputs = torch.randn(LATENT), torch.ones(1)
+    inputs = torch.randn(latent), torch.ones(1)
     context = torch.randn(1, 512, 4096)
     with LiveMemory("cpu") as memory, FusedNorms():
         loaded.apply_model(*inputs, c_crossattn=context, transformer_options=options)
     return memory.peak.nbytes
 
 
-def simulated_peak(patcher, lean):
-    peak = Simulator.from_patcher(patcher).peak(SamplingJob(LATENT), lean)
-    inputs = 8 * 4 * 16 * 3 * 32 * 32 + 4 * 512 * 4096 + 512
+def simulated_peak(patcher, lean, latent=LATENT):
+    peak = Simulator.from_patcher(patcher).peak(SamplingJob(latent), lean)
+    inputs = 8 * 4 * math.prod(latent) + 4 * 512 * 4096 + 512
     return peak.activation_bytes + peak.scratch_bytes - inputs
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Makes the CPU's forward copy weights that it holds, as for weights that are streamed to a GPU."""
+    monkeypatch.setattr(host, "is_lent", lambda *_: True)
 
 
 @pytest.mark.parametrize("lean", [None, LEAN], ids=["stock", "lean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_agrees_with_a_real_forward(t2v, dtype, lean):
+def test_agrees_with_a_real_forward(t2v, dtype, lean, streamed):
     dense = comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": dtype})
     assert simulated_peak(dense, lean) == pytest.approx(real_peak(dense, lean), rel=0.01)
 
@@ -74,6 +86,43 @@ def test_agrees_with_a_real_forward_of_packed_weights(t2v):
     packed = load_diffusion_model(t2v[1], dtype=torch.float32)
     # On the CPU the tile outlives its use, and dequantization by ggml or torch has temporaries.
     assert simulated_peak(packed, LEAN) == pytest.approx(real_peak(packed, LEAN), rel=0.1)
+
+
+# Latents with enough tokens for products in 8-bit integers.
+MANY = (1, 16, 5, 32, 32)
+
+
+@pytest.mark.parametrize("lean", [None, MemoryPlan(2, 320)], ids=["stock", "lean"])
+def test_agrees_with_a_real_forward_in_int8(t2v, lean, monkeypatch):
+    pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
+    models = [load_diffusion_model(t2v[1], dtype=torch.float32, precision=precision) for precision in ("exact", "int8")]
+    # Making the rows has temporaries on the CPU, but not on a GPU.
+    monkeypatch.setattr(int8, "int8_rows_into", _without_temporaries(int8.int8_rows_into))
+    exact, found = (simulated_peak(model, lean, MANY) for model in models)
+    assert found == pytest.approx(real_peak(models[1], lean, MANY), rel=0.05)
+    assert found != exact
+
+
+def _without_temporaries(make):
+    def allocate_nothing(packed, *arguments):
+        if packed.is_meta:
+            make(packed, *arguments)
+        else:
+            with _disable_current_modes():
+                make(packed, *arguments)
+
+    return allocate_nothing
+
+
+@pytest.mark.parametrize("lean", [None, LEAN], ids=["stock", "lean"])
+@pytest.mark.parametrize("recipe", ["INT8", "INT4"])
+def test_agrees_with_a_real_forward_in_formats_of_the_host(t2v, recipe, lean, streamed, tmp_path):
+    algorithms = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
+    if NATIVE[recipe].config["format"] not in algorithms:
+        pytest.skip(f"this host does not know {recipe}")
+    path = convert(t2v[0], tmp_path / "a.safetensors", recipe).path
+    model = comfy.sd.load_diffusion_model(str(path), {"dtype": torch.bfloat16})
+    assert simulated_peak(model, lean) == pytest.approx(real_peak(model, lean), rel=0.03)
 
 
 def simulator(size, recipe="Q4_K_M"):

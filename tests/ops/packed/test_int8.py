@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
-from wanquant.ops import host
+from wanquant.ops import host, host_products
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
-from wanquant.ops.packed.int8 import MIN_TOKENS, int8_linear, int8_rows
+from wanquant.ops.packed.int8 import MIN_TOKENS, WORTHWHILE_TOKENS, AutoOps, Int8Ops, int8_linear, int8_rows
 from wanquant.ops.packed.layout import pack
+from wanquant.ops.packed.linear import GGUFOps
 from wanquant.ops.packed.matmul import packed_linear
+from wanquant.ops.packed.precision import packed_ops
 from wanquant.quant import QTYPES, QuantError
 
 pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
@@ -68,7 +72,9 @@ def test_a_patch_is_added_to_tiles_before_the_rotation(monkeypatch):
 
 
 def test_loader_takes_it_along(t2v, sqnr):
-    patchers = [load_diffusion_model(t2v[1], dtype=torch.float32, int8=on) for on in (False, True)]
+    patchers = [
+        load_diffusion_model(t2v[1], dtype=torch.float32, precision=precision) for precision in ("exact", "int8")
+    ]
     load, arguments = patchers[1].cached_patcher_init
     patchers.append(load(*arguments))
     x, text = torch.randn(1, 16, 4, 32, 32), torch.randn(1, 7, 4096)
@@ -83,7 +89,7 @@ def test_loader_takes_it_along(t2v, sqnr):
 def test_a_host_without_it(monkeypatch: pytest.MonkeyPatch, t2v):
     monkeypatch.setattr(host, "comfy_kitchen", None)
     with pytest.raises(QuantError, match=r"update it to 0\.27"):
-        load_diffusion_model(t2v[1], int8=True)
+        load_diffusion_model(t2v[1], precision="int8")
 
 
 def test_training_needs_the_weight():
@@ -91,3 +97,39 @@ def test_training_needs_the_weight():
     x.requires_grad_()
     int8_linear(x, packed, None).sum().backward()
     assert torch.equal(x.grad[0], QTYPES["Q8_0"].dequantize(packed._qdata, torch.bfloat16).sum(0))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_asks_for_a_fast_backend(fast, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    if fast:
+        monkeypatch.setattr(host_products, "int8_backend", lambda device: "cuda")
+    assert packed_ops("auto") is (AutoOps if fast else GGUFOps)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert ("int8 by comfy-kitchen's cuda backend" if fast else "exact, because comfy-kitchen has no") in message
+
+
+def test_the_eager_backend_counts_as_none(monkeypatch, caplog):
+    registry = pytest.importorskip("comfy_kitchen.registry").registry
+    device = torch.device("cpu")
+    assert host_products.int8_backend(device) == ""
+    monkeypatch.setattr(type(registry), "get_capable_backend", lambda self, name, kwargs: "triton")
+    assert host_products.int8_backend(device) == "triton"
+    assert packed_ops("int8") is Int8Ops and not caplog.records
+    monkeypatch.undo()
+    assert packed_ops("int8") is Int8Ops and "choose auto" in caplog.text
+
+
+def test_auto_in_a_host_without_it(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(host, "comfy_kitchen", None)
+    assert packed_ops("auto") is GGUFOps
+    assert "this ComfyUI has no int8" in caplog.text
+
+
+def test_auto_is_exact_in_short_videos():
+    _, packed, x = weight_and_input(tokens=WORTHWHILE_TOKENS, columns=256)
+    int8, exact = (multiply(x, packed, None) for multiply in (AutoOps.Linear.multiply, packed_linear))
+    assert torch.equal(int8, int8_linear(x, packed, None)) and not torch.equal(int8, exact)
+    few = x[:-1]
+    assert torch.equal(AutoOps.Linear.multiply(few, packed, None), packed_linear(few, packed, None))

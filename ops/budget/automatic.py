@@ -1,0 +1,29 @@
+"""A budget that sets itself: what this process can have of the accelerator's memory when sampling starts."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import torch
+
+from .context import context_bytes
+
+AUTOMATIC = 0
+"""The budget that stands for `automatic_budget`, in bytes."""
+
+
+def margin_bytes() -> int:
+    """Return what stays free for other processes that grow: ComfyUI's own reserve, which `--reserve-vram` sets."""
+    nbytes: int = comfy.model_management.extra_reserved_memory()
+    return nbytes
+
+
+def automatic_budget(device: torch.device) -> int:
+    """Return the bytes on `device` that sampling may use, including CUDA's context.
+
+    This is the total memory less what other processes hold, less what this process holds and ComfyUI cannot evict, less
+    `margin_bytes`.
+    """
+    free: int = comfy.model_management.get_free_memory(device)
+    loaded = (entry for entry in comfy.model_management.current_loaded_models if entry.model is not None)
+    evictable = sum(entry.model_loaded_memory() for entry in loaded if entry.device == device)
+    return max(1, int(free + evictable + context_bytes(device) - margin_bytes()))
