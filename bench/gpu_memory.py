@@ -6,10 +6,10 @@
 It needs torch, triton, numpy and out/gpu-host, but neither a server nor a network. `python3 dev.py bench gpu-host`
 assembles that folder on a machine with ComfyUI; on such a machine this script makes it if it is missing.
 
-A random GGUF of true shapes is sampled for two steps, by ComfyUI's own forward and by Wan Low VRAM in its budget, with
-and without two LoRAs. This is done with dynamic VRAM and then without, in one process each. After a case that crashes
-or hangs, a new process continues with the next case. All memory beyond the budget is allocated, so that nothing can
-exceed it. A JSON line is written for each case as soon as it is measured, and a table at the end:
+A random GGUF of true shapes is sampled for two steps, by ComfyUI's own forward and by Wan Low VRAM in its budget, in 16
+bits and in int8, with and without two LoRAs. This is done with dynamic VRAM and then without, in one process each.
+After a case that crashes or hangs, a new process continues with the next case. All memory beyond the budget is
+allocated, so that nothing can exceed it. A JSON line is written for each case, and a table at the end:
 
     budget_gib          what Wan Low VRAM may use; the smallest possible where the case says 0
     arithmetic          floating-point operations over those of ComfyUI's own forward
@@ -64,6 +64,7 @@ class Case(NamedTuple):
     frames: int
     gib: float
     loras: int = 0
+    precision: str = "exact"
 
     @property
     def video(self) -> tuple[int, int, int]:
@@ -78,8 +79,10 @@ CASES = [
     for video, lean in ((SMALL, 2.2), (LARGE, 3.5))
     for gib in (STOCK_GIB, lean, LEANEST)
 ]
+CASES[6:6] = [case._replace(precision="int8") for case in CASES[:6] if case.gib != LEANEST]
 SPARE_GIB = (0, 0.05, 0.1, 0.2, 0.4)
 TINY = [Case(256, 256, 9, gib, loras) for loras in (0, 1) for gib in (STOCK_GIB, LEANEST)]
+TINY[-1] = TINY[-1]._replace(precision="int8")
 
 
 def write_model(path: Path, size: Any) -> None:
@@ -151,7 +154,10 @@ class Bench:
 
         self._meter = Meter()
         self._path = path
-        self._plain = load_diffusion_model(path, dtype=torch.bfloat16)
+        self._plain = {
+            precision: load_diffusion_model(path, dtype=torch.bfloat16, precision=precision)
+            for precision in ("exact", "int8")
+        }
 
     def row(self, case: Case) -> Row:
         import comfy.model_management
@@ -161,7 +167,7 @@ class Bench:
         from wanquant.ops.budget.sampling_job import SamplingJob
         from wanquant.ops.budget.simulator import Simulator
 
-        patcher, job = with_loras(self._plain, case.loras), SamplingJob.for_video(*case.video)
+        patcher, job = with_loras(self._plain[case.precision], case.loras), SamplingJob.for_video(*case.video)
         simulated, budget = Simulator.from_patcher(patcher), round(case.gib * GIB)
         choice = closest_plan(simulated, job, budget)
         budget = max(budget, choice.peak.total_bytes)
@@ -171,7 +177,9 @@ class Bench:
         def work() -> Row:
             latent, seconds = sample(patcher, job.latent, self._meter)
             row: Row = {"seconds_a_step": round(seconds, 3), "resident_gib": gib(patcher.loaded_size())}
-            return row | self._difference(case, latent, is_stock=choice.plan is None)
+            return row | self._difference(
+                case, latent, is_reference=case.gib == STOCK_GIB and case.precision == "exact"
+            )
 
         row: Row = {"case": "sample", "is_dynamic": patcher.is_dynamic(), "plan": choice.name, **case._asdict()}
         row |= {"budget_gib": gib(budget), "arithmetic": round(choice.slowdown, 4)}
@@ -186,12 +194,12 @@ class Bench:
         comfy.model_management.unload_all_models()
         return row
 
-    def _difference(self, case: Case, latent: Any, *, is_stock: bool) -> Row:
-        """Compare with the latent of ComfyUI's own forward, which a file keeps for the other processes."""
+    def _difference(self, case: Case, latent: Any, *, is_reference: bool) -> Row:
+        """Compare with the latent of ComfyUI's own forward in 16 bits, which a file keeps for the other processes."""
         import torch
 
         path = self._path.with_name(f"{self._path.stem}-{'x'.join(map(str, case.video))}-{case.loras}.latent")
-        if is_stock:
+        if is_reference:
             torch.save(latent, path)
         if not path.exists():
             return {}
@@ -248,7 +256,18 @@ def measured(results: Path) -> list[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    columns = ("is_dynamic", "plan", "width", "height", "frames", "gib", "loras", "of_predicted", "seconds_a_step")
+    columns = (
+        "is_dynamic",
+        "plan",
+        "precision",
+        "width",
+        "height",
+        "frames",
+        "gib",
+        "loras",
+        "of_predicted",
+        "seconds_a_step",
+    )
     print(table(columns, cells(rows, columns)))
 
 

@@ -52,7 +52,7 @@ def test_selftest_with_what_is_carried(tmp_path: Path) -> None:
     assert machine["torch"] == torch.__version__
     assert [(row["plan"], row["loras"]) for row in rows] == [("stock", 0), ("lean", 0), ("stock", 1), ("lean", 1)]
     for row in rows:
-        assert 0 <= row["difference"] < 0.01
+        assert 0 <= row["difference"] < (0.01 if row["precision"] == "exact" else 0.05)
         assert row["seconds_a_step"] > 0
 
 
