@@ -127,12 +127,21 @@ class Int8Ops(GGUFOps):
         hold = staticmethod(hold_int8)
 
 
+def hold_where_faster(patched: PatchedRows, rows: slice, like: Tensor, tokens: int) -> HeldProduct:
+    """Hold rows as `hold_int8` does, with exact products where 8-bit ones would be slower.
+
+    Each product quantizes its input anew. Of a few rows it saves less than that costs.
+    """
+    parts = patched.shape[0] // max(1, rows.stop - rows.start)
+    return hold_int8(patched, rows, like, tokens, least_tokens=WORTHWHILE_TOKENS * max(1, parts))
+
+
 class AutoOps(GGUFOps):
     """The host's `operations` for a model that computes products in 8-bit integers where these are faster."""
 
     class Linear(GGUFOps.Linear):
         multiply = staticmethod(partial(int8_linear, least_tokens=WORTHWHILE_TOKENS))
-        hold = staticmethod(partial(hold_int8, least_tokens=WORTHWHILE_TOKENS))
+        hold = staticmethod(hold_where_faster)
 
 
 def int8_ops() -> type[GGUFOps]:

@@ -9,10 +9,18 @@ import torch
 
 from wanquant.ops import host, host_products
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
-from wanquant.ops.packed.int8 import MIN_TOKENS, WORTHWHILE_TOKENS, AutoOps, Int8Ops, int8_linear, int8_rows
+from wanquant.ops.packed.int8 import (
+    MIN_TOKENS,
+    WORTHWHILE_TOKENS,
+    AutoOps,
+    Int8Ops,
+    hold_where_faster,
+    int8_linear,
+    int8_rows,
+)
 from wanquant.ops.packed.layout import pack
 from wanquant.ops.packed.linear import GGUFOps
-from wanquant.ops.packed.matmul import packed_linear
+from wanquant.ops.packed.matmul import PatchedRows, packed_linear
 from wanquant.ops.packed.precision import packed_ops
 from wanquant.quant import QTYPES, QuantError
 
@@ -133,3 +141,15 @@ def test_auto_is_exact_in_short_videos():
     assert torch.equal(int8, int8_linear(x, packed, None)) and not torch.equal(int8, exact)
     few = x[:-1]
     assert torch.equal(AutoOps.Linear.multiply(few, packed, None), packed_linear(few, packed, None))
+
+
+def test_auto_is_exact_where_few_rows_would_quantize_the_input_again():
+    _, packed, x = weight_and_input(tokens=WORTHWHILE_TOKENS, columns=256)
+    patched, rows = PatchedRows(packed, (), x), len(packed)
+
+    def product(part):
+        return hold_where_faster(patched, part, x, len(x))(x, None)
+
+    assert torch.equal(product(slice(0, rows)), int8_linear(x, packed, None))
+    half = slice(0, rows // 2)
+    assert torch.equal(product(half), packed_linear(x, packed, None)[..., half])
