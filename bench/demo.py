@@ -9,8 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
+from wanquant.bench import demo_pictures as pictures
 from wanquant.testing.comparison import DENSE, TRAINED, Run, sample
 from wanquant.testing.hosts import ROOT
 from wanquant.testing.server import GraphError, HostServer
@@ -19,8 +18,8 @@ RECIPES = ("Q8_0", "Q6_K", "Q4_K_M", "Q4_0", "Q2_K")
 NATIVE = ("INT8", "W4A8")
 """Formats of ComfyUI itself, of which older ones lack some."""
 OUT = ROOT / "out" / "demo"
-LABEL = 28
-"""Height in pixels of the text above a picture."""
+SHOWN = ("Q4_K_M", "Q2_K", "INT8")
+"""The recipes of the moving picture."""
 WORDS = {"convert": "converting", "sampler": "sampling"}
 
 
@@ -80,38 +79,13 @@ def _keep(runs: list[Run], version: str) -> None:
         shutil.copy(run.outputs["video"][0], OUT / f"{run.name}.mp4")
     for run in quantized:
         shutil.copy(run.outputs["report"][0], OUT / f"{run.name}-report.png")
-    moments = [_side_by_side(runs, frame) for frame in range(len(runs[0].outputs["frames"]))]
-    moments[0].save(OUT / "comparison.webp", save_all=True, append_images=moments[1:], duration=250, lossless=True)
-    _stack([moments[0], *(moment.crop((0, LABEL, *moment.size)) for moment in moments[1:])]).save(
-        OUT / "comparison.png"
-    )
+    pictures.still(runs).save(OUT / "comparison.png")
+    first, *others = pictures.moving([run for run in runs if run.name in (DENSE, *SHOWN)])
+    first.save(OUT / "comparison.webp", save_all=True, append_images=others, duration=400, quality=85)
     summary = {"recipes": rows, "video": str(OUT / "Q4_K_M.mp4"), "host": version}
     (OUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print("\nvideos: dense.mp4, Q4_K_M.mp4, ...; side by side: comparison.webp, its frames: comparison.png")
+    print("\nvideos: dense.mp4, Q4_K_M.mp4, ...; side by side: comparison.webp (moving), comparison.png")
     print("conversion report: Q4_K_M-report.png")
-
-
-def _side_by_side(runs: list[Run], frame: int) -> Image.Image:
-    """Draw one frame of every run side by side, in the order of the table, below the name of the run."""
-    frames = [Image.open(run.outputs["frames"][frame]).convert("RGB") for run in runs]
-    width, height = frames[0].size
-    strip = Image.new("RGB", (width * len(frames), height + LABEL), "white")
-    draw = ImageDraw.Draw(strip)
-    for index, (run, picture) in enumerate(zip(runs, frames, strict=True)):
-        label = f"{run.name}, {run.sqnr_db(runs[0]):.1f} dB" if index else "bfloat16"
-        draw.text((width * index + 6, 6), label, "black", ImageFont.load_default(14))
-        strip.paste(picture, (width * index, LABEL))
-    return strip
-
-
-def _stack(pictures: list[Image.Image]) -> Image.Image:
-    """Stack pictures vertically."""
-    stack = Image.new("RGB", (pictures[0].width, sum(picture.height for picture in pictures)))
-    top = 0
-    for picture in pictures:
-        stack.paste(picture, (0, top))
-        top += picture.height
-    return stack
 
 
 if __name__ == "__main__":
