@@ -33,10 +33,17 @@ def rows() -> list[dict[str, Any]]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Return the cells of a row of the table."""
-    video = "{}x{}, {} frames".format(*row["video"])
-    file = f"{'2 x ' if row['files'] == 2 else ''}`{row['recipe']}`, {row['file_gib']:.1f} GiB"
-    how = row["reason"] or (f"{row['node']}, budget {row['budget_gib']:g}" if row["node"] else "the loader alone")
-    return [f"{row['gpu_gib']} GiB", f"{row['model']}, {video}", file, how, f"{row['vram_gib']:.2f} GiB"]
+    from ..quant.plan.advice import Advice
+
+    advice = Advice(**{key: value for key, value in row.items() if key != "gpu_gib"})
+    video = "{}x{}x{}".format(*advice.video)
+    return [
+        f"{row['gpu_gib']} GiB",
+        f"{advice.model}, {video}",
+        f"{advice.file} GiB",
+        advice.how,
+        f"{advice.vram_gib} GiB",
+    ]
 
 
 def main() -> None:

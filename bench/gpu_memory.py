@@ -89,18 +89,17 @@ def write_model(path: Path, size: Any) -> None:
     """Write a GGUF of true shapes whose blocks are drawn from a few that encode Gaussian weights."""
     import torch
 
-    from wanquant.bench.sizes import Source
-    from wanquant.quant.gguf.layout import TensorSpec
     from wanquant.quant.gguf.writer import GGUFWriter
-    from wanquant.quant.plan.recipe import find_recipe, plan_types
-    from wanquant.quant.plan.wan_shapes import transformer_shapes
+    from wanquant.quant.plan.recipe import find_recipe
+    from wanquant.quant.plan.wan_files import tensor_specs
 
-    shapes = transformer_shapes(size)
-    kinds = plan_types(find_recipe(RECIPE), {name: Source(shape) for name, shape in shapes.items()}).types
-    specs = [TensorSpec(name, kinds[name], shape) for name, shape in shapes.items()]
+    specs = tensor_specs(size, find_recipe(RECIPE))
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    few = {kind: kind.quantize(torch.randn(64, 256) / size.dim**0.5, effort="fast") for kind in set(kinds.values())}
+    few = {
+        kind: kind.quantize(torch.randn(64, 256) / size.dim**0.5, effort="fast")
+        for kind in {spec.qtype for spec in specs}
+    }
     with GGUFWriter(path, {"general.architecture": "wan"}, specs) as writer:
         for spec in specs:
             blocks = few[spec.qtype].view(-1, spec.qtype.type_size)

@@ -16,12 +16,12 @@ import torch
 from ..quant.gguf.layout import TensorSpec
 from ..quant.gguf.writer import GGUFWriter
 from ..quant.plan.recipe import RECIPES
+from ..quant.plan.wan_files import tensor_specs
 from ..quant.plan.wan_shapes import SIZES
 from ..quant.qtype import Effort
 from ..testing.hosts import ROOT, checkout
 from . import harness
 from .convert import resident
-from .sizes import tensor_specs
 
 START_UP_MS = 150.0
 """Limit of the milliseconds that the pack adds."""

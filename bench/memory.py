@@ -7,17 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
-from ..quant.plan.recipe import find_recipe, plan_types
-from ..quant.plan.wan_shapes import SIZES, VACE_14B, WanSize, transformer_shapes
+from ..quant.plan.wan_shapes import SIZES, VACE_14B
 from . import harness
-from .sizes import Source
 
 if TYPE_CHECKING:
     from ..ops.budget.choose_plan import ChosenPlan
-    from ..ops.budget.sampling_job import SamplingJob
-    from ..ops.budget.simulator import Simulator
 
 MODELS = {
     "1.3B-T2V": SIZES["1.3B"],
@@ -36,8 +30,6 @@ class Video(NamedTuple):
 
 SMALL, LARGE = Video(832, 480, 81), Video(1280, 720, 81)
 UNLIMITED_GIB = 24
-RANK = 64
-"""Rank of the LoRAs, that of most published ones."""
 # The videos of each model, with a budget in GiB.
 CASES = {
     "1.3B-T2V": ((SMALL, 1.2), (LARGE, 1.75)),
@@ -46,54 +38,19 @@ CASES = {
     "14B-I2V": ((SMALL, 2.0), (LARGE, 3.5)),
     "14B-VACE": ((SMALL, 3.5), (LARGE, 7.0)),
 }
-
-
 PRECISIONS = ("exact", "int8")
-
-
-def simulator(size: WanSize, recipe: str, loras: int = 0, precision: str = "exact") -> Simulator:
-    """Return the simulator of a model in a recipe, with `loras` LoRAs on every quantized layer."""
-    from comfy.model_patcher import ModelPatcher
-    from comfy.weight_adapter import LoRAAdapter
-
-    from ..ops.budget.meta_wan import META, meta_model
-    from ..ops.budget.simulator import Simulator
-    from ..ops.packed.linear import packed_modules
-    from ..ops.packed.precision import OPERATIONS
-
-    shapes = transformer_shapes(size)
-    types = plan_types(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
-    patcher = ModelPatcher(meta_model(shapes, types, operations=OPERATIONS[precision]), META, META)
-
-    def lora(rows: int, columns: int) -> LoRAAdapter:
-        up, down = (torch.empty(*shape, dtype=torch.bfloat16, device=META) for shape in ((rows, RANK), (RANK, columns)))
-        return LoRAAdapter(set(), (up, down, None, None, None, None))
-
-    for _ in range(loras):
-        layers = packed_modules(patcher.model)
-        patcher.add_patches({key: lora(layer.out_features, layer.in_features) for key, layer in layers})
-    return Simulator.from_patcher(patcher)
-
-
-def job(size: WanSize, video: Video) -> SamplingJob:
-    """Return the sampling of a video: with one image for image-to-video, and with two control videos for VACE."""
-    from ..ops.budget.sampling_job import SamplingJob, clip_vision_entries
-
-    plain = SamplingJob.for_video(*video, channels=size.out_dim)
-    if size.image:
-        return plain.with_entries(**clip_vision_entries(257))
-    return plain.with_control_videos(2) if size.vace_layers else plain
 
 
 def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
     """Yield ComfyUI's own forward and the plan of Wan Low VRAM for each model and video."""
     from ..ops.budget.choose_plan import choose_plan
+    from ..ops.budget.published import sampling, simulator
 
     for model, size in MODELS.items():
         for precision in PRECISIONS:
             simulated = simulator(size, recipe, loras, precision)
             for video, budget in CASES[model]:
-                wanted = job(size, video)
+                wanted = sampling(size, video)
                 for gib in (UNLIMITED_GIB, budget):
                     choice = choose_plan(simulated, wanted, round(gib * harness.GIB))
                     yield row(model, video, recipe, choice, gib) | {"precision": precision}
@@ -131,10 +88,11 @@ def draw(path: Path, recipe: str) -> None:
     from matplotlib.figure import Figure
 
     from ..ops.budget.choose_plan import choose_plan
+    from ..ops.budget.published import sampling, simulator
 
     model = "14B-T2V"
     video, budget = CASES[model][0]
-    simulated, wanted = simulator(MODELS[model], recipe), job(MODELS[model], video)
+    simulated, wanted = simulator(MODELS[model], recipe), sampling(MODELS[model], video)
     figure = Figure(figsize=(10, 5), dpi=100, facecolor="white", layout="constrained")
     axis = figure.add_subplot()
     plans = (
@@ -167,7 +125,7 @@ def draw(path: Path, recipe: str) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__, update=harness.RESULTS / "memory-simulated.json")
     parser.add_argument("--recipe", default="Q4_K_M")
-    parser.add_argument("--loras", type=int, default=0, help=f"number of LoRAs of rank {RANK} on every quantized layer")
+    parser.add_argument("--loras", type=int, default=0, help="number of LoRAs of rank 64 on every quantized layer")
     parser.add_argument(
         "--picture", type=Path, help="only draw the memory over the course of one block of 14B, to this PNG"
     )

@@ -1,21 +1,13 @@
-"""Predicted file size of every recipe for the published Wan models: the README's table."""
+"""Predicted file size of every recipe for the published Wan models: the table of docs/formats.md."""
 
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple
 
-import torch
-
-from ..quant.gguf.layout import TensorSpec
-from ..quant.plan.recipe import RECIPES, Recipe, plan_types
-from ..quant.plan.wan_shapes import SIZES, WanSize, transformer_shapes, wan_shapes
+from ..quant.plan.recipe import RECIPES, Recipe
+from ..quant.plan.wan_files import tensor_bytes
+from ..quant.plan.wan_shapes import SIZES, wan_shapes
 from . import harness
-
-
-class Source(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.bfloat16
 
 
 def rows() -> list[dict[str, object]]:
@@ -26,23 +18,12 @@ def rows() -> list[dict[str, object]]:
     ]
 
 
-def tensor_specs(size: WanSize, recipe: Recipe) -> list[TensorSpec]:
-    """Return the tensors of a file in this recipe, whose source is in bfloat16."""
-    shapes = transformer_shapes(size)
-    types = plan_types(recipe, {name: Source(shape) for name, shape in shapes.items()}).types
-    return [TensorSpec(name, types[name], shape) for name, shape in shapes.items()]
-
-
-def tensor_bytes(size: str, recipe: Recipe) -> int:
-    return sum(spec.nbytes for spec in tensor_specs(SIZES[size], recipe))
-
-
 def gib_by_model(recipe: Recipe) -> dict[str, object]:
-    return {size: round(tensor_bytes(size, recipe) / harness.GIB, 2) for size in SIZES}
+    return {name: round(tensor_bytes(size, recipe) / harness.GIB, 2) for name, size in SIZES.items()}
 
 
 def bits(size: str, recipe: Recipe) -> float:
-    return round(8 * tensor_bytes(size, recipe) / sum(map(prod, wan_shapes(size).values())), 2)
+    return round(8 * tensor_bytes(SIZES[size], recipe) / sum(map(prod, wan_shapes(size).values())), 2)
 
 
 def main() -> None:

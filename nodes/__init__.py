@@ -45,6 +45,7 @@ def model_nodes() -> list[type[io.ComfyNode]]:
     """Return the nodes that work with loaded models, or none if an update of ComfyUI broke what they import."""
     try:
         from ..ops.host_check import incompatibilities, incompatibility_message
+        from .advise import WanQuantAdvise
         from .collect_importance import WanQuantCollectImportance
         from .load_diffusion_model import WanQuantLoader
         from .load_expert_pair import WanQuantExpertPairLoader
@@ -77,4 +78,5 @@ def model_nodes() -> list[type[io.ComfyNode]]:
         WanQuantSaveModel,
         WanQuantLowVRAM,
         WanQuantTune,
+        WanQuantAdvise,
     ]

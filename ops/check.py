@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -52,6 +53,11 @@ def check_in_host(folder: Path, *, server: bool, done: Callable[[], None] = lamb
             "the memory mode: ComfyUI chooses it when it starts; run the node Check Installation to see it"
         )
     return report
+
+
+def check_elsewhere(folder: str) -> dict[str, Any]:
+    """Return the report of `check_in_host`, as JSON, for a process that is no server."""
+    return check_in_host(Path(folder), server=False).json()
 
 
 def _parts(folder: Path, server: bool) -> Sequence[Part]:

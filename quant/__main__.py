@@ -1,4 +1,4 @@
-"""The command line: `python -m quant convert | inspect | restore | recover | verify | check`."""
+"""The command line: `python -m quant convert | inspect | restore | recover | verify | check | advise`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .conversion.settings import Settings
 from .errors import QuantError, escaped
 from .inspection.report import inspect
 from .inspection.verify import verify
+from .plan.advice import advise
 from .progress import Progress
 from .recovery.recovery_lora import recover
 from .statistics.calibration_file import read_calibration
@@ -76,7 +77,7 @@ def _print(text: str, file: TextIO) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quant", description="Make and inspect GGUF files of Wan models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect, _add_restore, _add_recover, _add_verify, _add_check):
+    for add in (_add_convert, _add_inspect, _add_restore, _add_recover, _add_verify, _add_check, _add_advise):
         add(commands)
     return parser
 
@@ -133,6 +134,19 @@ def _add_check(commands: _Commands) -> None:
         lambda _: check_installation(),
         "check the installation on a tiny model, which is also loaded and sampled where COMFYUI_PATH names a ComfyUI",
     )
+
+
+def _add_advise(commands: _Commands) -> None:
+    command = _add(
+        commands,
+        "advise",
+        lambda options: advise(options.vram, options.ram),
+        "say which file to use for each Wan model, with which budget, and the predicted peaks; needs ComfyUI's code",
+    )
+    for name, what in (("vram", "video memory of the GPU"), ("ram", "main memory")):
+        command.add_argument(
+            f"--{name}", type=float, default=0.0, metavar="GiB", help=f"{what} (default: this machine's)"
+        )
 
 
 def _add(

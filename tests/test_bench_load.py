@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from wanquant.bench.load import late_modules, start_up, write_model
-from wanquant.bench.sizes import tensor_specs
 from wanquant.quant import open_gguf
 from wanquant.quant.plan.recipe import RECIPES
+from wanquant.quant.plan.wan_files import tensor_specs
 from wanquant.quant.plan.wan_shapes import WanSize
 from wanquant.testing.hosts import checkout
 

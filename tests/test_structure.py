@@ -58,6 +58,7 @@ FLOORS = {
             "progress",
             "squares",
             "device",
+            "host_process",
             "native",
             "formats",
             "encoders",

@@ -131,6 +131,11 @@ def hold_where_faster(patched: PatchedRows, rows: slice, like: Tensor, tokens: i
     """Hold rows as `hold_int8` does, with exact products where 8-bit ones would be slower.
 
     Each product quantizes its input anew. Of a few rows it saves less than that costs.
+
+    Args:
+        rows: as for `dequantized_tiles`.
+        like: floating point, (..., channels), of the dtype and on the device of the chunks.
+        tokens: of all chunks together.
     """
     parts = patched.shape[0] // max(1, rows.stop - rows.start)
     return hold_int8(patched, rows, like, tokens, least_tokens=WORTHWHILE_TOKENS * max(1, parts))

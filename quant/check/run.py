@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import QuantError
-from .host_process import check_in_process, find_comfyui
+from ..host_process import call_in_comfyui, find_comfyui
 from .parts import accelerator, file_parts, product_parts
 from .report import CheckReport, Step, run_parts
 
@@ -47,6 +47,8 @@ def check_installation(
 def _elsewhere(folder: Path) -> CheckReport:
     try:
         comfyui = find_comfyui()
-        return check_in_process(comfyui, folder) if comfyui else CheckReport(not_checked=[_WITHOUT_COMFYUI])
+        if not comfyui:
+            return CheckReport(not_checked=[_WITHOUT_COMFYUI])
+        return CheckReport.from_json(call_in_comfyui(comfyui, "ops.check", "check_elsewhere", str(folder)))
     except QuantError as error:
         return CheckReport([Step("ComfyUI", str(error), ok=False)])

@@ -88,6 +88,7 @@ def columns() -> Columns:
         "keep": node("WanQuantSaveConditioning", conditioning=["prompt", 0], name="a red ball again.safetensors"),
         "info": node("WanQuantInspect", model_name=QUANTIZED),
         "check": node("WanQuantCheck"),
+        "advise": node("WanQuantAdvise", vram_gib=8.0, ram_gib=32.0),
         "recover": node("WanQuantSaveRecoveryLora", model_name=QUANTIZED, source=SOURCE, size=0.5),
     }
     measured = {

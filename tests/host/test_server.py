@@ -13,6 +13,7 @@ from wanquant.testing.tiny_wan import write_tiny_wan
 pytestmark = pytest.mark.host
 
 NODES = [
+    "WanQuantAdvise",
     "WanQuantCheck",
     "WanQuantCollectImportance",
     "WanQuantCompareLatents",

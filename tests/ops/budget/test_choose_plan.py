@@ -7,9 +7,10 @@ import re
 
 import pytest
 
-from wanquant.bench.memory import CASES, MODELS, SMALL, job, rows, simulator
+from wanquant.bench.memory import CASES, MODELS, SMALL, rows
 from wanquant.ops.budget.automatic import AUTOMATIC
 from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, budget_bytes, choose_plan, memory_plans
+from wanquant.ops.budget.published import sampling, simulator
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.quant import QuantError
 from wanquant.quant.plan.recipe import RECIPES
@@ -30,7 +31,7 @@ def small():
 )
 def test_budgets_of_published_models(model, video, gib):
     """Models in Q4_K_M, at most 3 % of extra arithmetic; the budgets include CUDA's context."""
-    wanted = job(MODELS[model], CASES[model][video][0])
+    wanted = sampling(MODELS[model], CASES[model][video][0])
     choice = choose_plan(simulator(MODELS[model], "Q4_K_M"), wanted, round(gib * GIB))
     assert choice.name == "lean"
     assert choice.peak.total_bytes <= gib * GIB

@@ -13,7 +13,6 @@ from comfy.weight_adapter import LoRAAdapter
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from wanquant.bench.sizes import Source
 from wanquant.ops import host
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.meta_wan import meta_model, meta_twin
@@ -25,6 +24,7 @@ from wanquant.ops.packed import int8
 from wanquant.quant import QuantError, convert
 from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.plan.recipe import find_recipe, plan_types
+from wanquant.quant.plan.wan_files import Source
 from wanquant.quant.plan.wan_shapes import SIZES, transformer_shapes
 from wanquant.quant.units import GIB
 

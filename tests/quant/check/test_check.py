@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wanquant.quant import torch_op
+from wanquant.quant import host_process, torch_op
 from wanquant.quant.__main__ import main
-from wanquant.quant.check import host_process, parts
+from wanquant.quant.check import parts
 from wanquant.quant.check.report import CheckReport, Finding, run_parts
 from wanquant.quant.check.run import check_installation
 from wanquant.quant.check.tiny_wan import SIZE, write_random_wan
