@@ -45,6 +45,6 @@ class WanQuantAdvise(io.ComfyNode):
     @classmethod
     def execute(cls, vram_gib: float, ram_gib: float) -> io.NodeOutput:
         bar = comfy.utils.ProgressBar(len(PUBLISHED))
-        text = advise(vram_gib, ram_gib, done=lambda: bar.update(1)).text()
-        encoding.show_lines_on_node(text)
-        return io.NodeOutput(text, ui=ui.PreviewText(text))
+        report = advise(vram_gib, ram_gib, done=lambda: bar.update(1))
+        encoding.show_lines_on_node(report.lines())
+        return io.NodeOutput(report.text(), ui=ui.PreviewText(report.lines()))

@@ -25,6 +25,7 @@ _SIZES = {
     "SaveImage": (480, 500),
     "SaveVideo": (480, 420),
     "UnetLoaderGGUF": (330, 140),
+    "WanQuantAdvise": (720, 330),
     "WanQuantCheck": (720, 300),
     "WanQuantCompareLatents": (560, 560),
     "WanQuantConvert": (440, 770),

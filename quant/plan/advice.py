@@ -50,6 +50,11 @@ class Advice:
         """The node and its budget, or why the video does not fit."""
         return self.reason or (f"Wan Low VRAM, budget {self.budget_gib:g}" if self.budget_gib else "loader alone")
 
+    def line(self) -> str:
+        """Return what matters most, in one line."""
+        video = "{}x{}x{}".format(*self.video)
+        return f"{self.model}, {video}: {self.file}; {self.how}; peak {self.vram_gib:.2f}"
+
     def cells(self) -> tuple[str, ...]:
         """Return the cells of a row of the table."""
         video = "{}x{}x{}".format(*self.video)
@@ -83,9 +88,17 @@ class AdviceReport:
         """Return a table in Markdown, with sizes in GiB."""
         rows = [_HEAD, ("---",) * len(_HEAD), *(each.cells() for each in self.advice)]
         lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return f"{lines}\n\n{self._machine()}"
+
+    def lines(self) -> str:
+        """Return a line for the largest video of each model, for a font whose columns do not align."""
+        largest = {each.model: each for each in self.advice}
+        return "\n".join((self._machine(), *(each.line() for each in largest.values())))
+
+    def _machine(self) -> str:
         return (
-            f"{lines}\n\nFor {self.vram_gib:.3g} GiB of video memory, of which other programs hold {self.others_gib:g},"
-            f" and {self.ram_gib:.3g} GiB of main memory. Sizes are in GiB and predicted: nothing was run."
+            f"For {self.vram_gib:.3g} GiB of video memory (other programs hold {self.others_gib:g}), and"
+            f" {self.ram_gib:.3g} of main memory. Sizes are in GiB, and predicted."
         )
 
 

@@ -67,6 +67,11 @@ def columns() -> Columns:
         "model": node("WanQuantLoader", model_name=QUANTIZED),
         "pair": node("WanQuantExpertPairLoader", high_noise_name=high, low_noise_name=low),
         "clip": node("WanQuantTextEncoderLoader", encoder_name=models.UMT5.name, type="wan"),
+        "patch": node("WanQuantModelPatchLoader", name=PATCH),
+        "prompt": node("WanQuantLoadConditioning", name=PROMPT),
+        "lora": node("WanQuantLoraLoader", model=["model", 0], lora_name=LORA),
+    }
+    files = {
         "encode": node(
             "WanQuantTextEncode",
             encoder_name=models.UMT5.name,
@@ -74,11 +79,6 @@ def columns() -> Columns:
             positive="A red ball rolls to the right.",
             negative="blurry, still",
         ),
-        "patch": node("WanQuantModelPatchLoader", name=PATCH),
-        "prompt": node("WanQuantLoadConditioning", name=PROMPT),
-        "lora": node("WanQuantLoraLoader", model=["model", 0], lora_name=LORA),
-    }
-    files = {
         "convert": node("WanQuantConvert", source=SOURCE, recipe="Q4_K_M"),
         "merged": node(
             "WanQuantSaveModel", model=["model", 0], name="TinyWan-merged.gguf", recipe="Q8_0", effort="fast"
@@ -87,9 +87,11 @@ def columns() -> Columns:
     shown = {
         "keep": node("WanQuantSaveConditioning", conditioning=["prompt", 0], name="a red ball again.safetensors"),
         "info": node("WanQuantInspect", model_name=QUANTIZED),
+        "recover": node("WanQuantSaveRecoveryLora", model_name=QUANTIZED, source=SOURCE, size=0.5),
+    }
+    machine = {
         "check": node("WanQuantCheck"),
         "advise": node("WanQuantAdvise", vram_gib=8.0, ram_gib=32.0),
-        "recover": node("WanQuantSaveRecoveryLora", model_name=QUANTIZED, source=SOURCE, size=0.5),
     }
     measured = {
         "collect": node("WanQuantCollectImportance", model=["dense", 0], steps="alike", blocks=0.1),
@@ -118,7 +120,7 @@ def columns() -> Columns:
             "WanQuantTune", model=["dense", 0], name="TinyWan-tuned.gguf", recipe="Q4_0", blocks_path=["importance", 1]
         )
     }
-    parts = (loaders, files, shown, measured, sampled, results, tuned)
+    parts = (loaders, files, shown, machine, measured, sampled, results, tuned)
     return [[Box("", {name: item}) for name, item in part.items()] for part in parts]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from wanquant.quant.plan.recipe import RECIPES
 from wanquant.testing.comparison import RANDOM
-from wanquant.testing.graphs import conversion, dense_model, node, video
+from wanquant.testing.graphs import SOURCE, conversion, dense_model, node, video
 from wanquant.testing.server import Graph, GraphError, HostServer
 from wanquant.tests.host.workflow_files import unusable_recipes
 from wanquant.workflow_generators.canvas import Schemas
@@ -26,6 +27,9 @@ LEAST = 3
 @pytest.fixture(scope="module")
 def dense(server: HostServer) -> Tensor:
     RANDOM.prepare(server)
+    # Other modules leave conversions of other sources under the same names.
+    for path in (server.models / "diffusion_models").glob(f"{Path(SOURCE).stem}-*"):
+        path.unlink()
     return latent(server, dense_model(), "dense")
 
 
