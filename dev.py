@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,17 +12,25 @@ from pathlib import Path
 from testing.hosts import DEFAULT_HOST, HOSTS, ROOT, DevError, Host, link_folder, tools
 from testing.installation import setup
 
+_MOST_PROCESSES = 4  # of tests; each needs up to 3 GiB
+
 
 def _test(host: Host, pytest_arguments: list[str]) -> int:
-    """Run lint, types and all tests; with arguments for pytest, or on another host, only pytest."""
-    modules = ["pytest", "ruff", "mypy", "websocket", "playwright"]
+    """Run lint, types and all tests; with arguments for pytest, or on another host, only pytest.
+
+    Without arguments, the files of tests are shared out to several processes with one thread each.
+    """
+    modules = ["pytest", "xdist", "ruff", "mypy", "websocket", "playwright"]
     host.require(modules, f"pip install {' '.join(tools())}")
     if not pytest_arguments and host.version == DEFAULT_HOST:
         lint = [("check", "."), ("format", "--check", ".")]
         if any(host.run("-m", "ruff", *step) for step in lint) or _check_types(host):
             return 1
-    elif not pytest_arguments:
-        pytest_arguments = ["tests/ops", "tests/nodes", "tests/host"]  # the formats do not depend on ComfyUI
+    if not pytest_arguments:
+        if host.version != DEFAULT_HOST:
+            pytest_arguments = ["tests/ops", "tests/nodes", "tests/host"]  # the formats do not depend on ComfyUI
+        pytest_arguments += ["-n", str(min(_MOST_PROCESSES, os.cpu_count() or 1)), "--dist", "loadfile"]
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     return host.run("-m", "pytest", *pytest_arguments)
 
 

@@ -1,4 +1,4 @@
-"""The rows of the README's marked tables, written from bench/results into both languages."""
+"""The rows of the marked tables in the READMEs and in docs/, written from bench/results."""
 
 from __future__ import annotations
 
@@ -9,9 +9,35 @@ from statistics import fmean
 from typing import Any
 
 from ..quant.plan.recipe import GGUF_RECIPES
+from . import fits
 from .harness import RESULTS, ROOT
 
-READMES = (ROOT / "README.md", ROOT / "README.zh.md")
+PAGES = {
+    "fits": (ROOT / "README.md", ROOT / "README.zh.md"),
+    "convert": (ROOT / "docs" / "formats.md",),
+    "quality": (ROOT / "docs" / "quality.md",),
+    "native": (ROOT / "docs" / "quality.md",),
+    "tune": (ROOT / "docs" / "calibration.md",),
+}
+"""The pages that have the table after `<!-- table: NAME -->`, by NAME."""
+
+
+def fits_rows() -> str:
+    """Return what fits on GPUs of several sizes."""
+    rows = json.loads((RESULTS / "fits-simulated.json").read_text())["rows"]
+    return "".join(f"| {' | '.join(fits.cells(row))} |\n" for row in rows)
+
+
+def tune_rows() -> str:
+    """Return the distances from the full-precision model in dB, and how much tuning brings files closer."""
+    lines = []
+    for row in json.loads((RESULTS / "tune.json").read_text())["rows"]:
+        cells = [row["recipe"]]
+        for measure in ("velocity", "latent"):
+            gain = row["gains"][measure]
+            cells += [f"{row['thorough'][measure]:.1f}", f"{gain['mean']:+.2f} ± {gain['error']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |\n")
+    return "".join(lines)
 
 
 def convert_row(row: dict[str, Any]) -> str:
@@ -57,25 +83,30 @@ def native_rows() -> str:
     return "".join(lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"convert": convert_rows, "quality": quality_rows, "native": native_rows}
-"""Functions that return the rows of the table after `<!-- table: NAME -->`, by NAME."""
+TABLES: dict[str, Callable[[], str]] = {
+    "fits": fits_rows,
+    "convert": convert_rows,
+    "quality": quality_rows,
+    "native": native_rows,
+    "tune": tune_rows,
+}
+"""Functions that return the rows of a table, by NAME."""
 
 
-def updated(text: str) -> str:
-    """Return a README with current rows; the headings, which are translated, stay."""
-    for name, rows in TABLES.items():
-        pattern = rf"(<!-- table: {name} -->\n\|.*\n\|[-|]+\n)(?:\|.*\n)*"
-        text, found = re.subn(pattern, lambda match, rows=rows: match[1] + rows(), text)
-        if found != 1:
-            raise SystemExit(
-                f"README: found {found} tables marked `<!-- table: {name} -->`, expected one: restore the mark"
-            )
+def updated(text: str, name: str) -> str:
+    """Return a page with the current rows of one table; the headings, which are translated, stay."""
+    rows = TABLES[name]()
+    pattern = rf"(<!-- table: {name} -->\n\|.*\n\|[-|]+\n)(?:\|.*\n)*"
+    text, found = re.subn(pattern, lambda match: match[1] + rows, text)
+    if found != 1:
+        raise SystemExit(f"found {found} tables marked `<!-- table: {name} -->`, expected one: restore the mark")
     return text
 
 
 def main() -> None:
-    for path in READMES:
-        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name, pages in PAGES.items():
+        for path in pages:
+            path.write_text(updated(path.read_text(encoding="utf-8"), name), encoding="utf-8")
 
 
 if __name__ == "__main__":

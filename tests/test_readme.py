@@ -1,4 +1,4 @@
-"""The README's tables equal the output of their commands, and the Chinese README has the same content."""
+"""The tables of the READMEs and of docs/ equal the output of their commands, and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wanquant.testing.hosts import ROOT
 def test_size_table_is_current(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["sizes"])
     sizes.main()
-    assert capsys.readouterr().out in (ROOT / "README.md").read_text()
+    assert capsys.readouterr().out in page("formats")
 
 
 def test_speed_table_is_that_of_the_results_and_counts_as_today():
@@ -29,39 +29,74 @@ def test_speed_table_is_that_of_the_results_and_counts_as_today():
         assert dequant.our_traffic(quant, packed) == row["ours"]
     of_grids = {row["type"]: row["ours"]["bytes"] for row in fused if "peer" not in row}
     assert len(of_grids) == 7
-    assert f"{min(of_grids.values()):.2f} to {max(of_grids.values()):.2f} bytes" in (ROOT / "README.md").read_text()
+    assert f"{min(of_grids.values()):.2f} to {max(of_grids.values()):.2f} bytes" in page("speed")
     in_table = [row for row in fused if "peer" in row]
     assert len(in_table) == 12
     for row in in_table:
         ours, peer = row["ours"], row["peer"]
         counts = f"{ours['kernels']} | {ours['bytes']:.2f} | {peer['kernels']} | {peer['bytes']:.2f}"
         line = f"| {row['type']} | {counts} | {row['of_peer']}x ({row['torch_of_peer']}x) |"
-        assert line in (ROOT / "README.md").read_text()
+        assert line in page("speed")
 
 
-@pytest.mark.parametrize("path", tables.READMES, ids=lambda path: path.name)
-def test_tables_are_those_of_the_results(path):
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, path) for name, paths in tables.PAGES.items() for path in paths], ids=str
+)
+def test_tables_are_those_of_the_results(name, path):
     text = path.read_text(encoding="utf-8")
-    assert tables.updated(text) == text, "run python3 dev.py bench tables"
-    stale = re.sub(r"^\| Q6_K \| 0 \|.*\n", "", text, flags=re.MULTILINE)
-    assert stale != text and tables.updated(stale) == text
+    assert tables.updated(text, name) == text, "run python3 dev.py bench tables"
+    first = tables.TABLES[name]().splitlines(keepends=True)[0]
+    stale = text.replace(first, "")
+    assert stale != text and tables.updated(stale, name) == text
 
 
-def test_chinese_readme_has_the_same_parts_and_figures():
+def page(name):
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 1200 and len(text.splitlines()) <= 150
+
+
+def test_chinese_readme_has_the_same_tables_and_commands():
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
-    assert parts(chinese) == parts(english), "README.zh.md follows README.md: change both"
+    assert parts(chinese) == parts(english), "README.zh.md has the tables and commands of README.md: change both"
+
+
+PUBLISHED = [
+    ROOT / "README.md",
+    ROOT / "README.zh.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "web" / "docs").glob("*.md"),
+]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_links_lead_to_what_is_published(path):
+    """A relative link leads to a file of the archive, and to a heading that is there."""
+    ignored = [line.strip("/") for line in (ROOT / ".comfyignore").read_text().splitlines() if line.startswith("/")]
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if link.startswith("https://"):
+            continue
+        name, _, heading = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        inside = target.resolve().relative_to(ROOT)
+        assert inside.parts[0] not in ignored, f"{link} is not in the archive"
+        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        assert not heading or heading in {title.lower().replace(" ", "-") for title in headings}, link
 
 
 def parts(text):
-    """Return the parts that a translation keeps: levels of headings, commands, pictures, and figures in tables."""
-    code = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    """Return the parts that a translation keeps: commands, pictures, and figures in tables."""
+    code = re.findall(r"^ *```.*?^ *```", text, re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
     tables = [
         [[cell if figure(cell) else "" for cell in row.split("|")] for row in table.splitlines()]
         for table in re.findall(r"(?:^\|.*\n)+", prose, re.MULTILINE)
     ]
-    headings = [line.split()[0] for line in prose.splitlines() if line.startswith("#")]
-    return headings, code, tables, re.findall(r"!\[.*\]\((.+)\)", prose), len(re.findall("^- ", prose, re.MULTILINE))
+    return code, tables, re.findall(r"!\[.*\]\((.+)\)", prose)
 
 
 def figure(cell):

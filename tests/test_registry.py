@@ -62,6 +62,16 @@ def test_archive_is_small(published: set[str]):
 def test_archive_has_what_a_user_needs_and_nothing_else(published: set[str]):
     tops = {name.partition("/")[0] for name in published}
     code = {"__init__.py", "wanquant.py", "nodes", "ops", "quant", "requirements.txt", "pyproject.toml"}
-    shown = {"web", "locales", "workflows", "README.md", "README.zh.md", "CHANGELOG.md", "LICENSE", "CONTRIBUTING.md"}
+    shown = {
+        "web",
+        "locales",
+        "docs",
+        "workflows",
+        "README.md",
+        "README.zh.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "CONTRIBUTING.md",
+    }
     assert code | shown - {"CONTRIBUTING.md"} <= tops
     assert tops <= code | shown | {"subgraphs"}
