@@ -26,6 +26,10 @@ class QuantError(ValueError):
         super().__init__(printable(message))
 
 
+class FileInUseError(QuantError):
+    """A file that another process is writing, which may end at any time."""
+
+
 def printable(text: str, limit: int = MAX_CHARS) -> str:
     """Return a text on one line, of at most `limit` characters, that a terminal, a log and a page can show.
 

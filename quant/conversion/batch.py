@@ -38,12 +38,8 @@ def list_targets(
     Raises:
         QuantError: no source, one that cannot be opened, or several results with the same file name.
     """
-    sources, is_folder = _matching(source), destination.is_dir()
-    targets: dict[str, Target] = {}
-    for target in (Target(destination, recipe, target_size) for recipe in recipes):
-        # For a size, every recipe of GGUF means the same file.
-        is_any_gguf = target_size is not None and not target.is_native
-        targets[target.mark] = Target(destination, target_size=target_size) if is_any_gguf else target
+    sources, is_folder = matching(source), destination.is_dir()
+    targets = distinct_targets(destination, recipes, target_size)
     count = len(sources) * len(targets)
     if count > 1 and not is_folder:
         raise QuantError(f"{destination}: not a folder, and {count} files are to be made; give a folder that exists")
@@ -52,7 +48,7 @@ def list_targets(
     for path in sources:
         with open_checkpoint(path, add_ons, loras) as checkpoint:
             checkpoint.check_complete()
-            stem = "-".join(shard_of(part)[0] for part in (path, *add_ons, *(lora.path for lora in loras)))
+            stem = stem_of(path, add_ons, loras)
         other = stems.setdefault(stem, path)
         if other is not path:
             raise QuantError(
@@ -60,13 +56,33 @@ def list_targets(
                 " convert these sources one by one"
             )
         batch[path] = [
-            replace(target, destination=destination / f"{stem}-{mark}{target.suffix}") if is_folder else target
-            for mark, target in targets.items()
+            in_folder(target, destination, stem) if is_folder else target
+            for target in targets
         ]
     return batch
 
 
-def _matching(source: Path) -> list[Path]:
+def distinct_targets(destination: Path, recipes: Sequence[str], target_size: float | None = None) -> list[Target]:
+    """Return a target for each file that the recipes mean, all with this destination."""
+    targets: dict[str, Target] = {}
+    for target in (Target(destination, recipe, target_size) for recipe in recipes):
+        # For a size, every recipe of GGUF means the same file.
+        is_any_gguf = target_size is not None and not target.is_native
+        targets[target.mark] = Target(destination, target_size=target_size) if is_any_gguf else target
+    return list(targets.values())
+
+
+def stem_of(source: Path, add_ons: Sequence[Path] = (), loras: Sequence[LoRA] = ()) -> str:
+    """Return what the names of a source's files begin with: its own name, and those of what is added to it."""
+    return "-".join(shard_of(part)[0] for part in (source, *add_ons, *(lora.path for lora in loras)))
+
+
+def in_folder(target: Target, folder: Path, stem: str) -> Target:
+    """Return a target under its name in a folder."""
+    return replace(target, destination=folder / f"{stem}-{target.mark}{target.suffix}")
+
+
+def matching(source: Path) -> list[Path]:
     """Return the source itself or the files that match the pattern; one shard stands for its whole series."""
     if source.exists() or not glob.has_magic(str(source)):
         return [source]

@@ -7,7 +7,7 @@ of the same conversion is reused.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..device import has_float8, has_float64, usable_device
 from ..errors import PrintableLog, QuantError, printable_lines
 from ..files.disk_space import leftovers
 from ..inspection.report import FileReport, inspect
-from ..plan.recipe import Fallback, TypePlan
+from ..plan.recipe import Fallback
 from ..progress import Progress
 from ..qtype import Effort
 from ..sources.baked_lora import LoRA, LoRALike
@@ -28,8 +28,9 @@ from ..statistics.calibration import Calibration
 from ..statistics.importance import check_importance
 from ..units import GIB
 from .bias_correction import corrected_biases, with_biases_last
+from .notes import non_finite_warning, notes_on, requantization_warning
 from .output import Output
-from .planning import plan_outputs
+from .planning import check_output, plan_outputs
 from .resources import check_resources
 from .settings import Settings, Target
 from .stream import Stream
@@ -170,6 +171,36 @@ def convert_all(
     Raises:
         QuantError: as for `convert`.
     """
+    reports = _convert(source, targets, settings, progress, apart=False)
+    return [report for report in reports if isinstance(report, ConversionReport)]
+
+
+def convert_each(
+    source: str | Path | Checkpoint,
+    targets: Sequence[Target],
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+) -> list[ConversionReport | QuantError]:
+    """Make files as `convert_all` does, but where one of them fails, go on with the others.
+
+    Returns:
+        One report per target, in the same order, or why the file is missing.
+    """
+    try:
+        return _convert(source, targets, settings, progress, apart=True)
+    except QuantError as error:
+        return [error] * len(targets)
+
+
+def _convert(
+    source: str | Path | Checkpoint,
+    targets: Sequence[Target],
+    settings: Settings,
+    progress: Progress | None,
+    *,
+    apart: bool,
+) -> list[ConversionReport | QuantError]:
     started = time.monotonic()
     device = _device(settings, targets)
     with _opened(source, settings) as checkpoint:
@@ -178,33 +209,54 @@ def convert_all(
         missing_importance = check_importance(settings.importance, checkpoint.tensors)
         biases = corrected_biases(settings, checkpoint.tensors)
         checkpoint = with_biases_last(checkpoint, biases)
-        outputs = [Output.of(target, checkpoint, settings) for target in targets]
+        stream = Stream(checkpoint, settings, device, progress, biases)
+        refused: dict[Target, QuantError] = {}
+        outputs = []
+        for target in targets:
+            try:
+                outputs.append(output := Output.of(target, checkpoint, settings))
+                check_output(stream, output)
+            except QuantError as error:
+                if not apart:
+                    raise
+                refused[target] = error
+        outputs = [output for output in outputs if output.target not in refused]
         unfinished = leftovers([target.destination for target in targets])
-        doubts = (*checkpoint.warnings, *_requantization_warning(checkpoint))
+        doubts = (*checkpoint.warnings, *requantization_warning(checkpoint))
         warnings = (*unfinished, *doubts, *missing_importance)
         for warning in (*warnings, *(note for output in outputs for note in output.notes)):
             _log.warning(warning)
-        stream = Stream(checkpoint, settings, device, progress, biases)
         with checkpoint.files.without_hashing():
             plans = plan_outputs(stream, outputs)
         pairs = list(zip(outputs, plans, strict=True))
         writers = [output.writer(plan, checkpoint, settings) for output, plan in pairs if not output.reused]
-        check_resources(checkpoint, writers)
-        written = iter(stream.write(writers) if writers else ())
+        written: Iterable[Path | QuantError]
+        try:
+            check_resources(checkpoint, writers)
+            written = stream.write(writers, apart=apart) if writers else ()
+        except QuantError as error:
+            if not apart:
+                raise
+            written = [error] * len(writers)
     seconds = time.monotonic() - started
-    return [
-        ConversionReport(
-            **vars(inspect(output.target.destination if output.reused else next(written))),
-            source=checkpoint.path,
-            source_bytes=checkpoint.identity.size,
-            fallbacks=plan.fallbacks,
-            warnings=(*warnings, *output.notes, *_non_finite_warning(checkpoint)),
-            notes=(*checkpoint.notes, *(() if output.reused else _notes(stream, plan))),
-            seconds=seconds,
-            reused=output.reused,
+    made, next_one = dict[Target, ConversionReport | QuantError](refused), iter(written)
+    for output, plan in pairs:
+        path = output.target.destination if output.reused else next(next_one)
+        made[output.target] = (
+            path
+            if isinstance(path, QuantError)
+            else ConversionReport(
+                **vars(inspect(path)),
+                source=checkpoint.path,
+                source_bytes=checkpoint.identity.size,
+                fallbacks=plan.fallbacks,
+                warnings=(*warnings, *output.notes, *non_finite_warning(checkpoint)),
+                notes=(*checkpoint.notes, *(() if output.reused else notes_on(stream, plan))),
+                seconds=seconds,
+                reused=output.reused,
+            )
         )
-        for output, plan in pairs
-    ]
+    return [made[target] for target in targets]
 
 
 def _opened(source: str | Path | Checkpoint, settings: Settings) -> Checkpoint:
@@ -226,31 +278,3 @@ def _device(settings: Settings, targets: Sequence[Target]) -> torch.device:
         _log.warning("ComfyUI's own formats need FP8, which %s lacks; the CPU converts", device)
         return torch.device("cpu")
     return device
-
-
-def _notes(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
-    notes = []
-    if stream.biases:
-        notes.append(f"{len(stream.biases)} biases make up for the mean error of their layers")
-    rounded = sum((name, qtype.name) in stream.encoders.rounded for name, qtype in plan.types.items())
-    if rounded:
-        notes.append(f"{rounded} matrices were rounded for the least error of their layers' outputs")
-    plainer = [name for name, qtype in plan.types.items() if (name, qtype.name) in stream.encoders.plainer]
-    if plainer:
-        notes.append(
-            f"{len(plainer)} matrices were rounded by importance alone, because the calibration did not help on tokens"
-            f" that it had not seen; the first is {plainer[0]}"
-        )
-    return tuple(notes)
-
-
-def _requantization_warning(checkpoint: Checkpoint) -> list[str]:
-    formats = ", ".join(checkpoint.quantized_formats)
-    if not formats:
-        return []
-    return [f"{checkpoint.name} is quantized already ({formats}), so that the errors of both quantizations add up"]
-
-
-def _non_finite_warning(checkpoint: Checkpoint) -> list[str]:
-    names = sorted(checkpoint.zeroed or ())
-    return [f"NaN or infinity became 0 in {len(names)} tensors, the first is {names[0]}"] if names else []

@@ -30,8 +30,8 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
     # The encoders of the small types at effort "fast" need more than a source.
     searches = settings.effort != "fast"
     sized = [output for output in outputs if output.target.target_size is not None and not output.reused]
-    for output in sized:
-        check_size(output.target.target_bytes, tensors, output.metadata, _container(stream, output), small=searches)
+    for output in outputs:
+        check_output(stream, output)
     fronts: dict[Container, Mapping[str, ParetoFront]] = {}
     for container in {_container(stream, output): None for output in sized}:
         small = searches and any(
@@ -50,6 +50,21 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
     made = [plan.types.values() for plan, output in zip(plans, outputs, strict=True) if not output.reused]
     _try_encoders(stream, set(itertools.chain.from_iterable(made)))
     return plans
+
+
+def check_output(stream: Stream, output: Output) -> None:
+    """Refuse a file that cannot be made of this model, before any value is read.
+
+    Raises:
+        QuantError: a size that cannot be reached, or a type that this effort cannot write.
+    """
+    target, tensors, searches = output.target, stream.checkpoint.tensors, stream.settings.effort != "fast"
+    if output.reused:
+        return
+    if target.target_size is not None:
+        check_size(target.target_bytes, tensors, output.metadata, _container(stream, output), small=searches)
+    else:
+        _try_encoders(stream, set(plan_types(find_recipe(target.recipe), tensors).types.values()))
 
 
 def _container(stream: Stream, output: Output) -> Container:

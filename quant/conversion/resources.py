@@ -28,9 +28,7 @@ def check_resources(checkpoint: Checkpoint, writers: Iterable[TensorWriter[Any]]
     """
     files = list(writers)
     check_space({file.path: file.nbytes for file in files})
-    whole = (math.prod(spec.shape) for file in files for spec in file.tensors if isinstance(spec.qtype, LayerType))
-    encoding = _ENCODING_BYTES + _WHOLE_BYTES_A_WEIGHT * max(whole, default=0)
-    needed, free = encoding + checkpoint.held_bytes, _free_memory()
+    needed, free = memory_needed(checkpoint, (spec for file in files for spec in file.tensors)), free_memory()
     if needed > free:
         raise QuantError(
             f"{checkpoint.path}: converting needs {needed / GIB:.2f} GiB of main memory, but only"
@@ -38,7 +36,13 @@ def check_resources(checkpoint: Checkpoint, writers: Iterable[TensorWriter[Any]]
         )
 
 
-def _free_memory() -> float:
+def memory_needed(checkpoint: Checkpoint, specs: Iterable[Any]) -> int:
+    """Return the most main memory in bytes that encoding these tensors, each with `qtype` and `shape`, needs."""
+    whole = (math.prod(spec.shape) for spec in specs if isinstance(spec.qtype, LayerType))
+    return _ENCODING_BYTES + _WHOLE_BYTES_A_WEIGHT * max(whole, default=0) + checkpoint.held_bytes
+
+
+def free_memory() -> float:
     """Return the available main memory in bytes; infinite without psutil, which comes with ComfyUI."""
     try:
         psutil = importlib.import_module("psutil")

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from ..errors import QuantError
+from ..errors import FileInUseError, QuantError
 from .disk_space import check_space, temporary_of
 from .file_lock import try_lock
 from .regular_file import check_path, create_or_open
@@ -49,7 +49,7 @@ class AtomicFile:
             self._file = create_or_open(self._temporary)
             if not (try_lock(self._file) and self._is_in_place()):
                 self._file.close()
-                raise QuantError(
+                raise FileInUseError(
                     f"{self.path}: another process is writing it; wait for that one or choose another name"
                 )
         if not self.resume:

@@ -304,7 +304,7 @@ def test_a_device_without_fp8_leaves_it_to_the_cpu(wan, tmp_path, monkeypatch, c
 def test_a_whole_weight_counts_as_main_memory(wan, tmp_path, monkeypatch):
     """The largest weight has 512 x 256 values; the limit lies between what both containers need."""
     limit = resources._ENCODING_BYTES + 512 * 256 * 10
-    monkeypatch.setattr(resources, "_free_memory", lambda: limit)
+    monkeypatch.setattr(resources, "free_memory", lambda: limit)
     convert(wan, tmp_path / "a.gguf", "Q8_0", effort="fast")
     with pytest.raises(QuantError, match=r"converting needs .* of main memory"):
         convert(wan, tmp_path / "a.safetensors", "INT8")

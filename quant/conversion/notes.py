@@ -1,0 +1,38 @@
+"""Sentences on a conversion, for its report."""
+
+from __future__ import annotations
+
+from ..plan.recipe import TypePlan
+from ..sources.checkpoint import Checkpoint
+from .stream import Stream
+
+
+def notes_on(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
+    """Return sentences on what the statistics of the inputs were used for."""
+    notes = []
+    if stream.biases:
+        notes.append(f"{len(stream.biases)} biases make up for the mean error of their layers")
+    rounded = sum((name, qtype.name) in stream.encoders.rounded for name, qtype in plan.types.items())
+    if rounded:
+        notes.append(f"{rounded} matrices were rounded for the least error of their layers' outputs")
+    plainer = [name for name, qtype in plan.types.items() if (name, qtype.name) in stream.encoders.plainer]
+    if plainer:
+        notes.append(
+            f"{len(plainer)} matrices were rounded by importance alone, because the calibration did not help on tokens"
+            f" that it had not seen; the first is {plainer[0]}"
+        )
+    return tuple(notes)
+
+
+def requantization_warning(checkpoint: Checkpoint) -> list[str]:
+    """Return a warning if the source is quantized already."""
+    formats = ", ".join(checkpoint.quantized_formats)
+    if not formats:
+        return []
+    return [f"{checkpoint.name} is quantized already ({formats}), so that the errors of both quantizations add up"]
+
+
+def non_finite_warning(checkpoint: Checkpoint) -> list[str]:
+    """Return a warning if values that are not finite became 0."""
+    names = sorted(checkpoint.zeroed or ())
+    return [f"NaN or infinity became 0 in {len(names)} tensors, the first is {names[0]}"] if names else []
