@@ -1,10 +1,11 @@
-"""The command line: `python -m quant convert | inspect | restore | recover | verify | check | advise`."""
+"""The command line: `python -m quant convert | publish | inspect | restore | recover | verify | check | advise`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Protocol, TextIO, TypeAlias
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from .arguments import add_convert_options, add_options_of_source, add_statistics_options
+from .arguments import add_convert_options, add_options_of_source, add_publish_options, add_statistics_options
 from .check.run import check_installation
 from .conversion.batch import list_targets
 from .conversion.convert import ConversionReport, convert_all
@@ -24,6 +25,11 @@ from .inspection.report import inspect
 from .inspection.verify import verify
 from .plan.advice import advise
 from .progress import Progress
+from .publish.job import Options
+from .publish.plan import make_plan
+from .publish.processes import OnProgress
+from .publish.request import Request
+from .publish.run import publish
 from .recovery.recovery_lora import recover
 from .statistics.calibration_file import read_calibration
 from .statistics.importance import Importance
@@ -77,7 +83,7 @@ def _print(text: str, file: TextIO) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quant", description="Make and inspect GGUF files of Wan models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_inspect, _add_restore, _add_recover, _add_verify, _add_check, _add_advise):
+    for add in (_add_convert, _add_publish, _add_inspect, _add_restore, _add_recover, _add_verify, _add_check, _add_advise):
         add(commands)
     return parser
 
@@ -85,6 +91,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_convert(commands: _Commands) -> None:
     command = _add(commands, "convert", _convert, "make a GGUF or a file in a format of ComfyUI from a checkpoint")
     add_convert_options(command)
+
+
+def _add_publish(commands: _Commands) -> None:
+    summary = (
+        "make all files of many checkpoints, with a manifest, sums and cards, in several processes or on a cluster"
+    )
+    command = _add(commands, "publish", _publish, summary)
+    add_publish_options(command)
 
 
 def _add_inspect(commands: _Commands) -> None:
@@ -173,6 +187,28 @@ def _bar() -> Iterator[Progress]:
         yield progress
 
 
+@contextmanager
+def _bars() -> Iterator[OnProgress]:
+    """Yield a function that shows a bar for each worker; several threads may call it."""
+    bars: dict[int, Any] = {}
+    lock = threading.Lock()
+
+    def progress(worker: int, done: int, total: int, name: str) -> None:
+        with lock:
+            if worker not in bars:
+                bars[worker] = tqdm(position=worker, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
+            bar = bars[worker]
+            bar.total = total
+            bar.set_postfix_str(escaped(name), refresh=False)
+            bar.update(done - bar.n)
+
+    try:
+        yield progress
+    finally:
+        for bar in bars.values():
+            bar.close()
+
+
 def _restore(options: argparse.Namespace) -> Report:
     with _bar() as progress:
         return restore(options.file, options.destination, options.dtype, overwrite=options.overwrite, progress=progress)
@@ -204,6 +240,34 @@ def _convert(options: argparse.Namespace) -> Report:
         with _bar() as progress:
             reports += convert_all(source, targets, settings, progress=progress)
     return reports[0] if len(reports) == 1 else BatchReport(reports)
+
+
+def _publish(options: argparse.Namespace) -> Report:
+    request = Request(
+        options.sources,
+        options.out,
+        options.recipe,
+        options.target_size,
+        options.calibrate_from,
+        Options(
+            options.effort,
+            options.device,
+            options.overwrite,
+            options.allow_non_finite,
+            tuple(options.add_ons),
+            tuple(options.loras),
+        ),
+    )
+    if options.plan:
+        return make_plan(request.absolute())
+    with _bars() as on_progress:
+        return publish(
+            request,
+            workers=options.workers,
+            ray=options.ray,
+            on_plan=lambda plan: _print(plan.text(), sys.stderr),
+            on_progress=on_progress,
+        )
 
 
 def _inspect(options: argparse.Namespace) -> Report:

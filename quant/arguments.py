@@ -8,6 +8,7 @@ from typing import get_args
 
 from .errors import QuantError
 from .plan.recipe import RECIPES
+from .publish.request import ALL
 from .qtype import Effort
 from .sources.baked_lora import LoRA
 
@@ -70,6 +71,59 @@ def add_convert_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_publish_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of a publication."""
+    command.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="SOURCE",
+        help="a .safetensors or .gguf file, a folder of shards, or a quoted pattern such as 'models/*.safetensors'",
+    )
+    command.add_argument(
+        "out", type=Path, metavar="OUT", help="the folder for the results, with a folder for each source in it"
+    )
+    command.add_argument(
+        "--recipe",
+        required=True,
+        type=_all_or_recipes,
+        metavar="all|NAME[,NAME...]",
+        help=f"all that are not experimental, or one or more of {', '.join(RECIPES)}",
+    )
+    command.add_argument(
+        "--target-size",
+        default=[],
+        type=_sizes,
+        metavar="GiB[,GiB...]",
+        help="the largest sizes of the files in GiB, in place of the recipes' own; see convert",
+    )
+    command.add_argument(
+        "--calibrate-from",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder with the calibration STEM.safetensors for each source; see --calibrate of convert",
+    )
+    command.add_argument(
+        "--effort", default="best", choices=get_args(Effort), help="as for convert: best (default), fast or thorough"
+    )
+    command.add_argument("--device", default="cpu", help="the device that quantizes: cpu (default), cuda, mps or xpu")
+    command.add_argument(
+        "--allow-non-finite", action="store_true", help="write 0 for NaN and infinity, instead of refusing the source"
+    )
+    add_options_of_source(command)
+    command.add_argument("--overwrite", action="store_true", help="replace files of other conversions")
+    group = command.add_mutually_exclusive_group()
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="worker processes (default: as many as cores and memory allow)"
+    )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="a Ray cluster in place of worker processes: HOST:PORT, auto or local; its nodes share all folders",
+    )
+    command.add_argument("--plan", action="store_true", help="print what would be made, and stop")
+
+
 def add_statistics_options(command: argparse.ArgumentParser, of_imatrix: str, of_calibrate: str) -> None:
     """Add the options whose files tell of the inputs of layers; both texts say what a file does."""
     group = command.add_mutually_exclusive_group()
@@ -100,6 +154,17 @@ def add_options_of_source(command: argparse.ArgumentParser) -> None:
         help="a plain LoRA that is added to the source's weights (strength 1, if none follows the last colon);"
         " repeat the option for more",
     )
+
+
+def _all_or_recipes(text: str) -> list[str]:
+    return list(ALL) if text.lower() == "all" else _recipes(text)
+
+
+def _sizes(text: str) -> list[float]:
+    try:
+        return [float(size) for size in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"not sizes in GiB: {text!r}; give numbers such as 4.5,8") from None
 
 
 def _recipes(text: str) -> list[str]:

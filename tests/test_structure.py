@@ -68,7 +68,7 @@ FLOORS = {
             "files",
         ),
         *("gguf", "safetensors", "sources", "plan", "statistics", "inspection", "conversion"),
-        *("tuning", "recovery", "check", "__init__", "arguments", "__main__"),
+        *("tuning", "recovery", "check", "publish", "__init__", "arguments", "__main__"),
     ),
     "ops": (
         *(

@@ -55,10 +55,7 @@ def list_targets(
                 f"{destination / stem}: would be the name for both {other} and {path}, expected different file names;"
                 " convert these sources one by one"
             )
-        batch[path] = [
-            in_folder(target, destination, stem) if is_folder else target
-            for target in targets
-        ]
+        batch[path] = [in_folder(target, destination, stem) if is_folder else target for target in targets]
     return batch
 
 

@@ -1,0 +1,151 @@
+"""Jobs on a Ray cluster: Ray places them by cores and memory, and gives those of a dead node to another one."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import QuantError, printable
+from . import node as on_node
+from .job import Job, Result, failed
+from .processes import OnProgress, OnResults
+from .worker import PACK
+
+_RETRIES = 5
+_SECONDS_FOR_FAULTS = 120
+
+
+class RayCluster:
+    """A Ray cluster to which this process is connected, and what is wrong with its nodes."""
+
+    def __init__(self, ray: ModuleType, address: str, seen: Sequence[Path], token: tuple[Path, str]) -> None:
+        """Ask every node whether it can help.
+
+        Args:
+            seen: files that every node must see.
+            token: a file in the folder of the results, and its text.
+
+        Raises:
+            QuantError: no node can help.
+        """
+        self._ray = ray
+        ray.cloudpickle.register_pickle_by_value(on_node)
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        faults = self._faults(nodes, seen, token)
+        self.warnings = [
+            printable(f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]}) {faults[node['NodeID']]}")
+            for node in nodes
+            if faults[node["NodeID"]]
+        ]
+        """A sentence for each node that cannot help."""
+        self._unfit = [node["NodeID"] for node in nodes if faults[node["NodeID"]]]
+        self._fit = [node["Resources"] for node in nodes if not faults[node["NodeID"]]]
+        if not self._fit:
+            first = self.warnings[0] if self.warnings else "it has no node with cores; start one"
+            raise QuantError(f"Ray cluster {address}: no node can help: {first}")
+
+    @property
+    def cores(self) -> int:
+        """The cores of all nodes that can help."""
+        return sum(int(resources["CPU"]) for resources in self._fit)
+
+    def run(self, jobs: Sequence[Job], on_progress: OnProgress, on_results: OnResults) -> None:
+        """Make jobs, the first of them first; see `run_in_processes`."""
+        ray = self._ray
+        threads = max(1, min(self.cores // max(1, len(jobs)), *(int(resources["CPU"]) for resources in self._fit)))
+        memory = max(resources.get("memory", 0) for resources in self._fit)
+        board = ray.remote(on_node.Board).options(num_cpus=0, max_restarts=-1).remote()
+        numbers: dict[Any, int] = {}
+        for number, job in enumerate(jobs):
+            if job.memory > memory:
+                why = f"{job.source}: needs {job.memory} bytes of memory, the largest node has {memory:.0f}; add one"
+                on_results(failed(job, why))
+                continue
+            teller = on_node.Teller(board, number)
+            task = self._remote(on_node.make_on_node, threads, job.memory)
+            numbers[task.remote(str(PACK), job.json(), threads, teller)] = number
+        slots: dict[int, int] = {}
+        while numbers:
+            ready, _ = ray.wait(list(numbers), timeout=on_node.SECONDS_BETWEEN)
+            with suppress(ray.exceptions.RayError):
+                for number, (done, total, name) in ray.get(board.news.remote(), timeout=10).items():
+                    slot = slots.setdefault(number, min(set(range(len(slots) + 1)) - set(slots.values())))
+                    on_progress(slot, done, total, f"{jobs[number].source.name} {name}")
+            for task in ready:
+                number = numbers.pop(task)
+                slots.pop(number, None)
+                on_results(self._results(task, jobs[number]))
+
+    def _remote(self, function: Any, cores: int, memory: int, **options: Any) -> Any:  # noqa: ANN401
+        if self._unfit:
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._unfit)})"}
+        return self._ray.remote(function).options(num_cpus=cores, memory=memory, max_retries=_RETRIES, **options)
+
+    def _results(self, task: Any, job: Job) -> Sequence[Result]:  # noqa: ANN401
+        try:
+            return [Result.from_json(result) for result in self._ray.get(task)]
+        except self._ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]
+            return failed(job, f"{job.source}: Ray gave up after {_RETRIES} more tries ({reason:.200}); start it again")
+
+    def _faults(
+        self, nodes: Sequence[Mapping[str, Any]], seen: Sequence[Path], token: tuple[Path, str]
+    ) -> dict[str, str]:
+        """Return what is wrong with each node, by its ID; an empty text for nothing."""
+        expected = {
+            "pack": str(PACK),
+            "digest": on_node.digest_of_code(str(PACK)),
+            "versions": on_node.versions_of_libraries(),
+            "files": [(str(path), path.stat().st_size) for path in seen],
+            "token": (str(token[0]), token[1]),
+        }
+        affinity = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        ask = self._ray.remote(on_node.fault_of_node)
+        asked = {
+            node["NodeID"]: ask.options(num_cpus=0, scheduling_strategy=affinity(node["NodeID"], soft=False))
+            for node in nodes
+        }
+        answers = {name: task.remote(expected) for name, task in asked.items()}
+        faults = {}
+        for name, answer in answers.items():
+            try:
+                faults[name] = str(self._ray.get(answer, timeout=_SECONDS_FOR_FAULTS))
+            except self._ray.exceptions.RayError as error:
+                faults[name] = f"does not answer ({str(error).strip().splitlines()[-1]:.200}); start it again"
+        return faults
+
+
+@contextmanager
+def connected(address: str) -> Iterator[ModuleType]:
+    """Connect to a Ray cluster, without usage statistics and dashboard.
+
+    Args:
+        address: HOST:PORT, `auto` for the cluster that this machine belongs to, or `local` for one of this machine.
+
+    Raises:
+        QuantError: Ray is not installed, or there is no cluster.
+    """
+    try:
+        ray = importlib.import_module("ray")
+        importlib.import_module("ray.util.scheduling_strategies")
+    except ImportError as error:
+        raise QuantError(f"Ray cannot be imported ({error}); pip install ray, or leave out --ray") from None
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    own = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise QuantError(
+            f"Ray cluster {address}: cannot be reached ({reason:.200}); start it with `ray start`, or check the address"
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
