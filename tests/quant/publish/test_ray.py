@@ -44,14 +44,16 @@ def test_a_node_dies_and_another_has_another_version(cluster, tmp_path):
     good = [cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK) for _ in range(2)]
     cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK, env_vars={node.PATH_VARIABLE: str(other)})
 
-    sources = [write_tiny_wan(tmp_path / f"wan-{n}.safetensors", layers=3, seed=n) for n in range(2)]
+    sources = [write_tiny_wan(tmp_path / f"wan-{n}.safetensors", layers=2, seed=n) for n in range(2)]
     recipes = ["IQ3_S", "Q4_K_M", "INT8"]
     busy, killer = set(), []
 
     def kill_one(worker, done, total, name):
         busy.add(worker)
         if len(busy) == 2 and not killer:
-            killer.append(threading.Thread(target=cluster.remove_node, args=(good[0],), kwargs={"allow_graceful": False}))
+            killer.append(
+                threading.Thread(target=cluster.remove_node, args=(good[0],), kwargs={"allow_graceful": False})
+            )
             killer[0].start()
 
     request = Request(sources, tmp_path / "out", recipes)
