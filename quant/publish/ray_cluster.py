@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from .worker import PACK
 
 _RETRIES = 5
 _SECONDS_FOR_FAULTS = 120
+_SECONDS_TO_CONNECT = 20
 
 
 class RayCluster:
@@ -138,10 +140,13 @@ def connected(address: str) -> Iterator[ModuleType]:
         raise QuantError(f"Ray cannot be imported ({error}); pip install ray, or leave out --ray") from None
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     own = {"include_dashboard": False} if address == "local" else {}
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit():  # Ray tries for minutes
+            socket.create_connection((host, int(port)), _SECONDS_TO_CONNECT).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise QuantError(
             f"Ray cluster {address}: cannot be reached ({reason:.200}); start it with `ray start`, or check the address"
         ) from None
