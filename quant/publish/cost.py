@@ -46,7 +46,7 @@ class Rates:
             qtype = sampled_type(stored, rows)
             encoder = stream.encoders.of(name, stored, None)
             encoder.quantize(qtype, rows[:1] if stored is qtype else rows, stream.settings.effort)  # loads libraries
-            started = time.monotonic()
+            started = time.process_time()
             encoder.quantize(qtype, rows, stream.settings.effort)
-            self._of[stored.name] = (time.monotonic() - started) / rows.numel()
+            self._of[stored.name] = (time.process_time() - started) / rows.numel()
         return self._of[stored.name]
