@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from .inspection.report import inspect
 from .inspection.verify import verify
 from .plan.advice import advise
 from .progress import Progress
+from .publish.bars import worker_bars
 from .publish.job import Options
 from .publish.plan import make_plan
-from .publish.processes import OnProgress
 from .publish.request import Request
 from .publish.run import publish
 from .recovery.recovery_lora import recover
@@ -83,7 +82,16 @@ def _print(text: str, file: TextIO) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="quant", description="Make and inspect GGUF files of Wan models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_convert, _add_publish, _add_inspect, _add_restore, _add_recover, _add_verify, _add_check, _add_advise):
+    for add in (
+        _add_convert,
+        _add_publish,
+        _add_inspect,
+        _add_restore,
+        _add_recover,
+        _add_verify,
+        _add_check,
+        _add_advise,
+    ):
         add(commands)
     return parser
 
@@ -187,28 +195,6 @@ def _bar() -> Iterator[Progress]:
         yield progress
 
 
-@contextmanager
-def _bars() -> Iterator[OnProgress]:
-    """Yield a function that shows a bar for each worker; several threads may call it."""
-    bars: dict[int, Any] = {}
-    lock = threading.Lock()
-
-    def progress(worker: int, done: int, total: int, name: str) -> None:
-        with lock:
-            if worker not in bars:
-                bars[worker] = tqdm(position=worker, unit="B", unit_scale=True, unit_divisor=1024, file=sys.stderr)
-            bar = bars[worker]
-            bar.total = total
-            bar.set_postfix_str(escaped(name), refresh=False)
-            bar.update(done - bar.n)
-
-    try:
-        yield progress
-    finally:
-        for bar in bars.values():
-            bar.close()
-
-
 def _restore(options: argparse.Namespace) -> Report:
     with _bar() as progress:
         return restore(options.file, options.destination, options.dtype, overwrite=options.overwrite, progress=progress)
@@ -260,7 +246,7 @@ def _publish(options: argparse.Namespace) -> Report:
     )
     if options.plan:
         return make_plan(request.absolute())
-    with _bars() as on_progress:
+    with worker_bars() as on_progress:
         return publish(
             request,
             workers=options.workers,
