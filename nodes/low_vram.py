@@ -17,6 +17,7 @@ from ..ops.budget.vae_tiles import HOST_TILES, tiles_within
 from ..quant import QuantError
 from ..quant.errors import PrintableLog
 from ..quant.units import GIB
+from .encoding import show_on_node
 
 logger = PrintableLog(__name__)
 
@@ -96,4 +97,5 @@ class WanQuantLowVRAM(io.ComfyNode):
         tiles = tiles_within(job, now)
         automatic = "" if budget else f"budget {now / GIB:.2f} GiB: "
         text = f"{automatic}{text}; {tiles}"
+        show_on_node(text)
         return io.NodeOutput(budgeted, text, tiles.size, tiles.overlap, ui={"text": (text,)})

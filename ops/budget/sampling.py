@@ -40,6 +40,7 @@ from .. import host
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
 from ..loading.prefetch import prefetch_blocks
 from ..packed.patcher import PackedPatcher
+from ..packed.precision import precision_of
 from .attention_notes import attention_notes
 from .automatic import automatic_budget
 from .choose_plan import ChosenPlan, choose_plan
@@ -198,7 +199,9 @@ class _BudgetedSampling:
         budget = self._budget or automatic_budget(model.load_device)
         self._chosen = choose_plan(self._simulator_of(model), job, budget)
         self._step_key = step_key(model, job.latent, self._chosen.plan)
-        logger.info("Wan Low VRAM: %s in %.2f GiB: predicted peak %s", job, budget / GIB, self._chosen)
+        precision = precision_of(model.model.model_config.custom_operations)
+        line = "Wan Low VRAM: %s in %.2f GiB: predicted peak %s; precision %s"
+        logger.info(line, job, budget / GIB, self._chosen, precision)
         for note in attention_notes(model):
             logger.info("Wan Low VRAM: %s", note)
         if self._chosen.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, host.COMPILE_KEY):

@@ -70,8 +70,8 @@ def load_model_patch(path: str | os.PathLike[str]) -> ModelPatcher:
     layers = {int(match[1]) for name in records if (match := _BLOCK.fullmatch(name))}
     if not {_PROJECTION, _NORM, f"blocks.0.{_ATTENTION}"} <= records.keys():
         raise QuantError(
-            f"{header.path}: not InfiniteTalk or MultiTalk (tensors {', '.join(list(records)[:3])}, ...); other model"
-            " patches load with ComfyUI's own loader, as safetensors"
+            f"{header.path}: not InfiniteTalk or MultiTalk (tensors {', '.join(list(records)[:3])}, ...); use"
+            " ComfyUI's own loader for other model patches, as safetensors"
         )
     check_memory(header, dequantized_bytes(header, _DTYPE))
     with built_by_host(header.path):

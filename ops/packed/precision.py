@@ -39,3 +39,9 @@ def packed_ops(precision: str = EXACT) -> type[GGUFOps]:
         return GGUFOps
     logger.info("precision auto: int8 by comfy-kitchen's %s backend, from %d tokens on", backend, WORTHWHILE_TOKENS)
     return AutoOps
+
+
+def precision_of(operations: object) -> str:
+    """Return the precision of a loaded model's `operations` as a word, or that they are ComfyUI's own."""
+    by_class: dict[object, str] = {GGUFOps: EXACT, Int8Ops: INT8, AutoOps: AUTO}
+    return by_class.get(operations, "ComfyUI's own")
