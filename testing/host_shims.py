@@ -25,6 +25,18 @@ def install() -> None:
             stub.__spec__ = ModuleSpec(name, None, is_package=True)
             stub.__path__ = []
             sys.modules[name] = stub
+        # Enough for the audio encoder and a sound of its own sample rate.
+        stub.resample = _same_rate
+        sys.modules["torchaudio"].functional = stub
+
+
+def _same_rate(waveform: object, original: int, new: int) -> object:
+    """Stand in for torchaudio.functional.resample between equal rates."""
+    if original != new:
+        raise RuntimeError(
+            f"this stand-in for torchaudio cannot resample from {original} to {new} Hz; install torchaudio"
+        )
+    return waveform
 
 
 def _match_torchvision() -> None:

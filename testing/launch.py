@@ -1,7 +1,11 @@
-"""A start of ComfyUI's main.py with the shims of host_shims.py: launch.py COMFYUI FLAGS..."""
+"""A start of ComfyUI's main.py with the shims of host_shims.py: launch.py COMFYUI LOG FLAGS...
+
+LOG gets what custom nodes log, and nothing that ComfyUI logs.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import runpy
 import sys
@@ -17,8 +21,16 @@ def end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
+def keep_messages_of_nodes(path: str) -> None:
+    """Write the messages of custom nodes to a file, too; ComfyUI's own log does not say who wrote a line."""
+    handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    handler.addFilter(lambda record: "custom_nodes" in record.name)
+    logging.getLogger().addHandler(handler)
+
+
 if __name__ == "__main__":
-    comfyui = sys.argv.pop(1)
+    comfyui, pack_log = sys.argv.pop(1), sys.argv.pop(1)
+    keep_messages_of_nodes(pack_log)
     here = Path(__file__).resolve().parent
     # This folder is removed because its server.py would shadow ComfyUI's.
     sys.path = [comfyui, *(entry for entry in sys.path if not entry or Path(entry).resolve() != here)]

@@ -94,7 +94,8 @@ class HostServer:
         device = [] if torch.accelerator.is_available() else ["--cpu"]
         where = ["--base-directory", str(self.base), "--port", str(self.port)]
         launcher = Path(__file__).resolve().parent / "launch.py"
-        self._command = [sys.executable, str(launcher), str(checkout()), *flags_of(checkout())]
+        self.pack_log = self.base / "custom_nodes.log"
+        self._command = [sys.executable, str(launcher), str(checkout()), str(self.pack_log), *flags_of(checkout())]
         self._command += [*device, *where, *flags]
         for name in ("diffusion_models", "text_encoders", "conditioning"):
             (self.models / name).mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,9 @@ _WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOM
 _SIZES = {
     "CLIPLoaderGGUF": (330, 120),  # as high as the node that replaces it
     "CLIPTextEncode": (420, 170),
+    "LoadAudio": (330, 180),
     "LoadImage": (310, 330),
+    "LoadVideo": (330, 380),
     "SaveImage": (480, 500),
     "SaveVideo": (480, 420),
     "UnetLoaderGGUF": (330, 140),
@@ -44,6 +46,8 @@ class Model(NamedTuple):
     name: str
     url: str
     directory: str
+    gib: float
+    """The size of the file in GiB, for the note."""
 
 
 class Widget(NamedTuple):
@@ -183,7 +187,9 @@ def _node(number: int, order: int, item: Node, place: list[int], sockets: list[J
     ]
     properties: Json = {"Node name for S&R": item.class_type} if item.class_type in schemas else {}
     if item.models:
-        properties["models"] = [model._asdict() for model in item.models]
+        properties["models"] = [
+            {"name": model.name, "url": model.url, "directory": model.directory} for model in item.models
+        ]
     return {
         "id": number,
         "type": item.class_type,

@@ -15,16 +15,17 @@ _NEGATIVE = (
 FOX = "A red fox runs through fresh snow between pines, low winter sun, the camera tracks beside it."
 STREET = "A rainy street at night, neon signs mirrored in puddles, a cyclist in a yellow coat passes, slow dolly."
 PICTURE = "The subject slowly turns towards the camera and smiles, soft light, gentle camera push in."
+PERSON = "The person looks into the camera and moves naturally, soft light, static camera."
 PROMPTED = {"positive": ["positive", 0], "negative": ["negative", 0]}
 ENCODED_ONCE = {"positive": ["prompt", 0], "negative": ["prompt", 1]}
 """The links from `prompt_encoded_once`, in place of `PROMPTED`."""
 
 
 def read_me(title: str, text: str, *files: Model) -> Box:
-    """Return a note that lists every file with its folder and address."""
-    rows = "\n".join(f"- [{file.name}]({file.url}) → `models/{file.directory}`" for file in files)
+    """Return a note that lists every file with its size, folder and address."""
+    rows = "\n".join(f"- [{file.name}]({file.url}), {file.gib} GiB → `models/{file.directory}`" for file in files)
     gguf = any(file.name.endswith(".gguf") for file in files)
-    advice = "\n\nComfyUI offers to download `.safetensors` files; download `.gguf` files by hand, then press **R**."
+    advice = "\n\nComfyUI downloads `.safetensors` files. Download `.gguf` files by hand, then press **R**."
     return note(f"# {title}\n\n{text}\n\n## Files\n\n{rows}{advice if gguf else ''}\n")
 
 
@@ -49,6 +50,11 @@ def prompt_encoded_once(text: str) -> Box:
     return Box("Prompt", {"prompt": encode})
 
 
+def low_vram(model: str, latent: list[Any]) -> Node:
+    """Return Wan Low VRAM, which takes what is free when sampling starts."""
+    return node("WanQuantLowVRAM", model=[model, 0], budget_gib=0.0, width=832, height=480, frames=81, latent=latent)
+
+
 def loader(file: Model) -> Node:
     return node("WanQuantLoader", model_name=file.name, precision="auto")
 
@@ -68,21 +74,54 @@ def sampler(steps: int, cfg: float, seed: int, **inputs: Any) -> Node:
     return node("KSampler", steps=steps, cfg=cfg, seed=seed, **defaults | settings | inputs)
 
 
-def tiled_decode(**inputs: Any) -> Node:
+def convert(source: Model, recipe: str, **inputs: Any) -> Node:
+    return node("WanQuantConvert", models=[source], source=source.name, recipe=recipe, **inputs)
+
+
+def converted_loader() -> Node:
+    """Return a loader of the file that node `convert` makes."""
+    return node("WanQuantLoader", model_name="", path=["convert", 0], precision="auto")
+
+
+def picture(name: str = "example.png") -> Node:
+    return node("LoadImage", image=name)
+
+
+def video_frames(key: str, file: str, title: str) -> dict[str, Node]:
+    """Return a loader of a video file, and the node `key` whose first output is its frames."""
+    loaded = node("LoadVideo", title=title, file=file)
+    return {f"{key}_file": loaded, key: node("GetVideoComponents", video=[f"{key}_file", 0])}
+
+
+def seen(image: str = "image", key: str = "seen") -> dict[str, Node]:
+    """Return CLIP Vision's view of a picture, as node `key`."""
+    return {key: node("CLIPVisionEncode", clip_vision=["clip_vision", 0], image=[image, 0], crop="none")}
+
+
+def clip_vision() -> Node:
+    return node("CLIPVisionLoader", models=[models.CLIP_VISION], clip_name=models.CLIP_VISION.name)
+
+
+def conditioned(start: str) -> dict[str, Any]:
+    """Return a sampler's links from a node with positive, negative and latent."""
+    return {"positive": [start, 0], "negative": [start, 1], "latent_image": [start, 2]}
+
+
+def tiled_decode(samples: str = "sampler", **inputs: Any) -> Node:
     """Return a decoder with the tiles that node `budget` chose.
 
     The VAE decodes frame by frame, so tiles in time would save nothing.
     """
     tiles = {"tile_size": ["budget", 2], "overlap": ["budget", 3]}
-    return node("VAEDecodeTiled", samples=["sampler", 0], **tiles, temporal_size=4096, **inputs)
+    return node("VAEDecodeTiled", samples=[samples, 0], **tiles, temporal_size=4096, **inputs)
 
 
-def video(name: str, fps: float = 16.0, samples: str = "sampler", decode: Node | None = None) -> Box:
+def video(name: str, fps: float = 16.0, samples: str = "sampler", decode: Node | None = None, **sound: Any) -> Box:
     return Box(
         "Video",
         {
             "decode": decode or node("VAEDecode", samples=[samples, 0], vae=["vae", 0]),
-            "frames": node("CreateVideo", images=["decode", 0], fps=fps),
+            "frames": node("CreateVideo", images=["decode", 0], fps=fps, **sound),
             "video": node(
                 "SaveVideo", video=["frames", 0], filename_prefix=f"video/{name}", format="auto", codec="auto"
             ),

@@ -32,16 +32,10 @@ def check() -> Columns:
 
 def convert_any() -> Columns:
     text = (
-        "Choose any Wan checkpoint as `source`, in each node that you run. The first node makes a GGUF, a small file "
-        "for any GPU, by **recipe**: Q8_0 is nearly lossless, Q4_K_M the usual choice, Q2_K the smallest. The second "
-        "makes one of the **size** that you ask for in GiB, with the least error at that size. The third makes a "
-        "`.safetensors` in a **format of ComfyUI's own**, which multiplies in 8 or 4 bits:\n\n"
-        "- RTX 20 to 50: INT8 and INT4; from RTX 30 on also W4A8 and W6A8\n"
-        "- RTX 40 and 50: FP8; on RTX 50 also NVFP4 and MXFP8\n\n"
-        "Some need a newer ComfyUI: the tooltip of `recipe` names those that yours cannot use.\n\n"
-        "No GPU is needed to convert. An existing file with the same settings is reused, so the nodes can stay in "
-        "front of a loader: connect `path` to **Load Diffusion Model (Quantized)**, whatever the recipe. A node that "
-        "you do not need can be bypassed with Ctrl+B."
+        "Choose any Wan checkpoint as `source`, in each node that you run. The first makes a GGUF by **recipe**: Q8_0"
+        " is nearly lossless, Q4_K_M usual, Q2_K small. The second makes one of a **size** in GiB. The third makes a"
+        " **format of ComfyUI's own**, which multiplies in 8 or 4 bits; its tooltip says what your ComfyUI can use.\n\n"
+        "Converting needs no GPU. An existing file is reused: connect `path` to **Load Diffusion Model (Quantized)**."
     )
     source = models.T2V_1_3B
     recipe = node("WanQuantConvert", title="Convert by recipe", models=[source], source=source.name, recipe="Q4_K_M")
@@ -70,12 +64,76 @@ def convert_any() -> Columns:
     ]
 
 
+def convert_for_speed() -> Columns:
+    text = (
+        "INT8 multiplies in 8-bit integers: faster than 16 bits on RTX 20 to 50, in half the bytes. It needs ComfyUI"
+        " 0.27. **W4A8** halves the bytes again, on RTX 30 to 50, and needs ComfyUI 0.31.\n\nChoose your checkpoint as"
+        " `source`. It is converted on the first run, and later runs reuse the file. Settings: shift 8, 30 steps,"
+        " cfg 6. At 832 x 480 and 81 frames, sampling needs 2.2 GiB of VRAM (simulated)."
+    )
+    source = models.T2V_1_3B
+    loaders = {"model": parts.converted_loader(), "shift": parts.shift(8.0), "vae": parts.vae()}
+    return [
+        [parts.read_me("Convert for speed (INT8)", text, source, models.VAE_21, models.UMT5)],
+        [Box("Convert once", {"convert": parts.convert(source, "INT8")})],
+        [Box("Models", loaders), parts.size(832, 480, 33)],
+        [parts.prompt_encoded_once(parts.FOX)],
+        [Box("Sampling", {"sampler": parts.sampler(30, 6.0, 1, **parts.ENCODED_ONCE)})],
+        [parts.video("wan2.1_t2v_1.3B_int8")],
+    ]
+
+
+def calibrate() -> Columns:
+    text = (
+        "For files below 4 bits. Samples once with the full-precision model, measures the inputs of its layers, and"
+        " makes two GGUFs of one size: **Convert** rounds for these inputs, **Tune** also for the errors of earlier"
+        " blocks (slower, experimental). Use your own prompt, LoRAs and steps; more runs measure more.\n\n"
+        "At 832 x 480 and 81 frames, sampling needs 2.2 GiB of VRAM (simulated), and the file of the blocks 2 GiB of"
+        " disk."
+    )
+    source = models.T2V_1_3B
+    collect = node("WanQuantCollectImportance", model=["full", 0], calibrate=True, blocks=2.0)
+    loaders = {
+        "full": node("UNETLoader", models=[source], unet_name=source.name, weight_dtype="default"),
+        "collect": collect,
+        "shift": parts.shift(8.0, "collect"),
+    }
+    save = node(
+        "WanQuantSaveImportance",
+        importance=["collect", 1],
+        name="wan2.1_t2v_1.3B",
+        latent=["sampler", 0],
+        blocks=["collect", 2],
+    )
+    convert = parts.convert(source, "Q3_K_M", importance_path=["save", 0], name="wan2.1_t2v_1.3B-calibrated.gguf")
+    tune = node(
+        "WanQuantTune", model=["full", 0], blocks_path=["save", 1], recipe="Q3_K_M", name="wan2.1_t2v_1.3B-tuned.gguf"
+    )
+    return [
+        [parts.read_me("Calibrate and tune", text, source, models.UMT5)],
+        [Box("Measure", loaders), parts.size(832, 480, 33)],
+        [parts.prompt_encoded_once(parts.FOX)],
+        [Box("Sampling", {"sampler": parts.sampler(20, 6.0, 1, **parts.ENCODED_ONCE)}), Box("Save", {"save": save})],
+        [Box("Convert with the calibration", {"convert": convert})],
+        [Box("Or tune", {"tune": tune})],
+        [
+            Box(
+                "Reports",
+                {
+                    f"report_{made}": node("SaveImage", images=[made, 1], filename_prefix=f"wanquant/{made}")
+                    for made in ("convert", "tune")
+                },
+            )
+        ],
+    ]
+
+
 def quality() -> Columns:
     text = (
         "Samples the same seed with the full-precision model, with a GGUF, and with a file in a format of ComfyUI's "
-        "own. **Compare Latents** shows the PSNR, which frames differ, and where. Change a recipe or set a "
-        "`target_size` and run again: only the nodes that this changes run.\n\nINT8 needs ComfyUI 0.27. On a GPU, "
-        "ComfyUI's own formats quantize the inputs of layers too, so their result depends on the GPU."
+        "own. **Compare Latents** shows the PSNR, which frames differ, and where. Change a recipe and run again: only "
+        "the nodes that this changes run.\n\nINT8 needs ComfyUI 0.27, and its result depends on the GPU. At 832 x 480 "
+        "and 81 frames, sampling needs 2.2 GiB of VRAM (simulated)."
     )
     source = models.T2V_1_3B
     full = node("UNETLoader", models=[source], unet_name=source.name, weight_dtype="default")
@@ -119,7 +177,7 @@ def migrate() -> Columns:
     text = (
         "This graph was made with ComfyUI-GGUF. If that pack is not installed, ComfyUI offers to replace its loaders "
         "with those of this pack: accept and run. Files and links stay as they are. If both packs are installed, both "
-        "kinds of loaders work."
+        "kinds of loaders work.\n\nAt 832 x 480 and 81 frames, sampling needs 3.7 GiB of VRAM (simulated)."
     )
     loaders = {
         "model": node("UnetLoaderGGUF", unet_name=models.T2V_14B.name),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from . import models, parts
 from .canvas import Box, Columns, node
 
+_SMALL = {"width": 832, "height": 480, "length": 33, "batch_size": 1}
+
 
 def t2v_small() -> Columns:
     text = (
         "Quantizes the smallest Wan on the first run: **Convert to Quantized Model** makes the file, and later runs "
         "reuse it. Only the text encoder has to be downloaded by hand, and it is loaded only for a new prompt. "
-        "Settings: shift 8, 30 steps, cfg 6."
+        "Settings: shift 8, 30 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs 2.2 GiB of VRAM (simulated)."
     )
     source = models.T2V_1_3B
     convert = node("WanQuantConvert", models=[source], source=source.name, recipe="Q6_K")
@@ -31,11 +33,10 @@ def t2v_small() -> Columns:
 
 def low_vram() -> Columns:
     text = (
-        "Runs 14B on a small GPU: **Wan Low VRAM** samples within `budget_gib` and shows the predicted peak for the "
-        "size that is set on it. A latent that does not fit is refused before the first step. The 9 GiB of the file "
-        "are in main memory.\n\nThe VAE decodes in the largest tiles that the budget allows. The text encoder is "
-        "loaded only for a new prompt, and ComfyUI decides where it runs. Put LoRAs before Wan Low VRAM. Settings: "
-        "shift 5, 30 steps, cfg 5."
+        "Runs 14B on a small GPU: **Wan Low VRAM** samples within `budget_gib`, and refuses what does not fit before "
+        "the first step. The file is in main memory. The VAE decodes in tiles within the budget. Put LoRAs before Wan "
+        "Low VRAM. Settings: shift 5, 30 steps, cfg 5.\n\nAt 1280 x 720 and 81 frames, sampling needs 3.5 GiB of VRAM "
+        "instead of 7.6 GiB (simulated)."
     )
     size = {"width": 1280, "height": 720}
     loaders = {
@@ -45,7 +46,7 @@ def low_vram() -> Columns:
     }
     budget = node("WanQuantLowVRAM", model=["shift", 0], budget_gib=3.5, frames=81, **size)
     return [
-        [parts.read_me("Wan 2.1 text to video, 14B in 3.5 GiB", text, models.T2V_14B, models.VAE_21, models.UMT5)],
+        [parts.read_me("Wan 2.1 text to video in 3.5 GiB, 14B", text, models.T2V_14B, models.VAE_21, models.UMT5)],
         [Box("Models", loaders)],
         [Box("Memory", {"budget": budget}), parts.size(**size, length=81)],
         [parts.prompt_encoded_once(parts.FOX)],
@@ -57,7 +58,8 @@ def low_vram() -> Columns:
 def i2v() -> Columns:
     text = (
         "Animates a picture. This is the 480p model, so keep the area near 832 x 480. CLIP Vision also reads the "
-        "picture, as in training. Settings: shift 3, 20 steps, cfg 6."
+        "picture, as in training. Settings: shift 3, 20 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs "
+        "3.7 GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
         "model": parts.loader(models.I2V_14B),
@@ -84,7 +86,7 @@ def i2v() -> Columns:
     conditioned = {"positive": ["start", 0], "negative": ["start", 1], "latent_image": ["start", 2]}
     files = (models.I2V_14B, models.CLIP_VISION, models.VAE_21, models.UMT5)
     return [
-        [parts.read_me("Wan 2.1 image to video, 14B 480p", text, *files)],
+        [parts.read_me("Wan 2.1 image to video, 14B", text, *files)],
         [Box("Models", loaders)],
         [Box("Picture", vision)],
         [parts.prompt(parts.PICTURE)],
@@ -97,7 +99,8 @@ def i2v() -> Columns:
 def vace() -> Columns:
     text = (
         "Makes a video with the subject of a reference picture. VACE also takes a control video and masks: connect "
-        "them to **WanVaceToVideo**. Settings: shift 8, 20 steps, cfg 6."
+        "them to **WanVaceToVideo**. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs "
+        "5.1 GiB of VRAM, or 3.5 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
         "model": parts.loader(models.VACE_14B),
@@ -125,4 +128,107 @@ def vace() -> Columns:
         [Box("Control", {"control": control})],
         [Box("Sampling", {"sampler": parts.sampler(20, 6.0, 1, **conditioned), "trim": trim})],
         [parts.video("wan2.1_vace_14B", samples="trim")],
+    ]
+
+
+def first_last_frame() -> Columns:
+    text = (
+        "Makes the video between two pictures, which CLIP Vision also reads. This is the 720p model; smaller sizes are"
+        " faster. Settings: shift 8, 20 steps, cfg 3.\n\nAt 832 x 480 and 33 frames, sampling needs 2.0 GiB of VRAM,"
+        " or 1.4 GiB with **Wan Low VRAM** (simulated). ComfyUI streams what does not fit."
+    )
+    loaders = {
+        "model": parts.loader(models.FLF2V_14B),
+        "shift": parts.shift(8.0),
+        "vae": parts.vae(),
+        "clip_vision": parts.clip_vision(),
+    }
+    first = {"first": parts.picture(), **parts.seen("first", "first_seen")}
+    last = {"last": parts.picture(), **parts.seen("last", "last_seen")}
+    start = node(
+        "WanFirstLastFrameToVideo",
+        **parts.ENCODED_ONCE,
+        vae=["vae", 0],
+        clip_vision_start_image=["first_seen", 0],
+        clip_vision_end_image=["last_seen", 0],
+        start_image=["first", 0],
+        end_image=["last", 0],
+        **_SMALL,
+    )
+    files = (models.FLF2V_14B, models.CLIP_VISION, models.VAE_21, models.UMT5)
+    return [
+        [parts.read_me("Wan 2.1 first and last frame, 14B", text, *files)],
+        [Box("Models", loaders)],
+        [Box("First frame", first), Box("Last frame", last)],
+        [parts.prompt_encoded_once(parts.PICTURE)],
+        [Box("Video size", {"start": start})],
+        [Box("Sampling", {"sampler": parts.sampler(20, 3.0, 1, **parts.conditioned("start"))})],
+        [parts.video("wan2.1_flf2v_14B")],
+    ]
+
+
+def fun_control() -> Columns:
+    text = (
+        "Makes a video that follows the outlines of another one. Choose yours in **Control video**; depth or poses"
+        " work instead of **Canny**. The picture says how it looks. The model is quantized on the first run. Settings:"
+        " shift 5, 20 steps, cfg 6.\n\nAt 832 x 480 and 33 frames, sampling needs 1.3 GiB of VRAM (simulated)."
+    )
+    source = models.FUN_CONTROL_1_3B
+    loaders = {
+        "model": parts.converted_loader(),
+        "shift": parts.shift(5.0),
+        "vae": parts.vae(),
+        "clip_vision": parts.clip_vision(),
+    }
+    control = parts.video_frames("control", "control.mp4", "Control video")
+    control["edges"] = node("Canny", image=["control", 0], low_threshold=0.2, high_threshold=0.5)
+    start = node(
+        "WanFunControlToVideo",
+        **parts.ENCODED_ONCE,
+        vae=["vae", 0],
+        clip_vision_output=["seen", 0],
+        start_image=["image", 0],
+        control_video=["edges", 0],
+        **_SMALL,
+    )
+    files = (source, models.CLIP_VISION, models.VAE_21, models.UMT5)
+    return [
+        [parts.read_me("Wan 2.1 Fun Control, 1.3B", text, *files)],
+        [Box("Quantize once", {"convert": parts.convert(source, "Q6_K")})],
+        [Box("Models", loaders)],
+        [Box("Control video", control), Box("Picture", {"image": parts.picture(), **parts.seen()})],
+        [parts.prompt_encoded_once(parts.PICTURE)],
+        [Box("Video size", {"start": start})],
+        [Box("Sampling", {"sampler": parts.sampler(20, 6.0, 1, **parts.conditioned("start"))})],
+        [parts.video("wan2.1_fun_control_1.3B")],
+    ]
+
+
+def vace_low_vram() -> Columns:
+    text = (
+        "VACE within the video memory that is free: **Wan Low VRAM** chooses how to sample, and the tiles for the VAE."
+        " Set its `budget_gib` to leave memory to other programs. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480"
+        " and 81 frames, sampling needs 3.5 GiB of VRAM instead of 5.1 GiB (simulated)."
+    )
+    loaders = {"model": parts.loader(models.VACE_14B), "shift": parts.shift(8.0), "vae": parts.vae()}
+    control = node(
+        "WanVaceToVideo",
+        **parts.ENCODED_ONCE,
+        vae=["vae", 0],
+        reference_image=["image", 0],
+        width=832,
+        height=480,
+        length=81,
+        batch_size=1,
+        strength=1.0,
+    )
+    sampler = parts.sampler(20, 6.0, 1, **parts.conditioned("control") | {"model": ["budget", 0]})
+    trim = node("TrimVideoLatent", samples=["sampler", 0], trim_amount=["control", 3])
+    return [
+        [parts.read_me("Wan 2.1 VACE on a small GPU, 14B", text, models.VACE_14B, models.VAE_21, models.UMT5)],
+        [Box("Models", loaders), Box("Reference", {"image": parts.picture()})],
+        [parts.prompt_encoded_once(parts.PICTURE)],
+        [Box("Control", {"control": control}), Box("Memory", {"budget": parts.low_vram("shift", ["control", 2])})],
+        [Box("Sampling", {"sampler": sampler, "trim": trim})],
+        [parts.video("wan2.1_vace_14B_low_vram", decode=parts.tiled_decode("trim", vae=["vae", 0]))],
     ]

@@ -36,10 +36,10 @@ def schemas(server: HostServer) -> Schemas:
 def tiny_models(server: HostServer) -> None:
     """Puts the files that the templates ask for into the server's folders."""
     # Only here, as it imports the host.
-    from wanquant.tests.host.tiny_models import write_models, write_picture
+    from wanquant.tests.host.tiny_models import write_inputs, write_models
 
     write_models(server.models)
-    write_picture(server.base / "input" / "example.png")
+    write_inputs(server.base / "input")
 
 
 @pytest.fixture(scope="session")

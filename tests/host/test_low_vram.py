@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wanquant.testing.comparison import RANDOM
 from wanquant.testing.graphs import node, quantized_model, video
-from wanquant.testing.server import Graph, GraphError, HostServer
+from wanquant.testing.server import Event, Graph, GraphError, HostServer
 
 pytestmark = pytest.mark.host
 
@@ -52,3 +52,26 @@ def test_refuses_before_the_first_step(server: HostServer):
     RANDOM.prepare(server)
     with pytest.raises(GraphError, match="384x384, 17 frames needs at least"):
         server.run(clip(limited(0.3), "never"))
+
+
+MOST_LINES = 5
+"""A run of the most that this pack does is told in this many lines of the log, so that people read them."""
+
+
+@pytest.mark.parametrize("precision", ["exact", "auto"])
+def test_log_of_a_whole_run_is_short(precision: str, server: HostServer):
+    """It converts, loads, keeps a budget and samples; one line says precision, plan and peak."""
+    RANDOM.prepare(server)
+    graph = clip(limited(24), f"log-{precision}")
+    graph["convert"]["inputs"] |= {"output_name": f"log-{precision}.gguf"}
+    graph["loader"]["inputs"] |= {"precision": precision}
+    before = len(server.pack_log.read_text(encoding="utf-8").splitlines())
+    events: list[Event] = []
+    server.run(graph, events.append)
+    shown = [event["data"] for event in events if event["type"] == "progress_text"]
+    assert any(data["node"] == "model" and "own forward" in data["text"] for data in shown), "on the node"
+    lines = server.pack_log.read_text(encoding="utf-8").splitlines()[before:]
+    assert len(lines) <= MOST_LINES, lines
+    (told,) = [line for line in lines if "predicted peak" in line]
+    for what in ("precision exact", "GiB", "own forward"):
+        assert what in told

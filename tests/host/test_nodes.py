@@ -139,7 +139,10 @@ def test_importance_is_collected_and_used(server: HostServer, target: Path):
     sampled["model"] = node("WanQuantCollectImportance", model=["loader", 0], steps="alike")
     save = node("WanQuantSaveImportance", importance=["model", 1], name="job.gguf", latent=["sampler", 0])
     graph = {**sampled, "save": save}
-    assert f"over {STEPS} evaluations" in server.run(graph)["save"]["text"][0]
+    events: list[Event] = []
+    assert f"over {STEPS} evaluations" in server.run(graph, events.append)["save"]["text"][0]
+    shown = [event["data"] for event in events if event["type"] == "progress_text"]
+    assert any(data["node"] == "save" and "Saved job.gguf" in data["text"] for data in shown), "on the node"
     again = {**graph, **conversion("Q4_0", source=NAME, overwrite=True, importance_path=["save", 0])}
     shown = server.run(again)
     assert f"over {STEPS} evaluations" in shown["save"]["text"][0], "cached sampling adds nothing"

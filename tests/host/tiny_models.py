@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
+import comfy.audio_encoders.wav2vec2
 import comfy.clip_model
 import comfy.ldm.wan.model as wan
+import comfy.ldm.wan.model_animate
 import comfy.ldm.wan.vae
 import comfy.ldm.wan.vae2_2
 import comfy.ops
@@ -33,13 +37,17 @@ HOST = Path(comfy.__path__[0])
 OPERATIONS = comfy.ops.manual_cast
 TEXT_DIM = 64  # 4096 in Wan; the host reads it from the checkpoint's config
 TINY = {"dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_dim": TEXT_DIM}
+# As comfy/audio_encoders/audio_encoders.py sets them for 1024 channels, which Wan 2.2 S2V expects.
+AUDIO = {"embed_dim": 1024, "num_heads": 16, "num_layers": 24, "conv_norm": True, "conv_bias": True}
+AUDIO |= {"do_normalize": True, "do_stable_layer_norm": True}
+SAMPLE_RATE = 16000  # that of the audio encoder, so that nothing is resampled
 METADATA = {"config": json.dumps({"transformer": {"text_dim": TEXT_DIM}})}
 VAE = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "temperal_downsample": [False, True, True]}
 
 
 def write_models(folder: Path) -> None:
     """Fill a models folder."""
-    for name in ("diffusion_models", "text_encoders", "vae", "clip_vision", "loras"):
+    for name in ("diffusion_models", "text_encoders", "vae", "clip_vision", "audio_encoders", "loras"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write_diffusion_models(folder / "diffusion_models")
     _write_vaes(folder / "vae")
@@ -49,15 +57,36 @@ def write_models(folder: Path) -> None:
         vision = _shapes(comfy.clip_model.CLIPVisionModelProjection, json.load(file), torch.float16, None, OPERATIONS)
     write_sparse_checkpoint(folder / "clip_vision" / models.CLIP_VISION.name, vision)
     down, up = (f"diffusion_model.blocks.0.ffn.0.lora_{part}.weight" for part in ("down", "up"))
-    for lora in (models.LORA_HIGH, models.LORA_LOW):
+    # As with CLIP Vision.
+    audio = _shapes(comfy.audio_encoders.wav2vec2.Wav2Vec2Model, **AUDIO, dtype=torch.float16, operations=OPERATIONS)
+    write_sparse_checkpoint(folder / "audio_encoders" / models.AUDIO_ENCODER.name, audio)
+    for lora in (models.LORA_HIGH, models.LORA_LOW, models.I2V_LORA_HIGH, models.I2V_LORA_LOW):
         write_random_checkpoint(folder / "loras" / lora.name, {down: (4, TINY["dim"]), up: (TINY["ffn_dim"], 4)})
 
 
-def write_picture(path: Path) -> None:
-    """The input picture of the host's own examples, in name."""
+def write_inputs(folder: Path) -> None:
+    """Fill an input folder: the picture of the host's own examples, in name, and the videos and the sound."""
     y, x = np.mgrid[0:96, 0:128]
-    colours = np.stack([2 * x, 2 * y, 255 - x - y], axis=-1)
-    Image.fromarray(colours.astype(np.uint8)).save(path)
+    frame = np.stack([2 * x, 2 * y, 255 - x - y], axis=-1).astype(np.uint8)
+    Image.fromarray(frame).save(folder / "example.png")
+    for name in ("control.mp4", "pose.mp4", "face.mp4"):
+        _write_video(folder / name, [np.roll(frame, 8 * number, axis=1) for number in range(5)])
+    with wave.open(str(folder / "speech.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(SAMPLE_RATE)
+        tone = np.sin(np.arange(SAMPLE_RATE) * 0.2) * 8000
+        sound.writeframes(tone.astype("<i2").tobytes())
+
+
+def _write_video(path: Path, frames: list[np.ndarray]) -> None:
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def _write_diffusion_models(folder: Path) -> None:
@@ -70,11 +99,17 @@ def _write_diffusion_models(folder: Path) -> None:
     for seed, file in enumerate(models.I2V_A14B):
         _write_gguf(folder / file.name, wan.WanModel, seed=seed, **image)
     _write_gguf(folder / models.I2V_14B.name, wan.WanModel, model_type="i2v", **image)
+    _write_gguf(folder / models.FLF2V_14B.name, wan.WanModel, model_type="i2v", flf_pos_embed_token_number=514, **image)
+    _write_wan(folder / models.FUN_CONTROL_1_3B.name, wan.WanModel, model_type="i2v", in_dim=48)
     _write_gguf(folder / models.VACE_14B.name, wan.VaceWanModel, **vace)
+    _write_gguf(folder / models.S2V_14B.name, wan.WanModel_S2V)
+    # The face adapter runs after every fifth block.
+    animate = comfy.ldm.wan.model_animate.AnimateWanModel
+    _write_gguf(folder / models.ANIMATE_14B.name, animate, num_layers=5, **image)
 
 
 def _write_wan(path: Path, cls: Callable[..., nn.Module], seed: int = 0, **arguments: Any) -> Path:
-    shapes = _shapes(cls, **TINY, **arguments, dtype=torch.float32, operations=OPERATIONS)
+    shapes = _shapes(cls, **TINY | arguments, dtype=torch.float32, operations=OPERATIONS)
     return write_random_checkpoint(path, shapes, seed=seed, metadata=METADATA)
 
 

@@ -15,6 +15,7 @@ from wanquant.workflow_generators.canvas import Json, Schemas, widgets
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
+MIGRATION = "Coming from ComfyUI-GGUF"  # has nodes of another pack
 SMALL = {"width": 128, "height": 64, "length": 5, "steps": 2, "target_size": 0.003}
 
 
@@ -45,7 +46,7 @@ def shrunk(workflow: Json, schemas: Schemas) -> Json:
                 values[position] = values[position] if values[position] in (0, 10000) else 1
             elif name == "recipe" and values[position] in unusable:
                 values[position] = "FP8"
-            elif SMALL.get(name) and values[position]:
+            elif name in SMALL and values[position] and not isinstance(values[position], str):
                 values[position] = SMALL[name]
     return small
 
