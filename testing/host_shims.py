@@ -26,8 +26,8 @@ def install() -> None:
             stub.__path__ = []
             sys.modules[name] = stub
         # Enough for the audio encoder and a sound of its own sample rate.
-        stub.resample = _same_rate
-        sys.modules["torchaudio"].functional = stub
+        vars(stub)["resample"] = _same_rate
+        vars(sys.modules["torchaudio"])["functional"] = stub
 
 
 def _same_rate(waveform: object, original: int, new: int) -> object:

@@ -1,7 +1,8 @@
 """The model files of the templates, with their addresses.
 
 The .safetensors files are those of ComfyUI's own templates (comfyui-workflow-templates 0.11.27), so ComfyUI offers to
-download them. It does not do so for .gguf files, so notes give their addresses.
+download them. It does not do so for .gguf files, so notes give their addresses. Sizes are those of the files, those of
+Fun Control and FLF2V by the shapes of their tensors.
 """
 
 from __future__ import annotations

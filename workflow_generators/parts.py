@@ -25,7 +25,7 @@ def read_me(title: str, text: str, *files: Model) -> Box:
     """Return a note that lists every file with its size, folder and address."""
     rows = "\n".join(f"- [{file.name}]({file.url}), {file.gib} GiB → `models/{file.directory}`" for file in files)
     gguf = any(file.name.endswith(".gguf") for file in files)
-    advice = "\n\nComfyUI downloads `.safetensors` files. Download `.gguf` files by hand, then press **R**."
+    advice = "\n\nComfyUI offers to download `.safetensors` files; download `.gguf` files by hand, then press **R**."
     return note(f"# {title}\n\n{text}\n\n## Files\n\n{rows}{advice if gguf else ''}\n")
 
 

@@ -100,7 +100,7 @@ def vace() -> Columns:
     text = (
         "Makes a video with the subject of a reference picture. VACE also takes a control video and masks: connect "
         "them to **WanVaceToVideo**. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs "
-        "5.1 GiB of VRAM, or 3.5 GiB with **Wan Low VRAM** (simulated)."
+        "5.1 GiB of VRAM, or 3.0 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
         "model": parts.loader(models.VACE_14B),
@@ -208,7 +208,7 @@ def vace_low_vram() -> Columns:
     text = (
         "VACE within the video memory that is free: **Wan Low VRAM** chooses how to sample, and the tiles for the VAE."
         " Set its `budget_gib` to leave memory to other programs. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480"
-        " and 81 frames, sampling needs 3.5 GiB of VRAM instead of 5.1 GiB (simulated)."
+        " and 81 frames, sampling needs 3.0 GiB of VRAM instead of 5.1 GiB (simulated)."
     )
     loaders = {"model": parts.loader(models.VACE_14B), "shift": parts.shift(8.0), "vae": parts.vae()}
     control = node(

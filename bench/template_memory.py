@@ -1,0 +1,105 @@
+"""Peak video memory of the models in the templates' notes, in ComfyUI's own forward; simulated, needs no GPU."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..quant.plan.recipe import find_recipe, plan_types
+from . import harness
+from .sizes import Source
+
+if TYPE_CHECKING:
+    from ..ops.budget.sampling_job import SamplingJob
+
+_LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+_SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
+_FIRST_LAST_TOKENS = 514
+"""CLIP Vision's tokens of two pictures."""
+_UNLIMITED_BYTES = 24 << 30
+
+
+def _entry(*shape: int) -> torch.Tensor:
+    """Return a stand-in of a conditioning's tensor: float32, of this shape."""
+    return torch.empty(()).expand(*shape)
+
+
+def _jobs() -> dict[str, tuple[type[torch.nn.Module], dict[str, Any], SamplingJob]]:
+    """Return the class, its arguments and what it samples, by the model and video."""
+    import comfy.ldm.wan.model as wan
+    from comfy.ldm.wan.model_animate import AnimateWanModel
+
+    from ..ops.budget.sampling_job import SamplingJob, clip_vision_entries
+
+    short, long = SamplingJob.for_video(832, 480, 33), SamplingJob.for_video(832, 480, 81)
+    animate = SamplingJob.for_video(832, 480, 81).with_entries(  # 77 frames, and one latent frame for the picture
+        **clip_vision_entries(257),
+        face_video_pixels=_entry(1, 3, 77, 512, 512),
+        pose_video_latent=_entry(1, 16, 20, 60, 104),
+        concat_latent_image=_entry(1, 16, 21, 60, 104),
+        concat_mask=_entry(1, 4, 21, 60, 104),
+    )
+    speech = SamplingJob.for_video(640, 640, 77).with_entries(
+        audio_embed=_entry(1, 25, 1024, 80),
+        reference_latents=[_entry(1, 16, 1, 80, 80)],
+        control_video=_entry(1, 16, 20, 80, 80),
+    )
+    pictures = {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": _FIRST_LAST_TOKENS}
+    return {
+        "2.1 FLF2V 14B, 832x480x33": (
+            wan.WanModel,
+            _LARGE | pictures,
+            short.with_entries(**clip_vision_entries(_FIRST_LAST_TOKENS)),
+        ),
+        "2.1 Fun Control 1.3B, 832x480x33": (
+            wan.WanModel,
+            _SMALL | {"model_type": "i2v", "in_dim": 48},
+            short.with_entries(**clip_vision_entries(257)),
+        ),
+        "2.1 VACE 14B, 832x480x81": (
+            wan.VaceWanModel,
+            _LARGE | {"vace_layers": 8, "vace_in_dim": 96},
+            SamplingJob.for_video(832, 480, 85).with_control_videos(1),  # and one latent frame for the reference
+        ),
+        "2.2 I2V A14B, 832x480x81": (wan.WanModel, _LARGE | {"in_dim": 36}, long),
+        "2.2 Animate 14B, 832x480x77": (AnimateWanModel, _LARGE | {"in_dim": 36}, animate),
+        "2.2 S2V 14B, 640x640x77": (wan.WanModel_S2V, _LARGE, speech),
+    }
+
+
+def rows(recipe: str) -> list[dict[str, Any]]:
+    """Return the simulated peak of each model in GiB."""
+    import comfy.ops
+    from comfy.model_patcher import ModelPatcher
+
+    from ..ops.budget.choose_plan import choose_plan
+    from ..ops.budget.meta_wan import META, meta_model
+    from ..ops.budget.simulator import Simulator
+
+    found = []
+    for model, (cls, arguments, job) in _jobs().items():
+        with torch.device("meta"):
+            made = cls(**arguments, dtype=torch.bfloat16, operations=comfy.ops.manual_cast)
+        shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+        types = plan_types(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
+        simulated = Simulator.from_patcher(ModelPatcher(meta_model(shapes, types), META, META))
+        peak = choose_plan(simulated, job, _UNLIMITED_BYTES).peak
+        found.append({"model": model, "recipe": recipe, "peak_gib": round(peak.total_bytes / harness.GIB, 4)})
+    return found
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--recipe", default="Q4_K_M")
+    options = parser.parse_args()
+    harness.import_comfyui()
+    logging.getLogger().setLevel(logging.ERROR)
+    found = rows(options.recipe)
+    text = harness.table(("model", "peak, GiB"), [[row["model"], f"{row['peak_gib']:.2f}"] for row in found])
+    harness.conclude(options, {"machine": harness.SIMULATED, "rows": found}, text)
+
+
+if __name__ == "__main__":
+    main()
