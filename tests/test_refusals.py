@@ -12,14 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 INSTRUCTIONS = (
     "add|allow|allocate|change|check|choose|close|collect|connect|convert|copy|create|declare|delete|download|free|get"
-    "|give|install|leave|load|merge|pass|put|remove|rename|repair|restart|run|sample|save|set|shorten|sign|try|turn"
+    "|give|install|leave|load|merge|pass|put|remove|rename|repair|restart|run|sample|save|set|shorten|start|try|turn"
     "|update|use|view|wait|write"
 )
 REMEDY = re.compile(rf"(^|[;:,] |\bor )({INSTRUCTIONS})\b[^;]*$")
 # Clauses that another function or constant makes, which ends with a remedy itself.
 NAMED = re.compile(
     r"\{(advice|remedy|problem|error|useless|kind|_?ADVICE|_?HOW|_?DAMAGED|str\(error\)|_kind\(.*|_refusal\(.*"
-    r"|_absence\(.*|incompatibility_message\(.*|next\(.*|_left\(.*)\}"
+    r"|_absence\(.*|incompatibility_message\(.*|next\(.*|first|found\['refused'\]|_left\(.*)\}"
 )
 MAKERS = ("QuantError", "_tensor_error", "error")
 """QuantError, and what adds the name of a file to a message that is raised."""
