@@ -54,7 +54,8 @@ def test_convert_load_sample(recipe: str, server: HostServer, schemas: Schemas, 
     loader = node("WanQuantLoader", model_name="", compute_dtype="default", path=["convert", 0])
     # Without an importance matrix, ggml has no encoder of the smallest types; the search has one for each.
     effort = "best" if recipe.startswith("IQ") else "fast"
-    model = conversion(recipe, effort=effort) | {"model": loader}
+    # Other tests convert the same source to the default name, at another effort.
+    model = conversion(recipe, effort=effort, output_name=f"every-{recipe}.gguf") | {"model": loader}
     if recipe in unusable_recipes(schemas):
         with pytest.raises(GraphError, match=rf"{recipe} .* this ComfyUI .*; update ComfyUI to 0\.\d+ or newer"):
             latent(server, model, recipe)

@@ -74,5 +74,5 @@ def test_other_models_pass_through(model, monkeypatch):
 
 def test_weights_of_another_pack_are_refused_in_one_sentence(t2v):
     foreign = with_foreign_weights(comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.float32}), t2v[1])
-    with pytest.raises(QuantError, match=r"StandInGGMLTensor.*; load the file with Load Diffusion Model \(GGUF\)"):
+    with pytest.raises(QuantError, match=r"StandInGGMLTensor.*; load the file with Load Diffusion Model \(Quantized\)"):
         WanQuantLowVRAM.execute(foreign, 3.5, 256, 256, 5)

@@ -144,7 +144,7 @@ def first_blocks(weights, count):
 
 
 def test_other_files_are_refused(tmp_path, weights, t2v, spiece, write_gguf):
-    with pytest.raises(QuantError, match=r"not a T5 text encoder.*load it with Load Diffusion Model \(GGUF\)"):
+    with pytest.raises(QuantError, match=r"not a T5 text encoder.*load it with Load Diffusion Model \(Quantized\)"):
         load_text_encoder(t2v[1], comfy.sd.CLIPType.WAN)
     language = {"token_embd.weight": torch.zeros(8, 32), "blk.0.attn_q.weight": torch.zeros(32, 32)}
     language = write_gguf(tmp_path / "llm.gguf", language, lambda *_: "F32", metadata={"general.architecture": "qwen2"})
