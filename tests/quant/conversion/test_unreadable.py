@@ -47,7 +47,7 @@ def test_tensors(source, tmp_path, name, shape, five_d, problem):
         ({"a\nb": "x"}, "unprintable characters"),
         ({"a\x1b[31m": "x"}, "unprintable characters"),
         ({"k" * 70_000: "x"}, "bytes long, expected 1 to"),
-        ({f"k{number}": "" for number in range(16_380)}, "16398 items, expected at most"),
+        ({f"k{number}": "" for number in range(16_380)}, r"16[34]\d\d items, expected at most"),
     ],
 )
 def test_metadata(source, tmp_path, metadata, problem):

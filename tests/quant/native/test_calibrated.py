@@ -105,7 +105,7 @@ def test_no_kind_of_weight_is_rounded_worse(name, kind, known):
 def test_rows_do_not_depend_on_other_rows_or_threads(name, known):
     weight, encoder, threads = normal(9, COLUMNS), encoder_of(name, known), torch.get_num_threads()
     rounding = RoundingForOutputs(encoder.importance, encoder.moments, Thoroughness(neighbors=True, sweeps=1))
-    weight = weight * (40 if name in ("FP8", "W4A8", "W4A8 G32", "W6A8", "INT8") else 2)
+    weight = weight * (40 if name in ("FP8", "W4A8", "W4A8_G32", "W6A8", "INT8") else 2)
     whole = rounding(FORMATS[name], weight)
     try:
         torch.set_num_threads(3 - min(threads, 2))

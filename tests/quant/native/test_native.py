@@ -121,7 +121,7 @@ def test_fast_is_kitchens_own_choice(name):
 
 
 @pytest.mark.parametrize("weight", HEAVY_TAILED.values(), ids=HEAVY_TAILED.keys())
-@pytest.mark.parametrize("name", ["W4A8", "W4A8 G32"])
+@pytest.mark.parametrize("name", ["W4A8", "W4A8_G32"])
 def test_heavy_tails_get_a_table_of_their_own(name, weight):
     frozen = FORMATS[name].encode(normal(64, 1024))["weight_codebook"]
     parts = FORMATS[name].encode(weight)
