@@ -20,15 +20,20 @@ from ..quant.conversion.layer_encoder import LayerEncoder
 from ..quant.plan.wan_shapes import SIZES, transformer_shapes
 from ..quant.qtype import QTYPES, Effort
 from ..quant.sources.checkpoint import open_checkpoint
+from ..quant.statistics.calibration import CalibrationCollector
+from ..quant.statistics.calibration_file import write_calibration
 from ..testing.libggml import LibGGML, load
 from ..testing.tiny_wan import write_random_checkpoint, write_sparse_checkpoint
 from . import harness
 from .harness import GIB, ROOT
+from .native import inputs
 from .native_encoders import native_rows
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 # Small enough to measure all types in two minutes, large enough that the overhead of a call is negligible.
 SHAPE = (1024, 5120)
+# As many tokens as a calibration needs for full rank in a span, in the calls of four steps.
+CALLS, TOKENS_A_CALL = 4, 512
 
 
 def resident(pid: int | str) -> dict[str, int]:
@@ -71,18 +76,22 @@ def encoder_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def convert(source: Path, recipes: str, effort: str, loras: Sequence[Path] = ()) -> dict[str, object]:
+def convert(
+    source: Path, recipes: str, effort: str, loras: Sequence[Path] = (), calibration: Path | None = None
+) -> dict[str, object]:
     """Convert the source, with LoRAs added, to all of the comma-separated recipes in one pass."""
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         command = [sys.executable, "-m", "quant", "convert", str(source), folder]
         command += ["--recipe", recipes, "--effort", effort, "--json"]
         command += [part for lora in loras for part in ("--lora", str(lora))]
+        command += ["--calibrate", str(calibration)] if calibration else []
         usage = run(command)
         nbytes = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {
         "recipe": recipes,
         "effort": effort,
         "loras": len(loras),
+        "calibrated": calibration is not None,
         "source_gib": round(source.stat().st_size / GIB, 3),
         "gib": round(nbytes / GIB, 3),
         **usage,
@@ -146,6 +155,23 @@ def write_lora(source: Path, rank: int) -> Path:
     return path
 
 
+def write_random_calibration(source: Path, part: str) -> Path:
+    """Write a calibration of true shapes, from correlated inputs, and return its path.
+
+    Args:
+        part: what the names of the calibrated layers of the blocks contain.
+    """
+    collector = CalibrationCollector()
+    with open_checkpoint(source) as checkpoint:
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    layers = [name for name in shapes if name.startswith("blocks.") and part in name and len(shapes[name]) == 2]
+    for _ in range(CALLS):
+        for name in layers:
+            collector.add(name, inputs(TOKENS_A_CALL, shapes[name][1], collector.samples))
+        collector.samples += 1
+    return write_calibration(source.with_name(f"{source.stem}-{part}.calibration"), collector.result(), overwrite=True)
+
+
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--size", default="1.3B", choices=SIZES)
@@ -165,14 +191,20 @@ def main() -> None:
     parser.add_argument("--effort", default="fast", choices=["fast", "best"])
     parser.add_argument("--encoders", nargs="*", default=["gguf", "native"], choices=["gguf", "native"])
     parser.add_argument("--lora-rank", type=int, default=0, metavar="N", help="also convert with a LoRA of this rank")
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="calibrate the layers whose names contain TEXT on random inputs; ffn.2 are the widest",
+    )
     options = parser.parse_args()
     encoders = encoder_rows() if "gguf" in options.encoders else []
     native = native_rows(SHAPE) if "native" in options.encoders else []
     source = write_source(options.size, options.blocks, options.drawn_blocks) if options.recipes else None
-    files = [convert(source, recipes, options.effort) for recipes in options.recipes] if source else []
+    calibration = write_random_calibration(source, options.calibrate) if source and options.calibrate else None
+    files = [convert(source, recipes, options.effort, (), calibration) for recipes in options.recipes] if source else []
     if source and options.lora_rank:
         loras = [write_lora(source, options.lora_rank)]
-        files += [convert(source, recipes, options.effort, loras) for recipes in options.recipes]
+        files += [convert(source, recipes, options.effort, loras, calibration) for recipes in options.recipes]
     result = {"machine": machine(), "encoders": encoders, "native": native, "files": files}
     # Rows of formats that kitchen lacks have fewer columns.
     shown = [(list(max(rows, key=len)), rows) for rows in (encoders, native, files) if rows]
