@@ -232,7 +232,7 @@ def _convert(
         writers = [output.writer(plan, checkpoint, settings) for output, plan in pairs if not output.reused]
         written: Iterable[Path | QuantError]
         try:
-            check_resources(checkpoint, writers)
+            check_resources(checkpoint, writers, settings.importance)
             written = stream.write(writers, apart=apart) if writers else ()
         except QuantError as error:
             if not apart:

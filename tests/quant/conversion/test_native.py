@@ -311,6 +311,16 @@ def test_a_whole_weight_counts_as_main_memory(wan, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.gguf"]
 
 
+def test_a_rounding_for_outputs_counts_as_main_memory(wan, tmp_path, monkeypatch):
+    limit = resources._ENCODING_BYTES + 512 * 256 * 16
+    monkeypatch.setattr(resources, "free_memory", lambda: limit)
+    ones = {name: torch.ones(tensor.shape[1]) for name, tensor in load_file(wan).items() if tensor.ndim == 2}
+    convert(wan, tmp_path / "a.gguf", "Q8_0", importance=ones, effort="fast")
+    convert(wan, tmp_path / "a.safetensors", "INT8", effort="fast")
+    with pytest.raises(QuantError, match=r"converting needs 0\.88 GiB of main memory"):
+        convert(wan, tmp_path / "b.safetensors", "INT8", importance=ones)
+
+
 def test_the_settings_of_a_source_are_not_those_of_its_conversion(wan, tmp_path):
     """The source corrected its biases, and records that; this conversion did not."""
     ones = {name: torch.ones(tensor.shape[1]) for name, tensor in load_file(wan).items() if tensor.ndim == 2}
