@@ -201,7 +201,7 @@ def _plan_file(target: Target, checkpoint: Checkpoint, settings: Settings, strea
         # For a size, the recipe stands for what its file costs to encode.
         types = plan_types(find_recipe(target.recipe), checkpoint.tensors)
         writer = output.writer(types, checkpoint, settings)
-        memory = _PROCESS_BYTES + memory_needed(checkpoint, writer.tensors)
+        memory = _PROCESS_BYTES + memory_needed(checkpoint, writer.tensors, settings.importance)
         seconds = rates.seconds(stream, types.types)
     except QuantError as error:
         return PlannedFile(target, why=str(error))
