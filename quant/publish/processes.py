@@ -37,9 +37,13 @@ def run_in_processes(
 
     def make(job: Job) -> Sequence[Result]:
         worker = idle.get()
-        results = worker.make(job)
-        idle.put(worker)
-        return results
+        try:
+            return worker.make(job)
+        except BaseException:
+            worker.end()  # what it has yet to say would be taken for the next job's
+            raise
+        finally:
+            idle.put(worker)  # whatever happens: the next job waits for a worker
 
     with ThreadPoolExecutor(max(1, len(crew))) as pool:
         try:

@@ -24,6 +24,7 @@ from wanquant.quant.publish.job import Job, Options, Result, make
 from wanquant.quant.publish.plan import PlannedFile, PlannedModel, Target, make_plan, split
 from wanquant.quant.publish.request import ALL, Request
 from wanquant.quant.publish.run import publish
+from wanquant.quant.publish.worker import COMMAND
 from wanquant.quant.statistics.calibration import CalibrationCollector
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
@@ -191,7 +192,7 @@ def test_a_worker_that_dies_is_replaced(sources, tmp_path, published):
 
     def kill(worker, done, total, name):
         if not killed:
-            (child,) = psutil.Process().children()
+            (child,) = (each for each in psutil.Process().children() if COMMAND[2] in each.cmdline())
             killed.append(child.pid)
             child.kill()
 
@@ -199,6 +200,15 @@ def test_a_worker_that_dies_is_replaced(sources, tmp_path, published):
     assert killed and again.ok
     made = files_in(published.folder)
     assert {name: made[name] for name in files_in(tmp_path)} == files_in(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_progress_that_fails_ends_the_publication(sources, tmp_path, workers):
+    def fail(*_):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        publish(Request(sources, tmp_path, ("Q8_0",), options=FAST), workers=workers, on_progress=fail)
 
 
 def test_a_killed_publisher_is_resumed(tmp_path):
