@@ -28,7 +28,7 @@ def node_ids(nodes):
 
 
 def test_file_nodes_stay_when_model_nodes_cannot_be_imported(nodes, monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "wanquant.ops.loading.diffusion_model", None)
+    monkeypatch.setitem(sys.modules, "wanquant.ops.loading.native_model", None)
     ids = node_ids(nodes)
     assert {"WanQuantConvert", "WanQuantInspect", "WanQuantSaveRecoveryLora"} <= ids
     assert "WanQuantLoader" not in ids
