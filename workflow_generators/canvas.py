@@ -32,8 +32,11 @@ _SIZES = {
     "WanQuantCompareLatents": (560, 560),
     "WanQuantConvert": (440, 770),
     "WanQuantInspect": (440, 490),
-    "WanQuantLowVRAM": (330, 280),
+    "WanQuantLowVRAM": (440, 380),
+    "WanQuantSaveConditioning": (330, 170),
+    "WanQuantSaveImportance": (440, 230),
     "WanQuantSaveModel": (440, 700),
+    "WanQuantSaveRecoveryLora": (440, 330),
     "WanQuantTextEncode": (420, 420),
 }
 _WIDTH = 330

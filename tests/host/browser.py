@@ -58,6 +58,7 @@ _CLOSE_UP = """types => {
     const {ds, canvas} = app.canvas;
     [ds.scale, ds.offset[0], ds.offset[1]] = [1, 300 - left, 40 - top];
     app.canvas.links_render_mode = LiteGraph.HIDDEN_LINK;
+    app.canvas.deselectAll();  // the toolbar of a selected node would lie over another
     app.canvas.setDirty(true, true);
     const place = canvas.getBoundingClientRect();
     return [place.left + 300, place.top + 40, right + 12 - left, low + 12 - top];

@@ -129,7 +129,6 @@ def readme_columns() -> Columns:
     models = {
         "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
         "dense": node("UNETLoader", unet_name=SOURCE, weight_dtype="default"),
-        "patch": node("WanQuantModelPatchLoader", name=PATCH),
         "prompt": node("WanQuantLoadConditioning", name=PROMPT),
         "empty": node("EmptyHunyuanLatentVideo", length=17, batch_size=1, **_SIZE),
     }
