@@ -42,8 +42,9 @@ def tiny_models(server: HostServer) -> None:
     write_inputs(server.base / "input")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def canvas(server: HostServer, tiny_models: None) -> Iterator[Canvas]:
+    """A browser on the server's page. An open page keeps drawing, so it is closed after each module."""
     if CHROMIUM is None:
         message = "no browser: install chromium to test the canvas"
         pytest.fail(message) if os.environ.get("WANQUANT_BROWSER") == "required" else pytest.skip(message)
