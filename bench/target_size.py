@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..quant.conversion.convert import convert
 from ..quant.inspection.verify import verify
+from ..quant.plan.recipe import RECIPES
 from ..quant.plan.wan_shapes import WanSize, transformer_shapes
 from ..testing.tiny_wan import write_random_checkpoint
 from . import harness
@@ -33,7 +34,7 @@ def realistic(name: str, shape: tuple[int, ...], generator: torch.Generator) -> 
 
 def compare(source: Path, recipe: str, effort: str) -> dict[str, object]:
     """Return the MiB and the error of both files: |dequantized - source|^2 over |source|^2, over all tensors."""
-    destination = source.with_suffix(".gguf")
+    destination = source.with_name("quantized").with_suffix(RECIPES[recipe].suffix)
     rows = {}
     for name, size in ((recipe, None), ("target size", 0.0)):
         size = None if size is None else rows[recipe][0] / GIB
@@ -53,7 +54,9 @@ def compare(source: Path, recipe: str, effort: str) -> dict[str, object]:
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--recipes", nargs="+", default=["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"])
+    parser.add_argument(
+        "--recipes", nargs="+", default=["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "W4A8", "W6A8", "FP8"]
+    )
     parser.add_argument("--effort", default="best", choices=["fast", "best"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

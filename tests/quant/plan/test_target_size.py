@@ -49,9 +49,8 @@ def qtypes(report):
     return {tensor.name: QTYPES[tensor.qtype] for tensor in report.tensors}
 
 
-def front(*points, is_sensitive=False):
-    options = [TypeOption(q, *point) for q, point in zip(TYPES, points, strict=False)]
-    return ParetoFront.of(options, is_sensitive=is_sensitive)
+def front(*points):
+    return ParetoFront.of([TypeOption(q, *point) for q, point in zip(TYPES, points, strict=False)])
 
 
 def test_front_leaves_out_options_that_are_larger_and_not_better():
@@ -68,16 +67,7 @@ def test_front_leaves_out_options_that_are_larger_and_not_better():
 def test_best_option_minimizes_error_plus_multiplier_times_bytes(multiplier, nbytes):
     points = ((10, 8.0), (20, 9.0), (30, 4.0), (40, 3.9), (50, 1.0))
     assert front(*points).best_option(multiplier).nbytes == nbytes
-    assert front(*points, is_sensitive=True).best_option(multiplier).nbytes == {10: 30, 30: 50, 50: 50}[nbytes]
-
-
-def test_the_smallest_size_leaves_no_larger_type_for_sensitive_tensors():
-    points = ((10, 8.0), (30, 4.0))
-    fronts = {"a": front(*points, is_sensitive=True), "b": front(*points), "c": front(*points)}
-    for nbytes, larger in ((30, 0), (49, 0), (50, 1), (70, 2)):
-        chosen = allocate(fronts, nbytes)
-        assert [option.nbytes for option in chosen.values()].count(30) == larger
-    assert front(*points, is_sensitive=True).best_option(math.inf).nbytes == 10
+    assert front(*points).best_option(math.inf).nbytes == 10
 
 
 def test_error_of_an_allocation_is_nearly_the_smallest_of_all():
