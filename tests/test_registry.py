@@ -10,11 +10,14 @@ import re
 import subprocess
 import zipfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from wanquant.ops.host_version import MINIMUM_HOST
 from wanquant.quant.gguf.provenance import VERSION
 from wanquant.testing.hosts import ROOT
+from wanquant.workflow_generators import logo
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 MAX_BYTES = 3_000_000
@@ -35,6 +38,24 @@ def test_metadata_is_what_the_registry_takes():
     assert setting("tool.comfy", "requires-comfyui") == f">={MINIMUM_HOST}"
     assert 'license = { file = "LICENSE" }' in PYPROJECT
     assert f"ComfyUI {MINIMUM_HOST.removesuffix('.0')}\nor newer" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("key", "drawn"), [("Icon", logo.icon()), ("Banner", logo.banner())], ids=["icon", "banner"])
+def test_logo_is_the_drawing(key: str, drawn: Image.Image, pytestconfig: pytest.Config):
+    """Up to the font of another Pillow."""
+    before, _, name = setting("tool.comfy", key).partition("/main/")
+    assert before.removeprefix("https://raw.githubusercontent.com/") in setting("project.urls", "Repository")
+    if pytestconfig.getoption("update"):
+        drawn.save(ROOT / name, optimize=True)
+    with Image.open(ROOT / name) as kept:
+        assert kept.size == drawn.size and kept.mode == drawn.mode
+        assert np.abs(np.asarray(kept, np.float32) - np.asarray(drawn, np.float32)).mean() < 4
+
+
+def test_logo_has_the_sizes_that_the_registry_takes():
+    width, height = logo.icon().size
+    assert width == height <= 400, "at most 800 x 400"
+    assert logo.BANNER_SIZE[0] * 9 == logo.BANNER_SIZE[1] * 21
 
 
 def git(*arguments: str) -> set[str]:
