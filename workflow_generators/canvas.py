@@ -44,7 +44,7 @@ _SIZES = {
 }
 _WIDTH, _NOTE_WIDTH = 330, 480
 _BOX_COLOR = "#3f789e"
-_NOTE_COLORS = {"color": "#432"}  # of the title; below it, links are legible on the own color of each theme only
+_NOTE_COLORS = {"color": "#432", "bgcolor": "#353535"}  # links are legible on it, also as the light theme lightens it
 # In pixels of the canvas: its text beside the arrows of a widget, and the note's, which is smaller.
 _LETTER, _ARROWS = 6.3, 90
 _NOTE_LINE, _NOTE_LETTERS, _HEADING, _HEADING_LETTERS = 14, 80, 28, 42
