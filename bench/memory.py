@@ -99,13 +99,15 @@ def draw(path: Path, recipe: str) -> None:
         ("ComfyUI's own forward", UNLIMITED_GIB, "#d55e00"),
         (f"Wan Low VRAM, {budget:.2f} GiB", budget, "#0072b2"),
     )
+    peaks = []
     for label, gib, colour in plans:
         choice = choose_plan(simulated, wanted, round(gib * harness.GIB))
         history = simulated.run(wanted, choice.plan, record=True).history
         done = [100 * moment.flops / choice.peak.flops for moment in history]
         beside = choice.peak.weight_bytes + choice.peak.context_bytes
         total = [(beside + moment.nbytes) / harness.GIB for moment in history]
-        axis.plot(done, total, color=colour, drawstyle="steps-post", label=f"{label}: peak {max(total):.2f} GiB")
+        peaks.append(max(total))
+        axis.plot(done, total, color=colour, drawstyle="steps-post", label=f"{label}: peak {peaks[-1]:.2f} GiB")
         axis.fill_between(done, total, step="post", color=colour, alpha=0.2, linewidth=0)
     axis.axhspan(
         0,
@@ -114,9 +116,8 @@ def draw(path: Path, recipe: str) -> None:
         label=f"CUDA's context and streamed weights: {beside / harness.GIB:.2f} GiB",
     )
     axis.set(xlim=(0, 100), ylim=(0, 4.2), xlabel="arithmetic done, %", ylabel="GiB of video memory (simulated)")
-    axis.set_title(
-        f"{model} in {recipe}, {video.width}x{video.height}, {video.frames} frames: one of 40 equal blocks", loc="left"
-    )
+    which = f"{model} in {recipe}, {video.width}x{video.height}, {video.frames} frames"
+    axis.set_title(f"A block needs {peaks[1]:.2f} GiB instead of {peaks[0]:.2f} GiB ({which})", fontsize=12, loc="left")
     axis.grid(alpha=0.3)
     axis.legend(loc="upper right")
     figure.savefig(path)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from comfy_api.latest import ComfyExtension, io
 
 from ..ops.host_version import host_version
@@ -24,6 +27,7 @@ logger = PrintableLog(__name__)
 class WanQuantExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_folders()
+        check_folder_name(Path(__file__).parent.parent.name)
         await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -39,6 +43,19 @@ class WanQuantExtension(ComfyExtension):
             WanQuantSaveRecoveryLora,
             WanQuantCheck,
         ]
+
+
+def check_folder_name(name: str) -> None:
+    """Warn of a name of the pack's folder with which ComfyUI's page does not find what the pack shows.
+
+    ComfyUI serves no file of a folder whose name needs quoting in an address, and its page cuts a name at a dot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        logger.warning(
+            "WanQuant: its folder is named %r, so ComfyUI's page may not find its templates and help pages; rename the"
+            " folder to ComfyUI-WanQuant, or to another name of letters, digits, - and _",
+            name,
+        )
 
 
 def model_nodes() -> list[type[io.ComfyNode]]:

@@ -10,6 +10,7 @@ import torch
 
 from wanquant.bench import dequant, sizes, tables
 from wanquant.quant import QTYPES
+from wanquant.quant.plan.recipe import RECIPES
 from wanquant.testing.hosts import ROOT
 
 
@@ -54,9 +55,10 @@ def page(name):
     return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
-def test_readme_is_short():
+def test_readme_is_short_and_counts_the_recipes():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 1200 and len(text.splitlines()) <= 150
+    assert f"[All {len(RECIPES)} recipes]" in text
 
 
 def test_chinese_readme_has_the_same_tables_and_commands():

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import io
 import re
-import subprocess
 import zipfile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from wanquant.ops.host_version import MINIMUM_HOST
 from wanquant.quant.gguf.provenance import VERSION
+from wanquant.testing.archive import published
 from wanquant.testing.hosts import ROOT
+from wanquant.workflow_generators import logo
 
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 MAX_BYTES = 3_000_000
@@ -37,30 +40,41 @@ def test_metadata_is_what_the_registry_takes():
     assert f"ComfyUI {MINIMUM_HOST.removesuffix('.0')}\nor newer" in (ROOT / "README.md").read_text()
 
 
-def git(*arguments: str) -> set[str]:
-    return set(subprocess.check_output(["git", "ls-files", "-z", *arguments], cwd=ROOT, text=True).split("\0")) - {""}
+@pytest.mark.parametrize(("key", "drawn"), [("Icon", logo.icon()), ("Banner", logo.banner())], ids=["icon", "banner"])
+def test_logo_is_the_drawing(key: str, drawn: Image.Image, pytestconfig: pytest.Config):
+    """Up to the font of another Pillow."""
+    before, _, name = setting("tool.comfy", key).partition("/main/")
+    assert before.removeprefix("https://raw.githubusercontent.com/") in setting("project.urls", "Repository")
+    if pytestconfig.getoption("update"):
+        drawn.save(ROOT / name, optimize=True)
+    with Image.open(ROOT / name) as kept:
+        assert kept.size == drawn.size and kept.mode == drawn.mode
+        assert np.abs(np.asarray(kept, np.float32) - np.asarray(drawn, np.float32)).mean() < 4
+
+
+def test_logo_has_the_sizes_that_the_registry_takes():
+    width, height = logo.icon().size
+    assert width == height <= 400, "at most 800 x 400"
+    assert logo.BANNER_SIZE[0] * 9 == logo.BANNER_SIZE[1] * 21
 
 
 @pytest.fixture(scope="module")
-def published() -> set[str]:
-    """Return the files that the registry's command line packs: those of git without those in .comfyignore."""
+def files() -> set[str]:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout: the archive is packed from one")
-    tracked = git("--cached", "--others", "--exclude-standard")
-    ignored = git("--cached", "--others", "--ignored", "--exclude-from=.comfyignore")
-    return {name for name in tracked - ignored if (ROOT / name).is_file()}
+    return published()
 
 
-def test_archive_is_small(published: set[str]):
+def test_archive_is_small(files: set[str]):
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        for name in published:
+        for name in files:
             file.write(ROOT / name, name)
     assert len(archive.getvalue()) < MAX_BYTES
 
 
-def test_archive_has_what_a_user_needs_and_nothing_else(published: set[str]):
-    tops = {name.partition("/")[0] for name in published}
+def test_archive_has_what_a_user_needs_and_nothing_else(files: set[str]):
+    tops = {name.partition("/")[0] for name in files}
     code = {"__init__.py", "wanquant.py", "nodes", "ops", "quant", "requirements.txt", "pyproject.toml"}
     shown = {
         "web",

@@ -207,3 +207,11 @@ def test_requirements_equal_pyproject():
 def test_help_page_for_every_node():
     ids = {m for p in (ROOT / "nodes").glob("*.py") for m in re.findall(r'\bnode_id="(\w+)"', p.read_text())}
     assert ids == {page.stem for page in (ROOT / "web" / "docs").glob("*.md")}
+
+
+def test_help_pages_fit_into_the_panel():
+    """ComfyUI shows them in a panel that is 270 pixels wide on a small screen, and cuts tables and long code there."""
+    for page in (ROOT / "web" / "docs").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert "\n|" not in text, page.name
+        assert re.findall(r"`[^` -]{22,}`", text) == [], page.name

@@ -5,6 +5,8 @@ Source: the workflow JSON schema 0.4 of the ComfyUI frontend, https://docs.comfy
 
 from __future__ import annotations
 
+import math
+import re
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ _SIZES = {
     "LoadAudio": (330, 180),
     "LoadImage": (310, 330),
     "LoadVideo": (330, 380),
+    "PreviewAny": (440, 170),
     "SaveImage": (480, 500),
     "SaveVideo": (480, 420),
     "UnetLoaderGGUF": (330, 140),
@@ -39,8 +42,13 @@ _SIZES = {
     "WanQuantSaveRecoveryLora": (440, 330),
     "WanQuantTextEncode": (420, 420),
 }
-_WIDTH = 330
-_BOX_COLOR, _NOTE_COLORS = "#3f789e", {"color": "#432", "bgcolor": "#000"}
+_WIDTH, _NOTE_WIDTH = 330, 480
+_BOX_COLOR = "#3f789e"
+_NOTE_COLORS = {"color": "#432", "bgcolor": "#353535"}  # links are legible on it, also as the light theme lightens it
+# In pixels of the canvas: its text beside the arrows of a widget, and the note's, which is smaller.
+_LETTER, _ARROWS = 6.3, 90
+_NOTE_LINE, _NOTE_LETTERS, _HEADING, _HEADING_LETTERS = 14, 80, 28, 42
+_LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 
 
 class Model(NamedTuple):
@@ -213,14 +221,30 @@ def _node(number: int, order: int, item: Node, place: list[int], sockets: list[J
 def _size(item: Node, schemas: Schemas) -> tuple[int, int]:
     """Return width and height without the title bar, at least as the canvas would compute them."""
     if item.class_type == "MarkdownNote":
-        lines = item.inputs[""].splitlines()
-        return 480, 60 + 18 * sum(1 + len(line) // 80 for line in lines)
+        return _NOTE_WIDTH, _note_height(item.inputs[""])
     declared = sum(not _is_widget(kind, options) for _, kind, options, _ in _inputs(item.class_type, schemas))
     rows = max(declared, len(_sockets(item, schemas)), len(schemas[item.class_type]["output"]))
     count = len(widgets(item.class_type, schemas))
     height = _SOCKET * rows + (_WIDGET * count + 14 if count else 6)
     width, least = _SIZES.get(item.class_type, (_WIDTH, 0))
-    return width, max(height, least)
+    return max(width, _text_width(item, schemas)), max(height, least)
+
+
+def _text_width(item: Node, schemas: Schemas) -> int:
+    """Return the width with which no list entry is cut, beside the name of its widget."""
+    lists = (name for name, kind, *_ in _inputs(item.class_type, schemas) if kind == "COMBO")
+    letters = [len(name) + len(item.inputs[name]) for name in lists if isinstance(item.inputs.get(name), str)]
+    return round(_ARROWS + _LETTER * max(letters, default=0))
+
+
+def _note_height(text: str) -> int:
+    """Return the height of a note, with some room for the fonts of other systems."""
+    height = 40
+    for line in _LINK.sub(r"\1", text).splitlines():
+        heading = line.startswith("#")
+        rows = math.ceil(len(line) / (_HEADING_LETTERS if heading else _NOTE_LETTERS))
+        height += rows * (_HEADING if heading else _NOTE_LINE) if line else _NOTE_LINE - 4
+    return height
 
 
 def _layout(columns: Columns, schemas: Schemas) -> tuple[dict[str, list[int]], list[Json]]:

@@ -51,8 +51,8 @@ def prompt_encoded_once(text: str) -> Box:
 
 
 def low_vram(model: str, latent: list[Any]) -> Node:
-    """Return Wan Low VRAM, which takes what is free when sampling starts."""
-    return node("WanQuantLowVRAM", model=[model, 0], budget_gib=0.0, width=832, height=480, frames=81, latent=latent)
+    """Return Wan Low VRAM with its default budget; an automatic one would sample anew at every run."""
+    return node("WanQuantLowVRAM", model=[model, 0], budget_gib=3.5, width=832, height=480, frames=81, latent=latent)
 
 
 def loader(file: Model) -> Node:

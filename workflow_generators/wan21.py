@@ -206,9 +206,9 @@ def fun_control() -> Columns:
 
 def vace_low_vram() -> Columns:
     text = (
-        "VACE within the video memory that is free: **Wan Low VRAM** chooses how to sample, and the tiles for the VAE."
-        " Set its `budget_gib` to leave memory to other programs. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480"
-        " and 81 frames, sampling needs 3.0 GiB of VRAM instead of 5.1 GiB (simulated)."
+        "VACE within 3.5 GiB of video memory: **Wan Low VRAM** chooses how to sample within `budget_gib`, and the tiles"
+        " for the VAE. A larger budget is faster. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480 and 81 frames,"
+        " sampling needs 3.0 GiB of VRAM instead of 5.1 GiB (simulated)."
     )
     loaders = {"model": parts.loader(models.VACE_14B), "shift": parts.shift(8.0), "vae": parts.vae()}
     control = node(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from wanquant.quant.plan.recipe import RECIPES
@@ -40,7 +41,7 @@ _SIDES = {"INT4": _LEFT, "FP8": _LEFT, "W4A8": _ABOVE, "INT8": _ABOVE}
 
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
     """Draw the error by size: GGUF on the left, a line per method; ComfyUI's own formats on the right."""
-    figure = _figure(14, 5.5)
+    figure = _figure(10, 7.2)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     gguf = [row for row in rows if not RECIPES[row["recipe"]].is_native]
     _draw_lines(left, gguf)
@@ -49,15 +50,15 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
         line = _line(gguf, method)
         right.plot(*_places(line), color=colour, alpha=0.4, linewidth=1, label=f"GGUF, {label}")
     _draw_formats(right, [row for row in rows if RECIPES[row["recipe"]].is_native])
-    left.set_title("GGUF (band: deviation over the seeds)", fontsize=11)
-    right.set_title("ComfyUI's own formats, with inputs quantized as on a GPU", fontsize=11)
-    left.set_ylabel("PSNR of the latent, dB")
+    left.set_title("GGUF (band: deviation over the seeds)", fontsize=10)
+    right.set_title("ComfyUI's own formats, inputs quantized too", fontsize=10)
+    left.set_ylabel("PSNR of the latent to bfloat16, dB")
     for axis in (left, right):
         axis.set_xlabel("file, MB")
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right", fontsize=9)
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False, fontsize=10)
         axis.margins(x=0.09)
-    figure.suptitle("TinyWan: quantized against bfloat16, same seeds", fontsize=12)
+    figure.suptitle("A calibration brings TinyWan closest to bfloat16, at every size", fontsize=13)
     figure.savefig(path)
 
 
@@ -82,7 +83,7 @@ def _draw_lines(axis: Axes, rows: Sequence[Row]) -> None:
             low, high = ([p + sign * s for p, s in zip(psnr, spread, strict=True)] for sign in (-1, 1))
             axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
     for row, *place in zip(_line(rows, "plain"), *_places(_line(rows, "plain")), strict=True):
-        axis.annotate(row["recipe"], place, (5, -14), textcoords="offset points", fontsize=9)
+        axis.annotate(row["recipe"], place, (5, -14), textcoords="offset points", fontsize=10)
 
 
 def _draw_formats(axis: Axes, rows: Sequence[Row]) -> None:
@@ -97,7 +98,7 @@ def _draw_formats(axis: Axes, rows: Sequence[Row]) -> None:
         axis.plot(sizes, psnr, color="#666666", linewidth=0.8, zorder=1)
         offset, alignment = _SIDES.get(recipe, _RIGHT)
         place = sizes[0], max(psnr) if alignment == "center" else (min(psnr) + max(psnr)) / 2
-        axis.annotate(recipe, place, offset, textcoords="offset points", fontsize=9, ha=alignment)
+        axis.annotate(recipe, place, offset, textcoords="offset points", fontsize=10, ha=alignment)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -109,19 +110,20 @@ def _figure(width: float, height: float) -> Figure:
 
 def draw_sensitivity(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
     """Draw the error of each step (column) when one layer alone (row) is quantized."""
-    figure = _figure(7, 0.19 * len(rows) + 1.2)
+    figure = _figure(7.5, 0.22 * len(rows) + 1.2)
     axis = figure.add_subplot()
     roles = sorted(rows, key=lambda row: row["name"].split(".", 2)[2])
     # Reversed, so that the largest error is the brightest.
     image = axis.imshow([row["velocity_sqnr"] for row in roles], cmap="viridis_r", aspect="auto")
     names = [row["name"].removesuffix(".weight").removeprefix("blocks.") for row in roles]
-    axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_xticks(range(len(levels)), [f"{level:.2f}" for level in levels], fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=10)
+    axis.set_xticks(range(len(levels)), [f"{level:.2f}" for level in levels], fontsize=10)
     axis.set_xlabel("noise level of the step")
     axis.set_ylabel("block and layer")
-    axis.set_title("Error of a step's velocity, one layer of TinyWan in Q3_K", fontsize=11)
+    worst = names[min(range(len(roles)), key=lambda index: fmean(roles[index]["velocity_sqnr"]))]
+    axis.set_title(f"Of TinyWan's layers alone in Q3_K, {worst} costs most", fontsize=12)
     axis.spines[:].set_visible(False)
-    figure.colorbar(image, label="velocity over its error, dB").ax.invert_yaxis()
+    figure.colorbar(image, label="velocity of the step over its error, dB").ax.invert_yaxis()
     figure.savefig(path)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files.sentencepiece import SPIECE_KEY
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 """The version of the converter."""
 
 RELATIVE_ERROR = "wanquant.relative_error"

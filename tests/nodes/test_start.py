@@ -42,3 +42,17 @@ def test_changed_call_is_reported_at_start(nodes, monkeypatch, caplog):
     assert "WanQuantLoader" in node_ids(nodes), "it refuses when it runs"
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert "there is no comfy.model_management.free_memory" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["ComfyUI-WanQuant-0.2.0", "ComfyUI-WanQuant (1)", "モデル"])
+def test_folder_that_the_page_does_not_find_is_warned_of(nodes, caplog, name):
+    nodes.check_folder_name(name)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"named {name!r}" in record.getMessage() and "rename the folder" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["ComfyUI-WanQuant", "wanquant", "renamed_pack-2"])
+def test_usual_folders_are_not_warned_of(nodes, caplog, name):
+    nodes.check_folder_name(name)
+    assert caplog.records == []
