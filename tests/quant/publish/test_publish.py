@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,13 +151,46 @@ def test_what_fails_is_named_and_the_rest_goes_on(sources, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_source_that_vanishes_after_the_plan(sources, tmp_path):
+    gone = write_tiny_wan(tmp_path / "gone.safetensors", layers=1, ffn_dim=512)
+    request = Request([gone, sources[0]], tmp_path / "out", ["Q8_0"], options=FAST)
+    made = publish(request, workers=1, on_plan=lambda plan: gone.unlink())
+    assert [bool(result.entry) for result in made.results] == [False, True] and not made.ok
+    (missing,) = manifest_of(tmp_path / "out")["missing"]
+    assert missing["path"] == "gone/gone-Q8_0.gguf" and "no such file" in missing["why"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_disk_that_is_full_for_one_model(sources, tmp_path, monkeypatch):
+    usage = shutil.disk_usage
+
+    def full(path):
+        return usage(path)._replace(free=100) if "wan-0" in str(path) else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    made = publish(Request(sources, tmp_path, ["Q8_0", "INT8"], options=FAST), workers=1)
+    assert [bool(result.entry) for result in made.results] == [False, False, True, True]
+    missing = manifest_of(tmp_path)["missing"]
+    assert len(missing) == 2 and all("free some space" in gone["why"] for gone in missing)
+    assert not list((tmp_path / "wan-0").glob("*wan*"))
+    monkeypatch.undo()
+    assert publish(Request(sources, tmp_path, ["Q8_0", "INT8"], options=FAST), workers=1).ok
+    assert manifest_of(tmp_path)["complete"]
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_calibrations_are_found_by_the_stem(sources, tmp_path):
     collector = CalibrationCollector()
     collector.add("blocks.0.ffn.0.weight", torch.randn(300, 256))
     write_calibration(tmp_path / "wan-0.safetensors", collector.result())
     request = Request(sources, tmp_path / "out", ["Q4_0"], calibrations=tmp_path, options=FAST)
     good, bad = publish(request, workers=1).results
-    assert good.entry["calibration_sha256"] and "wan-1.safetensors" in bad.why
+    assert good.entry["calibration_sha256"] and "No such file" in bad.why
+    other = CalibrationCollector()
+    other.add("blocks.0.ffn.0.weight", torch.randn(300, 512))
+    write_calibration(tmp_path / "wan-1.safetensors", other.result())
+    good, bad = publish(request, workers=1).results
+    assert good.reused and "expected (256,) for the input channels in this model; choose" in bad.why
 
 
 @pytest.mark.usefixtures("in_this_process")
