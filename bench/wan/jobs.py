@@ -116,7 +116,8 @@ class _Studio:
     def _sampled(self, job: Job) -> Video:
         if self._version != job.version:
             self._model = None
-            unload()
+        unload()  # the decoder, too
+        if self._model is None:
             self._model, self._version = load_any_model(self.bench.files[job.version]), job.version
         prompts = self.conditionings[job.prompt], self.conditionings[self.bench.settings.negative or job.prompt]
         return sample(self._model, self.bench.settings, *prompts, job.seed)

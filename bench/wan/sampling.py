@@ -132,7 +132,7 @@ def _used_bytes() -> int:
 
 
 def unload() -> None:
-    """Free the memory of all models, so that the next one's peak is its own."""
+    """Free the GPU's memory, so that the peak of the next video is its own."""
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
 
