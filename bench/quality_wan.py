@@ -89,7 +89,7 @@ def plan_of(options: argparse.Namespace, settings: Settings, folder: Path) -> st
         f"{make_plan(Request([options.model], folder, options.recipes)).text()}\n"
         f"references: about {videos * reference:.2f} GiB for {videos} videos\n"
         f"sampling: {count} videos of {settings.forwards} forwards, {flops / 1e12:.3g} TFLOP each; at the"
-        f" {rate / 1e12:.3g} TFLOP/s of a product here about {count * settings.forwards * flops / rate / 3600:.2g} h\n"
+        f" {rate / 1e12:.3g} TFLOP/s of a product here about {count * settings.forwards * flops / rate / 3600:,.1f} h\n"
         "Decoding, and weights that do not fit on the GPU, take longer."
     )
 
