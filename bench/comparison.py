@@ -15,17 +15,18 @@ from ..quant.statistics.importance import Collector
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean and a standard deviation in dB; the deviation of a single value is NaN."""
+    """A mean and a standard deviation in dB; the deviation of a single value, or of infinite ones, is NaN."""
 
     mean: float
     deviation: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(fmean(values), stdev(values) if len(values) > 1 else math.nan)
+        has_deviation = len(values) > 1 and all(map(math.isfinite, values))
+        return cls(fmean(values), stdev(values) if has_deviation else math.nan)
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.deviation:.1f}"
+        return f"{self.mean:.1f}" if math.isnan(self.deviation) else f"{self.mean:.1f} ± {self.deviation:.1f}"
 
 
 @dataclass(frozen=True)

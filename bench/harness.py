@@ -12,9 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from wanquant.testing.hosts import ROOT, checkout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GIB = 1 << 30
 SIMULATED = "no GPU: simulated on meta tensors (torch 2.13, ComfyUI 0.30.0)"
@@ -105,6 +108,14 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table."""
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
     return "\n".join((lines[0], "|---" * len(head) + "|", *lines[1:]))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty white figure of this size in inches."""
+    # pyplot would keep every figure and choose a window system. The import is slow.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
 
 
 def cells(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> list[list[object]]:

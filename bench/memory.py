@@ -85,15 +85,13 @@ def text(rows: list[dict[str, Any]]) -> str:
 
 def draw(path: Path, recipe: str) -> None:
     """Draw the memory over the course of one block of 14B, with embeddings and head, as PNG."""
-    from matplotlib.figure import Figure
-
     from ..ops.budget.choose_plan import choose_plan
     from ..ops.budget.published import sampling, simulator
 
     model = "14B-T2V"
     video, budget = CASES[model][0]
     simulated, wanted = simulator(MODELS[model], recipe), sampling(MODELS[model], video)
-    figure = Figure(figsize=(10, 5), dpi=100, facecolor="white", layout="constrained")
+    figure = harness.new_figure(10, 5)
     axis = figure.add_subplot()
     plans = (
         ("ComfyUI's own forward", UNLIMITED_GIB, "#d55e00"),

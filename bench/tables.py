@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ..quant.plan.recipe import GGUF_RECIPES
-from . import fits
+from . import fits, publish_costs
 from .harness import RESULTS, ROOT
 
 PAGES = {
@@ -18,6 +18,8 @@ PAGES = {
     "quality": (ROOT / "docs" / "quality.md",),
     "native": (ROOT / "docs" / "quality.md",),
     "tune": (ROOT / "docs" / "calibration.md",),
+    "publish-model": (ROOT / "docs" / "publishing.md",),
+    "publish-cluster": (ROOT / "docs" / "publishing.md",),
 }
 """The pages that have the table after `<!-- table: NAME -->`, by NAME."""
 
@@ -89,6 +91,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality_rows,
     "native": native_rows,
     "tune": tune_rows,
+    "publish-model": publish_costs.model_rows,
+    "publish-cluster": publish_costs.cluster_rows,
 }
 """Functions that return the rows of a table, by NAME."""
 

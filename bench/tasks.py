@@ -1,4 +1,4 @@
-"""Tasks of a long benchmark in several processes, recorded one by one, so that a stopped run goes on where it was."""
+"""Tasks of a long benchmark, whose results are kept one by one, so that a stopped run goes on where it was."""
 
 from __future__ import annotations
 
@@ -14,6 +14,45 @@ from typing import Any
 from wanquant.bench.harness import Row, write_row
 
 Task = tuple[Any, ...]
+
+
+class Kept:
+    """The results of tasks in a folder, one file of JSON each.
+
+    Args:
+        folder: made at the first `put`.
+        settings: what all results depend on.
+    """
+
+    def __init__(self, folder: Path, settings: Row) -> None:
+        self.folder, self.settings = folder, settings
+
+    def get(self, name: str) -> Any:
+        """Return the result of a task, or None if there is none.
+
+        Raises:
+            SystemExit: it was measured with other settings.
+        """
+        path = self._path(name)
+        if not path.exists():
+            return None
+        content = json.loads(path.read_text())
+        if content["settings"] != self.settings:
+            found = content["settings"]
+            raise SystemExit(
+                f"{path}: measured with {found}, expected {self.settings}; give another folder or delete it"
+            )
+        return content["result"]
+
+    def put(self, name: str, result: object) -> None:
+        """Keep a result that JSON can hold."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self._path(name).with_suffix(".part")
+        part.write_text(json.dumps({"settings": self.settings, "result": result}))
+        part.replace(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -132,13 +132,14 @@ def requirements(host: Host) -> list[str]:
     replaced = NOT_FROM_HOST | {_project(pin) for pin in instead}
     wanted = [line for line in lines if line.strip() and not line.startswith("#") and _project(line) not in replaced]
     of_pack = (ROOT / "requirements.txt").read_text().split()
-    return [TORCH, TORCHVISION, *wanted, *instead, *UNDECLARED, *of_pack, *tools()]
+    of_cluster = tools("ray") if host.version == DEFAULT_HOST else []
+    return [TORCH, TORCHVISION, *wanted, *instead, *UNDECLARED, *of_pack, *tools(), *of_cluster]
 
 
-def tools() -> list[str]:
-    """Return the pins of the `dev` extra in pyproject.toml, found by a pattern because Python 3.10 has no tomllib."""
-    extra = (ROOT / "pyproject.toml").read_text().partition("\ndev = [")[2].partition("\n]")[0]
-    return re.findall(r'"(.+)"', extra)
+def tools(extra: str = "dev") -> list[str]:
+    """Return the pins of an extra in pyproject.toml, found by a pattern because Python 3.10 has no tomllib."""
+    lines = (ROOT / "pyproject.toml").read_text().partition(f"\n{extra} = [")[2].partition("\n]")[0]
+    return re.findall(r'"(.+)"', lines)
 
 
 def _project(requirement: str) -> str:

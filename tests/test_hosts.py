@@ -41,6 +41,14 @@ def test_tools_are_pinned_but_for_triton():
     assert {line.partition(">=")[0] for line in hosts.tools() if "==" not in line.partition(";")[0]} == {"triton"}
 
 
+def test_only_the_default_host_has_a_cluster(tmp_path):
+    """Its wheel is large, and what a cluster runs is the same on every host."""
+    cluster = hosts.tools("ray")
+    assert all("ray==" in line for line in cluster) and cluster
+    with_ray = [version for version in hosts.HOSTS if set(cluster) & set(requirements(tmp_path, version))]
+    assert with_ray == [hosts.DEFAULT_HOST]
+
+
 def test_unpacks_only_regular_files_of_comfyui(tmp_path):
     archive = tmp_path / "a.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:

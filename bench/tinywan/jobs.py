@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from wanquant.bench.tasks import Kept
 from wanquant.bench.tinywan.encodings import Workshop, methods_of
 from wanquant.bench.tinywan.reference import Errors, Reference, checkpoint_hash, load_model, prompts
 
@@ -90,31 +90,22 @@ class Bench:
         return samples
 
     @property
-    def _settings(self) -> dict[str, object]:
-        return {"checkpoint": checkpoint_hash(), "clips": self.clips, "captions": self.captions}
-
-    def _path(self, folder: Path, key: Key) -> Path:
-        order, recipe, method = key
-        return folder / f"{order:02}-{recipe}-{method.replace(' ', '')}.json"
+    def _results(self) -> Kept | None:
+        settings = {"checkpoint": checkpoint_hash(), "clips": self.clips, "captions": self.captions}
+        return Kept(self.folder, settings) if self.folder else None
 
     def _kept(self, key: Key) -> Sample | None:
-        if self.folder is None or not (path := self._path(self.folder, key)).exists():
-            return None
-        kept = json.loads(path.read_text())
-        if kept["settings"] != self._settings:
-            raise SystemExit(
-                f"{path}: measured with {kept['settings']}, expected {self._settings}; give another folder or delete it"
-            )
-        return Sample.from_json(kept["sample"])
+        found = self._results.get(_name(key)) if self._results else None
+        return Sample.from_json(found) if found else None
 
     def _keep(self, key: Key, sample: Sample) -> None:
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(self.folder, key)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"settings": self._settings, "sample": asdict(sample)}))
-        part.replace(path)
+        if self._results:
+            self._results.put(_name(key), asdict(sample))
+
+
+def _name(key: Key) -> str:
+    order, recipe, method = key
+    return f"{order:02}-{recipe}-{method.replace(' ', '')}"
 
 
 def _groups(keys: Sequence[Key], jobs: int) -> Iterator[list[Key]]:

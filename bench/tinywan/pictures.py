@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from wanquant.bench.harness import new_figure
 from wanquant.quant.plan.recipe import RECIPES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from torch import Tensor
 
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ _SIDES = {"INT4": _LEFT, "FP8": _LEFT, "W4A8": _ABOVE, "INT8": _ABOVE}
 
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
     """Draw the error by size: GGUF on the left, a line per method; ComfyUI's own formats on the right."""
-    figure = _figure(10, 7.2)
+    figure = new_figure(10, 7.2)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     gguf = [row for row in rows if not RECIPES[row["recipe"]].is_native]
     _draw_lines(left, gguf)
@@ -101,16 +101,9 @@ def _draw_formats(axis: Axes, rows: Sequence[Row]) -> None:
         axis.annotate(recipe, place, offset, textcoords="offset points", fontsize=10, ha=alignment)
 
 
-def _figure(width: float, height: float) -> Figure:
-    # pyplot would keep every figure and choose a window system. The import is slow.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=100, layout="constrained", facecolor="white")
-
-
 def draw_sensitivity(rows: Sequence[Row], levels: Sequence[float], path: Path) -> None:
     """Draw the error of each step (column) when one layer alone (row) is quantized."""
-    figure = _figure(7.5, 0.22 * len(rows) + 1.2)
+    figure = new_figure(7.5, 0.22 * len(rows) + 1.2)
     axis = figure.add_subplot()
     roles = sorted(rows, key=lambda row: row["name"].split(".", 2)[2])
     # Reversed, so that the largest error is the brightest.
@@ -133,7 +126,7 @@ def draw_clips(clips: Tensor, captions: Sequence[object], path: Path) -> None:
     Args:
         clips: float32, (n, 3, frames, height, width) in 0..1.
     """
-    figure = _figure(10, 0.65 * len(clips))
+    figure = new_figure(10, 0.65 * len(clips))
     axes = figure.subplots(len(clips) // 2, 2).flat
     for axis, clip, caption in zip(axes, clips, captions, strict=True):
         axis.imshow(clip.permute(2, 1, 3, 0).flatten(1, 2).numpy(), interpolation="nearest")

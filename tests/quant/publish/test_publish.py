@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,13 +151,46 @@ def test_what_fails_is_named_and_the_rest_goes_on(sources, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_a_source_that_vanishes_after_the_plan(sources, tmp_path):
+    gone = write_tiny_wan(tmp_path / "gone.safetensors", layers=1, ffn_dim=512)
+    request = Request([gone, sources[0]], tmp_path / "out", ["Q8_0"], options=FAST)
+    made = publish(request, workers=1, on_plan=lambda plan: gone.unlink())
+    assert [bool(result.entry) for result in made.results] == [False, True] and not made.ok
+    (missing,) = manifest_of(tmp_path / "out")["missing"]
+    assert missing["path"] == "gone/gone-Q8_0.gguf" and "no such file" in missing["why"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_disk_that_is_full_for_one_model(sources, tmp_path, monkeypatch):
+    usage = shutil.disk_usage
+
+    def full(path):
+        return usage(path)._replace(free=100) if "wan-0" in str(path) else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    made = publish(Request(sources, tmp_path, ["Q8_0", "INT8"], options=FAST), workers=1)
+    assert [bool(result.entry) for result in made.results] == [False, False, True, True]
+    missing = manifest_of(tmp_path)["missing"]
+    assert len(missing) == 2 and all("free some space" in gone["why"] for gone in missing)
+    assert not list((tmp_path / "wan-0").glob("*wan*"))
+    monkeypatch.undo()
+    assert publish(Request(sources, tmp_path, ["Q8_0", "INT8"], options=FAST), workers=1).ok
+    assert manifest_of(tmp_path)["complete"]
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_calibrations_are_found_by_the_stem(sources, tmp_path):
     collector = CalibrationCollector()
     collector.add("blocks.0.ffn.0.weight", torch.randn(300, 256))
     write_calibration(tmp_path / "wan-0.safetensors", collector.result())
     request = Request(sources, tmp_path / "out", ["Q4_0"], calibrations=tmp_path, options=FAST)
     good, bad = publish(request, workers=1).results
-    assert good.entry["calibration_sha256"] and "wan-1.safetensors" in bad.why
+    assert good.entry["calibration_sha256"] and "No such file" in bad.why
+    other = CalibrationCollector()
+    other.add("blocks.0.ffn.0.weight", torch.randn(300, 512))
+    write_calibration(tmp_path / "wan-1.safetensors", other.result())
+    good, bad = publish(request, workers=1).results
+    assert good.reused and "expected (256,) for the input channels in this model; choose" in bad.why
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -196,23 +230,26 @@ def test_a_worker_that_dies_is_replaced(sources, tmp_path, published):
             killed.append(child.pid)
             child.kill()
 
-    again = publish(Request(sources, tmp_path, RECIPE_NAMES, options=FAST), workers=1, on_progress=kill)
+    again = publish(Request(sources[:1], tmp_path, RECIPE_NAMES, options=FAST), workers=1, on_progress=kill)
     assert killed and again.ok
     made = files_in(published.folder)
     assert {name: made[name] for name in files_in(tmp_path)} == files_in(tmp_path)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_progress_that_fails_ends_the_publication(sources, tmp_path, workers):
+def test_a_progress_that_fails_ends_the_publication(sources, tmp_path):
+    """Both workers are at work then, and a job waits for one of them."""
+    third = write_tiny_wan(tmp_path / "wan-2.safetensors", layers=1, ffn_dim=512, seed=2)
+
     def fail(*_):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        publish(Request(sources, tmp_path, ("Q8_0",), options=FAST), workers=workers, on_progress=fail)
+        publish(Request([*sources, third], tmp_path / "out", ["Q8_0"], options=FAST), workers=2, on_progress=fail)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_killed_publisher_is_resumed(tmp_path):
-    source = write_tiny_wan(tmp_path / "wan.safetensors", layers=4)
+    source = write_tiny_wan(tmp_path / "wan.safetensors", layers=2)
     whole = convert(source, tmp_path / "wan-Q4_K_M.gguf", "Q4_K_M").path.read_bytes()
     command = [sys.executable, str(ROOT / "wanquant.py"), "publish", str(source), str(tmp_path / "out")]
     process = subprocess.Popen([*command, "--recipe", "Q4_K_M"], start_new_session=True, stderr=subprocess.DEVNULL)
