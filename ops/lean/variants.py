@@ -26,9 +26,9 @@ VARIANTS = {
     "WanModel_S2V": Variant(),
     "WanDancerModel": Variant(),
     "AnimateWanModel": Variant(),
-    # ComfyUI does not pass a replaced block the pose branch and the audio that these blocks attend to.
+    "HumoWanModel": Variant(),
+    # ComfyUI does not pass a replaced block the pose branch that these blocks attend to.
     "WanAnimate2Model": Variant(lean_blocks=False),
-    "HumoWanModel": Variant(lean_blocks=False),
     # Its blocks keep keys and values from one forward to the next.
     "CausalWanModel": Variant(lean_blocks=False),
 }
