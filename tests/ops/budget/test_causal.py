@@ -15,6 +15,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.wan import ar_model
 from safetensors.torch import load_file
 
+from wanquant.nodes.low_vram import WanQuantLowVRAM
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.sampling import expected_job, with_budget
 from wanquant.ops.budget.sampling_job import SamplingJob
@@ -74,3 +75,9 @@ def test_the_sampler_decides_what_counts(model, caplog):
     for budget, refused in ((framewise - 1, 1), (framewise, None)):
         with pytest.raises(QuantError, match=r"needs at least .* at most \d+ frames of this size keep"):
             sample(with_budget(model, budget), refused)
+
+
+def test_the_node_says_that_it_runs_as_in_comfyui(model):
+    text = WanQuantLowVRAM.execute(model, 0.5, 256, 256, 33).args[1]
+    assert "needs at least" in text
+    assert text.endswith("runs as in ComfyUI (all blocks, and what they keep), so a smaller budget cannot hold")
