@@ -75,7 +75,7 @@ class PatchedRows:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The up (rows, rank) and down (rank, columns) matrix, if the rows are patched with LoRAs and nothing else."""
+        """The up (rows, rank) and down (rank, columns) matrix, float, if the rows have LoRAs and no other patch."""
         (only, *others) = self._patches or (None,)
         return only.factors if isinstance(only, BoundPatches) and not others else None
 

@@ -99,7 +99,7 @@ class BoundPatches:
 
     @property
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The up (rows, rank) and down (rank, columns) matrix, if the patches are nothing else than LoRAs."""
+        """The up (rows, rank) and down (rank, columns) matrix, float, if the patches are LoRAs alone."""
         if len(self.steps) != 1 or not isinstance(self.steps[0], LowRank):
             return None
         ((up, down, _),) = self.steps[0].factors
