@@ -88,12 +88,14 @@ def kitchen_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
     """Measure one type and number of tokens; the layer is its number of rows and columns."""
     import torch
+    from comfy.weight_adapter import LoRAAdapter
     from torch.nn.functional import linear
 
     from wanquant.ops import host
     from wanquant.ops.packed.int8 import int8_linear, int8_rows
     from wanquant.ops.packed.layout import pack
     from wanquant.ops.packed.matmul import PatchedRows, dequantized_tiles, packed_linear
+    from wanquant.ops.packed.patches import OnTheFly
     from wanquant.quant import QTYPES
     from wanquant.quant.native.rotation import GROUP
 
@@ -112,15 +114,18 @@ def row_of(name: str, tokens: int, layer: tuple[int, int]) -> Row:
         for part, tile in dequantized_tiles(PatchedRows(packed, (), x), slice(0, rows), x):
             codes[part], scales[part] = kitchen_rows(tile)
 
-    def with_lora(tile: Tensor) -> Tensor:
-        return tile.addmm_(up, down.t())
+    layer_of_lora = torch.nn.Module()
+    layer_of_lora.weight = packed
+    adapter = LoRAAdapter(set(), (up, down.t().contiguous(), None, None, None, None))
+    lora = OnTheFly("", [(1.0, adapter, 1.0, None, None)], layer_of_lora)
+    lora.move_to(torch.device(device))
 
     calls = {
         "bf16_us": lambda: linear(x, dense, bias),
         "exact_us": lambda: packed_linear(x, packed, bias),
         "int8_us": lambda: int8_linear(x, packed, bias),
         "rows_us": lambda: int8_rows(packed, (), x),
-        "rows_lora_us": lambda: int8_rows(packed, (with_lora,), x),
+        "rows_lora_us": lambda: int8_rows(packed, (lora,), x),
         "rows_kitchen_us": rows_by_kitchen,
         "int8_resident_us": lambda: host.int8_linear(x, codes, scales, bias, GROUP),
     }

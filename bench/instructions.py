@@ -57,11 +57,12 @@ UNITS = {
 }
 
 
-def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
+def compiled(name: str, dtype: str, target: GPUTarget, *, with_lora: bool = False) -> dict[str, Any]:
     """Return the output of every stage of the compiler, for a launch with aligned pointers.
 
     Args:
         dtype: of the result; "i8" is for rotated 8-bit integers.
+        with_lora: something in bfloat16 is added before these are rounded.
     """
     qtype = QTYPES[name]
     constants, source = triton_kernel.constants(qtype), PLAIN.get(name, "u8")
@@ -69,17 +70,20 @@ def compiled(name: str, dtype: str, target: GPUTarget) -> dict[str, Any]:
     if dtype == "i8":
         constants |= triton_int8.shape_of(qtype, COLUMNS, COLUMNS)._asdict()
         arguments = {"packed": f"*{source}", "codes": "*i8", "scales": "*fp32", "n_rows": "i32", "columns": "i32"}
-        kernel, multiples_of_16 = triton_int8.int8_kernel, {"packed", "codes", "scales", "columns", "grid"}
+        arguments |= {"integers": "i32", "grid": "*u8", "delta": "*bf16"}
+        kernel, multiples_of_16 = triton_int8.int8_kernel, {"packed", "codes", "scales", "columns", "grid", "delta"}
     else:
         constants |= {"TILE": triton_kernel.TILE}
-        arguments = {"packed": "*u8", "out": f"*{dtype}", "n_elements": "i64"}
+        arguments = {"packed": "*u8", "out": f"*{dtype}", "n_elements": "i64", "integers": "i32", "grid": "*u8"}
         kernel, multiples_of_16 = triton_kernel.dequantize_kernel, {"packed", "out", "n_elements", "grid"}
-    arguments |= {"integers": "i32", "grid": "*u8"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, key in enumerate(arguments) if key in multiples_of_16}
     form = triton_kernel.FORMATS.get(name)
-    if form is None or not form.grid_steps:  # a launch compiles None as a constant
-        del aligned[len(arguments) - 1,], arguments["grid"]
-        constants["grid"] = None
+    absent = set() if form and form.grid_steps else {"grid"}
+    absent |= set() if with_lora or dtype != "i8" else {"delta"}
+    places = {key: (i,) for i, key in enumerate(arguments)}
+    aligned = {places[key]: [["tt.divisibility", 16]] for key in multiples_of_16 - absent}
+    for key in absent:  # a launch compiles None as a constant
+        del arguments[key]
+        constants[key] = None
     signature = arguments | dict.fromkeys(constants, "constexpr")
     stages: dict[str, Any] = triton.compile(
         ASTSource(kernel, signature, constants, aligned), target=target, options=triton_kernel.OPTIONS

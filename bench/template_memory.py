@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..quant.plan.recipe import find_recipe, plan_types
+from ..quant.plan.wan_files import Source
 from . import harness
-from .sizes import Source
 
 if TYPE_CHECKING:
     from ..ops.budget.sampling_job import SamplingJob
+    from ..ops.budget.simulator import Simulator
 
-_LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
-_SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
+LARGE = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}
+SMALL = {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}
 _FIRST_LAST_TOKENS = 514
 """CLIP Vision's tokens of two pictures."""
 _UNLIMITED_BYTES = 24 << 30
 
 
-def _entry(*shape: int) -> torch.Tensor:
+def entry(*shape: int) -> torch.Tensor:
     """Return a stand-in of a conditioning's tensor: float32, of this shape."""
     return torch.empty(()).expand(*shape)
 
@@ -36,56 +37,63 @@ def _jobs() -> dict[str, tuple[type[torch.nn.Module], dict[str, Any], SamplingJo
     short, long = SamplingJob.for_video(832, 480, 33), SamplingJob.for_video(832, 480, 81)
     animate = SamplingJob.for_video(832, 480, 81).with_entries(  # 77 frames, and one latent frame for the picture
         **clip_vision_entries(257),
-        face_video_pixels=_entry(1, 3, 77, 512, 512),
-        pose_video_latent=_entry(1, 16, 20, 60, 104),
-        concat_latent_image=_entry(1, 16, 21, 60, 104),
-        concat_mask=_entry(1, 4, 21, 60, 104),
+        face_video_pixels=entry(1, 3, 77, 512, 512),
+        pose_video_latent=entry(1, 16, 20, 60, 104),
+        concat_latent_image=entry(1, 16, 21, 60, 104),
+        concat_mask=entry(1, 4, 21, 60, 104),
     )
     speech = SamplingJob.for_video(640, 640, 77).with_entries(
-        audio_embed=_entry(1, 25, 1024, 80),
-        reference_latents=[_entry(1, 16, 1, 80, 80)],
-        control_video=_entry(1, 16, 20, 80, 80),
+        audio_embed=entry(1, 25, 1024, 80),
+        reference_latents=[entry(1, 16, 1, 80, 80)],
+        control_video=entry(1, 16, 20, 80, 80),
     )
     pictures = {"model_type": "i2v", "in_dim": 36, "flf_pos_embed_token_number": _FIRST_LAST_TOKENS}
     return {
         "2.1 FLF2V 14B, 832x480x33": (
             wan.WanModel,
-            _LARGE | pictures,
+            LARGE | pictures,
             short.with_entries(**clip_vision_entries(_FIRST_LAST_TOKENS)),
         ),
         "2.1 Fun Control 1.3B, 832x480x33": (
             wan.WanModel,
-            _SMALL | {"model_type": "i2v", "in_dim": 48},
+            SMALL | {"model_type": "i2v", "in_dim": 48},
             short.with_entries(**clip_vision_entries(257)),
         ),
         "2.1 VACE 14B, 832x480x81": (
             wan.VaceWanModel,
-            _LARGE | {"vace_layers": 8, "vace_in_dim": 96},
+            LARGE | {"vace_layers": 8, "vace_in_dim": 96},
             SamplingJob.for_video(832, 480, 85).with_control_videos(1),  # and one latent frame for the reference
         ),
-        "2.2 I2V A14B, 832x480x81": (wan.WanModel, _LARGE | {"in_dim": 36}, long),
-        "2.2 Animate 14B, 832x480x77": (AnimateWanModel, _LARGE | {"in_dim": 36}, animate),
-        "2.2 S2V 14B, 640x640x77": (wan.WanModel_S2V, _LARGE, speech),
+        "2.2 I2V A14B, 832x480x81": (wan.WanModel, LARGE | {"in_dim": 36}, long),
+        "2.2 Animate 14B, 832x480x77": (AnimateWanModel, LARGE | {"in_dim": 36}, animate),
+        "2.2 S2V 14B, 640x640x77": (wan.WanModel_S2V, LARGE, speech),
     }
+
+
+def simulator_of(
+    cls: type[torch.nn.Module], arguments: dict[str, Any], recipe: str, metadata: dict[str, str] | None = None
+) -> Simulator:
+    """Return the simulator of a GGUF in a recipe; `arguments` are those of ComfyUI's class."""
+    import comfy.ops
+    from comfy.model_patcher import ModelPatcher
+
+    from ..ops.budget.meta_wan import META, meta_model
+    from ..ops.budget.simulator import Simulator
+
+    with torch.device("meta"):
+        made = cls(**arguments, dtype=torch.bfloat16, operations=comfy.ops.manual_cast)
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    types = plan_types(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
+    return Simulator.from_patcher(ModelPatcher(meta_model(shapes, types, metadata=metadata), META, META))
 
 
 def rows(recipe: str) -> list[dict[str, Any]]:
     """Return the simulated peak of each model in GiB."""
-    import comfy.ops
-    from comfy.model_patcher import ModelPatcher
-
     from ..ops.budget.choose_plan import choose_plan
-    from ..ops.budget.meta_wan import META, meta_model
-    from ..ops.budget.simulator import Simulator
 
     found = []
     for model, (cls, arguments, job) in _jobs().items():
-        with torch.device("meta"):
-            made = cls(**arguments, dtype=torch.bfloat16, operations=comfy.ops.manual_cast)
-        shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
-        types = plan_types(find_recipe(recipe), {name: Source(shape) for name, shape in shapes.items()}).types
-        simulated = Simulator.from_patcher(ModelPatcher(meta_model(shapes, types), META, META))
-        peak = choose_plan(simulated, job, _UNLIMITED_BYTES).peak
+        peak = choose_plan(simulator_of(cls, arguments, recipe), job, _UNLIMITED_BYTES).peak
         found.append({"model": model, "recipe": recipe, "peak_gib": round(peak.total_bytes / harness.GIB, 4)})
     return found
 

@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..ops.budget.attention_notes import stock_notes
 from ..ops.budget.automatic import automatic_budget
 from ..ops.budget.choose_plan import budget_bytes, choose_plan
 from ..ops.budget.experts import simulator_for
@@ -96,6 +97,6 @@ class WanQuantLowVRAM(io.ComfyNode):
             logger.warning("Wan Low VRAM: %s", text)
         tiles = tiles_within(job, now)
         automatic = "" if budget else f"budget {now / GIB:.2f} GiB: "
-        text = f"{automatic}{text}; {tiles}"
+        text = "; ".join([f"{automatic}{text}", str(tiles), *stock_notes(model)])
         show_on_node(text)
         return io.NodeOutput(budgeted, text, tiles.size, tiles.overlap, ui={"text": (text,)})

@@ -47,8 +47,8 @@ def dequantize_into(packed: Tensor, qtype: str, out: Tensor) -> str:
     return "torch"
 
 
-def int8_rows_into(packed: Tensor, qtype: str, codes: Tensor, scales: Tensor) -> None:
-    """Dequantize rows to float32, rotate them, and round them to 8-bit integers with one scale a row.
+def int8_rows_into(packed: Tensor, qtype: str, codes: Tensor, scales: Tensor, delta: Tensor | None = None) -> None:
+    """Dequantize rows to float32, rotate them, add `delta`, and round them to 8-bit integers with one scale a row.
 
     The bits are those of `eager.int8_rows` on every device.
 
@@ -57,14 +57,20 @@ def int8_rows_into(packed: Tensor, qtype: str, codes: Tensor, scales: Tensor) ->
         qtype: name of a ggml type; F32, F16 and BF16 are for the bytes of dense rows.
         codes: int8, (n_rows, columns), contiguous, with columns that are a multiple of 256; written to.
         scales: float32, (n_rows, 1), contiguous; written to.
+        delta: what to add to the rotated rows, of any float dtype, like `codes`, contiguous.
 
     Raises:
         QuantError: a dtype, shape, strides or device differs from that.
     """
     rows, columns = QTYPES[qtype].unpacked_shape((len(packed), packed[:1].numel()))
-    devices = {tensor.device for tensor in (packed, codes, scales)}
+    devices = {tensor.device for tensor in (packed, codes, scales, delta) if tensor is not None}
     if len(devices) > 1:
         raise QuantError(f"{qtype}: packed data, codes and scales on {devices}; put all of them on one device")
+    if delta is not None and not (delta.shape == codes.shape and delta.is_contiguous() and delta.is_floating_point()):
+        raise QuantError(
+            f"{qtype}: got {delta.dtype} of shape {tuple(delta.shape)} to add, expected floating point of shape"
+            f" {tuple(codes.shape)}, contiguous; allocate a new tensor"
+        )
     expected = (rows, columns), torch.int8, (rows, 1), torch.float32, torch.uint8, True, True, 0
     got = tuple(codes.shape), codes.dtype, tuple(scales.shape), scales.dtype, packed.dtype
     if (*got, codes.is_contiguous(), scales.is_contiguous(), columns % GROUP) != expected:
@@ -73,11 +79,11 @@ def int8_rows_into(packed: Tensor, qtype: str, codes: Tensor, scales: Tensor) ->
             f" of {GROUP} columns; allocate new outputs"
         )
     if packed.is_meta:
-        torch.ops.wanquant.int8_rows_into(packed, qtype, codes, scales)
+        torch.ops.wanquant.int8_rows_into(packed, qtype, codes, scales, delta)
     elif packed.numel():
         path = _INT8_PATHS.get(packed.device.type)
-        if not (path and path.int8_rows(QTYPES[qtype], packed, codes, scales)):
-            eager.int8_rows(QTYPES[qtype], packed, codes, scales)
+        if not (path and path.int8_rows(QTYPES[qtype], packed, codes, scales, delta)):
+            eager.int8_rows(QTYPES[qtype], packed, codes, scales, delta)
 
 
 def _dequantize(packed: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
@@ -103,8 +109,10 @@ def _register() -> torch.library.Library | None:
     # On meta tensors, these operators stand for fused kernels, so that counts of memory see that they allocate nothing.
     library.define("dequantize_into(Tensor packed, str qtype, Tensor(a!) out) -> ()")  # type: ignore[no-untyped-call]
     library.impl("dequantize_into", lambda packed, qtype, out: None, "Meta")  # type: ignore[no-untyped-call]
-    library.define("int8_rows_into(Tensor packed, str qtype, Tensor(a!) codes, Tensor(b!) scales) -> ()")  # type: ignore[no-untyped-call]
-    library.impl("int8_rows_into", lambda packed, qtype, codes, scales: None, "Meta")  # type: ignore[no-untyped-call]
+    library.define(  # type: ignore[no-untyped-call]
+        "int8_rows_into(Tensor packed, str qtype, Tensor(a!) codes, Tensor(b!) scales, Tensor? delta=None) -> ()"
+    )
+    library.impl("int8_rows_into", lambda *_: None, "Meta")  # type: ignore[no-untyped-call]
     return library
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy.model_patcher import ModelPatcher
 
 from .. import host, host_products
 from ..lean.block import is_lean_block
 from ..lean.variants import variant
 from .gpu_kernels import FlashAttention
+
+_BLOCK_PATCHES = ("attn1_patch", "attn2_patch", "double_block")
 
 
 def attention_of(model: ModelPatcher) -> FlashAttention:
@@ -25,10 +29,10 @@ def attention_notes(model: ModelPatcher) -> list[str]:
     transformer, notes = model.model.diffusion_model, []
     override, preferred = _override(model), host.attention_preferences(transformer)
     if override is not None:
-        name = getattr(override, "__qualname__", type(override).__name__)
         cut = "in chunks" if getattr(override, "accepts_query_chunks", False) else "all at once"
         notes.append(
-            f"attention is that of another node ({name}): it gets the queries {cut}, and its own buffers do not count"
+            f"attention is that of another node ({_name(override)}): it gets the queries {cut}, and its own buffers do"
+            " not count"
         )
     if host_products.attends_in_8_bits():
         notes.append("attention is in 8 bits, and the copies of queries, keys and values count")
@@ -37,14 +41,38 @@ def attention_notes(model: ModelPatcher) -> list[str]:
             f"{len(preferred)} attentions are those that the file prefers; they get all queries at once, and those to"
             " the text run as in ComfyUI"
         )
-    stock = sum(not is_lean_block(block) for block in transformer.blocks) if variant(transformer).lean_blocks else 0
-    if stock:
+    return notes + stock_notes(model)
+
+
+def stock_notes(model: ModelPatcher) -> list[str]:
+    """Return a sentence for everything in a Wan MODEL that no memory plan makes smaller."""
+    transformer, notes = model.model.diffusion_model, []
+    known = variant(transformer)
+    stock = sum(not is_lean_block(block) for block in transformer.blocks)
+    if not known.lean_blocks:
+        notes.append(f"{known.models} runs as in ComfyUI ({known.stock}), so a smaller budget cannot hold")
+    elif stock:
         notes.append(
-            f"{stock} of {len(transformer.blocks)} blocks run as in ComfyUI, because another node changes them; they"
-            " may exceed the budget"
+            f"{stock} of {len(transformer.blocks)} blocks run as in ComfyUI, because another node changes them or this"
+            " WanQuant does not know them; they may exceed the budget"
+        )
+    patches = _options(model).get("patches", {})
+    names = {_name(patch) for kind in _BLOCK_PATCHES for patch in patches.get(kind, ())}
+    if names:
+        notes.append(
+            f"{', '.join(sorted(names))} of another node gets all tokens in each block; what it needs does not count"
         )
     return notes
 
 
 def _override(model: ModelPatcher) -> object:
-    return model.model_options.get("transformer_options", {}).get("optimized_attention_override")
+    return _options(model).get("optimized_attention_override")
+
+
+def _options(model: ModelPatcher) -> dict[str, Any]:
+    options: dict[str, Any] = model.model_options.get("transformer_options", {})
+    return options
+
+
+def _name(function: object) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

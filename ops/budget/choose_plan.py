@@ -138,9 +138,9 @@ def _peak_bytes(simulator: Simulator, job: SamplingJob, plan: MemoryPlan | None)
     The simulator cannot cut the conditionings other than the text. They are assumed to shrink in proportion.
     """
     latent = job.latent
-    text_only = simulator.peak(SamplingJob(latent), plan).total_bytes
+    text_only = simulator.peak(job.text_only(latent), plan).total_bytes
     others = (simulator.peak(job, plan).total_bytes - text_only) / math.prod(latent)
-    return lambda smaller: simulator.peak(SamplingJob(smaller), plan).total_bytes + others * math.prod(smaller)
+    return lambda smaller: simulator.peak(job.text_only(smaller), plan).total_bytes + others * math.prod(smaller)
 
 
 def _most_frames(simulator: Simulator, job: SamplingJob, budget: int, plan: MemoryPlan | None) -> int:

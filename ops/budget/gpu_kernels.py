@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import host
+from .causal import is_causal
 
 _HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
@@ -58,12 +59,12 @@ class FlashAttention:
 
 
 def use_flash_attention(model: wan.WanModel) -> None:
-    """Make the parts of a meta model outside its blocks call `FlashAttention`.
+    """Make the parts of a meta model that ComfyUI does not let override attention call `FlashAttention`.
 
-    ComfyUI lets only the blocks override the attention function. In 0.30.0 the other parts with attention are Animate's
-    face adapter and the audio layers of S2V and WanDancer.
+    In 0.30.0 these are Animate's face adapter, the audio layers of S2V and WanDancer, and the blocks of a causal model.
     """
-    blocks = {part for each in (model.blocks, getattr(model, "vace_blocks", model.blocks)) for part in each.modules()}
+    overridden = [model.blocks, getattr(model, "vace_blocks", model.blocks)] if not is_causal(model) else []
+    blocks = {part for each in overridden for part in each.modules()}
     attention = partial(FlashAttention(), None)
     for part in model.modules():
         forward: Any = type(part).forward

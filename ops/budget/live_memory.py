@@ -30,6 +30,9 @@ Source: c10/cuda/CUDACachingAllocator.h kMinBlockSize.
 _DEQUANTIZE_OPERATORS = ("wanquant::dequantize_into", "wanquant::dequantize")
 """The pack's own operators, of quant/torch_op.py."""
 
+_ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
+"""Operations that neither read nor write."""
+
 _PRODUCTS = ("aten::mm", "aten::addmm")
 
 
@@ -84,8 +87,7 @@ class LiveMemory(TorchDispatchMode):
         out = self._kernels(func, args, kwargs)
         if count := _FLOPS.get(func._overloadpacket):
             self._step(self.now._replace(flops=self.now.flops + count(*args, **kwargs, out_val=out)))
-        if not _is_view(func):
-            self.moved_bytes += sum(_nbytes((args, kwargs, out)))
+        self.moved_bytes += _moved_bytes(func, args, kwargs, out)
         known = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(out):
             if storage._cdata not in known and storage.device.type == self._device_type:
@@ -147,6 +149,15 @@ def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
             yield from _storages(part)
     elif isinstance(tree, dict):
         yield from _storages(tuple(tree.values()))
+
+
+def _moved_bytes(func: OpOverload[..., object], args: Arguments, kwargs: Keywords, out: object) -> int:
+    """Return the bytes that an operation reads and writes."""
+    name = func._schema.name
+    if _is_view(func) or name in _ALLOCATIONS:
+        return 0
+    read = args[1:] if name == "aten::copy_" else args
+    return sum(_nbytes((read, {key: value for key, value in kwargs.items() if key != "out"}, out)))
 
 
 def _is_view(func: OpOverload[..., object]) -> bool:

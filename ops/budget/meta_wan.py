@@ -43,6 +43,7 @@ def meta_model(
     types: Mapping[str, QuantType],
     dtype: torch.dtype = torch.bfloat16,
     operations: type[GGUFOps] = GGUFOps,
+    metadata: Mapping[str, str] | None = None,
 ) -> BaseModel:
     """Return the model that ComfyUI would detect and load from a GGUF with these tensors.
 
@@ -51,9 +52,10 @@ def meta_model(
         types: by tensor name without prefix.
         dtype: that the model computes in.
         operations: the layers, which decide how products are computed.
+        metadata: of the file, as the host names it.
     """
     state = {name: meta_packed(name, shape, types[name], dtype) for name, shape in shapes.items()}
-    config = comfy.model_detection.model_config_from_unet(state, "")
+    config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
     config.set_inference_dtype(dtype, dtype)
     config.custom_operations = operations
     return _build(config, state)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ from ..packed.patcher import PackedPatcher
 from ..packed.precision import precision_of
 from .attention_notes import attention_notes
 from .automatic import automatic_budget
+from .causal import frames_at_a_time, is_causal
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
@@ -109,6 +111,8 @@ def _without_prefetch(model: ModelPatcher) -> ModelPatcher:
 def expected_job(model: ModelPatcher, width: int, height: int, frames: int) -> SamplingJob:
     """Return the job of one video of this size, from an image if the model is an image-to-video model.
 
+    A causal model makes it frame by frame.
+
     Raises:
         QuantError: the model does not support this size or number of frames.
     """
@@ -135,6 +139,8 @@ def job_of_latent(model: ModelPatcher, samples: Tensor) -> SamplingJob:
 
 
 def _from_image(model: ModelPatcher, job: SamplingJob) -> SamplingJob:
+    if is_causal(model.model.diffusion_model):
+        return replace(job, frames_at_a_time=1)
     from_image = model.model.diffusion_model.img_emb is not None
     return job.with_entries(**clip_vision_entries(257)) if from_image else job
 
@@ -148,6 +154,7 @@ class _BudgetedSampling:
         self._step_key: Hashable = None
         self._mask_entries: dict[str, object] = {}
         """What the sampler adds to each conditioning."""
+        self._frames_at_a_time: int | None = None
         self._weights_have_room = False
         """The budget includes all weights, so that none are streamed."""
         self._chosen: ChosenPlan | None = None
@@ -158,8 +165,9 @@ class _BudgetedSampling:
         return self._chosen.plan if self._chosen else None
 
     def outer_sample(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
-        """Wrap ComfyUI's `CFGGuider.outer_sample`, whose fifth argument is the denoise mask."""
+        """Wrap ComfyUI's `CFGGuider.outer_sample`, whose third argument is the sampler, and the fifth the mask."""
         mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
+        self._frames_at_a_time = frames_at_a_time(args[2] if len(args) > 2 else kwargs.get("sampler"))
         self._mask_entries = {} if mask is None else {"denoise_mask": mask}
         out: Tensor = executor(*args, **kwargs)
         self._clock.keep(self._step_key)
@@ -188,7 +196,7 @@ class _BudgetedSampling:
         outlines = (
             ConditioningOutline.from_entries(self._mask_entries | cond) for each in conds.values() for cond in each
         )
-        job = SamplingJob(tuple(noise_shape), tuple(outlines))
+        job = SamplingJob(tuple(noise_shape), tuple(outlines), self._frames_at_a_time)
         if self._expected not in (None, job.latent):
             logger.warning(
                 "Wan Low VRAM: the latent at its input has the shape %s, but %s is sampled; the memory plan is for the"

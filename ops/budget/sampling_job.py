@@ -64,6 +64,8 @@ class SamplingJob:
     latent: tuple[int, ...]
     """(batch, channels, frames, height, width)."""
     conditionings: tuple[ConditioningOutline, ...] = TEXT_ONLY
+    frames_at_a_time: int | None = None
+    """Latent frames that the sampler makes one after the other, for a causal model; None if it makes all at once."""
 
     @classmethod
     def for_video(cls, width: int, height: int, frames: int, *, channels: int = 16) -> SamplingJob:
@@ -101,10 +103,9 @@ class SamplingJob:
         mask = torch.empty(()).expand(batch, 64, *size)
         return self.with_entries(vace_frames=[video] * count, vace_mask=[mask] * count, vace_strength=[1.0] * count)
 
-    def text_only(self, latent_frames: int) -> SamplingJob:
-        """Return a text-to-video job of the same size with this number of latent frames."""
-        batch, channels, _, *size = self.latent
-        return SamplingJob((batch, channels, latent_frames, *size))
+    def text_only(self, latent: tuple[int, ...]) -> SamplingJob:
+        """Return a text-to-video job with this latent that is sampled in the same way."""
+        return SamplingJob(latent, frames_at_a_time=self.frames_at_a_time)
 
     def __str__(self) -> str:
         batch, channels, frames, height, width = self.latent

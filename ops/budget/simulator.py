@@ -22,6 +22,7 @@ from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
 from .attention_notes import attention_of
+from .causal import last_block
 from .context import context_bytes
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .live_memory import LiveMemory, signature
@@ -154,7 +155,12 @@ class Simulator:
             options = {"wrappers": patcher.wrappers, "optimized_attention_override": self._attention}
             state = torch.empty(_SAMPLER_LATENTS, *job.latent, device=META)
             conditionings = [self._prompt() | outline.entries() for outline in job.conditionings]
-            run_forwards(self._model, state[0], conditionings, options)
+            latent = state[0]
+            if job.frames_at_a_time:
+                frames = min(job.frames_at_a_time, job.latent[2])
+                latent, conditionings = latent[:, :, :frames], conditionings[:1]  # without guidance
+                options |= last_block(self._model, job, frames, META)
+            run_forwards(self._model, latent, conditionings, options)
         return memory
 
     def _prompt(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from .. import host
 from .block import LeanBlock, is_lean_block
 from .control import control_forwards
 from .edges import edge_forwards
+from .frames import frame_forwards
 from .memory_plan import MemoryPlan
 from .variants import variant
 
@@ -123,7 +124,7 @@ class _LeanForward:
             image_tokens = _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref"))
             state = _ForwardState(plan, image_tokens, may_overwrite=not variant(model).keeps_input)
             options = _with_lean_blocks(model, state, options)
-            forwards = edge_forwards(model, x.dtype) | control_forwards(model, plan)
+            forwards = edge_forwards(model, x.dtype) | control_forwards(model, plan) | frame_forwards(model, plan)
         with host.in_place(forwards):
             out: Tensor = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
         return out
@@ -151,7 +152,7 @@ def _with_lean_blocks(model: wan.WanModel, state: _ForwardState, options: dict[s
     lean = {
         ("double_block", i): _BlockReplacement(block, state, present.get(("double_block", i)))
         for i, block in enumerate(model.blocks)
-        if is_lean_block(block)
+        if is_lean_block(block) and type(block) is wan.WanAttentionBlock
     }
     return options | {"patches_replace": replace | {"dit": present | lean}}
 

@@ -39,14 +39,15 @@ from .weights import Projection, is_untouched, projection
 # Source: WanI2VCrossAttention, ComfyUI 0.33.0.
 _FULL_PRECISION = {"low_precision_attention": False}
 _CROSS_ATTENTIONS = (wan.WanT2VCrossAttention, wan.WanI2VCrossAttention)
+_BLOCKS = (wan.WanAttentionBlock, wan.WanAttentionBlockAudio)
 
 
 def is_lean_block(block: torch.nn.Module) -> bool:
-    """Return whether `block` can run lean: it is ComfyUI's plain block, and its forward is not replaced or hooked.
+    """Return whether `block` can run lean: it is ComfyUI's plain block or HuMo's, and not replaced or hooked.
 
     Its parts may be: a replaced part is called as it is.
     """
-    return type(block) is wan.WanAttentionBlock and is_untouched(block)
+    return type(block) in _BLOCKS and is_untouched(block)
 
 
 @dataclass

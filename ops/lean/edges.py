@@ -1,6 +1,6 @@
-"""The patch embeddings and the head, before and after the blocks, in pieces.
+"""The patch embeddings, the camera's adapter and the head, before and after the blocks, in pieces.
 
-ComfyUI's own need three times the memory of the tokens.
+ComfyUI's own need three times the memory of the tokens or more.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ _TOKENS = 4096
 """The number of tokens to process at a time; a patch embedding processes at least one frame."""
 
 # ComfyUI calls each of these as `embedding(latent.float()).to(dtype)`.
-_EMBEDDINGS = ("patch_embedding", "patch_embedding_global", "patch_embedding_pose", "vace_patch_embedding")
+_EMBEDDINGS = (
+    "patch_embedding",
+    "patch_embedding_global",
+    "patch_embedding_mask",
+    "patch_embedding_pose",
+    "vace_patch_embedding",
+)
 _HEADS = ("head", "head_global")
 
 
 def edge_forwards(model: wan.WanModel, dtype: torch.dtype) -> Forwards:
-    """Return forwards in pieces for the patch embeddings and the heads of `model`.
+    """Return forwards in pieces for the patch embeddings, the camera's adapter and the heads of `model`.
 
     Args:
         dtype: of the tokens.
@@ -33,8 +39,9 @@ def edge_forwards(model: wan.WanModel, dtype: torch.dtype) -> Forwards:
     Source: comfy/ldm/wan/model.py Head.forward, WanModel.forward_orig, ComfyUI 0.30.0.
     """
     embeddings = [part for part in _parts(model, _EMBEDDINGS, torch.nn.Conv3d) if part.kernel_size[0] == 1]
-    heads = _parts(model, _HEADS, wan.Head)
-    return {part: partial(_embed, part, dtype) for part in embeddings} | {part: partial(_head, part) for part in heads}
+    forwards: Forwards = {part: partial(_embed, part, dtype) for part in embeddings}
+    forwards |= {part: partial(_adapt, part) for part in _parts(model, ("control_adapter",), wan.WanCamAdapter)}
+    return forwards | {part: partial(_head, part) for part in _parts(model, _HEADS, wan.Head)}
 
 
 def _parts(model: wan.WanModel, names: tuple[str, ...], kind: type[torch.nn.Module]) -> list[Any]:
@@ -59,6 +66,23 @@ def _embed(embedding: torch.nn.Conv3d, dtype: torch.dtype, latent: Tensor) -> Te
         chunk = slice(start, start + step)
         tokens[:, :, chunk] = type(embedding).forward(embedding, latent[:, :, chunk])
     return tokens
+
+
+def _adapt(adapter: wan.WanCamAdapter, camera: Tensor) -> Tensor:
+    """Return what `WanCamAdapter.forward` adds to the tokens, (batch, dim, frames, rows, columns), dtype kept.
+
+    Args:
+        camera: the rays of each pixel, floating point, (batch, channels, frames, height, width).
+    """
+    pixels, kernel = adapter.pixel_unshuffle.downscale_factor, adapter.conv.kernel_size
+    rows, columns = (side // pixels // part for side, part in zip(camera.shape[3:], kernel, strict=True))
+    out = camera.new_empty(len(camera), adapter.conv.out_channels, camera.shape[2], rows, columns)
+    # More frames than elsewhere, because the convolutions' weights are streamed for each chunk.
+    step = max(1, 2 * _TOKENS // (rows * columns))
+    for start in range(0, camera.shape[2], step):
+        chunk = slice(start, start + step)
+        out[:, :, chunk] = type(adapter).forward(adapter, camera[:, :, chunk])
+    return out
 
 
 def _head(head: wan.Head, x: Tensor, e: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""ComfyUI's Wan model classes, and which of them have blocks that run lean. Source: comfy/ldm/wan/, ComfyUI 0.33.0."""
+"""ComfyUI's Wan model classes, and how much of each runs lean. Source: comfy/ldm/wan/, ComfyUI 0.30.0 and 0.33.0.
+
+docs/memory.md has this table too.
+"""
 
 from __future__ import annotations
 
@@ -11,30 +14,40 @@ import comfy.ldm.wan.model as wan
 class Variant:
     """What a model class allows."""
 
+    models: str
+    """The models of the class, by the names that users know."""
+    stock: str = ""
+    """What runs as in ComfyUI before lean blocks or instead of them. It counts in predictions."""
     lean_blocks: bool = True
     keeps_input: bool = False
     """The model reads the input of the first block again later, so that block must work on a copy."""
 
+    @property
+    def level(self) -> str:
+        """How much runs in pieces, in one word: partly means the blocks, but not all of what comes before them."""
+        if not self.lean_blocks:
+            return "stock"
+        return "partly" if self.stock else "lean"
+
 
 VARIANTS = {
-    "WanModel": Variant(),
-    "CameraWanModel": Variant(),
-    "SCAILWanModel": Variant(),
-    "SCAIL2WanModel": Variant(),
-    "VaceWanModel": Variant(keeps_input=True),
-    # What these run after some blocks stays ComfyUI's: the audio injector, the music injector, the face adapter.
-    "WanModel_S2V": Variant(),
-    "WanDancerModel": Variant(),
-    "AnimateWanModel": Variant(),
-    # ComfyUI does not pass a replaced block the pose branch and the audio that these blocks attend to.
-    "WanAnimate2Model": Variant(lean_blocks=False),
-    "HumoWanModel": Variant(lean_blocks=False),
-    # Its blocks keep keys and values from one forward to the next.
-    "CausalWanModel": Variant(lean_blocks=False),
+    "WanModel": Variant("Wan 2.1 and 2.2 T2V, I2V, FLF2V, TI2V 5B, Fun Control, FlowRVS, Bernini"),
+    "VaceWanModel": Variant("VACE", keeps_input=True),
+    "CameraWanModel": Variant("Fun Camera", "the rays of the camera"),
+    "SCAILWanModel": Variant("SCAIL"),
+    "SCAIL2WanModel": Variant("SCAIL-2"),
+    "HumoWanModel": Variant("HuMo", "the projection of the sound"),
+    "WanModel_S2V": Variant("S2V", "the encoders of sound, motion and control video"),
+    "WanDancerModel": Variant("WanDancer", "the encoder of the music"),
+    "AnimateWanModel": Variant("Animate", "the encoders of faces and poses"),
+    # ComfyUI does not pass a replaced block the pose branch that these blocks attend to.
+    "WanAnimate2Model": Variant("Animate 2", "all blocks, and the pose branch", lean_blocks=False),
+    # The blocks keep keys and values of all frames. With a few frames at a time, these need the most memory.
+    "CausalWanModel": Variant("Causal Forcing, Self Forcing", "all blocks, and what they keep", lean_blocks=False),
 }
 """What each of ComfyUI's classes allows, by its name."""
 
-_UNKNOWN = Variant(keeps_input=True)
+_UNKNOWN = Variant("unknown", "blocks of classes of their own", keeps_input=True)
 
 
 def variant(model: wan.WanModel) -> Variant:

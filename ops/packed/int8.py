@@ -10,7 +10,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...quant import QuantError
-from ...quant.native.rotation import GROUP
+from ...quant.native.rotation import GROUP, rotate_as_kitchen
 from ...quant.torch_op import int8_rows_into
 from .. import host
 from .linear import GGUFOps
@@ -25,6 +25,9 @@ from .matmul import (
 )
 
 _PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+CHANGE_BYTES = 16 << 20
+"""The largest size of the product of a LoRA's factors for some rows. The cache of a fast GPU holds it."""
 
 MIN_TOKENS = 1024
 """With fewer tokens, products are exact in `Int8Ops`."""
@@ -89,7 +92,8 @@ def hold_int8(
 def int8_rows(weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> tuple[Tensor, Tensor]:
     """Return a packed weight after `functions` as rotated 8-bit integers.
 
-    Without functions, the weights are rounded to 8 bits only. Functions get tiles in the dtype of `like`, as always.
+    Without functions, and with LoRAs, the weights are rounded to 8 bits only. Other functions get tiles in the dtype of
+    `like`, as always.
 
     Args:
         weight: packed, (rows, columns).
@@ -105,13 +109,21 @@ def int8_rows(weight: QuantizedTensor, functions: Sequence[WeightFunction], like
 def patched_int8_rows(patched: PatchedRows, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return some rows of `int8_rows`: codes, int8, (rows, columns), and scales, float32, (rows, 1).
 
+    LoRAs are added to rotated rows, since rotating their factors rotates their product: no dequantized row is stored.
+
     Args:
         rows: as for `dequantized_tiles`.
         like: a tensor of the compute dtype and on the device of the weight.
     """
     codes = like.new_empty(rows.stop - rows.start, patched.shape[1], dtype=torch.int8)
     scales = like.new_empty(len(codes), 1, dtype=torch.float32)
-    if patched.is_patched:
+    if factors := patched.factors:
+        blocks, up, down = patched.packed[rows], factors[0][rows], rotate_as_kitchen(factors[1])
+        step = max(16, CHANGE_BYTES // (down.shape[1] * down.itemsize) // 16 * 16)
+        for start in range(0, len(codes), step):
+            part = slice(start, start + step)
+            int8_rows_into(blocks[part], patched.qtype, codes[part], scales[part], up[part] @ down)
+    elif patched.is_patched:
         for part, tile in dequantized_tiles(patched, rows, like):
             int8_rows_into(tile.contiguous().view(torch.uint8), _PLAIN[tile.dtype], codes[part], scales[part])
     else:

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from ...quant.torch_op import dequantize_into
 from .. import host
 from .layout import dense
-from .patches import OnTheFly, PatchRows
+from .patches import BoundPatches, OnTheFly, PatchRows
 
 WeightFunction = Callable[[Tensor], Tensor]
 """A function in the host's list for a layer: whole dequantized weight -> weight.
@@ -72,6 +72,12 @@ class PatchedRows:
         whole = len(weight)
         self.row_multiple = lcm(1, *(f.row_multiple if isinstance(f, OnTheFly) else whole for f in functions))
         """`start` and the number of rows must be multiples of this: all rows if a function needs the whole weight."""
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The up (rows, rank) and down (rank, columns) matrix, float, if the rows have LoRAs and no other patch."""
+        (only, *others) = self._patches or (None,)
+        return only.factors if isinstance(only, BoundPatches) and not others else None
 
     def dequantize_rows(self, start: int, out: Tensor) -> Tensor:
         """Dequantize and patch the rows from `start` on.

@@ -86,6 +86,26 @@ class HostPatch:
         return patched
 
 
+@dataclass(frozen=True)
+class BoundPatches:
+    """The patches of one weight on one device, for one use of the weight; see `PatchRows`."""
+
+    steps: tuple[LowRank | HostPatch, ...]
+
+    def __call__(self, rows: Tensor, start: int) -> Tensor:
+        for step in self.steps:
+            rows = step(rows, start)
+        return rows
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The up (rows, rank) and down (rank, columns) matrix, float, if the patches are LoRAs alone."""
+        if len(self.steps) != 1 or not isinstance(self.steps[0], LowRank):
+            return None
+        ((up, down, _),) = self.steps[0].factors
+        return up, down
+
+
 class OnTheFly:
     """The patches of one packed weight as an entry of the host's `weight_function` list of a layer.
 
@@ -110,17 +130,10 @@ class OnTheFly:
         """
         return self.bind(weight.device, weight.dtype)(weight, 0)
 
-    def bind(self, device: torch.device, dtype: torch.dtype) -> PatchRows:
+    def bind(self, device: torch.device, dtype: torch.dtype) -> BoundPatches:
         """Return a function that patches rows, for one use of the weight; the patches are moved to `device` once."""
         held = self._held_as == (device, dtype)
-        steps = self._held if held else tuple(step.on(device, dtype) for step in self._steps)
-
-        def patch_rows(rows: Tensor, start: int) -> Tensor:
-            for step in steps:
-                rows = step(rows, start)
-            return rows
-
-        return patch_rows
+        return BoundPatches(self._held if held else tuple(step.on(device, dtype) for step in self._steps))
 
     def applies(self, patches: list[Patch]) -> bool:
         """Return whether these very patches, in this order, are the ones that are applied here."""

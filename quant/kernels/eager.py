@@ -38,8 +38,8 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
         destination.copy_(qtype.dequantize_blocks(source))
 
 
-def int8_rows(qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor) -> None:
-    """Dequantize rows to float32, rotate them, and round them to 8-bit integers with one scale a row.
+def int8_rows(qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor, delta: Tensor | None = None) -> None:
+    """Dequantize rows to float32, rotate them, add `delta`, and round them to 8-bit integers with one scale a row.
 
     The scale of a row with NaN is NaN.
 
@@ -47,6 +47,7 @@ def int8_rows(qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor) -
         packed: uint8, (n_rows, n_blocks * type_size), of any strides and alignment.
         codes: int8, (n_rows, columns), with columns that are a multiple of 256; written to.
         scales: float32, (n_rows, 1); written to.
+        delta: what to add to the rotated rows, of any float dtype, like `codes`.
 
     Source: comfy-kitchen 0.2.26 backends/eager/quantization.py quantize_int8_convrot_weight, which rotates in the dtype
     of the weight. All bits are equal on all devices, so a quotient is rounded once.
@@ -57,6 +58,8 @@ def int8_rows(qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor) -
         part = slice(start, start + step)
         weights = qtype.dequantize_blocks(packed[part].reshape(-1, qtype.type_size)).view(-1, columns)
         rotated = rotate(weights, INT8_DISTANCES)
+        if delta is not None:
+            rotated += delta[part]
         largest = torch.linalg.vector_norm(rotated, torch.inf, 1, keepdim=True)
         scales[part] = largest.mul_(INT8_SCALE).clamp_(min=SMALLEST_SCALE)
         codes[part] = rotated.mul_(scales[part].reciprocal()).round_()

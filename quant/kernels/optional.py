@@ -67,15 +67,18 @@ class OptionalPath:
         """
         return self._attempt("quantize_rows", qtype, rows, packed, importance)
 
-    def int8_rows(self, qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    def int8_rows(
+        self, qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor, delta: Tensor | None = None
+    ) -> bool:
         """Rotate and round rows as `eager.int8_rows` does, and return whether that was done.
 
         Args:
             packed: uint8, (n_rows, n_blocks * type_size).
             codes: int8, (n_rows, columns), contiguous, with columns that are a multiple of 256; written to.
             scales: float32, (n_rows, 1), contiguous; written to.
+            delta: what to add to the rotated rows, of any float dtype, like `codes`, contiguous; or None.
         """
-        return self._attempt("int8_rows", qtype, _aligned(packed), codes, scales)
+        return self._attempt("int8_rows", qtype, _aligned(packed), codes, scales, delta)
 
     def _attempt(self, operation: str, qtype: QuantType, *arguments: Tensor | None) -> bool:
         if self.missing or qtype.name in self.lost:

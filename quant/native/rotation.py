@@ -52,8 +52,9 @@ def rotate(rows: Tensor, distances: tuple[int, ...] = (64, 16, 4, 1)) -> Tensor:
 
 
 def rotate_as_kitchen(rows: Tensor) -> Tensor:
-    """Rotate each run of 256 columns, or undo it, by a product of matrices: float32, (n, columns)."""
-    return (rows.view(len(rows), -1, GROUP) @ _matrix(rows.device)).view_as(rows)
+    """Rotate each run of 256 columns, or undo it, by a product of matrices: any float dtype, (n, columns)."""
+    # The matrix's numbers, 1/16 and -1/16, are exact in all dtypes.
+    return (rows.view(len(rows), -1, GROUP) @ _matrix(rows.device).to(rows.dtype)).view_as(rows)
 
 
 def not_rotatable(columns: int) -> str | None:

@@ -48,7 +48,7 @@ def check(quant: QuantType, packed: Tensor, dtype: torch.dtype) -> None:
         assert_same_bits(actual.float().numpy(), expected.float().numpy())
 
 
-def check_int8_rows(quant: QuantType, shape: tuple[int, int]) -> None:
+def check_int8_rows(quant: QuantType, shape: tuple[int, int], delta: Tensor | None = None) -> None:
     """Compare rows in the middle of larger tensors, whose margins must not change.
 
     The last row has scales that are NaN or infinite in most types. Its codes may be anything.
@@ -57,11 +57,11 @@ def check_int8_rows(quant: QuantType, shape: tuple[int, int]) -> None:
     packed = random_blocks(quant, n_rows * columns // quant.block_size).view(n_rows, -1)
     packed[:-1] &= 191  # scales below 2
     codes, scales = torch.full((n_rows + 2, columns), 7, dtype=torch.int8), torch.full((n_rows + 2, 1), 7.0)
-    triton_int8.launch(quant, packed, codes[1:-1], scales[1:-1])
+    triton_int8.launch(quant, packed, codes[1:-1], scales[1:-1], delta)
     assert (codes[[0, -1]] == 7).all()
     assert (scales[[0, -1]] == 7).all()
     expected = torch.empty(shape, dtype=torch.int8), torch.empty(n_rows, 1)
-    eager.int8_rows(quant, packed, *expected)
+    eager.int8_rows(quant, packed, *expected, delta)
     assert_same_bits(scales[1:-1].numpy(), expected[1].numpy())
     assert torch.equal(codes[1:-1][:-1], expected[0][:-1])
 
@@ -73,7 +73,9 @@ if __name__ == "__main__":
             for packed in cases(QTYPES[name], dtype):
                 check(QTYPES[name], packed, dtype)
             print(name, dtype)  # noqa: T201
+    generator = torch.Generator().manual_seed(0)
     for name in (*triton_kernel.FORMATS, *triton_int8.PLAIN):
         for shape in ((2, 256), (6, 1280)):  # less than a program's part, and a part and a half of it
             check_int8_rows(QTYPES[name], shape)
+        check_int8_rows(QTYPES[name], shape, torch.randn(shape, generator=generator).bfloat16())
         print(name, torch.int8)  # noqa: T201

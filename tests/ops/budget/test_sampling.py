@@ -236,3 +236,11 @@ def test_blocks_that_run_as_in_comfyui_are_named(model, monkeypatch):
     block = model.model.diffusion_model.blocks[0]
     monkeypatch.setattr(block, "forward", lambda *_, **__: None)
     assert "1 of 2 blocks run as in ComfyUI" in attention_notes(model)[0]
+
+
+def test_patches_that_get_all_tokens_are_named(model):
+    other = model.clone()
+    other.set_model_attn2_patch(attend)
+    (note,) = attention_notes(other)
+    assert note.startswith("attend of another node gets all tokens in each block")
+    assert attention_notes(model) == []

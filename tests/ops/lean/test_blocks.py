@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+import re
+
+import comfy.ldm.wan
+import comfy.ldm.wan.model as wan
 import comfy.ops
 import pytest
 import torch
@@ -11,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from wanquant.ops.lean import MemoryPlan, apply_lean
 from wanquant.ops.lean.variants import VARIANTS
 from wanquant.quant import QuantError
+from wanquant.testing.hosts import ROOT
 from wanquant.tests.ops import test_variants
 
 CPU = torch.device("cpu")
@@ -90,9 +97,24 @@ def test_variant(name, lean_blocks):
     assert not any("forward" in vars(module) for module in transformer.modules()), "every replaced forward is restored"
 
 
+def subclasses(cls):
+    return {cls}.union(*map(subclasses, cls.__subclasses__()))
+
+
 def test_every_class_of_the_host_is_in_the_table():
-    classes = {cls.__name__ for cls, _, _ in test_variants.VARIANTS.values() if cls is not None}
-    assert classes | {CausalWanModel.__name__} <= VARIANTS.keys()
+    for module in pkgutil.iter_modules(comfy.ldm.wan.__path__):
+        importlib.import_module(f"comfy.ldm.wan.{module.name}")
+    own = [cls for cls in subclasses(wan.WanModel) if cls.__module__.startswith("comfy.")]
+    assert {CausalWanModel, wan.WanModel} <= {*own}
+    assert {cls.__name__ for cls in own} <= VARIANTS.keys()
+
+
+def test_the_table_is_in_the_documentation():
+    rows = re.findall(r"^\| (.*) \| `(\w+)` \| (\w+) \| (.*?) \|", (ROOT / "docs/memory.md").read_text(), re.MULTILINE)
+    assert rows == [(v.models, name, v.level, v.stock) for name, v in VARIANTS.items()]
+    page = (ROOT / "web/docs/WanQuantLowVRAM.md").read_text()
+    for variant in VARIANTS.values():
+        assert all(name in page for name in variant.models.split(", ") if variant.stock)
 
 
 def test_refuses_groups_that_do_not_divide_the_heads(t2v_model):

@@ -6,9 +6,11 @@ import logging
 
 import pytest
 import torch
+from comfy.weight_adapter import LoRAAdapter
 
 from wanquant.ops import host, host_products
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
+from wanquant.ops.packed import int8
 from wanquant.ops.packed.int8 import (
     MIN_TOKENS,
     WORTHWHILE_TOKENS,
@@ -17,12 +19,15 @@ from wanquant.ops.packed.int8 import (
     hold_where_faster,
     int8_linear,
     int8_rows,
+    patched_int8_rows,
 )
 from wanquant.ops.packed.layout import pack
 from wanquant.ops.packed.linear import GGUFOps
 from wanquant.ops.packed.matmul import PatchedRows, packed_linear
+from wanquant.ops.packed.patches import OnTheFly
 from wanquant.ops.packed.precision import packed_ops
 from wanquant.quant import QTYPES, QuantError
+from wanquant.quant.native.rotation import rotate
 
 pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
 
@@ -77,6 +82,48 @@ def test_a_patch_is_added_to_tiles_before_the_rotation(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(patched, expected, strict=True))
     assert 0 < (blocks[0] != plain[0]).float().mean() < 0.2, "rounding to bfloat16 first moves few codes"
     assert (blocks[0].int() - plain[0].int()).abs().max() == 1
+
+
+def lora_of(packed, rank=8):
+    """Return a LoRA of a packed weight as its layer's function, the layer, and its product, float32."""
+    generator = torch.Generator().manual_seed(2)
+    up, down = (
+        torch.randn(shape, generator=generator) / 32 for shape in ((len(packed), rank), (rank, packed.shape[1]))
+    )
+    layer = torch.nn.Module()
+    layer.weight = packed
+    adapter = LoRAAdapter(set(), (up, down, None, None, None, None))
+    return OnTheFly("key", [(0.5, adapter, 1.0, None, None)], layer), layer, 0.5 * up @ down
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+def test_a_lora_is_added_to_rotated_rows_with_no_larger_error(name, monkeypatch):
+    _, packed, x = weight_and_input(name)
+    function, _, product = lora_of(packed)
+    wanted = QTYPES[name].dequantize(packed._qdata) + product
+
+    def error(codes, scales):
+        return float((rotate(codes.float() * scales) - wanted).norm() / wanted.norm())
+
+    monkeypatch.setattr(int8, "dequantized_tiles", None)  # no row is dequantized
+    found = int8_rows(packed, (function,), x)
+    assert error(*found) < 1.001 * error(
+        *int8_rows(pack(wanted.view(torch.uint8), "F32", packed.shape, x.dtype), (), x)
+    )
+    monkeypatch.setattr(int8, "CHANGE_BYTES", 1)
+    in_parts = int8_rows(packed, (function,), x)
+    some = patched_int8_rows(PatchedRows(packed, (function,), x), slice(32, 64), x)
+    for codes, scales in (in_parts, (torch.cat([found[0][:32], some[0], found[0][64:]]), found[1])):
+        assert torch.allclose(scales, found[1], rtol=1e-2)
+        assert (codes.int() - found[0].int()).abs().max() <= 1
+
+
+def test_other_patches_beside_a_lora_change_tiles():
+    _, packed, x = weight_and_input()
+    function, _, product = lora_of(packed)
+    codes, scales = int8_rows(packed, (function, lambda w: w + 1), x)
+    wanted = QTYPES["Q8_0"].dequantize(packed._qdata) + product + 1
+    assert (rotate(codes.float() * scales) - wanted).norm() / wanted.norm() < 0.01
 
 
 def test_loader_takes_it_along(t2v, sqnr):

@@ -40,6 +40,21 @@ def test_codes_are_the_rotated_weight_in_steps_of_the_scale(name: str) -> None:
     assert (codes.abs().amax(1) == 127).all()
 
 
+def test_what_is_added_to_the_rotated_rows() -> None:
+    """Rotating is linear: rows plus the rotated change are the rotated sum."""
+    change = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)) * 0.02
+    codes, scales = torch.empty(SHAPE, dtype=torch.int8), torch.empty(SHAPE[0], 1)
+    op.int8_rows_into(weights().view(torch.uint8), "F32", codes, scales, rotate(change))
+    expected, their_scales = int8_rows((weights() + change).view(torch.uint8), "F32")
+    assert torch.allclose(scales, their_scales)
+    assert (codes != expected).float().mean() < 0.001
+    unchanged = int8_rows(weights().view(torch.uint8), "F32")[0]
+    assert (codes != unchanged).float().mean() > 0.5
+    for wrong in (rotate(change)[1:], rotate(change).t().contiguous().t(), codes):
+        with pytest.raises(QuantError, match="to add, expected floating point of shape"):
+            op.int8_rows_into(weights().view(torch.uint8), "F32", codes, scales, wrong)
+
+
 def test_rows_of_zeros_and_of_nan() -> None:
     rows = torch.zeros(3, 256)
     rows[1, 7] = torch.nan
@@ -83,7 +98,7 @@ def test_meta_tensors_allocate_nothing_else() -> None:
 
 
 def test_a_faster_path_is_used_where_it_knows_the_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fill(quant: object, packed: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    def fill(quant: object, packed: Tensor, codes: Tensor, scales: Tensor, delta: Tensor | None) -> bool:
         if packed.data_ptr() % 16 or quant is not QTYPES["Q4_K"]:
             return False
         codes.fill_(3)

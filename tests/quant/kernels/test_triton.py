@@ -164,6 +164,16 @@ def test_int8_rows_compile_to_few_instructions(name: str, target: GPUTarget) -> 
     assert len(re.findall(r"st\.global", assembly)) == weights // 16 + 1, "and the scales"
 
 
+@pytest.mark.parametrize("target", [TARGETS[0], TARGETS[3], TARGETS[-1]], ids=lambda target: str(target.arch))
+def test_int8_rows_with_a_lora_compile_without_spills(target: GPUTarget) -> None:
+    stages = compiled("Q4_K", "i8", target, with_lora=True)
+    if target.backend == "hip":
+        assert "scratch_" not in stages["amdgcn"]
+        return
+    assert ".local" not in stages["ptx"]
+    assert len(re.findall(r"ld\.global\.v4", stages["ptx"])) >= 2 * weights_of_a_thread("Q4_K", "i8") // 8, "16 bytes"
+
+
 @pytest.mark.parametrize("name", [name for name in TYPES if name not in ("NVFP4", "Q1_0")])
 def test_16_bit_weights_do_not_go_through_shared_memory(name: str) -> None:
     """Each thread stores the weights that it dequantizes itself.
