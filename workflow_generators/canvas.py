@@ -29,6 +29,7 @@ _SIZES = {
     "LoadImage": (310, 330),
     "LoadVideo": (330, 380),
     "PreviewAny": (440, 170),
+    "PreviewImage": (480, 250),
     "SaveImage": (480, 500),
     "SaveVideo": (480, 420),
     "UnetLoaderGGUF": (330, 140),
