@@ -18,6 +18,8 @@ Json = dict[str, Any]
 
 _SOCKET, _WIDGET, _TITLE = 20, 24, 30  # heights of one row, in the canvas's units
 _GAP, _MARGIN, _BOX_TITLE = 20, 15, 45
+# ComfyUI fits a template into the window and shows no text below 57 %, so that a wide graph would open without any.
+_HIGHEST = 1250
 _WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 # Nodes that show text or pictures need more room than their rows.
 _SIZES = {
@@ -27,6 +29,7 @@ _SIZES = {
     "LoadImage": (310, 330),
     "LoadVideo": (330, 380),
     "PreviewAny": (440, 170),
+    "PreviewImage": (480, 250),
     "SaveImage": (480, 500),
     "SaveVideo": (480, 420),
     "UnetLoaderGGUF": (330, 140),
@@ -252,7 +255,7 @@ def _layout(columns: Columns, schemas: Schemas) -> tuple[dict[str, list[int]], l
     places: dict[str, list[int]] = {}
     groups: list[Json] = []
     x = 0
-    for column in columns:
+    for column in _stacked(columns, schemas):
         width = max(_size(item, schemas)[0] for box in column for item in box.nodes.values())
         y = 0
         for box in column:
@@ -267,6 +270,21 @@ def _layout(columns: Columns, schemas: Schemas) -> tuple[dict[str, list[int]], l
             y += _GAP
         x += width + 2 * _MARGIN + _GAP
     return places, groups
+
+
+def _stacked(columns: Columns, schemas: Schemas) -> list[list[Box]]:
+    """Return the boxes in as few columns as their heights allow, in the same order."""
+    stacked: list[list[Box]] = []
+    room = 0
+    for box in (box for column in columns for box in column):
+        height = (_BOX_TITLE if box.title else 0) + _GAP
+        height += sum(_TITLE + _size(item, schemas)[1] + _GAP for item in box.nodes.values())
+        if height > room:
+            stacked.append([])
+            room = _HIGHEST
+        stacked[-1].append(box)
+        room -= height
+    return stacked
 
 
 def _group(number: int, title: str, bounding: list[int]) -> Json:
