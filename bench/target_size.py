@@ -53,7 +53,7 @@ def compare(source: Path, recipe: str, effort: str) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__)
+    parser = harness.arguments(__doc__, update=harness.RESULTS / "target-size.json")
     parser.add_argument(
         "--recipes", nargs="+", default=["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "W4A8", "W6A8", "FP8"]
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _print(text: str, file: TextIO) -> None:
     """Print a text; characters that the terminal's encoding does not have are escaped."""
     encoding = file.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+    except BrokenPipeError:  # whoever reads it, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # for the flush at the end of Python
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,6 +58,16 @@ def test_error_is_one_line_without_traceback(tmp_path):
     process = run("-m", "quant", "inspect", tmp_path / "none.gguf", cwd=ROOT)
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr.count("\n") == 1 and "none.gguf" in process.stderr
+
+
+def test_a_reader_that_has_read_enough_is_no_error(converted):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        process = subprocess.run(
+            [sys.executable, LAUNCHER, "inspect", converted], stdout=closed, stderr=subprocess.PIPE, text=True
+        )
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_result_of_the_same_conversion_is_reused(source, converted, capsys):
