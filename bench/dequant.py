@@ -5,8 +5,8 @@ The peer is a checkout of ComfyUI-GGUF, called as its Linear does, in float16 ar
 new output, whose pages the system has to find first. `gb_s` is GB of output per second. The `of_` columns are the speed
 of the best path over that of a copy of as many bytes, of libggml, and of the peer. libggml writes float32:
 `of_libggml_f32` is with our output in float32, too, and `of_libggml` with ours in bfloat16 against its float32.
-`torch_of_libggml` is that of the torch operations alone, which run where libggml is not installed. All times are medians of at least five runs, in processor time. The last columns count kernels per call and bytes moved
-per weight.
+`torch_of_libggml` is that of the torch operations alone, which run where libggml is not installed. All times are
+medians of at least five runs, in processor time. The last columns count kernels per call and bytes moved per weight.
 """
 
 from __future__ import annotations
@@ -80,24 +80,26 @@ def peer_of(path: Path, qtype: QuantType, shape: tuple[int, int]) -> Peer | None
     return lambda packed: module["dequantize"](packed, number, shape, None).to(torch.bfloat16)
 
 
-def libggml_of(qtype: QuantType, packed: Tensor) -> Callable[[], object]:
+def libggml_of(qtype: QuantType, packed: Tensor) -> Callable[[], object] | None:
+    """Return libggml's dequantization to float32, or None for a type that this build does not know."""
     from ..quant.kernels import libggml
 
-    weights = torch.zeros(qtype.unpacked_shape(tuple(packed.shape)))
-    to_float = libggml.type_traits(qtype).to_float
-    return lambda: to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
+    weights, traits = torch.zeros(qtype.unpacked_shape(tuple(packed.shape))), libggml.type_traits(qtype)
+    if (traits.blck_size, traits.type_size) != (qtype.block_size, qtype.type_size):
+        return None
+    return lambda: traits.to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
 
 
 def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> dict[str, object]:
     packed = torch.randint(0, 64, qtype.packed_shape((size, size)), dtype=torch.uint8)
     out, source = torch.zeros(2, size, size, dtype=torch.bfloat16).unbind()
     wide = torch.zeros(size, size)
-    peer = peer_of(path, qtype, (size, size)) if path else None
+    peer, theirs = peer_of(path, qtype, (size, size)) if path else None, libggml_of(qtype, packed)
     calls: list[Callable[[], object]] = [
         lambda: dequantize_into(packed, qtype.name, out),
         lambda: eager.dequantize(qtype, packed, out),
         lambda: out.copy_(source),
-        libggml_of(qtype, packed),
+        theirs or (lambda: None),
         lambda: dequantize_into(packed, qtype.name, wide),
         lambda: qtype.dequantize(packed, torch.bfloat16),
     ]
@@ -111,11 +113,11 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
         "new_ms": round(new, 1),
         "gb_s": round(out.nbytes / best / 1e6, 2),
         "of_memcpy": round(copy / best, 2),
-        "of_libggml": round(libggml / best, 2),
-        "of_libggml_f32": round(libggml / best_wide, 2),
-        "torch_of_libggml": round(libggml / operations, 2),
         "ours": our_traffic(qtype, packed),
     }
+    if theirs:
+        row |= {"of_libggml": round(libggml / best, 2), "of_libggml_f32": round(libggml / best_wide, 2)}
+        row["torch_of_libggml"] = round(libggml / operations, 2)
     if peer:
         row |= {"of_peer": round(others[0] / best, 1), "torch_of_peer": round(others[0] / operations, 1)}
         row["peer"] = traffic(lambda: peer(packed))
