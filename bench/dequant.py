@@ -29,7 +29,7 @@ from ..quant.kernels import eager
 from ..quant.torch_op import dequantize_into
 from . import harness
 
-PLAIN = ("F32", "F16", "BF16")
+BLOCKS = [name for name, qtype in QTYPES.items() if qtype.block_size > 1]
 Peer = Callable[[Tensor], Tensor]
 
 
@@ -80,26 +80,24 @@ def peer_of(path: Path, qtype: QuantType, shape: tuple[int, int]) -> Peer | None
     return lambda packed: module["dequantize"](packed, number, shape, None).to(torch.bfloat16)
 
 
-def libggml_of(qtype: QuantType, packed: Tensor) -> Callable[[], object] | None:
-    """Return libggml's dequantization to float32, or None for a type that this build does not know."""
+def libggml_of(qtype: QuantType, packed: Tensor) -> Callable[[], object]:
     from ..quant.kernels import libggml
 
-    weights, traits = torch.zeros(qtype.unpacked_shape(tuple(packed.shape))), libggml.type_traits(qtype)
-    if (traits.blck_size, traits.type_size) != (qtype.block_size, qtype.type_size):
-        return None
-    return lambda: traits.to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
+    weights = torch.zeros(qtype.unpacked_shape(tuple(packed.shape)))
+    to_float = libggml.type_traits(qtype).to_float
+    return lambda: to_float(packed.data_ptr(), weights.data_ptr(), weights.numel())
 
 
 def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> dict[str, object]:
     packed = torch.randint(0, 64, qtype.packed_shape((size, size)), dtype=torch.uint8)
     out, source = torch.zeros(2, size, size, dtype=torch.bfloat16).unbind()
     wide = torch.zeros(size, size)
-    peer, theirs = peer_of(path, qtype, (size, size)) if path else None, libggml_of(qtype, packed)
+    peer = peer_of(path, qtype, (size, size)) if path else None
     calls: list[Callable[[], object]] = [
         lambda: dequantize_into(packed, qtype.name, out),
         lambda: eager.dequantize(qtype, packed, out),
         lambda: out.copy_(source),
-        theirs or (lambda: None),
+        libggml_of(qtype, packed),
         lambda: dequantize_into(packed, qtype.name, wide),
         lambda: qtype.dequantize(packed, torch.bfloat16),
     ]
@@ -113,11 +111,11 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
         "new_ms": round(new, 1),
         "gb_s": round(out.nbytes / best / 1e6, 2),
         "of_memcpy": round(copy / best, 2),
+        "of_libggml": round(libggml / best, 2),
+        "of_libggml_f32": round(libggml / best_wide, 2),
+        "torch_of_libggml": round(libggml / operations, 2),
         "ours": our_traffic(qtype, packed),
     }
-    if theirs:
-        row |= {"of_libggml": round(libggml / best, 2), "of_libggml_f32": round(libggml / best_wide, 2)}
-        row["torch_of_libggml"] = round(libggml / operations, 2)
     if peer:
         row |= {"of_peer": round(others[0] / best, 1), "torch_of_peer": round(others[0] / operations, 1)}
         row["peer"] = traffic(lambda: peer(packed))
@@ -127,7 +125,7 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
 def main() -> None:
     parser = harness.arguments(__doc__, threads=1)
     parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
-    parser.add_argument("--types", nargs="+", default=[name for name in QTYPES if name not in PLAIN], choices=QTYPES)
+    parser.add_argument("--types", nargs="+", default=BLOCKS, choices=BLOCKS)
     parser.add_argument("--size", type=int, default=5120)
     parser.add_argument("--seconds", type=float, default=2, help="time for each type")
     options = parser.parse_args()
