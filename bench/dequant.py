@@ -4,9 +4,9 @@ The peer is a checkout of ComfyUI-GGUF, called as its Linear does, in float16 ar
 `torch_ms` the torch operations alone, both into an existing output, as a layer has it; `new_ms` is the best path into a
 new output, whose pages the system has to find first. `gb_s` is GB of output per second. The `of_` columns are the speed
 of the best path over that of a copy of as many bytes, of libggml, and of the peer. libggml writes float32:
-`of_libggml_f32` is with our output in float32, too, and `of_libggml` with ours in bfloat16 against its float32. All
-times are medians of at least five runs, in processor time. The last columns count kernels per call and bytes moved
-per weight.
+`of_libggml_f32` is with our output in float32, too, and `of_libggml` with ours in bfloat16 against its float32.
+`torch_of_libggml` is that of the torch operations alone, which run where libggml is not installed. All times are
+medians of at least five runs, in processor time. The last columns count kernels per call and bytes moved per weight.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..quant.kernels import eager
 from ..quant.torch_op import dequantize_into
 from . import harness
 
-PLAIN = ("F32", "F16", "BF16")
+BLOCKS = [name for name, qtype in QTYPES.items() if qtype.block_size > 1]
 Peer = Callable[[Tensor], Tensor]
 
 
@@ -113,6 +113,7 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
         "of_memcpy": round(copy / best, 2),
         "of_libggml": round(libggml / best, 2),
         "of_libggml_f32": round(libggml / best_wide, 2),
+        "torch_of_libggml": round(libggml / operations, 2),
         "ours": our_traffic(qtype, packed),
     }
     if peer:
@@ -124,15 +125,15 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
 def main() -> None:
     parser = harness.arguments(__doc__, threads=1)
     parser.add_argument("--peer", type=Path, help="a checkout of ComfyUI-GGUF")
-    parser.add_argument("--types", nargs="+", default=[name for name in QTYPES if name not in PLAIN], choices=QTYPES)
+    parser.add_argument("--types", nargs="+", default=BLOCKS, choices=BLOCKS)
     parser.add_argument("--size", type=int, default=5120)
     parser.add_argument("--seconds", type=float, default=2, help="time for each type")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [measure(QTYPES[name], options.size, options.seconds, options.peer) for name in options.types]
     result = {"machine": harness.machine(), "size": options.size, "rows": rows}
-    columns = ("type", "ms", "torch_ms", "new_ms", "gb_s", "of_memcpy", "of_libggml", "of_libggml_f32", "of_peer")
-    columns += ("torch_of_peer", "ours", "peer")
+    columns = ("type", "ms", "torch_ms", "new_ms", "gb_s", "of_memcpy", "of_libggml", "of_libggml_f32")
+    columns += ("torch_of_libggml", "of_peer", "torch_of_peer", "ours", "peer")
     shown = [
         {key: ", ".join(map(str, value.values())) if isinstance(value, dict) else value for key, value in row.items()}
         for row in rows

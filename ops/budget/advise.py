@@ -76,7 +76,8 @@ def _of_model(model: PublishedModel, vram_gib: float, ram_gib: float) -> Iterato
     recipe = _largest_recipe(model, ram_gib)
     simulated, budget = simulator(model.size, recipe.name), max(0, round((vram_gib - OTHERS_GIB) * GIB))
     file = tensor_bytes(model.size, recipe)
-    ram = model.files * file / GIB + RAM_BESIDE_GIB
+    # Experts take turns: sampling one frees what ComfyUI pinned of the other, whose file stays mapped.
+    ram = file / GIB + RAM_BESIDE_GIB
     for video in model.videos:
         choice = closest_plan(simulated, sampling(model.size, video), budget)
         peak = choice.peak.total_bytes
@@ -96,7 +97,7 @@ def _of_model(model: PublishedModel, vram_gib: float, ram_gib: float) -> Iterato
 
 
 def _largest_recipe(model: PublishedModel, ram_gib: float) -> Recipe:
-    """Return the recipe with the most bits, at most those of Q8_0, whose files fit into main memory.
+    """Return the recipe with the most bits, at most those of Q8_0, of which one file fits into main memory.
 
     If none fits, it is the smallest. Types of small blocks, except Q8_0, are left out for their errors.
     """
@@ -104,7 +105,7 @@ def _largest_recipe(model: PublishedModel, ram_gib: float) -> Recipe:
     found = [each for each in GGUF_RECIPES.values() if not each.experimental and QTYPES[each.base].block_size == 256]
     by_size = sorted((tensor_bytes(model.size, recipe), recipe.name) for recipe in (most, *found))
     room = (ram_gib - RAM_BESIDE_GIB) * GIB
-    fitting = [name for nbytes, name in by_size if model.files * nbytes <= room]
+    fitting = [name for nbytes, name in by_size if nbytes <= room]
     return GGUF_RECIPES[fitting[-1] if fitting else by_size[0][1]]
 
 

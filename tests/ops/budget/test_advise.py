@@ -38,12 +38,18 @@ def test_peak_is_that_of_the_chosen_plan(vram):
 
 
 def test_more_main_memory_gives_more_bits():
-    pair = SMALL._replace(files=2)
-    recipes = [one(8, RAM_BESIDE_GIB + gib, pair).recipe for gib in (0.15, 0.2, 32)]
+    rooms = (0.075, 0.1, 32)
+    recipes = [one(8, RAM_BESIDE_GIB + gib).recipe for gib in rooms]
     sizes = [tensor_bytes(SMALL.size, find_recipe(recipe)) for recipe in recipes]
     assert sizes == sorted(set(sizes)) and recipes[-1] == "Q8_0"
-    for gib, nbytes in zip((0.15, 0.2), sizes, strict=False):
-        assert 2 * nbytes <= gib * GIB
+    for gib, nbytes in zip(rooms, sizes, strict=True):
+        assert nbytes <= gib * GIB
+
+
+def test_experts_need_the_main_memory_of_one():
+    pair = SMALL._replace(files=2)
+    both, alone = one(8, 16, pair), one(8, 16)
+    assert (both.recipe, both.ram_gib, both.files) == (alone.recipe, alone.ram_gib, 2)
 
 
 def test_what_does_not_fit_says_what_would():
