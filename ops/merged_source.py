@@ -108,7 +108,8 @@ class _Memory(SourceFiles):
         if self._held is None or self._held[0] != tensor.name:
             self._held = None
             with torch.no_grad():
-                self._held = (tensor.name, tensor.merged(self.device).flatten())
+                # A weight without patches is the model's own parameter, and no encoder may record what it does with it.
+                self._held = (tensor.name, tensor.merged(self.device).detach().flatten())
             self.hash_if_next(tensor)
         return self._held[1]
 
