@@ -32,6 +32,7 @@ _DROP = """([content, name, type]) => {
     const options = {dataTransfer: transfer, bubbles: true, cancelable: true, ...place};
     canvas.dispatchEvent(new DragEvent("drop", options));
 }"""
+_ADD_STYLE = "rules => document.head.append(Object.assign(document.createElement('style'), {textContent: rules}))"
 _NODES = """() => app.graph.nodes.map(node => ({
     type: node.type,
     known: node.type in LiteGraph.registered_node_types,
@@ -192,6 +193,7 @@ def open_canvas(server: HostServer) -> Iterator[Canvas]:
             SETTINGS,
         )
         # On a busy machine the page may never take away the mask that it shows while it loads.
-        page.add_style_tag(content=".p-blockui-mask { pointer-events: none }")
+        # Not by add_style_tag, which takes another request that the page was refused meanwhile for a failure of its own.
+        page.evaluate(_ADD_STYLE, ".p-blockui-mask { pointer-events: none }")
         yield Canvas(page, server)
         browser.close()
