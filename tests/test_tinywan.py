@@ -130,7 +130,7 @@ def test_draws_the_same_clips_in_any_order_of_its_channels():
 def measured():
     """The errors of Q2_K and NVFP4 by method: {(recipe, method): Quality}, measured once because that takes long."""
     methods = ("ggml", "ggml + importance", "plain", "importance", "calibrated", "importance + LoRA", "kitchen")
-    rows = quality.measure(("Q2_K", "NVFP4"), methods, roundings=1, clips=2, captions=2)
+    rows = quality.measure(("Q2_K", "NVFP4"), methods, roundings=1, clips=1, captions=2)
     return {(row.recipe, row.method): row for row in rows}
 
 
