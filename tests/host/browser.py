@@ -193,7 +193,7 @@ def open_canvas(server: HostServer) -> Iterator[Canvas]:
             SETTINGS,
         )
         # On a busy machine the page may never take away the mask that it shows while it loads.
-        # Not by add_style_tag, which takes another request that the page was refused meanwhile for a failure of its own.
+        # Not by add_style_tag, which takes any request that the page is refused meanwhile for a failure of its own.
         page.evaluate(_ADD_STYLE, ".p-blockui-mask { pointer-events: none }")
         yield Canvas(page, server)
         browser.close()
