@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from ..quant.kernels import triton_int8, triton_kernel
 from ..quant.qtype import QTYPES
 from . import harness
+from .gpus import GPU, H200, RTX_3060, RTX_4090, RTX_5090
 
 PLAIN = {"F16": "fp16", "BF16": "bf16", "F32": "fp32"}
 """Triton's names of the types without blocks, which only the int8 kernel reads."""
@@ -31,20 +32,7 @@ COLUMNS = 5120
 """Of the weight for which the int8 kernel is compiled."""
 
 
-class GPU(NamedTuple):
-    name: str
-    capability: int
-    multiprocessors: int
-    clock_ghz: float
-    memory_gb_s: float
-
-
-GPUS = (
-    GPU("H200", 90, 132, 1.98, 4800),
-    GPU("RTX 5090", 120, 170, 2.41, 1792),
-    GPU("RTX 4090", 89, 128, 2.52, 1008),
-    GPU("RTX 3060", 86, 28, 1.78, 360),
-)
+GPUS = (H200, RTX_5090, RTX_4090, RTX_3060)
 # Threads per clock and multiprocessor, for all instructions and by unit: "Throughput of Native Arithmetic Instructions"
 # in the CUDA C++ Programming Guide 12.8, compute capability 8.6 to 12.0.
 RATES = {"all": 128, "integer": 64, "multiply": 64, "float": 128, "special": 16, "memory": 32}

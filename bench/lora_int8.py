@@ -9,29 +9,15 @@ parts of at most 16 MiB. Where the cache holds two of these, they do not count a
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..quant.plan.wan_shapes import SIZES
 from . import harness
+from .gpus import H100, RTX_3060, RTX_4090, RTX_5090
 
-
-class GPU(NamedTuple):
-    name: str
-    tflops: float
-    """Of products in 16 bits with sums in float32, without sparsity."""
-    int8_tops: float
-    memory_gb_s: float
-    cache_mb: float
-
-
-GPUS = (
-    GPU("H100", 989, 1979, 3350, 50),
-    GPU("RTX 5090", 210, 838, 1792, 96),
-    GPU("RTX 4090", 165, 661, 1008, 72),
-    GPU("RTX 3060", 25.6, 102, 360, 3),
-)
+GPUS = (H100, RTX_5090, RTX_4090, RTX_3060)
 MODEL, RECIPE, COUNTS = "14B", "Q4_K_M", (1, 2)
 
 
