@@ -97,7 +97,7 @@ class Video:
     seconds_a_step: float
     """The median step, without the first, which loads weights; of a single step, that one."""
     peak_gib: float
-    """Of the GPU, with whatever else uses it; of the process's main memory without a GPU."""
+    """The memory of the GPU, with whatever else uses it; without a GPU, the main memory of the process."""
 
 
 def sample(

@@ -121,7 +121,7 @@ class _Cast:
     functions: list[WeightFunction]
     """What is still to apply to a packed weight."""
     handle: object
-    """For `host.uncast`."""
+    """What `host.uncast` takes back."""
     scale: Tensor | None = None
     """The scale of the input, float32, (), where it was measured."""
 
