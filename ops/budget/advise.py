@@ -13,6 +13,7 @@ from ...quant import QuantError
 from ...quant.plan.advice import Advice, AdviceReport
 from ...quant.plan.recipe import GGUF_RECIPES, Recipe
 from ...quant.plan.wan_files import tensor_bytes
+from ...quant.plan.wan_shapes import WanSize
 from ...quant.qtype import QTYPES
 from ...quant.units import GIB
 from .choose_plan import ChosenPlan, closest_plan
@@ -73,7 +74,7 @@ def _total_gib(device: torch.device) -> float:
 
 
 def _of_model(model: PublishedModel, vram_gib: float, ram_gib: float) -> Iterator[Advice]:
-    recipe = _largest_recipe(model, ram_gib)
+    recipe = largest_recipe(model.size, ram_gib)
     simulated, budget = simulator(model.size, recipe.name), max(0, round((vram_gib - OTHERS_GIB) * GIB))
     file = tensor_bytes(model.size, recipe)
     # Experts take turns: sampling one frees what ComfyUI pinned of the other, whose file stays mapped.
@@ -96,14 +97,14 @@ def _of_model(model: PublishedModel, vram_gib: float, ram_gib: float) -> Iterato
         )
 
 
-def _largest_recipe(model: PublishedModel, ram_gib: float) -> Recipe:
+def largest_recipe(size: WanSize, ram_gib: float) -> Recipe:
     """Return the recipe with the most bits, at most those of Q8_0, of which one file fits into main memory.
 
     If none fits, it is the smallest. Types of small blocks, except Q8_0, are left out for their errors.
     """
     most = GGUF_RECIPES[_MOST_BITS]
     found = [each for each in GGUF_RECIPES.values() if not each.experimental and QTYPES[each.base].block_size == 256]
-    by_size = sorted((tensor_bytes(model.size, recipe), recipe.name) for recipe in (most, *found))
+    by_size = sorted((tensor_bytes(size, recipe), recipe.name) for recipe in (most, *found))
     room = (ram_gib - RAM_BESIDE_GIB) * GIB
     fitting = [name for nbytes, name in by_size if nbytes <= room]
     return GGUF_RECIPES[fitting[-1] if fitting else by_size[0][1]]

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from wanquant.ops.budget.advise import OTHERS_GIB, RAM_BESIDE_GIB, advise
+from wanquant.ops.budget.advise import OTHERS_GIB, RAM_BESIDE_GIB, advise, largest_recipe
 from wanquant.ops.budget.choose_plan import choose_plan
 from wanquant.ops.budget.published import PUBLISHED, PublishedModel, sampling, simulator
 from wanquant.quant import QuantError
@@ -26,6 +26,17 @@ SMALL = PublishedModel("small", SIZES["1.3B"]._replace(layers=2), (VIDEO,))
 def one(vram, ram, model=SMALL):
     (advice,) = advise(vram, ram, [model]).advice
     return advice
+
+
+def test_readme_has_the_files_that_are_advised_today():
+    """The peaks take long to simulate; `dev.py bench fits --update` makes them anew too."""
+    table = json.loads((ROOT / "bench" / "results" / "fits-simulated.json").read_text())
+    sizes = {model.name: model.size for model in PUBLISHED}
+    for row in table["rows"]:
+        recipe = largest_recipe(sizes[row["model"]], table["ram_gib"])
+        file = tensor_bytes(sizes[row["model"]], recipe) / GIB
+        assert (row["recipe"], row["file_gib"]) == (recipe.name, round(file, 2))
+        assert row["ram_gib"] == round(file + RAM_BESIDE_GIB, 1)
 
 
 @pytest.mark.parametrize("vram", [1.6, 8])
