@@ -156,8 +156,8 @@ def ti2v_5b() -> Columns:
 
 def experts_i2v_4_steps() -> Columns:
     text = (
-        "Animates a picture in 4 steps, within 3.5 GiB of video memory. Both experts are in main memory, 18 GiB, and"
-        " **Wan Low VRAM** streams the one that runs. A larger `budget_gib`, the same in both nodes, is faster. Put"
+        "Animates a picture in 4 steps, within 3.5 GiB of video memory. The experts take turns: main memory for one is"
+        " enough, 9 GiB, and **Wan Low VRAM** streams it. A larger `budget_gib`, the same in both nodes, is faster. Put"
         " other LoRAs before it. Settings: shift 5, 4 steps, cfg 1.\n\nAt 832 x 480 and 81 frames, sampling"
         " needs 2.0 GiB of VRAM instead of 3.7 GiB (simulated)."
     )
