@@ -255,18 +255,8 @@ def measured(results: Path) -> list[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    columns = (
-        "is_dynamic",
-        "plan",
-        "precision",
-        "width",
-        "height",
-        "frames",
-        "gib",
-        "loras",
-        "of_predicted",
-        "seconds_a_step",
-    )
+    settings = ["is_dynamic", "plan", "precision", "width", "height", "frames", "gib", "loras"]
+    columns = [*settings, "of_predicted", "seconds_a_step"]
     print(table(columns, cells(rows, columns)))
 
 
