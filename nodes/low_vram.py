@@ -8,10 +8,10 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ops.budget.attention_notes import stock_notes
 from ..ops.budget.automatic import automatic_budget
 from ..ops.budget.choose_plan import budget_bytes, choose_plan
 from ..ops.budget.experts import simulator_for
+from ..ops.budget.memory_notes import stock_notes
 from ..ops.budget.sampling import expected_job, is_wan, job_of_latent, with_budget
 from ..ops.budget.step_time import measured_step, step_key
 from ..ops.budget.vae_tiles import HOST_TILES, tiles_within

@@ -42,11 +42,11 @@ from ..lean import MemoryPlan, apply_lean, calc_conds_separately
 from ..loading.prefetch import prefetch_blocks
 from ..packed.patcher import PackedPatcher
 from ..packed.precision import precision_of
-from .attention_notes import attention_notes
 from .automatic import automatic_budget
 from .causal import frames_at_a_time, is_causal
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
+from .memory_notes import memory_notes
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator, check_predictable
 from .step_time import StepClock, step_key
@@ -210,7 +210,7 @@ class _BudgetedSampling:
         precision = precision_of(model.model.model_config.custom_operations)
         line = "Wan Low VRAM: %s in %.2f GiB: predicted peak %s; precision %s"
         logger.info(line, job, budget / GIB, self._chosen, precision)
-        for note in attention_notes(model):
+        for note in memory_notes(model):
             logger.info("Wan Low VRAM: %s", note)
         if self._chosen.plan and model.get_wrappers(WrappersMP.APPLY_MODEL, host.COMPILE_KEY):
             logger.warning("Wan Low VRAM: %s", _COMPILED_RUNS_STOCK)

@@ -21,11 +21,11 @@ from ..packed.foreign import foreign_class
 from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
-from .attention_notes import attention_of
 from .causal import last_block
 from .context import context_bytes
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .live_memory import LiveMemory, signature
+from .memory_notes import attention_of
 from .meta_wan import META, meta_twin
 from .sampling_job import SamplingJob
 

@@ -12,9 +12,9 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from wanquant.ops import host_products
-from wanquant.ops.budget.attention_notes import attention_notes
 from wanquant.ops.budget.automatic import AUTOMATIC
 from wanquant.ops.budget.choose_plan import memory_plans
+from wanquant.ops.budget.memory_notes import memory_notes
 from wanquant.ops.budget.sampling import _on_weights_device, expected_job, with_budget
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.simulator import Simulator
@@ -219,15 +219,15 @@ def attend(*_, **__):
 
 
 def test_attention_that_is_not_the_usual_one_is_counted_and_named(model, monkeypatch):
-    assert attention_notes(model) == []
+    assert memory_notes(model) == []
     simulator, plan = Simulator.from_patcher(model), memory_plans(2)[-1]
     usual = simulator.peak(JOB, plan)
     other = model.clone()
     other.model_options["transformer_options"] = {"optimized_attention_override": attend}
-    assert "another node (attend): it gets the queries all at once" in attention_notes(other)[0]
+    assert "another node (attend): it gets the queries all at once" in memory_notes(other)[0]
     assert Simulator.from_patcher(other)._attention.accepts_query_chunks is False
     monkeypatch.setattr(host_products, "attends_in_8_bits", lambda: True)
-    assert "in 8 bits" in attention_notes(model)[0]
+    assert "in 8 bits" in memory_notes(model)[0]
     assert Simulator.from_patcher(model).peak(JOB, plan).total_bytes >= usual.total_bytes
     assert Simulator.from_patcher(model).peak(JOB, None).total_bytes > simulator.peak(JOB, None).total_bytes
 
@@ -235,12 +235,12 @@ def test_attention_that_is_not_the_usual_one_is_counted_and_named(model, monkeyp
 def test_blocks_that_run_as_in_comfyui_are_named(model, monkeypatch):
     block = model.model.diffusion_model.blocks[0]
     monkeypatch.setattr(block, "forward", lambda *_, **__: None)
-    assert "1 of 2 blocks run as in ComfyUI" in attention_notes(model)[0]
+    assert "1 of 2 blocks run as in ComfyUI" in memory_notes(model)[0]
 
 
 def test_patches_that_get_all_tokens_are_named(model):
     other = model.clone()
     other.set_model_attn2_patch(attend)
-    (note,) = attention_notes(other)
+    (note,) = memory_notes(other)
     assert note.startswith("attend of another node gets all tokens in each block")
-    assert attention_notes(model) == []
+    assert memory_notes(model) == []

@@ -24,7 +24,7 @@ def attention_of(model: ModelPatcher) -> FlashAttention:
     )
 
 
-def attention_notes(model: ModelPatcher) -> list[str]:
+def memory_notes(model: ModelPatcher) -> list[str]:
     """Return a sentence for everything in a Wan MODEL that is not ComfyUI's usual attention in lean blocks."""
     transformer, notes = model.model.diffusion_model, []
     override, preferred = _override(model), host.attention_preferences(transformer)
