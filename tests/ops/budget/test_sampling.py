@@ -14,7 +14,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from wanquant.ops import host_products
 from wanquant.ops.budget.automatic import AUTOMATIC
 from wanquant.ops.budget.choose_plan import memory_plans
-from wanquant.ops.budget.memory_notes import memory_notes
+from wanquant.ops.budget.live_memory import LiveMemory
+from wanquant.ops.budget.memory_notes import attention_of, memory_notes
 from wanquant.ops.budget.sampling import _on_weights_device, expected_job, with_budget
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.simulator import Simulator
@@ -220,8 +221,8 @@ def attend(*_, **__):
 
 def test_attention_that_is_not_the_usual_one_is_counted_and_named(model, monkeypatch):
     assert memory_notes(model) == []
-    simulator, plan = Simulator.from_patcher(model), memory_plans(2)[-1]
-    usual = simulator.peak(JOB, plan)
+    plan = memory_plans(2)[-1]
+    usual = Simulator.from_patcher(model).peak(JOB, plan)
     other = model.clone()
     other.model_options["transformer_options"] = {"optimized_attention_override": attend}
     assert "another node (attend): it gets the queries all at once" in memory_notes(other)[0]
@@ -229,7 +230,10 @@ def test_attention_that_is_not_the_usual_one_is_counted_and_named(model, monkeyp
     monkeypatch.setattr(host_products, "attends_in_8_bits", lambda: True)
     assert "in 8 bits" in memory_notes(model)[0]
     assert Simulator.from_patcher(model).peak(JOB, plan).total_bytes >= usual.total_bytes
-    assert Simulator.from_patcher(model).peak(JOB, None).total_bytes > simulator.peak(JOB, None).total_bytes
+    q = torch.empty(1, 1024, 256, device="meta", dtype=torch.float16)
+    with LiveMemory("meta") as memory, torch.no_grad():
+        attention_of(model)(None, q, q, q, 2)
+    assert memory.peak.nbytes >= 3 * q.numel() + q.nbytes, "copies of q, k and v in 8 bits, and the output"
 
 
 def test_blocks_that_run_as_in_comfyui_are_named(model, monkeypatch):
