@@ -40,13 +40,13 @@ from ...quant.units import GIB
 from .. import host
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
 from ..loading.prefetch import prefetch_blocks
-from ..packed.patcher import PackedPatcher
 from ..packed.precision import precision_of
 from .automatic import automatic_budget
 from .causal import frames_at_a_time, is_causal
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
 from .memory_notes import memory_notes
+from .resident import keep_factors, keep_weights, unload_other_models
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator, check_predictable
 from .step_time import StepClock, step_key
@@ -220,11 +220,11 @@ class _BudgetedSampling:
         self._weights_have_room = room >= model.model_size()
         if self._weights_have_room or comfy.model_management.is_device_cpu(model.load_device):
             prepared: tuple[BaseModel, object, object] = executor(model, noise_shape, conds, **kwargs)
-            _keep_factors(model, room - model.model_size())
+            keep_factors(model, room - model.model_size())
             return prepared
-        _unload_other_models(model)
+        unload_other_models(model)
         prepared = executor(model, noise_shape, conds, **kwargs | {"force_full_load": False, "force_offload": True})
-        _keep_weights(model, room)
+        keep_weights(model, room)
         return prepared
 
     def _simulator_of(self, model: ModelPatcher) -> Simulator:
@@ -237,36 +237,6 @@ class _BudgetedSampling:
         with _time_projection_in_main_memory(executor.class_obj, unless=self._weights_have_room):
             out: Tensor = executor(*args, **kwargs)
         return out
-
-
-def _unload_other_models(model: ModelPatcher) -> None:
-    """Unload every other model from the accelerator.
-
-    With dynamic VRAM, ComfyUI would leave them there until an allocation needs their memory.
-    """
-    loaded = comfy.model_management.current_loaded_models
-    own = [entry for entry in loaded if entry.model is not None and entry.model.is_clone(model)]
-    comfy.model_management.free_memory(1e30, model.load_device, keep_loaded=own)
-
-
-def _keep_weights(model: ModelPatcher, room: int) -> None:
-    """Let up to `room` bytes of weights stay on the accelerator, after all of them were offloaded."""
-    if not model.is_dynamic():
-        model.partially_load(model.load_device, room)
-        return
-    factor_bytes = _keep_factors(model, room)
-    host.limit_resident(model.model, model.load_device, room - factor_bytes)
-
-
-def _keep_factors(model: ModelPatcher, room: int) -> int:
-    """Keep up to `room` bytes of LoRA factors on the accelerator, with dynamic VRAM only, and return their bytes.
-
-    LoRA factors come before weights, because only weights are read ahead of their use. In the legacy memory mode the
-    patcher itself moves factors, after the weights.
-    """
-    if not (model.is_dynamic() and isinstance(model, PackedPatcher)):
-        return 0
-    return model.keep_factors_on_device(model.load_device, room)
 
 
 @contextmanager
