@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from math import lcm
 
 import torch
@@ -67,11 +68,19 @@ class PatchedRows:
 
     def __init__(self, weight: QuantizedTensor, functions: Sequence[WeightFunction], like: Tensor) -> None:
         self.packed, self.qtype, self.shape = host.packed_bytes(weight), weight.params.qtype, weight.shape
-        self.is_patched = bool(functions)
-        self._patches = [_patch_rows(function, like) for function in functions]
+        self.functions, self._bound_to = tuple(functions), (like.device, like.dtype)
         whole = len(weight)
         self.row_multiple = lcm(1, *(f.row_multiple if isinstance(f, OnTheFly) else whole for f in functions))
         """`start` and the number of rows must be multiples of this: all rows if a function needs the whole weight."""
+
+    @property
+    def is_patched(self) -> bool:
+        return bool(self.functions)
+
+    @cached_property
+    def _patches(self) -> list[PatchRows]:
+        """Bound at the first use: rows that were kept need no factors on the device."""
+        return [_patch_rows(function, *self._bound_to) for function in self.functions]
 
     @property
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -94,9 +103,9 @@ class PatchedRows:
         return out
 
 
-def _patch_rows(function: WeightFunction, like: Tensor) -> PatchRows:
+def _patch_rows(function: WeightFunction, device: torch.device, dtype: torch.dtype) -> PatchRows:
     if isinstance(function, OnTheFly):
-        return function.bind(like.device, like.dtype)
+        return function.bind(device, dtype)
     return lambda weight, _: function(weight)
 
 
