@@ -12,6 +12,7 @@ from ..ops.budget.automatic import automatic_budget
 from ..ops.budget.choose_plan import budget_bytes, choose_plan
 from ..ops.budget.experts import simulator_for
 from ..ops.budget.memory_notes import stock_notes
+from ..ops.budget.row_room import row_room, spendable
 from ..ops.budget.sampling import expected_job, is_wan, job_of_latent, with_budget
 from ..ops.budget.step_time import measured_step, step_key
 from ..ops.budget.vae_tiles import HOST_TILES, tiles_within
@@ -91,6 +92,8 @@ class WanQuantLowVRAM(io.ComfyNode):
         try:
             choice = choose_plan(simulator_for(model), job, now)
             text = str(choice) + measured_step(step_key(model, job.latent, choice.plan))
+            if room := row_room(model, job, choice.peak, spendable(model, now)):
+                text += f"; {room}"
         except QuantError as refusal:
             # This is a preview only. The latent that reaches the sampler may be smaller and fit.
             text = str(refusal)

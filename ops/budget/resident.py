@@ -9,14 +9,14 @@ from .. import host
 from ..packed.patcher import PackedPatcher
 
 
-def unload_other_models(model: ModelPatcher) -> None:
-    """Unload every other model from the accelerator.
+def unload_other_models(model: ModelPatcher, nbytes: float = 1e30) -> None:
+    """Unload other models from the accelerator until `nbytes` are free there, by default all of them.
 
     With dynamic VRAM, ComfyUI would leave them there until an allocation needs their memory.
     """
     loaded = comfy.model_management.current_loaded_models
     own = [entry for entry in loaded if entry.model is not None and entry.model.is_clone(model)]
-    comfy.model_management.free_memory(1e30, model.load_device, keep_loaded=own)
+    comfy.model_management.free_memory(nbytes, model.load_device, keep_loaded=own)
 
 
 def keep_weights(model: ModelPatcher, room: int) -> None:

@@ -5,7 +5,8 @@
 2. A sampler node starts a sampling: OUTER_SAMPLE, `_BudgetedSampling.outer_sample`, notes the denoise mask.
 3. ComfyUI is about to load the model: PREPARE_SAMPLING, `_BudgetedSampling.prepare`, chooses the memory plan for the
    latent and its conditionings, or refuses. What the plan leaves of the budget is the room for weights.
-   a) All weights have room, or the device is the CPU: ComfyUI loads the model as usual.
+   a) All weights have room, or the device is the CPU: ComfyUI loads the model as usual. What is left after that holds
+      8-bit rows of weights, if products are in 8-bit integers.
    b) Otherwise all other models leave the accelerator, and ComfyUI loads this one with its weights offloaded: all of
       them on NVIDIA. Elsewhere MIN_WEIGHT_MEMORY_RATIO (comfy/model_management.py) may keep some in legacy mode.
       Legacy memory mode: `partially_load` then moves weights to the accelerator until the room is used.
@@ -14,13 +15,13 @@
 4. Each step: CALC_COND_BATCH, `calc_conds_separately`, runs one forward per conditioning.
 5. Each forward: DIFFUSION_MODEL. `apply_lean` replaces the blocks as the plan says, or leaves ComfyUI's own, and
    `_BudgetedSampling.forward` runs the time projection in main memory in case b).
-6. The sampling ends: nothing is undone. The weights stay where they are until ComfyUI needs the memory.
+6. The sampling ends: the 8-bit rows are freed. The weights stay where they are until ComfyUI needs the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,6 +48,7 @@ from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
 from .memory_notes import memory_notes
 from .resident import keep_factors, keep_weights, unload_other_models
+from .row_room import keep_rows, row_room, spendable
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator, check_predictable
 from .step_time import StepClock, step_key
@@ -160,6 +162,8 @@ class _BudgetedSampling:
         self._chosen: ChosenPlan | None = None
         self._simulator: Simulator | None = None
         self._simulated_patches: object = None
+        self._until_end: ExitStack | None = None
+        """What is undone when the sampling ends, also after an error or an interruption."""
 
     def plan(self, _: torch.Size) -> MemoryPlan | None:
         return self._chosen.plan if self._chosen else None
@@ -169,7 +173,11 @@ class _BudgetedSampling:
         mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
         self._frames_at_a_time = frames_at_a_time(args[2] if len(args) > 2 else kwargs.get("sampler"))
         self._mask_entries = {} if mask is None else {"denoise_mask": mask}
-        out: Tensor = executor(*args, **kwargs)
+        try:
+            with ExitStack() as self._until_end:
+                out: Tensor = executor(*args, **kwargs)
+        finally:
+            self._until_end = None
         self._clock.keep(self._step_key)
         if torch.isnan(out).any():
             logger.warning("Wan Low VRAM: %s", _NOT_A_NUMBER)
@@ -220,12 +228,20 @@ class _BudgetedSampling:
         self._weights_have_room = room >= model.model_size()
         if self._weights_have_room or comfy.model_management.is_device_cpu(model.load_device):
             prepared: tuple[BaseModel, object, object] = executor(model, noise_shape, conds, **kwargs)
-            keep_factors(model, room - model.model_size())
+            factor_bytes = keep_factors(model, room - model.model_size())
+            self._keep_rows(model, job, spendable(model, budget) - factor_bytes)
             return prepared
         unload_other_models(model)
         prepared = executor(model, noise_shape, conds, **kwargs | {"force_full_load": False, "force_offload": True})
         keep_weights(model, room)
         return prepared
+
+    def _keep_rows(self, model: ModelPatcher, job: SamplingJob, budget: int) -> None:
+        """Keep 8-bit rows until the sampling ends. Outside `outer_sample` nothing would say when that is."""
+        if self._until_end is not None and self._chosen:
+            peak = self._chosen.peak
+            if kept := keep_rows(model, row_room(model, job, peak, budget), peak):
+                self._until_end.callback(kept.release)
 
     def _simulator_of(self, model: ModelPatcher) -> Simulator:
         if self._simulator is None or self._simulated_patches != model.patches_uuid:

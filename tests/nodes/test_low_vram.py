@@ -64,6 +64,14 @@ def test_a_budget_of_zero_takes_what_is_there_and_is_never_cached(model, monkeyp
     assert WanQuantLowVRAM.fingerprint_inputs(budget_gib=3.5) == WanQuantLowVRAM.fingerprint_inputs(budget_gib=3.5)
 
 
+def test_says_how_many_int8_rows_are_kept(model, t2v):
+    pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
+    int8 = load_diffusion_model(t2v[1], dtype=torch.float32, precision="int8")
+    for each, sentences in ((int8, 1), (model, 0)):
+        _, text, *_ = WanQuantLowVRAM.execute(each, 3.5, 256, 256, 17).args
+        assert text.count("GiB of int8 rows are kept from step to step") == sentences
+
+
 def test_other_models_pass_through(model, monkeypatch):
     monkeypatch.setattr(model.model, "diffusion_model", torch.nn.Identity())
     passed, text, *tiles = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args

@@ -43,12 +43,12 @@ def smallest_budget(model):
     return simulator.peak(JOB, memory_plans(simulator.heads)[-1]).total_bytes
 
 
-def sample(model):
+def sample(model, mode=torch.inference_mode):
     """Sample two steps with a positive and a negative prompt."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SHAPE, generator=generator)
     prompts = [[[torch.randn(PROMPT, generator=generator), {}]] for _ in range(2)]
-    with torch.inference_mode():
+    with mode():
         return comfy.sample.sample(
             model, noise, 2, 4.0, "euler", "simple", *prompts, torch.zeros(SHAPE), disable_pbar=True, seed=0
         )
