@@ -44,16 +44,21 @@ PRECISIONS = ("exact", "int8")
 def rows(recipe: str, loras: int = 0) -> Iterator[dict[str, object]]:
     """Yield ComfyUI's own forward and the plan of Wan Low VRAM for each model and video."""
     from ..ops.budget.choose_plan import choose_plan
-    from ..ops.budget.published import sampling, simulator
+    from ..ops.budget.published import patcher, sampling
+    from ..ops.budget.row_room import row_room
+    from ..ops.budget.simulator import Simulator
 
     for model, size in MODELS.items():
         for precision in PRECISIONS:
-            simulated = simulator(size, recipe, loras, precision)
+            loaded = patcher(size, recipe, loras, precision)
+            simulated = Simulator.from_patcher(loaded)
             for video, budget in CASES[model]:
                 wanted = sampling(size, video)
                 for gib in (UNLIMITED_GIB, budget):
                     choice = choose_plan(simulated, wanted, round(gib * harness.GIB))
-                    yield row(model, video, recipe, choice, gib) | {"precision": precision}
+                    room = row_room(loaded, wanted, choice.peak, round(gib * harness.GIB))
+                    more = {"precision": precision, "int8_rows_gib": round(room.nbytes / harness.GIB, 4)}
+                    yield row(model, video, recipe, choice, gib) | more
 
 
 def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float) -> dict[str, object]:
@@ -73,12 +78,12 @@ def row(model: str, video: Video, recipe: str, choice: ChosenPlan, budget: float
 
 def text(rows: list[dict[str, Any]]) -> str:
     parts = ("weights", "scratch", "activations", "fragmentation", "context")
-    columns = ("model", "video", "products", "plan", "budget", "peak", *parts, "arithmetic", "bytes")
+    columns = ("model", "video", "products", "plan", "budget", "peak", *parts, "arithmetic", "bytes", "int8 rows")
     cells = []
     for row in rows:
         sizes = [row["budget_gib"], row["peak_gib"], *row["parts"].values()]
         video = f"{row['width']}x{row['height']}x{row['frames']}"
-        relative = f"{row['slowdown']:.3f}x", f"{row['traffic']:.2f}x"
+        relative = f"{row['slowdown']:.3f}x", f"{row['traffic']:.2f}x", f"{row['int8_rows_gib']:.2f}"
         cells.append([row["model"], video, row["precision"], row["plan"], *(f"{x:.2f}" for x in sizes), *relative])
     return harness.table(columns, cells)
 

@@ -59,18 +59,23 @@ def sampling(size: WanSize, video: Video) -> SamplingJob:
 
 
 def simulator(size: WanSize, recipe: str, loras: int = 0, precision: str = EXACT) -> Simulator:
-    """Return the simulator of a GGUF in a recipe, with `loras` LoRAs on every quantized layer."""
+    """Return the simulator of `patcher`, which takes these arguments."""
+    return Simulator.from_patcher(patcher(size, recipe, loras, precision))
+
+
+def patcher(size: WanSize, recipe: str, loras: int = 0, precision: str = EXACT) -> ModelPatcher:
+    """Return the MODEL of a GGUF in a recipe, without data, with `loras` LoRAs on every quantized layer."""
     specs = tensor_specs(size, find_recipe(recipe))
     model = meta_model(
         {spec.name: spec.shape for spec in specs},
         {spec.name: spec.qtype for spec in specs},
         operations=OPERATIONS[precision],
     )
-    patcher = ModelPatcher(model, META, META)
+    made = ModelPatcher(model, META, META)
     for _ in range(loras):
-        layers = packed_modules(patcher.model)
-        patcher.add_patches({key: _lora(*layer.weight.shape) for key, layer in layers})
-    return Simulator.from_patcher(patcher)
+        layers = packed_modules(made.model)
+        made.add_patches({key: _lora(*layer.weight.shape) for key, layer in layers})
+    return made
 
 
 def _lora(rows: int, columns: int) -> LoRAAdapter:
