@@ -168,6 +168,16 @@ def test_no_more_is_kept_than_the_device_has(model, kept, monkeypatch):
     assert kept == [None]
 
 
+def test_other_models_make_room(model, kept, monkeypatch):
+    """They leave until the rows and what a forward needs beside the weights are free."""
+    asked = []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda nbytes, *_, **__: asked.append(nbytes) or [])
+    sample(with_budget(model, AMPLE))
+    peak = Simulator.from_patcher(model).peak(JOB, None)
+    beside = peak.scratch_bytes + peak.activation_bytes + peak.fragmentation_bytes
+    assert asked[-1] == room_of(model).nbytes + beside and kept[-1]
+
+
 def test_rows_that_cannot_be_allocated_are_made_each_time(model, made, kept, monkeypatch, caplog):
     class FullError(Exception):
         pass
