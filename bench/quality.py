@@ -12,16 +12,20 @@ All encoders of ComfyUI need the newest comfy-kitchen. On a machine with 16 core
     OMP_NUM_THREADS=1 python3 dev.py bench --host 0.30.0+newest quality --jobs 16 --parts out/quality --update
 
 `--parts` keeps the errors of each file in a folder. A run takes from there what is measured, also by runs for single
-networks and recipes, such as `--first 3 --roundings 1 --recipes INT8`. Delete it when encoders have changed.
+networks and recipes, such as `--first 3 --roundings 1 --recipes INT8`. Delete it when encoders have changed. `--update`
+replaces the committed rows of the measured recipes and methods, and keeps the others.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from wanquant.bench import harness
 from wanquant.bench.comparison import Gain, Spread
@@ -36,12 +40,13 @@ NATIVE = ("MXFP8", "INT8", "FP8", "W6A8", "W4A8", "NVFP4", "INT4")
 ALL_METHODS = tuple(dict.fromkeys(("kitchen", *METHODS, *NATIVE_METHODS)))
 PEERS = {
     "plain": "ggml",
+    "int8": "plain",
     "importance": "ggml + importance",
     "importance + LoRA": "importance",
     "calibrated": "ggml + importance",
     "thorough": "calibrated",
 }
-"""The method that each method is compared with: ggml's encoders with the same statistics, or the method it extends."""
+"""The method that each method is compared with: ggml's encoders with the same statistics, or what it changes."""
 NATIVE_PEERS = {"plain": "kitchen", "calibrated": "kitchen"}
 """The same for ComfyUI's own formats, which kitchen encodes without statistics."""
 
@@ -52,6 +57,7 @@ class Quality:
 
     recipe: str
     method: str
+    networks: int
     nbytes: int
     weight_sqnr: float
     output_sqnr: float
@@ -68,6 +74,7 @@ class Quality:
         return cls(
             recipe=recipe,
             method=method,
+            networks=len(files),
             nbytes=files[0].nbytes,
             weight_sqnr=fmean(file.weight_sqnr for file in files),
             output_sqnr=fmean(file.output_sqnr for file in files),
@@ -115,6 +122,21 @@ def measure(
     ]
 
 
+def merged(before: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a result with the rows of one before that it does not replace, in the order of recipes and methods.
+
+    Raises:
+        SystemExit: the two have other settings.
+    """
+    for key in before.keys() - {"machine", "rows"}:
+        if before[key] != result[key]:
+            raise SystemExit(f"the committed rows have {key} {before[key]}, got {result[key]}: measure all rows anew")
+    rows = {(row["recipe"], row["method"]): row for row in (*before["rows"], *result["rows"])}
+    order = product((*GGUF, *NATIVE), ALL_METHODS)
+    machines = dict.fromkeys((before["machine"], result["machine"]))
+    return {**result, "machine": "; ".join(machines), "rows": [rows[key] for key in order if key in rows]}
+
+
 def peer(recipe: str, method: str) -> str | None:
     """Return the method that a method is compared with for a recipe, or None."""
     return (NATIVE_PEERS if RECIPES[recipe].is_native else PEERS).get(method)
@@ -159,8 +181,10 @@ def main() -> None:
     given = {"roundings": options.roundings, "clips": options.seeds, "captions": options.prompts}
     how = {"first": options.first, "jobs": options.jobs, "parts": options.parts}
     rows = measure(options.recipes, options.methods, **given, **how)
+    del given["roundings"]
     result = {**origin(), **given, "rows": [asdict(row) for row in rows]}
     if options.update:
+        result = merged(json.loads(options.update.read_text()), result)
         draw_quality(result["rows"], harness.PICTURES / "quality.png")
     harness.conclude(options, result, text(rows))
 

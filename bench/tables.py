@@ -16,6 +16,7 @@ PAGES = {
     "fits": (ROOT / "README.md", ROOT / "README.zh.md"),
     "convert": (ROOT / "docs" / "formats.md",),
     "quality": (ROOT / "docs" / "quality.md",),
+    "int8": (ROOT / "docs" / "quality.md",),
     "native": (ROOT / "docs" / "quality.md",),
     "tune": (ROOT / "docs" / "calibration.md",),
     "publish-model": (ROOT / "docs" / "publishing.md",),
@@ -62,8 +63,23 @@ def quality_rows() -> str:
         if row["recipe"] in GGUF_RECIPES and row["method"] in ("plain", "importance", "calibrated", "thorough"):
             found = [row["gains"].get(measure) for measure in ("velocity", "latent")]  # none if ggml cannot make it
             cells = (f"{gain['mean']:+.1f} ± {gain['error']:.1f}" if gain else "" for gain in found)
-            gains.setdefault(row["recipe"], []).extend(cells)
+            gains.setdefault(row["recipe"], [str(row["networks"])]).extend(cells)
     return "".join(f"| {' | '.join((recipe, *cells))} |\n" for recipe, cells in gains.items())
+
+
+def int8_rows() -> str:
+    """Return steps and clips in dB with exact products, what products in 8 bits change, and clips with right motion."""
+    rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
+    found = {(row["recipe"], row["method"]): row for row in rows}
+    lines = []
+    for recipe in (recipe for recipe, method in found if method == "int8"):
+        exact, row = found[recipe, "plain"], found[recipe, "int8"]
+        cells = [f"{fmean(exact['velocity_sqnr']):.1f}", f"{exact['latent_psnr']['mean']:.1f}"]
+        gains = (row["gains"][measure] for measure in ("velocity", "latent"))
+        cells += (f"{gain['mean']:+.1f} ± {gain['error']:.1f}" for gain in gains)
+        cells += (f"{each['colour']:.0%}, {each['motion']:.0%}" for each in (exact, row))
+        lines.append(f"| {' | '.join((recipe, *cells))} |\n")
+    return "".join(lines)
 
 
 def native_rows() -> str:
@@ -89,6 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fits": fits_rows,
     "convert": convert_rows,
     "quality": quality_rows,
+    "int8": int8_rows,
     "native": native_rows,
     "tune": tune_rows,
     "publish-model": publish_costs.model_rows,

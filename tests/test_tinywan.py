@@ -129,7 +129,7 @@ def test_draws_the_same_clips_in_any_order_of_its_channels():
 @pytest.fixture(scope="module")
 def measured():
     """The errors of Q2_K and NVFP4 by method: {(recipe, method): Quality}, measured once because that takes long."""
-    methods = ("ggml", "ggml + importance", "plain", "importance", "calibrated", "importance + LoRA", "kitchen")
+    methods = [method for method in quality.ALL_METHODS if method != "thorough"]
     rows = quality.measure(("Q2_K", "NVFP4"), methods, roundings=1, clips=1, captions=2)
     return {(row.recipe, row.method): row for row in rows}
 
@@ -188,6 +188,25 @@ def test_native_formats_against_kitchen(measured):
     assert not kitchen.gains
     assert ours[0].nbytes == kitchen.nbytes
     assert all(row.gains["layers"].mean > 0.8 for row in ours)
+
+
+def test_products_in_8_bits_change_little(measured):
+    exact, row = measured["Q2_K", "plain"], measured["Q2_K", "int8"]
+    assert row.nbytes == exact.nbytes and row.weight_sqnr < exact.weight_sqnr
+    assert row.velocity_sqnr != exact.velocity_sqnr
+    assert abs(row.gains["velocity"].mean) < 0.3
+
+
+def test_a_run_replaces_the_committed_rows_that_it_measured():
+    def row(recipe, method, networks):
+        return {"recipe": recipe, "method": method, "networks": networks}
+
+    before = {"machine": "a", "clips": 1, "rows": [row("Q8_0", "plain", 16), row("INT4", "kitchen", 16)]}
+    rows = [row("IQ1_M", "plain", 2), row("Q8_0", "plain", 2)]
+    merged = quality.merged(before, {"machine": "b", "clips": 1, "rows": rows})
+    assert merged == {"machine": "a; b", "clips": 1, "rows": [rows[1], rows[0], before["rows"][1]]}
+    with pytest.raises(SystemExit, match=r"the committed rows have clips 1, got 2: measure all rows anew"):
+        quality.merged(before, {"machine": "a", "clips": 2, "rows": rows})
 
 
 def test_a_method_makes_only_files_that_it_can(measured):

@@ -20,6 +20,7 @@ from wanquant.bench.tinywan.equivalents import reordered
 from wanquant.bench.tinywan.reference import Weights, collect, load_weights
 from wanquant.quant import QTYPES, convert, open_gguf
 from wanquant.quant.native.registry import NATIVE
+from wanquant.quant.native.rotation import rotate
 from wanquant.quant.plan.recipe import RECIPES
 from wanquant.quant.qtype import Effort
 from wanquant.quant.recovery.recovery_lora import recover
@@ -27,6 +28,7 @@ from wanquant.quant.safetensors.header import read_native_header
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import Calibration, CalibrationCollector
 from wanquant.quant.statistics.importance import Collector, Importance
+from wanquant.quant.torch_op import int8_rows_into
 from wanquant.quant.units import GIB
 from wanquant.testing.kitchen import MissingLayoutError, kitchen_values
 from wanquant.testing.libggml import load as load_libggml
@@ -101,6 +103,13 @@ class Workshop:
     def calibrated(self, recipe: str) -> Encoded:
         return self._converted(recipe, self.calibration)
 
+    def int8(self, recipe: str) -> Encoded:
+        """Convert as `plain`, and multiply in 8-bit integers as in long videos, where keys of the text are exact."""
+        file = self.plain(recipe)
+        names = {name for name in file.quantized if not name.endswith(("cross_attn.k.weight", "cross_attn.v.weight"))}
+        rounded = {name: _in_int8(file.weights[name]) for name in names}
+        return replace(file, weights={**file.weights, **rounded}, inputs=dict.fromkeys(names, rounding("INT8")))
+
     def thorough(self, recipe: str) -> Encoded:
         return self._converted(recipe, self.calibration, "thorough")
 
@@ -126,8 +135,8 @@ class Workshop:
         return Encoded(file.nbytes + report.nbytes, weights, file.quantized)
 
     def _converted(self, recipe: str, importance: Importance | None, effort: Effort = "best") -> Encoded:
-        path = self.path(recipe, importance)
-        report = convert(self.checkpoint, path, recipe, effort=effort, importance=importance, overwrite=True)
+        path = self.path(recipe, importance, effort)
+        report = convert(self.checkpoint, path, recipe, effort=effort, importance=importance)
         if RECIPES[recipe].is_native:
             return _of_native(path, report.nbytes)
         tensors = open_gguf(path).tensors
@@ -151,8 +160,16 @@ class Workshop:
             weights[name] = torch.from_numpy(library.dequantize(qtype, packed))
         return Encoded(ours.nbytes, weights, ours.quantized)
 
-    def path(self, recipe: str, importance: Importance | None) -> Path:
-        return self.folder / f"{recipe}-{type(importance).__name__}{RECIPES[recipe].suffix}"
+    def path(self, recipe: str, importance: Importance | None, effort: Effort = "best") -> Path:
+        """Return the path of a file, which a second conversion reuses."""
+        return self.folder / f"{recipe}-{type(importance).__name__}-{effort}{RECIPES[recipe].suffix}"
+
+
+def _in_int8(weight: Tensor) -> Tensor:
+    """Return what products in 8-bit integers multiply with: float32 (rows, columns)."""
+    codes, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), 1)
+    int8_rows_into(weight.contiguous().view(torch.uint8), "F32", codes, scales)
+    return rotate(codes * scales)
 
 
 def _of_native(path: Path, nbytes: int) -> Encoded:
@@ -173,6 +190,7 @@ METHODS: dict[str, Method] = {
     "ggml": Workshop.ggml,
     "ggml + importance": Workshop.ggml_weighted,
     "plain": Workshop.plain,
+    "int8": Workshop.int8,
     "importance": Workshop.weighted,
     "importance + LoRA": Workshop.recovered,
     "calibrated": Workshop.calibrated,
