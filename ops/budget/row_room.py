@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import comfy.model_management
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ...quant.errors import PrintableLog
 from ...quant.native.rotation import GROUP
@@ -85,7 +86,12 @@ def keep_rows(model: ModelPatcher, room: RowRoom, peak: Peak) -> KeptRows | None
 
 
 def _layers(model: ModelPatcher, tokens: int) -> Iterator[Int8Ops.Linear]:
-    """Yield the layers that multiply this many tokens in 8-bit integers, in the order of the blocks."""
+    """Yield the layers that multiply this many tokens in 8-bit integers, in the order of the blocks.
+
+    Compiled layers make their rows within their graph, which torch would compile anew for other attributes.
+    """
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, host.COMPILE_KEY):
+        return
     for key, layer in packed_modules(model.model):
         if role(key) == "embedding" or _OF_THE_PROMPT.search(key) or not isinstance(layer, Int8Ops.Linear):
             continue

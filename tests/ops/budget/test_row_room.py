@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy.weight_adapter import LoRAAdapter
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 
 from wanquant.ops.budget import row_room, sampling
 from wanquant.ops.budget.choose_plan import ChosenPlan
@@ -157,6 +158,9 @@ def test_no_rows_without_room_for_all_weights(model, t2v):
     everything = room_of(model)
     assert everything and not room_of(model, everything.total_bytes - everything.nbytes)
     assert not room_of(load_diffusion_model(t2v[1], dtype=torch.float32)), "exact products"
+    compiled = model.clone()
+    set_torch_compile_wrapper(compiled, backend="eager")
+    assert not room_of(compiled), "torch would compile it anew in each sampling"
     few = SamplingJob((*SHAPE[:2], 3, *SHAPE[3:]))
     assert not row_room.row_room(model, few, Simulator.from_patcher(model).peak(few, None), AMPLE), "too few tokens"
 
