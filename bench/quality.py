@@ -45,6 +45,7 @@ PEERS = {
     "importance + LoRA": "importance",
     "calibrated": "ggml + importance",
     "thorough": "calibrated",
+    "narrow": "ggml + importance",
 }
 """The method that each method is compared with: ggml's encoders with the same statistics, or what it changes."""
 NATIVE_PEERS = {"plain": "kitchen", "calibrated": "kitchen"}

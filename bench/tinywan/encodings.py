@@ -95,13 +95,13 @@ class Workshop:
             yield cls(folder, checkpoint, source, *inputs)
 
     def plain(self, recipe: str) -> Encoded:
-        return self._converted(recipe, None)
+        return self._converted(recipe, "plain", None)
 
     def weighted(self, recipe: str) -> Encoded:
-        return self._converted(recipe, self.importance)
+        return self._converted(recipe, "importance", self.importance)
 
     def calibrated(self, recipe: str) -> Encoded:
-        return self._converted(recipe, self.calibration)
+        return self._converted(recipe, "calibrated", self.calibration)
 
     def int8(self, recipe: str) -> Encoded:
         """Convert as `plain`, and multiply in 8-bit integers as in long videos, where keys of the text are exact."""
@@ -111,7 +111,11 @@ class Workshop:
         return replace(file, weights={**file.weights, **rounded}, inputs=dict.fromkeys(names, rounding("INT8")))
 
     def thorough(self, recipe: str) -> Encoded:
-        return self._converted(recipe, self.calibration, "thorough")
+        return self._converted(recipe, "thorough", self.calibration, "thorough")
+
+    def narrow(self, recipe: str) -> Encoded:
+        """Convert with covariances within 64 channels alone: wide models know most pairs of channels as little."""
+        return self._converted(recipe, "narrow", _within(self.calibration, 64))
 
     def ggml(self, recipe: str) -> Encoded:
         return self._by_ggml(recipe, {})
@@ -122,7 +126,7 @@ class Workshop:
     def recovered(self, recipe: str) -> Encoded:
         """Convert with importance, and add a recovery LoRA."""
         file, lora = self.weighted(recipe), self.folder / f"{recipe}.safetensors"
-        path, size = self.path(recipe, self.importance), LORA_SHARE * file.nbytes / GIB
+        path, size = self._path(recipe, "importance"), LORA_SHARE * file.nbytes / GIB
         report = recover(path, self.checkpoint, lora, size, importance=self.importance, overwrite=True)
         factors, weights = load_file(lora), dict(file.weights)
         for layer in report.layers:
@@ -134,8 +138,8 @@ class Workshop:
                 weights[bias] = weights[bias] + factors[f"{key}.diff_b"].float()
         return Encoded(file.nbytes + report.nbytes, weights, file.quantized)
 
-    def _converted(self, recipe: str, importance: Importance | None, effort: Effort = "best") -> Encoded:
-        path = self.path(recipe, importance, effort)
+    def _converted(self, recipe: str, method: str, importance: Importance | None, effort: Effort = "best") -> Encoded:
+        path = self._path(recipe, method)
         report = convert(self.checkpoint, path, recipe, effort=effort, importance=importance)
         if RECIPES[recipe].is_native:
             return _of_native(path, report.nbytes)
@@ -152,7 +156,7 @@ class Workshop:
     def _by_ggml(self, recipe: str, importance: Mapping[str, Tensor]) -> Encoded:
         """Quantize with ggml's C library, to the types of our file."""
         ours, library = self.plain(recipe), load_libggml()
-        tensors, weights = open_gguf(self.path(recipe, None)).tensors, dict(ours.weights)
+        tensors, weights = open_gguf(self._path(recipe, "plain")).tensors, dict(ours.weights)
         for name in ours.quantized:
             qtype = tensors[name].qtype.name
             columns = importance[name].numpy() if name in importance else None
@@ -160,9 +164,22 @@ class Workshop:
             weights[name] = torch.from_numpy(library.dequantize(qtype, packed))
         return Encoded(ours.nbytes, weights, ours.quantized)
 
-    def path(self, recipe: str, importance: Importance | None, effort: Effort = "best") -> Path:
+    def _path(self, recipe: str, method: str) -> Path:
         """Return the path of a file, which a second conversion reuses."""
-        return self.folder / f"{recipe}-{type(importance).__name__}-{effort}{RECIPES[recipe].suffix}"
+        return self.folder / f"{recipe}-{method}{RECIPES[recipe].suffix}"
+
+
+def _within(calibration: Calibration, channels: int) -> Calibration:
+    """Return a calibration without the covariances of channels that lie in different runs of so many channels."""
+
+    def kept(name: str, products: Tensor) -> Tensor:
+        run, mean = torch.arange(products.shape[-1]) // channels, calibration.mean(name)
+        assert mean is not None, "every collector measures it"
+        column = mean.view(*products.shape[:2], 1)
+        known = calibration.counts[name] * (column @ column.mT)
+        return torch.where(run[:, None] == run, products, known)
+
+    return replace(calibration, products={n: kept(n, p) for n, p in calibration.products.items()}, factors={})
 
 
 def _in_int8(weight: Tensor) -> Tensor:
@@ -195,6 +212,7 @@ METHODS: dict[str, Method] = {
     "importance + LoRA": Workshop.recovered,
     "calibrated": Workshop.calibrated,
     "thorough": Workshop.thorough,
+    "narrow": Workshop.narrow,
 }
 """The methods to make a GGUF, by their names in the tables."""
 NATIVE_METHODS: dict[str, Method] = {
