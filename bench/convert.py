@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from ..quant.conversion.layer_encoder import LayerEncoder
 from ..quant.plan.wan_shapes import SIZES, transformer_shapes
-from ..quant.qtype import QTYPES, Effort
+from ..quant.qtype import QTYPES
 from ..quant.sources.checkpoint import open_checkpoint
 from ..quant.statistics.calibration import CalibrationCollector
 from ..quant.statistics.calibration_file import write_calibration
@@ -30,8 +30,9 @@ from .native import inputs
 from .native_encoders import native_rows
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-# Small enough to measure all types in two minutes, large enough that the overhead of a call is negligible.
-SHAPE = (1024, 5120)
+GRID_TYPES = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+# Small enough to measure all types in minutes, large enough that the overhead of a call is negligible.
+SHAPE, GRID_ROWS = (1024, 5120), 128
 # As many tokens as a calibration needs for full rank in a span, in the calls of four steps.
 CALLS, TOKENS_A_CALL = 4, 512
 
@@ -45,15 +46,23 @@ def resident(pid: int | str) -> dict[str, int]:
 def encoder_row(name: str, weight: torch.Tensor, libggml: LibGGML) -> dict[str, Any]:
     """Return millions of weights per second on one thread, and the squared error relative to ggml's."""
     array = weight.numpy()
-    efforts: tuple[Effort, ...] = ("fast", "best")
-    fast, best = (lambda effort=effort: QTYPES[name].quantize(weight, effort=effort).numpy() for effort in efforts)
-    encoders = {"ggml": lambda: libggml.quantize(name, array), "fast": fast, "best": best}
+    # Where ggml cannot do without an importance matrix, all weights are given the same importance.
+    uniform = torch.ones(weight.shape[1]) if QTYPES[name].fast_in_c == "requires importance" else None
+    known = None if uniform is None else uniform.numpy()
+
+    def fast() -> NDArray[np.uint8]:
+        return QTYPES[name].quantize(weight, uniform, "fast").numpy()
+
+    def best() -> NDArray[np.uint8]:
+        return QTYPES[name].quantize(weight).numpy()
+
+    encoders = {"ggml": lambda: libggml.quantize(name, array, known), "fast": fast, "best": best}
     times = harness.fastest(1, encoders["ggml"], fast, clock=time.process_time)
     times += harness.fastest(1, best, clock=time.process_time)
     errors = [squared_error(libggml.dequantize(name, encode()), array) for encode in encoders.values()]
     row: dict[str, Any] = {"type": name}
     for encoder, ms, error in zip(encoders, times, errors, strict=True):
-        row[f"{encoder}_mws"] = round(weight.numel() / ms / 1e3, 1)
+        row[f"{encoder}_mws"] = round(weight.numel() / ms / 1e3, 2)
         if encoder != "ggml":
             row[f"{encoder}_error"] = round(error / errors[0] - 1, 4)
     in_a_file = LayerEncoder().quantize(QTYPES[name], weight).numpy()
@@ -72,6 +81,7 @@ def encoder_rows() -> list[dict[str, Any]]:
     weight = 0.02 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     libggml = load()
     rows = [encoder_row(name, weight, libggml) for name in TYPES]
+    rows += [encoder_row(name, weight[:GRID_ROWS], libggml) for name in GRID_TYPES]
     torch.set_num_threads(threads)
     return rows
 
