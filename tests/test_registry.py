@@ -37,7 +37,7 @@ def test_metadata_is_what_the_registry_takes():
     assert setting("tool.comfy", "PublisherId") and setting("tool.comfy", "DisplayName")
     assert setting("tool.comfy", "requires-comfyui") == f">={MINIMUM_HOST}"
     assert 'license = { file = "LICENSE" }' in PYPROJECT
-    assert f"ComfyUI {MINIMUM_HOST.removesuffix('.0')}\nor newer" in (ROOT / "README.md").read_text()
+    assert f"You need ComfyUI {MINIMUM_HOST.removesuffix('.0')} and Python" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("key", "drawn"), [("Icon", logo.icon()), ("Banner", logo.banner())], ids=["icon", "banner"])

@@ -40,25 +40,14 @@ _NODES = """() => app.graph.nodes.map(node => ({
     rectangle: [...node.boundingRect],
 }))"""
 
-_EXTENT = """() => {
-    const {scale, offset} = app.canvas.ds;
-    const {left, top} = app.canvas.canvas.getBoundingClientRect();
-    const groups = app.graph.groups.map(group => [...group._bounding]);
-    const boxes = [...app.graph.nodes.map(node => [...node.boundingRect]), ...groups];
-    const edge = (index, pick, border) =>
-        (pick(...boxes.map(box => box[index] + (border > 0 ? box[index + 2] : 0))) + border + offset[index]) * scale;
-    return [left + edge(0, Math.min, -20), top + edge(1, Math.min, -20),
-            left + edge(0, Math.max, 20), top + edge(1, Math.max, 20)];
-}"""
-
 # Brings the nodes of these types to the top at full size, right of the menu; where they are on the page then.
-_CLOSE_UP = """types => {
+_CLOSE_UP = """([types, links]) => {
     const boxes = app.graph.nodes.filter(node => types.includes(node.type)).map(node => [...node.boundingRect]);
     const left = Math.min(...boxes.map(box => box[0])) - 12, top = Math.min(...boxes.map(box => box[1])) - 30;
     const right = Math.max(...boxes.map(box => box[0] + box[2])), low = Math.max(...boxes.map(box => box[1] + box[3]));
     const {ds, canvas} = app.canvas;
     [ds.scale, ds.offset[0], ds.offset[1]] = [1, 300 - left, 40 - top];
-    app.canvas.links_render_mode = LiteGraph.HIDDEN_LINK;
+    app.canvas.links_render_mode = links ? LiteGraph.SPLINE_LINK : LiteGraph.HIDDEN_LINK;
     app.canvas.deselectAll();  // the toolbar of a selected node would lie over another
     app.canvas.setDirty(true, true);
     const place = canvas.getBoundingClientRect();
@@ -140,17 +129,9 @@ class Canvas:
             time.sleep(0.2)
         raise TimeoutError(f"no result in {timeout:.0f} s")
 
-    def picture(self) -> Image.Image:
-        """The whole graph, once previews had the time to load."""
-        self.page.locator("#graph-canvas").focus()
-        self.page.keyboard.press(".")
-        self.page.wait_for_timeout(2000)
-        left, top, right, bottom = self.page.evaluate(_EXTENT)
-        return self._screenshot(left, top, right - left, bottom - top)
-
-    def close_up(self, types: Sequence[str]) -> Image.Image:
+    def close_up(self, types: Sequence[str], *, links: bool = False) -> Image.Image:
         """The nodes of these types, at the size that they have before any zoom."""
-        place = self.page.evaluate(_CLOSE_UP, list(types))
+        place = self.page.evaluate(_CLOSE_UP, [list(types), links])
         self.page.wait_for_timeout(500)
         picture = self._screenshot(*place)
         self.page.evaluate("app.canvas.links_render_mode = LiteGraph.SPLINE_LINK")

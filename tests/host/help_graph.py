@@ -18,7 +18,7 @@ from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.testing.hosts import ROOT
 from wanquant.testing.server import HostServer
 from wanquant.workflow_generators import models
-from wanquant.workflow_generators.canvas import Box, Columns, Node, node
+from wanquant.workflow_generators.canvas import Box, Columns, Json, Node, Schemas, node, workflow
 
 TINYWAN = ROOT / "bench" / "tinywan"
 SOURCE, QUANTIZED, PROMPT = "TinyWan.safetensors", "TinyWan-Q4_K_M.gguf", "a red ball.safetensors"
@@ -124,26 +124,19 @@ def columns() -> Columns:
     return [[Box("", {name: item}) for name, item in part.items()] for part in parts]
 
 
-def readme_columns() -> Columns:
-    """What most people want to see: a model quantized, sampled, and compared with itself."""
-    models = {
-        "model": node("WanQuantLoader", model_name="", path=["convert", 0]),
-        "dense": node("UNETLoader", unet_name=SOURCE, weight_dtype="default"),
-        "prompt": node("WanQuantLoadConditioning", name=PROMPT),
-        "empty": node("EmptyHunyuanLatentVideo", length=17, batch_size=1, **_SIZE),
+def readme_graph(schemas: Schemas) -> Json:
+    """Return what a new user sees: the loader swapped, and a budget between it and the sampler."""
+    swapped = {
+        "model": node("WanQuantLoader", model_name=models.T2V_14B.name),
+        "budget": node("WanQuantLowVRAM", model=["model", 0], budget_gib=3.5),
+        "sampler": node("KSampler", model=["budget", 0], seed=7, control_after_generate="fixed", steps=30, cfg=6.0),
     }
-    results = {
-        "decode": node("WanQuantPreviewDecode", samples=["quantized", 0]),
-        "frames": node("SaveImage", images=["decode", 0], filename_prefix="wanquant/frames"),
-    }
-    compare = node("WanQuantCompareLatents", reference=["full", 0], compared=["quantized", 0])
-    return [
-        [Box("Quantize once", {"convert": node("WanQuantConvert", source=SOURCE, recipe="Q4_K_M")})],
-        [Box("Models", models)],
-        [Box("The same seed", {"quantized": _sampler("model"), "full": _sampler("dense")})],
-        [Box("What the quantized model drew", results)],
-        [Box("What it cost", {"compare": compare})],
-    ]
+    graph = workflow("readme", [[Box("", swapped)]], schemas)
+    left = 0
+    for entry, width in zip(graph["nodes"], (340, 260, 260), strict=True):
+        entry["pos"], entry["size"] = [left, 0], [width, 0]  # the canvas makes it as high as its widgets
+        left += width + 40
+    return graph
 
 
 def _sampler(model: str) -> Node:
