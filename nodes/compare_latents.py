@@ -39,5 +39,5 @@ class WanQuantCompareLatents(io.ComfyNode):
 
         comparison = compare_latents(reference["samples"], compared["samples"])
         picture = picture_tensor(draw(comparison))
-        shown = text_and_picture(comparison.text(), picture, cls)
+        shown = text_and_picture(f"{comparison.message()}\n{comparison.figures()}", picture, cls)
         return io.NodeOutput(comparison.psnr, comparison.cosine, picture, ui=shown)

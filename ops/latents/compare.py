@@ -32,13 +32,21 @@ class LatentComparison:
     compared: Tensor
     """Preview of the compared latent, like `reference`."""
 
-    def text(self) -> str:
-        """Return the figures in two lines."""
-        worst = min(range(len(self.frame_psnr)), key=self.frame_psnr.__getitem__)
-        return (
-            f"PSNR {self.psnr:.2f} dB, cosine {self.cosine:.6f}\n"
-            f"worst frame {worst} of {len(self.frame_psnr)}: {self.frame_psnr[worst]:.2f} dB"
-        )
+    @property
+    def worst_frame(self) -> int:
+        """The number of the latent frame that differs most."""
+        return min(range(len(self.frame_psnr)), key=self.frame_psnr.__getitem__)
+
+    def message(self) -> str:
+        """Return in words where the latents differ."""
+        if self.psnr == math.inf:
+            return "The latents are equal"
+        worst = self.worst_frame
+        return f"The latents differ most in frame {worst} of {len(self.frame_psnr)}: {self.frame_psnr[worst]:.2f} dB"
+
+    def figures(self) -> str:
+        """Return the figures of the whole latent."""
+        return f"PSNR {self.psnr:.2f} dB, cosine {self.cosine:.6f}"
 
 
 def compare_latents(reference: Tensor, compared: Tensor) -> LatentComparison:

@@ -13,25 +13,29 @@ from .compare import LatentComparison
 
 _MAX_COLUMNS = 4
 # Inches of 100 pixels. A font of 10 points is 14 pixels high, readable in a node of half the picture's width.
-_WIDTH, _CURVE_HEIGHT, _STRIP_WIDTH = 7.2, 2.2, 5.9
+_WIDTH, _CURVE_HEIGHT, _STRIP_WIDTH = 7.2, 2.5, 5.9
 
 
 def draw(comparison: LatentComparison) -> Image.Image:
-    """Return an RGB picture, 720 pixels wide: PSNR by frame, then some frames of both latents and their error."""
+    """Return an RGB picture, 720 pixels wide: PSNR by frame, then some frames of both latents and their error.
+
+    The frame that differs most is among them.
+    """
     count = len(comparison.frame_psnr)
     columns = min(count, _MAX_COLUMNS)
-    shown = [round(index * (count - 1) / max(1, columns - 1)) for index in range(columns)]
+    shown = _frames(count, columns, comparison.worst_frame)
     _, height, width, _ = comparison.reference.shape
     strip_height = 0.6 + 3.15 * min(_STRIP_WIDTH / columns, 2.2) * height / width
     figure = Figure(figsize=(_WIDTH, _CURVE_HEIGHT + strip_height), dpi=100, facecolor="white", layout="constrained")
     curve, strips = np.asarray(figure.subfigures(2, 1, height_ratios=(_CURVE_HEIGHT, strip_height)))
     axis = curve.subplots()
     axis.plot(range(count), comparison.frame_psnr, marker="o", color="#0072b2")
-    axis.set_title(comparison.text().replace("\n", "; "), loc="left", fontsize=11)
+    curve.suptitle(comparison.message(), x=0.01, ha="left", fontsize=13)
+    axis.set_title(comparison.figures(), loc="left", fontsize=10, color="#667085")
     axis.set_xlabel("latent frame")
     axis.set_ylabel("PSNR in dB")
     axis.set_xlim(-0.5, count - 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     axis.grid(color="#e4e7ec")
     rows = strips.subplots(3, columns, squeeze=False)
     largest = comparison.error.max().item() or 1.0
@@ -49,3 +53,11 @@ def draw(comparison: LatentComparison) -> Image.Image:
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return Image.open(png).convert("RGB")
+
+
+def _frames(count: int, columns: int, worst: int) -> list[int]:
+    """Return the numbers of the frames to show: evenly spaced, the nearest one moved to the worst."""
+    shown = [round(index * (count - 1) / max(1, columns - 1)) for index in range(columns)]
+    nearest = min(range(columns), key=lambda column: abs(shown[column] - worst))
+    shown[nearest] = worst
+    return shown

@@ -1,4 +1,4 @@
-"""A chart of a file report: bytes by role and type, then the bytes and the error of every layer by block.
+"""A chart of a file report: what it shows, bytes by role and type, then bytes and error of every layer by block.
 
 It needs matplotlib, so import this module only to draw.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DPI, _WIDTH = 100, 7.2  # in inches; text 14 pixels high stays readable in a node of half that width
-_ROW, _BAR, _HEAD, _LABELS = 0.26, 0.3, 0.8, 1.45  # inches
+_ROW, _BAR, _HEAD, _LABELS = 0.26, 0.3, 1.05, 1.45  # inches
 _LEGEND_COLUMNS = 5
 # The palette of Okabe and Ito, whose colors can be distinguished with any color vision.
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
@@ -34,7 +35,7 @@ _ROLES = ("self_attn", "cross_attn", "ffn", "embedding", "head", "other")
 _LAYER = re.compile(r"(?:(\w{1,20})_)?blocks\.(\d{1,9})\.(.{1,60})\.weight")
 # A hostile file may have any number of layers and blocks; those of a Wan model are far fewer.
 _MAX_LAYERS, _MAX_BLOCKS = 60, 400
-_NAME_CHARS = 90
+_LINE_CHARS = 90
 
 Layers = Mapping[str, Mapping[int, TensorSummary]]
 """The matrix of each layer of a block (such as `self_attn.q`), by the number of the block."""
@@ -65,9 +66,11 @@ def _draw(report: FileReport) -> Image.Image:
         """Return new axes at a position in inches from the upper left corner."""
         return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
 
-    name = printable(report.path.name, _NAME_CHARS)
-    figure.text(0.02, 1 - 0.25 / height, name, fontsize=min(14, 900 / len(name)), va="center")
-    figure.text(0.02, 1 - 0.53 / height, _summary(report), fontsize=10, va="center", color="#667085")
+    lines = (_message(report, layers), 14, "black"), (report.path.name, 11, "black"), (_summary(report), 10, "#667085")
+    for row, (line, size, color) in enumerate(lines):
+        shown = printable(line, _LINE_CHARS)
+        fitting = min(size, 840 / len(shown))
+        figure.text(0.02, 1 - (0.25 + 0.27 * row) / height, shown, fontsize=fitting, va="center", color=color)
     if roles:
         _draw_bytes(axes(_LABELS, _HEAD, _WIDTH - _LABELS - 0.1, bars), report, roles)
     top, tall = _HEAD + bars + legend + 0.4, _ROW * len(layers)
@@ -83,9 +86,24 @@ def _draw(report: FileReport) -> Image.Image:
     return Image.open(png).convert("RGB")
 
 
+def _message(report: FileReport, layers: Layers) -> str:
+    """Return what the chart shows: the role with the most bytes, and the layer with the largest error."""
+    nbytes: Counter[str] = Counter()
+    for tensor in report.tensors:
+        nbytes[tensor.role] += tensor.nbytes
+    if not nbytes.total():
+        return "The file holds no weights"
+    role, most = max(nbytes.items(), key=lambda item: item[1])
+    share = f"{role} has {100 * most / nbytes.total():.0f} % of the bytes"
+    errors = {t.name: t.relative_error for layer in layers.values() for t in layer.values() if t.relative_error}
+    if not errors:
+        return share
+    return f"{share}, {max(errors, key=errors.__getitem__).removesuffix('.weight')} the largest error"
+
+
 def _summary(report: FileReport) -> str:
     size = f"{report.nbytes / GIB:.3f} GiB, {report.bits_per_weight:.2f} bits per weight"
-    return printable(f"{size}, {len(report.tensors)} tensors - {report.kind}", _NAME_CHARS)
+    return f"{size}, {len(report.tensors)} tensors - {report.kind}"
 
 
 def _layers(report: FileReport) -> Layers:

@@ -8,6 +8,7 @@ import comfy.latent_formats
 import pytest
 import torch
 
+from wanquant.ops.latents import compare_chart
 from wanquant.ops.latents.compare import compare_latents
 from wanquant.ops.latents.compare_chart import draw
 from wanquant.quant import QuantError
@@ -29,6 +30,7 @@ def test_known_error_in_one_frame():
     assert result.error[1].allclose(torch.tensor(0.1), atol=1e-5)
     assert result.error.shape == (3, 2, 4)
     assert 0 < result.cosine < 1
+    assert result.message() == "The latents differ most in frame 1 of 3: 20.00 dB"
 
 
 def test_equal_latents():
@@ -37,7 +39,8 @@ def test_equal_latents():
     assert result.psnr == math.inf
     assert result.cosine == pytest.approx(1.0)
     assert len(result.frame_psnr) == 4
-    assert "PSNR inf dB" in result.text()
+    assert result.message() == "The latents are equal"
+    assert result.figures().startswith("PSNR inf dB")
     assert draw(result).width == 720
 
 
@@ -46,6 +49,14 @@ def test_picture_has_the_same_width_for_any_number_of_frames(frames):
     samples = torch.randn(1, 16, frames, 4, 6)
     picture = draw(compare_latents(samples, samples + 0.1 * torch.randn_like(samples)))
     assert picture.width == 720
+
+
+@pytest.mark.parametrize(
+    ("worst", "shown"), [(0, [0, 7, 13, 20]), (2, [2, 7, 13, 20]), (9, [0, 9, 13, 20]), (19, [0, 7, 13, 19])]
+)
+def test_frame_that_differs_most_is_shown(worst, shown):
+    assert compare_chart._frames(21, 4, worst) == shown
+    assert compare_chart._frames(1, 1, 0) == [0]
 
 
 def test_refuses_other_shapes():

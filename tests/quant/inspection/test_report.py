@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.inspection import report_chart as chart
-from wanquant.quant.inspection.report import inspect
+from wanquant.quant.inspection.report import FileReport, TensorSummary, inspect
 from wanquant.quant.inspection.report_chart import draw
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
@@ -79,6 +80,24 @@ def test_chart_shows_every_layer_of_every_block(converted, monkeypatch):
     for layers in drawn.values():
         assert list(layers)[:2] == ["self_attn.q", "self_attn.k"] and list(layers)[-1] == "ffn.2"
         assert {len(layer) for layer in layers.values()} == {4}
+
+
+def test_message_of_the_chart_names_what_is_largest():
+    head, bias, *layers = (
+        TensorSummary("head.head.weight", "F16", (4, 4), 32, None),
+        TensorSummary("blocks.0.ffn.0.bias", "F32", (8,), 0, 0.9),  # tuning changes it on purpose
+        TensorSummary("blocks.0.self_attn.q.weight", "Q4_0", (8, 8), 24, 0.1),
+        TensorSummary("blocks.0.ffn.0.weight", "Q4_0", (8, 16), 72, 0.2),
+        TensorSummary("blocks.1.ffn.0.weight", "Q8_0", (8, 16), 72, 0.0),
+    )
+    assert message(head, bias, *layers) == "ffn has 72 % of the bytes, blocks.0.ffn.0 the largest error"
+    assert message(head) == "head has 100 % of the bytes"
+    assert message() == "The file holds no weights"
+
+
+def message(*tensors):
+    report = FileReport(Path("wan.gguf"), 1000, {}, tensors)
+    return chart._message(report, chart._layers(report))
 
 
 def test_only_the_chart_imports_matplotlib():
