@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from .layout import SizedBox, layout
+
 Schemas = dict[str, Any]
 """The server's answer to /object_info: class -> inputs, outputs."""
 Json = dict[str, Any]
 
-_SOCKET, _WIDGET, _TITLE = 20, 24, 30  # heights of one row, in the canvas's units
-_GAP, _MARGIN, _BOX_TITLE = 20, 15, 45
-# ComfyUI fits a template into the window and shows no text below 57 %, so that a wide graph would open without any.
-_HIGHEST = 1250
+_SOCKET, _WIDGET = 20, 24  # heights of one row, in the canvas's units
 _WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 # Nodes that show text or pictures need more room than their rows.
 _SIZES = {
@@ -30,26 +29,26 @@ _SIZES = {
     "LoadVideo": (330, 380),
     "PreviewAny": (440, 170),
     "PreviewImage": (480, 250),
-    "SaveImage": (480, 500),
-    "SaveVideo": (480, 420),
+    "SaveImage": (400, 340),
+    "SaveVideo": (400, 340),
     "UnetLoaderGGUF": (330, 140),
     "WanQuantAdvise": (720, 330),
     "WanQuantCheck": (720, 300),
     "WanQuantCompareLatents": (560, 560),
-    "WanQuantConvert": (440, 770),
+    "WanQuantConvert": (440, 660),
     "WanQuantInspect": (440, 490),
-    "WanQuantLowVRAM": (440, 380),
+    "WanQuantLowVRAM": (440, 330),
     "WanQuantSaveConditioning": (330, 170),
     "WanQuantSaveImportance": (440, 230),
     "WanQuantSaveModel": (440, 700),
     "WanQuantSaveRecoveryLora": (440, 330),
-    "WanQuantTextEncode": (420, 420),
+    "WanQuantTextEncode": (420, 340),
+    "WanQuantTune": (440, 700),
 }
 _WIDTH, _NOTE_WIDTH = 330, 480
-_BOX_COLOR = "#3f789e"
 _NOTE_COLORS = {"color": "#432", "bgcolor": "#353535"}  # links are legible on it, also as the light theme lightens it
 # In pixels of the canvas: its text beside the arrows of a widget, and the note's, which is smaller.
-_LETTER, _ARROWS = 6.3, 90
+_LETTER, _ARROWS = 6.3, 115
 _NOTE_LINE, _NOTE_LETTERS, _HEADING, _HEADING_LETTERS = 14, 80, 28, 42
 _LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 
@@ -109,7 +108,13 @@ def note(text: str) -> Box:
 
 def workflow(name: str, columns: Columns, schemas: Schemas) -> Json:
     """Return the file that the canvas opens; the same graph always gives the same file."""
-    places, groups = _layout(columns, schemas)
+    places, groups = layout(
+        [
+            SizedBox(box.title, {name: _size(item, schemas) for name, item in box.nodes.items()})
+            for column in columns
+            for box in column
+        ]
+    )
     ids = {item: index for index, item in enumerate(places, start=1)}
     nodes, links = [], []
     for order, (item_id, item) in enumerate(_nodes(columns)):
@@ -248,44 +253,3 @@ def _note_height(text: str) -> int:
         rows = math.ceil(len(line) / (_HEADING_LETTERS if heading else _NOTE_LETTERS))
         height += rows * (_HEADING if heading else _NOTE_LINE) if line else _NOTE_LINE - 4
     return height
-
-
-def _layout(columns: Columns, schemas: Schemas) -> tuple[dict[str, list[int]], list[Json]]:
-    """Return the place [x, y, width, height] of every node, and the frames."""
-    places: dict[str, list[int]] = {}
-    groups: list[Json] = []
-    x = 0
-    for column in _stacked(columns, schemas):
-        width = max(_size(item, schemas)[0] for box in column for item in box.nodes.values())
-        y = 0
-        for box in column:
-            top, y = y, y + (_BOX_TITLE if box.title else 0)
-            for name, item in box.nodes.items():
-                y += _TITLE
-                places[name] = [x + _MARGIN, y, width, _size(item, schemas)[1]]
-                y += places[name][3] + _GAP
-            if box.title:
-                bounding = [x, top, width + 2 * _MARGIN, y - top]
-                groups.append(_group(len(groups) + 1, box.title, bounding))
-            y += _GAP
-        x += width + 2 * _MARGIN + _GAP
-    return places, groups
-
-
-def _stacked(columns: Columns, schemas: Schemas) -> list[list[Box]]:
-    """Return the boxes in as few columns as their heights allow, in the same order."""
-    stacked: list[list[Box]] = []
-    room = 0
-    for box in (box for column in columns for box in column):
-        height = (_BOX_TITLE if box.title else 0) + _GAP
-        height += sum(_TITLE + _size(item, schemas)[1] + _GAP for item in box.nodes.values())
-        if height > room:
-            stacked.append([])
-            room = _HIGHEST
-        stacked[-1].append(box)
-        room -= height
-    return stacked
-
-
-def _group(number: int, title: str, bounding: list[int]) -> Json:
-    return {"id": number, "title": title, "bounding": bounding, "color": _BOX_COLOR, "font_size": 24, "flags": {}}

@@ -59,8 +59,8 @@ def loader(file: Model) -> Node:
     return node("WanQuantLoader", model_name=file.name, precision="auto")
 
 
-def shift(shift: float, model: str = "model", slot: int = 0) -> Node:
-    return node("ModelSamplingSD3", model=[model, slot], shift=shift)
+def shift(shift: float, model: str = "model") -> Node:
+    return node("ModelSamplingSD3", model=[model, 0], shift=shift)
 
 
 def size(width: int, height: int, length: int) -> Box:

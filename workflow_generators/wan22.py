@@ -55,6 +55,16 @@ def _lora(file: Model, slot: int) -> Node:
     return node("LoraLoaderModelOnly", models=[file], model=["model", slot], lora_name=file.name, strength_model=1.0)
 
 
+def _shifts(shift: float, high: list[Any], low: list[Any]) -> dict[str, Node]:
+    """Return the shift of each expert, with links from the two; the titles tell them apart."""
+    return {
+        f"shift_{noise}": node(
+            "ModelSamplingSD3", title=f"{noise.capitalize()} noise: shift", model=expert, shift=shift
+        )
+        for noise, expert in (("high", high), ("low", low))
+    }
+
+
 def experts_t2v() -> Columns:
     text = (
         "Two experts of 14B share the work: one runs the first half of the steps, the other the rest. Only the one "
@@ -63,8 +73,7 @@ def experts_t2v() -> Columns:
     )
     loaders = {
         "model": _experts(models.T2V_A14B),
-        "shift_high": parts.shift(8.0),
-        "shift_low": parts.shift(8.0, slot=1),
+        **_shifts(8.0, ["model", 0], ["model", 1]),
         "clip": parts.clip(),
         "vae": parts.vae(),
     }
@@ -87,8 +96,7 @@ def experts_4_steps() -> Columns:
         "model": _experts(models.T2V_A14B),
         "lora_high": _lora(models.LORA_HIGH, 0),
         "lora_low": _lora(models.LORA_LOW, 1),
-        "shift_high": parts.shift(5.0, "lora_high"),
-        "shift_low": parts.shift(5.0, "lora_low"),
+        **_shifts(5.0, ["lora_high", 0], ["lora_low", 0]),
     }
     files = (*models.T2V_A14B, models.LORA_HIGH, models.LORA_LOW, models.VAE_21, models.UMT5)
     return [
@@ -107,8 +115,7 @@ def experts_i2v() -> Columns:
     )
     loaders = {
         "model": _experts(models.I2V_A14B),
-        "shift_high": parts.shift(5.0),
-        "shift_low": parts.shift(5.0, slot=1),
+        **_shifts(5.0, ["model", 0], ["model", 1]),
         "clip": parts.clip(),
         "vae": parts.vae(),
     }
@@ -165,8 +172,7 @@ def experts_i2v_4_steps() -> Columns:
         "model": _experts(models.I2V_A14B),
         "lora_high": _lora(models.I2V_LORA_HIGH, 0),
         "lora_low": _lora(models.I2V_LORA_LOW, 1),
-        "shift_high": parts.shift(5.0, "lora_high"),
-        "shift_low": parts.shift(5.0, "lora_low"),
+        **_shifts(5.0, ["lora_high", 0], ["lora_low", 0]),
         "vae": parts.vae(),
     }
     size = {"width": 832, "height": 480, "length": 81, "batch_size": 1}

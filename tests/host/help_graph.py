@@ -60,7 +60,7 @@ def _write_lora(path: Path, weight: GGUFTensor) -> None:
 
 
 def columns() -> Columns:
-    """Every node in a box of its own, with what it needs to run."""
+    """Every node in a box of its own or beside what shows its output, with what it needs to run."""
     high, low = (file.name for file in models.T2V_A14B)
     loaders = {
         "dense": node("UNETLoader", unet_name=SOURCE, weight_dtype="default"),
@@ -102,6 +102,8 @@ def columns() -> Columns:
             latent=["full", 0],
             blocks=["collect", 2],
         ),
+    }
+    budget = {
         "budget": node("WanQuantLowVRAM", model=["model", 0], budget_gib=0.75, frames=17, **_SIZE),
         "peak": node("PreviewAny", source=["budget", 1]),
     }
@@ -110,8 +112,8 @@ def columns() -> Columns:
         "full": _sampler("collect"),
         "quantized": _sampler("budget"),
     }
-    results = {
-        "compare": node("WanQuantCompareLatents", reference=["full", 0], compared=["quantized", 0]),
+    compared = {"compare": node("WanQuantCompareLatents", reference=["full", 0], compared=["quantized", 0])}
+    preview = {
         "decode": node("WanQuantPreviewDecode", samples=["quantized", 0]),
         "frames": node("PreviewImage", images=["decode", 0]),
     }
@@ -120,8 +122,9 @@ def columns() -> Columns:
             "WanQuantTune", model=["dense", 0], name="TinyWan-tuned.gguf", recipe="Q4_0", blocks_path=["importance", 1]
         )
     }
-    parts = (loaders, files, shown, machine, measured, sampled, results, tuned)
-    return [[Box("", {name: item}) for name, item in part.items()] for part in parts]
+    parts = (loaders, files, shown, machine, measured, sampled, compared, tuned)
+    alone = [Box("", {name: item}) for part in parts for name, item in part.items()]
+    return [[*alone, Box("", budget), Box("", preview)]]
 
 
 def readme_graph(schemas: Schemas) -> Json:

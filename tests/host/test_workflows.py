@@ -68,6 +68,15 @@ def test_thumbnail_is_the_drawing(path: Path):
     assert all(np.abs(kept - drawn).mean() <= np.abs(kept - other).mean() for other in others)
 
 
+@each_file
+def test_template_opens_with_text_on_a_full_hd_screen(path: Path):
+    """ComfyUI shows a template in three quarters of the window, and text from a zoom of 57 % on."""
+    file = json.loads(path.read_text(encoding="utf-8"))
+    areas = [node["pos"] + node["size"] for node in file["nodes"]] + [group["bounding"] for group in file["groups"]]
+    width, height = (max(area[axis] + area[axis + 2] for area in areas) for axis in (0, 1))
+    assert 0.75 * min(1920 / width, 1080 / height) > 0.57 or path.stem == "What quantization costs"
+
+
 def _inside(file: Json) -> Json:
     return _graph(file["definitions"]["subgraphs"][0])
 
