@@ -18,7 +18,7 @@ import torch
 from comfy.patcher_extension import WrapperExecutor
 from safetensors.torch import load_file
 
-from wanquant.ops.budget.sampling import _keep_weights
+from wanquant.ops.budget.resident import keep_weights
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.prefetch import prefetch_blocks
 from wanquant.ops.packed.layout import is_packed
@@ -157,7 +157,7 @@ def test_what_is_held_leaves_less_for_weights(dynamic, lora, monkeypatch):
     load(patched)
     limits = []
     monkeypatch.setattr(StandInVBAR, "set_watermark_limit", lambda _, nbytes: limits.append(nbytes), raising=False)
-    _keep_weights(patched, 1 << 20)
+    keep_weights(patched, 1 << 20)
     assert limits == [(1 << 20) - held(patched)]
     assert held(patched) == sum(factor.nbytes for factor in lora.values())
 
