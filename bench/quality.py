@@ -99,7 +99,7 @@ def measure(
     jobs: int = 1,
     parts: Path | None = None,
 ) -> list[Quality]:
-    """Measure every recipe by every method that makes such files and is available.
+    """Measure every recipe by every method that makes such files and is available, and what these are compared with.
 
     Args:
         roundings: the number of networks.
@@ -109,17 +109,19 @@ def measure(
         jobs: the number of processes.
         parts: a folder where the errors of each file are kept, and taken from.
     """
-    files = [(recipe, method) for recipe in recipes for method in methods if method in methods_of(recipe)]
-    missing = {file: reason for file in files if (reason := unavailable(*file))}
+    wanted = [(recipe, method) for recipe in recipes for method in methods if method in methods_of(recipe)]
+    peers = [(recipe, other) for recipe, method in wanted if (other := peer(recipe, method))]
+    missing = {file: reason for file in (*wanted, *peers) if (reason := unavailable(*file))}
     for reason in missing.values():
         print(reason, file=sys.stderr)
-    files = [file for file in files if file not in missing]
+    files = [file for file in dict.fromkeys((*wanted, *peers)) if file not in missing]
     networks = range(first, first + roundings)
     samples = Bench(clips, captions, parts).measure([(order, *file) for order in networks for file in files], jobs)
     found = {file: [samples[(order, *file)] for order in networks] for file in files}
     return [
-        Quality.of(recipe, method, of_file, found.get((recipe, peer(recipe, method) or "")))
-        for (recipe, method), of_file in found.items()
+        Quality.of(recipe, method, found[recipe, method], found.get((recipe, peer(recipe, method) or "")))
+        for recipe, method in wanted
+        if (recipe, method) in found
     ]
 
 
