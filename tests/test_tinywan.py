@@ -258,12 +258,14 @@ def test_errors_of_files_are_kept_and_taken_from_another_run(tmp_path, monkeypat
 
 
 def test_the_picture_shows_every_format(tmp_path, monkeypatch):
-    row = {"nbytes": 5_000_000, "latent_psnr": {"mean": 50.0, "deviation": 1.0}}
+    row = {"networks": 2, "nbytes": 5_000_000, "latent_psnr": {"mean": 50.0, "deviation": 1.0}}
     native = [(name, method) for name in quality.NATIVE for method in NATIVE_METHODS]
     files = [("Q8_0", "ggml"), ("Q8_0", "plain"), *native]
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: drawn.append(figure))
-    draw_quality([row | {"recipe": recipe, "method": method} for recipe, method in files], tmp_path / "quality.png")
+    rows = [row | {"recipe": recipe, "method": method} for recipe, method in files]
+    fewer = row | {"recipe": "IQ1_M", "method": "plain", "networks": 1}
+    draw_quality([*rows, fewer], tmp_path / "quality.png")
     left, right = drawn[0].axes
     assert [text.get_text() for text in left.texts] == ["Q8_0"]
     assert sorted(text.get_text() for text in right.texts) == sorted(quality.NATIVE)

@@ -40,7 +40,12 @@ _SIDES = {"INT4": _LEFT, "FP8": _LEFT, "W4A8": _ABOVE, "INT8": _ABOVE}
 
 
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
-    """Draw the error by size: GGUF on the left, a line per method; ComfyUI's own formats on the right."""
+    """Draw the error by size: GGUF on the left, a line per method; ComfyUI's own formats on the right.
+
+    Rows of fewer networks than others are left out: other seeds have clips of other difficulty.
+    """
+    most = max(row["networks"] for row in rows)
+    rows = [row for row in rows if row["networks"] == most]
     figure = new_figure(10, 7.2)
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     gguf = [row for row in rows if not RECIPES[row["recipe"]].is_native]
