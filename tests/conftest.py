@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if skipped:
         reasons = (f"{count} ({reason})" for reason, count in Counter(skipped).most_common())
         terminalreporter.write_line(f"not tested here: {'; '.join(reasons)}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Seed each test by its name, so that it draws the same values in any order and process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(zlib.crc32(item.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
