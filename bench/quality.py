@@ -99,7 +99,9 @@ def measure(
     jobs: int = 1,
     parts: Path | None = None,
 ) -> list[Quality]:
-    """Measure every recipe by every method that makes such files and is available, and what these are compared with.
+    """Return the errors of every recipe by every method that makes such files and is available.
+
+    The methods that these are compared with are measured as well.
 
     Args:
         roundings: the number of networks.
@@ -136,7 +138,7 @@ def merged(before: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, An
             raise SystemExit(f"the committed rows have {key} {before[key]}, got {result[key]}: measure all rows anew")
     rows = {(row["recipe"], row["method"]): row for row in (*before["rows"], *result["rows"])}
     order = product((*GGUF, *NATIVE), ALL_METHODS)
-    machines = dict.fromkeys((before["machine"], result["machine"]))
+    machines = dict.fromkeys(f"{before['machine']}; {result['machine']}".split("; "))
     return {**result, "machine": "; ".join(machines), "rows": [rows[key] for key in order if key in rows]}
 
 

@@ -68,7 +68,7 @@ def quality_rows() -> str:
 
 
 def int8_rows() -> str:
-    """Return steps and clips in dB with exact products, what products in 8 bits change, and clips with right motion."""
+    """Return steps and clips in dB with exact products, what 8-bit products change, and the share of right clips."""
     rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
     found = {(row["recipe"], row["method"]): row for row in rows}
     lines = []

@@ -205,6 +205,7 @@ def test_a_run_replaces_the_committed_rows_that_it_measured():
     rows = [row("IQ1_M", "plain", 2), row("Q8_0", "plain", 2)]
     merged = quality.merged(before, {"machine": "b", "clips": 1, "rows": rows})
     assert merged == {"machine": "a; b", "clips": 1, "rows": [rows[1], rows[0], before["rows"][1]]}
+    assert quality.merged(merged, {"machine": "b", "clips": 1, "rows": rows}) == merged, "each machine is named once"
     with pytest.raises(SystemExit, match=r"the committed rows have clips 1, got 2: measure all rows anew"):
         quality.merged(before, {"machine": "a", "clips": 2, "rows": rows})
 

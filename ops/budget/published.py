@@ -59,7 +59,7 @@ def sampling(size: WanSize, video: Video) -> SamplingJob:
 
 
 def simulator(size: WanSize, recipe: str, loras: int = 0, precision: str = EXACT) -> Simulator:
-    """Return the simulator of `patcher`, which takes these arguments."""
+    """Return the simulator of the MODEL that `patcher` returns for the same arguments."""
     return Simulator.from_patcher(patcher(size, recipe, loras, precision))
 
 

@@ -161,7 +161,7 @@ class Int8Ops(GGUFOps):
 
     class Linear(GGUFOps.Linear):
         least_tokens = MIN_TOKENS
-        """With fewer, products are exact."""
+        """The number of tokens below which all products are exact."""
         multiply = staticmethod(int8_linear)
         hold = staticmethod(hold_int8)
 
