@@ -90,6 +90,16 @@ def test_links_lead_to_what_is_published(path):
         assert not heading or heading in {title.lower().replace(" ", "-") for title in headings}, link
 
 
+def test_troubleshooting_quotes_the_messages_of_the_pack_as_they_are():
+    page_has, sources = page("troubleshooting"), {name: (ROOT / name).read_text(encoding="utf-8") for name in QUOTED}
+    for name, quoted in QUOTED.items():
+        assert quoted in page_has and quoted in sources[name], f"{quoted!r} is not in {name} any more"
+
+
+QUOTED = {"nodes/folders.py": " is not in ", "ops/loading/native_support.py": " does not load in this ComfyUI "}
+"""A part of a message that docs/troubleshooting.md quotes, by the module that has it."""
+
+
 def parts(text):
     """Return the parts that a translation keeps: commands, pictures, and figures in tables."""
     code = re.findall(r"^ *```.*?^ *```", text, re.MULTILINE | re.DOTALL)
