@@ -217,8 +217,9 @@ def report_output(report: ConversionReport, node: type[io.ComfyNode], name: str 
     if asked and asked != got.lower():
         report = replace(report, notes=(f"this recipe is written as {got}, not as {asked}", *report.notes))
     # Only pictures need matplotlib, which takes a while to load.
-    from ..quant.inspection.report_chart import draw
+    from ..quant.inspection.report_chart import draw, draw_bytes
 
-    picture, summary = picture_tensor(draw(report)), report.text()
+    chart, summary = picture_tensor(draw(report)), report.text()
     show_on_node("; ".join(unusable) or summary.partition("\n")[0])
-    return io.NodeOutput(str(report.destination), picture, summary, ui=text_and_picture(summary, picture, node))
+    shown = text_and_picture(summary, picture_tensor(draw_bytes(report)), node)
+    return io.NodeOutput(str(report.destination), chart, summary, ui=shown)

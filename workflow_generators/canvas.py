@@ -36,7 +36,7 @@ _SIZES = {
     "WanQuantCheck": (720, 300),
     "WanQuantCompareLatents": (560, 560),
     "WanQuantConvert": (440, 660),
-    "WanQuantInspect": (440, 490),
+    "WanQuantInspect": (440, 610),
     "WanQuantLowVRAM": (440, 330),
     "WanQuantSaveConditioning": (330, 170),
     "WanQuantSaveImportance": (440, 230),

@@ -12,12 +12,12 @@ from PIL import Image
 from .compare import LatentComparison
 
 _MAX_COLUMNS = 4
-# Inches of 100 pixels. A font of 10 points is 14 pixels high, readable in a node of half the picture's width.
-_WIDTH, _CURVE_HEIGHT, _STRIP_WIDTH = 7.2, 2.5, 5.9
+# Inches of 100 pixels. Text of 10 points is 11 pixels high in a node 440 pixels wide.
+_WIDTH, _CURVE_HEIGHT, _STRIP_WIDTH = 5.4, 2.1, 4.3
 
 
 def draw(comparison: LatentComparison) -> Image.Image:
-    """Return an RGB picture, 720 pixels wide: PSNR by frame, then some frames of both latents and their error.
+    """Return an RGB picture, 540 pixels wide: PSNR by frame, then some frames of both latents and their error.
 
     The frame that differs most is among them.
     """
@@ -25,7 +25,7 @@ def draw(comparison: LatentComparison) -> Image.Image:
     columns = min(count, _MAX_COLUMNS)
     shown = _frames(count, columns, comparison.worst_frame)
     _, height, width, _ = comparison.reference.shape
-    strip_height = 0.6 + 3.15 * min(_STRIP_WIDTH / columns, 2.2) * height / width
+    strip_height = 0.6 + 3.15 * min(_STRIP_WIDTH / columns * height / width, 1.1)
     figure = Figure(figsize=(_WIDTH, _CURVE_HEIGHT + strip_height), dpi=100, facecolor="white", layout="constrained")
     curve, strips = np.asarray(figure.subfigures(2, 1, height_ratios=(_CURVE_HEIGHT, strip_height)))
     axis = curve.subplots()

@@ -26,39 +26,49 @@ from .report import FileReport, TensorSummary, sqnr_db
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_DPI, _WIDTH = 100, 7.2  # in inches; text 14 pixels high stays readable in a node of half that width
-_ROW, _BAR, _HEAD, _LABELS = 0.26, 0.3, 1.05, 1.45  # inches
-_LEGEND_COLUMNS = 5
+# In inches. Text of 10 points is 11 pixels high in a node 440 pixels wide.
+_DPI, _WIDTH = 100, 5.4
+_ROW, _BAR, _LINE, _LABELS = 0.26, 0.26, 0.25, 1.35
+_LEGEND_COLUMNS = 4
 # The palette of Okabe and Ito, whose colors can be distinguished with any color vision.
 _COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 _ROLES = ("self_attn", "cross_attn", "ffn", "embedding", "head", "other")
 _LAYER = re.compile(r"(?:(\w{1,20})_)?blocks\.(\d{1,9})\.(.{1,60})\.weight")
 # A hostile file may have any number of layers and blocks; those of a Wan model are far fewer.
 _MAX_LAYERS, _MAX_BLOCKS = 60, 400
-_LINE_CHARS = 90
+_LINE_CHARS = 62
 
 Layers = Mapping[str, Mapping[int, TensorSummary]]
 """The matrix of each layer of a block (such as `self_attn.q`), by the number of the block."""
 
 
 def draw(report: FileReport) -> Image.Image:
-    """Return the chart as an RGB image, 720 pixels wide."""
+    """Return the chart as an RGB image, 540 pixels wide."""
+    return _as_text(report, whole=True)
+
+
+def draw_bytes(report: FileReport) -> Image.Image:
+    """Return its upper part for a node that has little room: bytes by role and type."""
+    return _as_text(report, whole=False)
+
+
+def _as_text(report: FileReport, *, whole: bool) -> Image.Image:
     # Names from a file are text, not TeX.
     with rc_context({"text.parse_math": False}):
-        return _draw(report)
+        return _draw(report, whole=whole)
 
 
-def _draw(report: FileReport) -> Image.Image:
+def _draw(report: FileReport, *, whole: bool) -> Image.Image:
     roles = [role for role in _ROLES if any(tensor.role == role for tensor in report.tensors)]
     layers = _layers(report)
+    lines = [(line, 12, "black") for line in _message(report, layers)]
     maps: list[tuple[str, Callable[[TensorSummary], float]]] = []
-    if layers:
-        maps.append(("MiB by block", lambda tensor: tensor.nbytes / MIB))
-    if any(tensor.relative_error for layer in layers.values() for tensor in layer.values()):
-        maps.append(("SQNR in dB: more is better", _sqnr))
+    if whole:
+        lines += [(report.path.name, 11, "black"), *((line, 10, "#667085") for line in (_size(report), report.kind))]
+        maps = _maps(layers)
     legend = 0.1 + 0.25 * math.ceil(len(report.by_type) / _LEGEND_COLUMNS)
-    bars, body = _BAR * len(roles), 0.85 + _ROW * len(layers) if maps else 0.0
-    height = _HEAD + bars + legend + body
+    head, bars, body = 0.12 + _LINE * len(lines), _BAR * len(roles), 0.85 + _ROW * len(layers) if maps else 0.0
+    height = head + bars + legend + body
     # pyplot would keep every figure in memory and choose a window system.
     figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
 
@@ -66,14 +76,13 @@ def _draw(report: FileReport) -> Image.Image:
         """Return new axes at a position in inches from the upper left corner."""
         return figure.add_axes((left / _WIDTH, 1 - (top + tall) / height, width / _WIDTH, tall / height))
 
-    lines = (_message(report, layers), 14, "black"), (report.path.name, 11, "black"), (_summary(report), 10, "#667085")
     for row, (line, size, color) in enumerate(lines):
         shown = printable(line, _LINE_CHARS)
-        fitting = min(size, 840 / len(shown))
-        figure.text(0.02, 1 - (0.25 + 0.27 * row) / height, shown, fontsize=fitting, va="center", color=color)
+        fitting = min(size, 630 / len(shown))
+        figure.text(0.02, 1 - _LINE * (row + 0.7) / height, shown, fontsize=fitting, va="center", color=color)
     if roles:
-        _draw_bytes(axes(_LABELS, _HEAD, _WIDTH - _LABELS - 0.1, bars), report, roles)
-    top, tall = _HEAD + bars + legend + 0.4, _ROW * len(layers)
+        _draw_bytes(axes(_LABELS, head, _WIDTH - _LABELS - 0.1, bars), report, roles)
+    top, tall = head + bars + legend + 0.4, _ROW * len(layers)
     each = (_WIDTH - _LABELS) / max(1, len(maps))
     for index, (title, value) in enumerate(maps):
         left, width = _LABELS + index * each, each - 0.7
@@ -86,24 +95,33 @@ def _draw(report: FileReport) -> Image.Image:
     return Image.open(png).convert("RGB")
 
 
-def _message(report: FileReport, layers: Layers) -> str:
+def _maps(layers: Layers) -> list[tuple[str, Callable[[TensorSummary], float]]]:
+    """Return the titles of the maps that the file has values for, and the value of a tensor in each."""
+    if not layers:
+        return []
+    size = ("MiB by block", lambda tensor: tensor.nbytes / MIB)
+    lossy = any(tensor.relative_error for layer in layers.values() for tensor in layer.values())
+    return [size, ("SQNR in dB: more is better", _sqnr)] if lossy else [size]
+
+
+def _message(report: FileReport, layers: Layers) -> list[str]:
     """Return what the chart shows: the role with the most bytes, and the layer with the largest error."""
     nbytes: Counter[str] = Counter()
     for tensor in report.tensors:
         nbytes[tensor.role] += tensor.nbytes
     if not nbytes.total():
-        return "The file holds no weights"
+        return ["The file holds no weights"]
     role, most = max(nbytes.items(), key=lambda item: item[1])
     share = f"{role} has {100 * most / nbytes.total():.0f} % of the bytes"
     errors = {t.name: t.relative_error for layer in layers.values() for t in layer.values() if t.relative_error}
     if not errors:
-        return share
-    return f"{share}, {max(errors, key=errors.__getitem__).removesuffix('.weight')} the largest error"
+        return [share]
+    return [f"{share},", f"{max(errors, key=errors.__getitem__).removesuffix('.weight')} has the largest error"]
 
 
-def _summary(report: FileReport) -> str:
+def _size(report: FileReport) -> str:
     size = f"{report.nbytes / GIB:.3f} GiB, {report.bits_per_weight:.2f} bits per weight"
-    return f"{size}, {len(report.tensors)} tensors - {report.kind}"
+    return f"{size}, {len(report.tensors)} tensors"
 
 
 def _layers(report: FileReport) -> Layers:
@@ -132,7 +150,7 @@ def _draw_bytes(axis: Axes, report: FileReport, roles: list[str]) -> None:
         left += width
     for row, mib in enumerate(left):
         axis.annotate(f"{mib:,.1f} MiB", (mib, row), (4, 0), textcoords="offset points", va="center")
-    axis.set_xlim(0, 1.25 * max(left))
+    axis.set_xlim(0, 1.3 * max(left))
     axis.set_ylim(len(roles) - 0.5, -0.5)
     axis.tick_params(left=False, bottom=False, labelbottom=False)
     axis.spines[["top", "right", "bottom"]].set_visible(False)
@@ -157,7 +175,7 @@ def _draw_map(axis: Axes, scale: Axes, layers: Layers, title: str, value: Callab
             if block in columns:
                 values[row, columns[block]] = value(tensor)
     image = axis.imshow(values, cmap="viridis", aspect="auto", interpolation="nearest")
-    axis.set_title(title, fontsize=11, loc="left")
+    axis.set_title(title, fontsize=10, loc="left")
     axis.set_yticks(range(len(layers)), list(layers))
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: str(blocks[int(x)]) if 0 <= x < len(blocks) else ""))

@@ -41,14 +41,14 @@ def test_equal_latents():
     assert len(result.frame_psnr) == 4
     assert result.message() == "The latents are equal"
     assert result.figures().startswith("PSNR inf dB")
-    assert draw(result).width == 720
+    assert draw(result).width == 540
 
 
 @pytest.mark.parametrize("frames", [1, 3, 21])
 def test_picture_has_the_same_width_for_any_number_of_frames(frames):
     samples = torch.randn(1, 16, frames, 4, 6)
     picture = draw(compare_latents(samples, samples + 0.1 * torch.randn_like(samples)))
-    assert picture.width == 720
+    assert picture.width == 540
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.inspection import report_chart as chart
 from wanquant.quant.inspection.report import FileReport, TensorSummary, inspect
-from wanquant.quant.inspection.report_chart import draw
+from wanquant.quant.inspection.report_chart import draw, draw_bytes
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.conftest import ROOT
 
@@ -65,11 +65,19 @@ def test_other_models_are_described(language_model):
 
 
 @pytest.mark.parametrize("which", ["converted", "language_model"])
-def test_chart_is_an_rgb_image_720_pixels_wide(which, request):
+def test_chart_is_an_rgb_image_540_pixels_wide(which, request):
     subject = request.getfixturevalue(which)
     image = draw(subject if which == "converted" else inspect(subject))
-    assert image.mode == "RGB" and image.width == 720
+    assert image.mode == "RGB" and image.width == 540
     assert len(image.getcolors(1 << 20)) > 10
+
+
+def test_text_of_charts_is_11_pixels_high_in_a_node(converted):
+    """A node that converts has 440 x 205 pixels for its picture, and GGUF Info is as high as its chart."""
+    letters = 10 / 72 * chart._DPI
+    whole, part = draw(converted), draw_bytes(converted)
+    assert letters * 440 / whole.width >= 11
+    assert letters * min(440 / part.width, 205 / part.height) >= 11
 
 
 def test_chart_shows_every_layer_of_every_block(converted, monkeypatch):
@@ -90,9 +98,9 @@ def test_message_of_the_chart_names_what_is_largest():
         TensorSummary("blocks.0.ffn.0.weight", "Q4_0", (8, 16), 72, 0.2),
         TensorSummary("blocks.1.ffn.0.weight", "Q8_0", (8, 16), 72, 0.0),
     )
-    assert message(head, bias, *layers) == "ffn has 72 % of the bytes, blocks.0.ffn.0 the largest error"
-    assert message(head) == "head has 100 % of the bytes"
-    assert message() == "The file holds no weights"
+    assert message(head, bias, *layers) == ["ffn has 72 % of the bytes,", "blocks.0.ffn.0 has the largest error"]
+    assert message(head) == ["head has 100 % of the bytes"]
+    assert message() == ["The file holds no weights"]
 
 
 def message(*tensors):
