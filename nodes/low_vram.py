@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
@@ -64,9 +62,10 @@ class WanQuantLowVRAM(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, budget_gib: float = 0, **_: object) -> float:
-        # Not a number differs from itself: what is there changes from run to run.
-        return math.nan if budget_gib == 0 else 0.0
+    def fingerprint_inputs(cls, budget_gib: float | None = None, **_: object) -> float:
+        # What is there changes from run to run. A linked budget is still None here, and may be 0. The host compares
+        # by identity first, so each answer is a new object: `math.nan` would equal itself.
+        return 0.0 if budget_gib else float("nan")
 
     @classmethod
     def execute(
