@@ -37,6 +37,9 @@ except ImportError:  # Before 0.27.
 Forwards = dict[torch.nn.Module, Callable[..., Any]]
 """The function to call instead of `forward`, by module."""
 
+Methods = dict[torch.nn.Module, dict[str, Callable[..., Any]]]
+"""The functions to call instead of other methods, by module and name."""
+
 COMPILE_KEY = "torch.compile"
 """The key of the wrapper that TorchCompileModel adds (comfy_api/torch_helpers/torch_compile.py)."""
 
@@ -135,23 +138,27 @@ def unknown_call(what: str) -> QuantError:
 
 
 @contextmanager
-def in_place(forwards: Forwards) -> Iterator[None]:
-    """Replace `forward` of these module instances until the context ends.
+def in_place(forwards: Forwards, methods: Methods | None = None) -> Iterator[None]:
+    """Replace `forward`, and other methods, of these module instances until the context ends.
 
     The host has no hook for this: its object patches work the same way, but stay until the model is unloaded. From 0.40
     on, `comfy_force_forward` keeps the host from merging a layer with its neighbors without a call of the layer.
     """
-    names = ("forward", "comfy_force_forward")
-    before = [(vars(m), {name: vars(m)[name] for name in names if name in vars(m)}) for m in forwards]
+    methods = methods or {}
+    names = {"forward", "comfy_force_forward"}.union(*methods.values())
+    modules = {**forwards, **methods}
+    before = [(vars(m), {name: vars(m)[name] for name in names if name in vars(m)}) for m in modules]
     try:
         for module, forward in forwards.items():
             vars(module).update(forward=forward, comfy_force_forward=True)
+        for module, own in methods.items():
+            vars(module).update(own)
         yield
     finally:
-        for attributes, own in before:
+        for attributes, kept in before:
             for name in names:
                 attributes.pop(name, None)
-            attributes.update(own)
+            attributes.update(kept)
 
 
 def folds_activations(module: torch.nn.Module) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from comfy.model_patcher import ModelPatcher
 
 from .. import host, host_products
-from ..lean.block import is_lean_block
+from ..lean.apply import runs_lean
 from ..lean.variants import variant
 from .gpu_kernels import FlashAttention
 
@@ -48,7 +48,7 @@ def stock_notes(model: ModelPatcher) -> list[str]:
     """Return a sentence for everything in a Wan MODEL that no memory plan makes smaller."""
     transformer, notes = model.model.diffusion_model, []
     known = variant(transformer)
-    stock = sum(not is_lean_block(block) for block in transformer.blocks)
+    stock = sum(not runs_lean(block) for block in transformer.blocks)
     if not known.lean_blocks:
         notes.append(f"{known.models} runs as in ComfyUI ({known.stock}), so a smaller budget cannot hold")
     elif stock:

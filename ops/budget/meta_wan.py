@@ -32,7 +32,7 @@ _SHORTENED = {
     "WanModel_S2V": _ONE_BLOCK,
     "WanDancerModel": _ONE_BLOCK,
     "AnimateWanModel": {"num_layers": 5},  # the face adapter runs after every fifth block
-    "WanAnimate2Model": _ONE_BLOCK,
+    "WanAnimate2Model": {"num_layers": 2},  # what a block keeps of the poses lives until the next one has its own
     "VaceWanModel": {"num_layers": 1, "vace_layers": 1},
 }
 """The fewest blocks with the peak of the complete model, by the name of ComfyUI's class."""

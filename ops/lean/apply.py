@@ -19,6 +19,7 @@ from .control import control_forwards
 from .edges import edge_forwards
 from .frames import frame_forwards
 from .memory_plan import MemoryPlan
+from .pose import is_pose_block, pose_methods
 from .variants import variant
 
 PlanChooser = Callable[[torch.Size], MemoryPlan | None]
@@ -45,6 +46,11 @@ def apply_lean(model: ModelPatcher, plan: MemoryPlan | PlanChooser) -> ModelPatc
         # leaves them alone.
         patched.wrappers[kind] = {_KEY: [wrapper]} | patched.wrappers.get(kind, {})
     return patched
+
+
+def runs_lean(block: torch.nn.Module) -> bool:
+    """Return whether `apply_lean` cuts up a block of a Wan model."""
+    return is_lean_block(block) or is_pose_block(block)
 
 
 def calc_conds_separately(
@@ -119,13 +125,15 @@ class _LeanForward:
         lean = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         plan = self.choose(x.shape) if lean and isinstance(model, wan.WanModel) else None
         forwards: host.Forwards = {}
+        methods: host.Methods = {}
         if plan is not None:
             plan.check(model.num_heads)
             image_tokens = _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref"))
             state = _ForwardState(plan, image_tokens, may_overwrite=not variant(model).keeps_input)
             options = _with_lean_blocks(model, state, options)
             forwards = edge_forwards(model, x.dtype) | control_forwards(model, plan) | frame_forwards(model, plan)
-        with host.in_place(forwards):
+            methods = pose_methods(model, plan)
+        with host.in_place(forwards, methods):
             out: Tensor = executor(x, timestep, context, clip_fea, time_dim_concat, options, **kwargs)
         return out
 

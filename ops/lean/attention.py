@@ -21,6 +21,9 @@ from .memory_plan import MemoryPlan
 from .modulation import chunks
 from .weights import Projection, RowProjection, is_known_linear, is_untouched, norm_weight, projection
 
+InputChunk = Callable[[slice], Tensor]
+"""Returns the attention's input for a chunk of tokens, (batch, tokens in the chunk, dim)."""
+
 
 def is_lean_attention(attn: wan.WanSelfAttention) -> bool:
     """Return whether `attn` can run lean: it is ComfyUI's own, and none of what is cut is replaced or hooked."""
@@ -38,8 +41,7 @@ class LeanAttention:
     """
 
     attn: wan.WanSelfAttention
-    input_chunk: Callable[[slice], Tensor]
-    """Returns the attention's input for a chunk of tokens, (batch, tokens in the chunk, dim)."""
+    input_chunk: InputChunk
     freqs: Tensor
     """Rotary embedding, (1, tokens, 1, head size / 2, 2, 2)."""
     like: Tensor
@@ -55,23 +57,24 @@ class LeanAttention:
 
     def output(self) -> Tensor:
         """Return the output of the attention, (batch, tokens, dim), contiguous, in the dtype of the input."""
-        output = self._queries()
+        output = self.rotated(self.attn.q, self.attn.norm_q, self._empty(self.dim))
         kept_keys, inverse_rms = self._first_pass()
-        values = RowProjection(self.attn.v, self.like, self._inputs)
+        values = RowProjection(self.attn.v, self.like, self.inputs)
         for start in range(0, self.dim, self.width):
             features = slice(start, start + self.width)
             if kept_keys:
-                k, v = kept_keys.pop(0), self._values(values.features(features))
+                k, v = kept_keys.pop(0), self.values(values.features(features), self._empty(self.width))
             else:
                 k, v = self._keys_and_values(features, values.features(features), inverse_rms)
-            self._attend(output[..., features], k, v)
+            self.attend(output[..., features], k, v)
             del k, v  # before the next group's are computed
         return output
 
-    def _queries(self) -> Tensor:
-        project, out = projection(self.attn.q, self.like, self._inputs), self._empty(self.dim)
+    def rotated(self, layer: torch.nn.Module, norm: torch.nn.Module, out: Tensor) -> Tensor:
+        """Write queries or keys of all heads to `out`, (batch, tokens, dim), of the input's dtype, and return it."""
+        project = projection(layer, self.like, self.inputs)
         for chunk in self.chunks:
-            out[:, chunk] = self._rotated(self.attn.norm_q(project(self.input_chunk(chunk))), chunk)
+            out[:, chunk] = self._rotated(norm(project(self.input_chunk(chunk))), chunk)
         return out
 
     def _first_pass(self) -> tuple[list[Tensor], Tensor]:
@@ -81,7 +84,7 @@ class LeanAttention:
             The keys of the first groups, each (batch, tokens, width), and 1 / RMS of each token's keys over all heads,
             float32, (batch, tokens, 1).
         """
-        project, norm = projection(self.attn.k, self.like, self._inputs), self.attn.norm_k
+        project, norm = projection(self.attn.k, self.like, self.inputs), self.attn.norm_k
         kept = [self._empty(self.width) for _ in range(self.plan.head_groups - self.plan.recomputed_groups)]
         inverse_rms = self.like.new_empty(self.batch, self.tokens, 1, dtype=torch.float32)
         for chunk in self.chunks:
@@ -93,11 +96,11 @@ class LeanAttention:
                 group[:, chunk] = part
         return kept, inverse_rms
 
-    def _values(self, value: Projection) -> Tensor:
-        v = self._empty(self.width)
+    def values(self, value: Projection, out: Tensor) -> Tensor:
+        """Write values of some heads to `out`, (batch, tokens, their channels), of the input's dtype, and return it."""
         for chunk in self.chunks:
-            v[:, chunk] = value(self.input_chunk(chunk))
-        return v
+            out[:, chunk] = value(self.input_chunk(chunk))
+        return out
 
     def _keys_and_values(self, features: slice, value: Projection, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._empty(self.width), self._empty(self.width)
@@ -111,9 +114,10 @@ class LeanAttention:
 
     @cached_property
     def _key_rows(self) -> RowProjection:
-        return RowProjection(self.attn.k, self.like, self._inputs)
+        return RowProjection(self.attn.k, self.like, self.inputs)
 
-    def _inputs(self) -> Iterator[Tensor]:
+    def inputs(self) -> Iterator[Tensor]:
+        """Yield the inputs of all chunks, each (batch, tokens in the chunk, dim), in the dtype of `like`."""
         return (self.input_chunk(chunk) for chunk in self.chunks)
 
     def _needs_all_queries(self) -> bool:
@@ -132,9 +136,13 @@ class LeanAttention:
     def _empty(self, width: int) -> Tensor:
         return self.like.new_empty(self.batch, self.tokens, width)
 
-    def _attend(self, queries: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write the attention's output for a group of heads over its queries."""
-        heads, at_once = self.width // self.attn.head_dim, self._needs_all_queries()
+    def attend(self, queries: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write the attention's output for some heads over their queries.
+
+        Args:
+            queries: in the dtype of the input, (batch, tokens, channels of these heads); `k` and `v` likewise.
+        """
+        heads, at_once = queries.shape[2] // self.attn.head_dim, self._needs_all_queries()
         options = host.attention_options(self.attn) | {"transformer_options": self.options}
         # As many queries as have an output of the size of one chunk of all heads. A GPU needs many to be busy.
         at_a_time = self.plan.token_chunk * self.plan.head_groups

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from .attention import LeanAttention, is_lean_attention
+from .attention import InputChunk, LeanAttention, is_lean_attention
 from .memory_plan import MemoryPlan
 from .modulation import Modulation, chunks
 from .weights import Projection, is_untouched, projection
@@ -48,6 +48,21 @@ def is_lean_block(block: torch.nn.Module) -> bool:
     Its parts may be: a replaced part is called as it is.
     """
     return type(block) in _BLOCKS and is_untouched(block)
+
+
+def owned(x: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return x to overwrite, or a copy where other nodes may keep what they are given.
+
+    Args:
+        x: floating point, (batch, tokens, dim).
+        options: ComfyUI's transformer_options.
+
+    Returns:
+        Like x, contiguous.
+    """
+    patches, replaced = options.get("patches", {}), options.get("patches_replace", {}).get("dit")
+    may_be_kept = replaced or patches.get("double_block") or patches.get("attn2_patch")
+    return x.clone(memory_format=torch.contiguous_format) if may_be_kept else x.contiguous()
 
 
 @dataclass
@@ -82,19 +97,23 @@ class LeanBlock:
         return x
 
     def _self_attention(self, x: Tensor, modulation: Modulation, freqs: Tensor) -> None:
-        attn, norm = self.block.self_attn, self.block.norm1
+        norm = self.block.norm1
 
         def input_chunk(chunk: slice) -> Tensor:
             return modulation.shift_and_scale(norm(x[:, chunk]), 0, chunk)
 
-        if is_lean_attention(attn) and not self.options.get("patches", {}).get("attn1_patch"):
-            y = LeanAttention(attn, input_chunk, freqs, x, self.plan, self.options).output()
-            project = projection(attn.o, x, lambda: (y[:, chunk] for chunk in self._chunks(x)))
-        else:
-            y = attn(input_chunk(slice(0, x.shape[1])), freqs, transformer_options=self.options)
-            project = torch.nn.Identity()
+        y, project = self._attended(input_chunk, freqs, x)
         for chunk in self._chunks(x):
             x[:, chunk].addcmul_(project(y[:, chunk]), modulation.vector(2, chunk))
+
+    def _attended(self, input_chunk: InputChunk, freqs: Tensor, x: Tensor) -> tuple[Tensor, Projection]:
+        """Return the self-attention's output, (batch, tokens, dim), and the projection that it lacks."""
+        attn = self.block.self_attn
+        if not is_lean_attention(attn) or self.options.get("patches", {}).get("attn1_patch"):
+            y = attn(input_chunk(slice(0, x.shape[1])), freqs, transformer_options=self.options)
+            return y, torch.nn.Identity()
+        y = LeanAttention(attn, input_chunk, freqs, x, self.plan, self.options).output()
+        return y, projection(attn.o, x, lambda: (y[:, chunk] for chunk in self._chunks(x)))
 
     def _cross_attention(self, x: Tensor, context: Tensor) -> None:
         attn, norm = self.block.cross_attn, self.block.norm3

@@ -17,7 +17,7 @@ from comfy.ldm.wan.model_animate import FaceBlock
 from torch import Tensor
 
 from .. import host
-from .block import LeanBlock
+from .block import LeanBlock, owned
 from .memory_plan import MemoryPlan
 from .weights import Projection, is_known_linear, is_untouched, projection
 
@@ -124,12 +124,10 @@ def _audio_block(
         audio: sound, (batch, frames * 16, channels), or None.
     """
     options = transformer_options or {}
-    patches = options.get("patches", {})
-    may_be_kept = patches.get("double_block") or options.get("patches_replace", {}).get("dit")
-    x = x.clone(memory_format=torch.contiguous_format) if may_be_kept else x.contiguous()
+    x = owned(x, options)
     # ComfyUI's block calls no patch after its cross-attention. That is where it attends to the sound.
     listen = [] if audio is None else [partial(_listen, block.audio_cross_attn_wrapper, audio, plan)]
-    options = options | {"patches": patches | {"attn2_patch": listen}}
+    options = options | {"patches": options.get("patches", {}) | {"attn2_patch": listen}}
     return LeanBlock(block, plan, context_img_len, options)(x, e, freqs, context)
 
 

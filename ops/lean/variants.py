@@ -40,8 +40,7 @@ VARIANTS = {
     "WanModel_S2V": Variant("S2V", "the encoders of sound, motion and control video"),
     "WanDancerModel": Variant("WanDancer", "the encoder of the music"),
     "AnimateWanModel": Variant("Animate", "the encoders of faces and poses"),
-    # ComfyUI does not pass a replaced block the pose branch that these blocks attend to.
-    "WanAnimate2Model": Variant("Animate 2", "all blocks, and the pose branch", lean_blocks=False),
+    "WanAnimate2Model": Variant("Animate 2", "what it keeps of the poses for each block"),
     # The blocks keep keys and values of all frames. With a few frames at a time, these need the most memory.
     "CausalWanModel": Variant("Causal Forcing, Self Forcing", "all blocks, and what they keep", lean_blocks=False),
 }

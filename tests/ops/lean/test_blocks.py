@@ -92,8 +92,9 @@ def test_variant(name, lean_blocks):
     transformer = model.model.diffusion_model
     blocks = list(transformer.blocks)
     entry = VARIANTS[type(transformer).__name__]
-    assert [block for block in lean_blocks if block in blocks] == (blocks if entry.lean_blocks else [])
-    assert len(lean_blocks) - len(blocks) * entry.lean_blocks == 2 * len(getattr(transformer, "vace_blocks", ()))
+    calls = (2 if name == "animate2" else 1) * entry.lean_blocks  # for the poses and for the video
+    assert [block for block in lean_blocks if block in blocks] == [block for block in blocks for _ in range(calls)]
+    assert len(lean_blocks) - len(blocks) * calls == 2 * len(getattr(transformer, "vace_blocks", ()))
     assert not any("forward" in vars(module) for module in transformer.modules()), "every replaced forward is restored"
 
 
