@@ -94,7 +94,7 @@ def closest_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenP
     plans = memory_plans(simulator.heads)
     index = _first_index(plans, lambda plan: simulator.peak(job, plan).total_bytes <= budget)
     chosen = _evaluate(simulator, job, plans[min(index, len(plans) - 1)])
-    while chosen.slowdown > 1 + MOST_EXTRA_ARITHMETIC:
+    while chosen.slowdown > 1 + MOST_EXTRA_ARITHMETIC and len(plans) > 1:
         plans.pop()
         chosen = _evaluate(simulator, job, plans[-1])
     is_enough = chosen.peak.total_bytes <= budget

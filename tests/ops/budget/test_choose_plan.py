@@ -10,7 +10,7 @@ import pytest
 from wanquant.bench.memory import CASES, MODELS, SMALL, rows
 from wanquant.ops import host
 from wanquant.ops.budget.automatic import AUTOMATIC
-from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, budget_bytes, choose_plan, memory_plans
+from wanquant.ops.budget.choose_plan import MOST_EXTRA_ARITHMETIC, budget_bytes, choose_plan, closest_plan, memory_plans
 from wanquant.ops.budget.published import sampling, simulator
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.quant import QuantError
@@ -55,6 +55,11 @@ def test_the_fastest_plan_within_the_budget_is_chosen(small):
     assert choose_plan(small, LATENT, totals[0]).plan is None
     for total in totals:
         assert choose_plan(small, LATENT, total).plan == plans[next(i for i, t in enumerate(totals) if t <= total)]
+
+
+def test_where_all_plans_cost_much_one_is_left(small, monkeypatch):
+    monkeypatch.setattr("wanquant.ops.budget.choose_plan.MOST_EXTRA_ARITHMETIC", -0.5)
+    assert closest_plan(small, LATENT, 0).plan in (None, memory_plans(small.heads)[0])
 
 
 def test_a_refusal_names_a_budget_and_a_number_of_frames(small):
