@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
 
 import comfy.ldm.wan.model as wan
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .. import host
+from .. import host, host_products
 from .causal import is_causal
 
 _HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
@@ -59,18 +59,35 @@ class FlashAttention:
 
 
 def use_flash_attention(model: wan.WanModel) -> None:
-    """Make the parts of a meta model that ComfyUI does not let override attention call `FlashAttention`.
+    """Make the parts of a meta model call `FlashAttention` where ComfyUI lets no override, and `_fold` in FFNs.
 
-    In 0.30.0 these are Animate's face adapter, the audio layers of S2V and WanDancer, and the blocks of a causal model.
+    In 0.30.0 the former are Animate's face adapter, the audio layers of S2V and WanDancer, and the blocks of a causal
+    model. From 0.31 on, FFNs apply their activation within the second product.
     """
     overridden = [model.blocks, getattr(model, "vace_blocks", model.blocks)] if not is_causal(model) else []
     blocks = {part for each in overridden for part in each.modules()}
-    attention = partial(FlashAttention(), None)
+    attention = {"optimized_attention": partial(FlashAttention(), None)}
+    products = {"comfy": SimpleNamespace(ops=SimpleNamespace(linear_input_act=_fold))}
     for part in model.modules():
         forward: Any = type(part).forward
-        if part not in blocks and "optimized_attention" in forward.__code__.co_names:
-            names = forward.__globals__ | {"optimized_attention": attention}
-            part.forward = MethodType(FunctionType(forward.__code__, names, None, forward.__defaults__), part)
+        own = attention if part not in blocks and "optimized_attention" in forward.__code__.co_names else {}
+        if names := products if host.folds_activations(part) else own:
+            changed = FunctionType(
+                forward.__code__, forward.__globals__ | names, None, forward.__defaults__, forward.__closure__
+            )
+            part.forward = MethodType(changed, part)
+
+
+def _fold(linear: torch.nn.Module, x: Tensor, activation: str, *_args: object, **_kwargs: object) -> Tensor:
+    """Multiply as on a GPU: the kernel for ComfyUI's INT8 weights applies the activation as it quantizes its input.
+
+    Args:
+        x: floating point, (..., in_features).
+        activation: the host's name of it.
+    """
+    within = host_products.format_of(linear) == "int8_tensorwise" and host_products.multiplies_quantized(linear)
+    out: Tensor = linear(x if within else host.apply_activation(x, activation))
+    return out
 
 
 class FusedNorms(TorchFunctionMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import comfy.ldm.modules.attention as attention
+import comfy.ops
 import comfy.quant_ops
 import comfy.sd
 import pytest
@@ -14,11 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from wanquant.ops import host
+from wanquant.ops.budget import gpu_kernels
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.meta_wan import meta_model, meta_twin
 from wanquant.ops.budget.sampling_job import SamplingJob, clip_vision_entries
 from wanquant.ops.budget.simulator import Simulator, streamed_bytes
 from wanquant.ops.lean import MemoryPlan, apply_lean
+from wanquant.ops.lean.weights import is_untouched
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.packed import int8
 from wanquant.quant import QuantError, convert
@@ -118,13 +121,47 @@ def without_temporaries(make):
 
 @pytest.mark.parametrize("lean", [None, LEAN], ids=["stock", "lean"])
 @pytest.mark.parametrize("recipe", ["INT8", "INT4"])
-def test_agrees_with_a_real_forward_in_formats_of_the_host(t2v, recipe, lean, streamed, tmp_path):
+def test_agrees_with_a_real_forward_in_formats_of_the_host(t2v, recipe, lean, streamed, tmp_path, monkeypatch):
     algorithms = getattr(comfy.quant_ops, "QUANT_ALGOS", {})
     if NATIVE[recipe].config["format"] not in algorithms:
         pytest.skip(f"this host does not know {recipe}")
+    # On the CPU, a product with the activation within (0.31 on) has temporaries that a GPU's kernel has not.
+    monkeypatch.setattr(comfy.ops, "linear_input_act", gpu_kernels._fold, raising=False)
     path = convert(t2v[0], tmp_path / "a.safetensors", recipe).path
     model = comfy.sd.load_diffusion_model(str(path), {"dtype": torch.bfloat16})
     assert simulated_peak(model, lean) == pytest.approx(real_peak(model, lean), rel=0.03)
+
+
+class FoldingFFN(torch.nn.Sequential):
+    """Calls the product as ComfyUI's FFN does from 0.31 on."""
+
+    def forward(self, x):
+        return comfy.ops.linear_input_act(self[2], self[0](x), "gelu_tanh")
+
+
+@pytest.mark.parametrize("recipe", ["INT8", "FP8"])
+def test_an_activation_within_a_product_counts_as_a_gpus_kernel_needs_it(t2v, recipe, tmp_path):
+    """ComfyUI's kernel for INT8 applies it; kitchen's operations for the CPU would hide the product."""
+    if not hasattr(comfy.ops, "linear_input_act"):
+        pytest.skip("this host applies activations by themselves")
+    path = convert(t2v[0], tmp_path / "a.safetensors", recipe).path
+    twin = meta_twin(comfy.sd.load_diffusion_model(str(path), {"dtype": torch.bfloat16}).model)
+    ffn, x = twin.diffusion_model.blocks[0].ffn, torch.empty(1, 4096, 256, dtype=torch.bfloat16, device="meta")
+
+    def apart():
+        first, activation, last = ffn
+        hidden = first(x)
+        return last(hidden if recipe == "INT8" else activation(hidden))
+
+    ffn.__class__ = FoldingFFN
+    gpu_kernels.use_flash_attention(twin.diffusion_model)
+    assert is_untouched(ffn), "so that it runs lean"
+    moments = []
+    for call in (apart, lambda: ffn(x)):
+        with torch.no_grad(), LiveMemory("meta") as memory:
+            call()
+        moments.append((memory.peak.nbytes, memory.now.flops))
+    assert moments[0] == moments[1]
 
 
 def simulator(size, recipe="Q4_K_M"):
