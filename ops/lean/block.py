@@ -33,7 +33,7 @@ from .. import host
 from .attention import InputChunk, LeanAttention, is_lean_attention
 from .memory_plan import MemoryPlan
 from .modulation import Modulation, chunks
-from .weights import Projection, is_untouched, projection
+from .weights import Projection, in_turn, is_untouched, projection
 
 # Image keys need full-precision attention: SageAttention returns NaN for them.
 # Source: WanI2VCrossAttention, ComfyUI 0.33.0.
@@ -152,7 +152,7 @@ class LeanBlock:
         if is_untouched(ffn):
             first, *others = ffn
             inputs = partial(map, input_chunk, self._chunks(x))
-            layers = [projection(first, x, inputs), *(projection(layer, x) for layer in others)]
+            layers = in_turn(ffn, [projection(first, x, inputs), *(projection(layer, x) for layer in others)])
         for chunk in self._chunks(x):
             y = input_chunk(chunk)
             for layer in layers:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import comfy.ops
 import torch
@@ -99,6 +102,23 @@ class RowProjection:
             self._weight = _dequantized(self._weight)
             part = self._weight[rows]
         return part
+
+
+def in_turn(container: torch.nn.Sequential, layers: list[Projection]) -> list[Projection]:
+    """Return what to call in turn to compute as `container` does: its layers, or its own forward around them.
+
+    From 0.31 on, ComfyUI's forward of an FFN applies the activation within the product with weights in its INT8 format.
+
+    Args:
+        layers: of the container, prepared.
+    """
+    own = type(container).forward
+    if own is torch.nn.Sequential.forward or not all(isinstance(layer, torch.nn.Module) for layer in layers):
+        return layers
+    held = copy.copy(container)
+    vars(held)["_modules"] = dict(zip(container._modules, layers, strict=True))
+    forward: Any = container.forward  # that of the instance: the simulator's has other globals
+    return [partial(forward.__func__, held)]
 
 
 def norm_weight(norm: comfy.ops.CastWeightBiasOp, like: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from wanquant.quant.plan.recipe import find_recipe, plan_types
 from wanquant.quant.plan.wan_files import Source
 from wanquant.quant.plan.wan_shapes import SIZES, transformer_shapes
 from wanquant.quant.units import GIB
+from wanquant.tests.ops.lean.folding import FoldingFFN
 
 LATENT = (1, 16, 3, 32, 32)
 LEAN = MemoryPlan(2, 256)
@@ -130,13 +131,6 @@ def test_agrees_with_a_real_forward_in_formats_of_the_host(t2v, recipe, lean, st
     path = convert(t2v[0], tmp_path / "a.safetensors", recipe).path
     model = comfy.sd.load_diffusion_model(str(path), {"dtype": torch.bfloat16})
     assert simulated_peak(model, lean) == pytest.approx(real_peak(model, lean), rel=0.03)
-
-
-class FoldingFFN(torch.nn.Sequential):
-    """Calls the product as ComfyUI's FFN does from 0.31 on."""
-
-    def forward(self, x):
-        return comfy.ops.linear_input_act(self[2], self[0](x), "gelu_tanh")
 
 
 @pytest.mark.parametrize("recipe", ["INT8", "FP8"])

@@ -19,6 +19,7 @@ from wanquant.ops.packed.matmul import packed_linear
 from wanquant.ops.packed.patches import OnTheFly
 from wanquant.quant import convert
 from wanquant.quant.native.registry import NATIVE
+from wanquant.tests.ops.lean.folding import FoldingFFN
 
 comfy_kitchen = pytest.importorskip("comfy_kitchen")
 TOKENS, COLUMNS, ROWS = 1500, 512, 256
@@ -204,14 +205,21 @@ class Attention:
         return attention_pytorch(q.double(), k.double(), v.double(), heads, **options).to(q.dtype)
 
 
-@pytest.mark.parametrize("recipe", ["INT8", "INT4"])
+@pytest.mark.parametrize(("recipe", "folds"), [("INT8", False), ("INT8", True), ("INT4", False)])
 @torch.no_grad()
-def test_a_lean_forward_equals_the_whole_bit_for_bit(recipe, t2v, tmp_path, lean_blocks):
+def test_a_lean_forward_equals_the_whole_bit_for_bit(recipe, folds, t2v, tmp_path, lean_blocks, monkeypatch):
     if NATIVE[recipe].config["format"] not in comfy.quant_ops.QUANT_ALGOS:
         pytest.skip(f"this host does not know {recipe}")
     path = convert(t2v[0], tmp_path / "a.safetensors", recipe).path
     model = comfy.sd.load_diffusion_model(str(path), {"dtype": torch.bfloat16})
     model.patch_model(torch.device("cpu"))
+    if folds:
+        if not hasattr(comfy.ops, "linear_input_act"):
+            pytest.skip("this host applies activations by themselves")
+        for block in model.model.diffusion_model.blocks:
+            block.ffn.__class__ = FoldingFFN
+        folded = comfy.ops.linear_input_act  # on a GPU its bits differ from those of the layers in turn
+        monkeypatch.setattr(comfy.ops, "linear_input_act", lambda *args: 2 * folded(*args))
     generator = torch.Generator().manual_seed(0)
     x, text = (torch.randn(shape, generator=generator) for shape in ((1, 16, 3, 16, 16), (1, 7, 4096)))
 
