@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import PrintableLog, QuantError
 from ..files.disk_space import temporary_of
+from ..files.journal import journal_of
 from ..files.regular_file import check_path
 from ..files.sentencepiece import has_tokenizer, sentencepiece_model
 from ..files.tensor_writer import TensorWriter
@@ -203,7 +204,7 @@ def _older_types(existing: AnyHeader, metadata: Mapping[str, Any]) -> tuple[str,
 
 def _check_paths(source: Path, target: Target) -> None:
     destination, suffix = target.destination, target.suffix
-    check_path(destination, temporary_of(destination))
+    check_path(destination, temporary_of(destination), journal_of(destination))
     if destination.suffix.lower() != suffix:
         what = "" if target.target_size is not None and not target.is_native else f", which {target.recipe} writes"
         raise QuantError(f"{destination}: not a {suffix} name{what}; choose a destination that ends in {suffix}")

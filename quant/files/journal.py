@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import QuantError
-from .regular_file import create_or_open, open_regular
+from .regular_file import check_path, create_or_open, open_regular
 from .strict_json import parse_json
 
 # Far more than the lines of all tensors of a model.
@@ -31,6 +31,11 @@ class JournalEntry(NamedTuple):
     """Whether the tensor is only kept together with the next one."""
 
 
+def journal_of(path: Path) -> Path:
+    """Return the path of the journal of an unfinished file."""
+    return path.with_name(f".{path.name}.journal")
+
+
 class Journal:
     """A file beside the unfinished one, with a line of JSON for each tensor."""
 
@@ -38,7 +43,8 @@ class Journal:
         self.path = path
 
     def check(self) -> None:
-        """Refuse a name that is taken by a folder; `delete` removes anything else."""
+        """Refuse a name that is not usable or is taken by a folder; `delete` removes anything else."""
+        check_path(self.path)
         if self.path.is_dir() and not self.path.is_symlink():
             raise QuantError(f"{self.path}: is a folder, expected a file or none; delete it")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import PrintableLog, QuantError
 from .atomic_file import AtomicFile
-from .journal import Journal, JournalEntry
+from .journal import Journal, JournalEntry, journal_of
 
 _log = PrintableLog(__name__)
 
@@ -88,7 +88,7 @@ class TensorWriter(Generic[SpecT]):
         self.recorded: list[float] = []
         self._file = AtomicFile(self.path, self.nbytes, overwrite=overwrite, resume=resume, keep=keep)
         self._keep = keep
-        self._journal = Journal(self.path.with_name(f".{self.path.name}.journal"))
+        self._journal = Journal(journal_of(self.path))
         self._digest = hashlib.sha256()
         self._n_written = self._n_bytes = 0
         self._is_closed = False

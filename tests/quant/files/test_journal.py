@@ -140,3 +140,10 @@ def test_a_folder_in_place_of_the_journal_is_noticed_first(tmp_path):
         convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast", progress=lambda *call: calls.append(call))
     assert not calls
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.gguf.journal", "a.safetensors"]
+
+
+def test_a_name_that_is_too_long_only_for_the_journal(tmp_path, source):
+    with pytest.raises(QuantError, match=r"not a usable path \(File name too long\); choose another one"):
+        convert(source, tmp_path / f"{'n' * 243}.gguf", "Q8_0", effort="fast")
+    with pytest.raises(QuantError, match="File name too long"):
+        Journal(tmp_path / ("n" * 256)).check()
