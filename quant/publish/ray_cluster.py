@@ -6,13 +6,15 @@ import importlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import QuantError, printable
+from ..units import GIB
 from . import node as on_node
 from .job import Job, Result, failed
 from .processes import OnProgress, OnResults
@@ -46,8 +48,7 @@ class RayCluster:
             if faults[node["NodeID"]]
         ]
         """A sentence for each node that cannot help."""
-        self._unfit = [node["NodeID"] for node in nodes if faults[node["NodeID"]]]
-        self._fit = [node["Resources"] for node in nodes if not faults[node["NodeID"]]]
+        self._fit = {node["NodeID"]: node["Resources"] for node in nodes if not faults[node["NodeID"]]}
         if not self._fit:
             first = self.warnings[0] if self.warnings else "it has no node with cores; start one"
             raise QuantError(f"Ray cluster {address}: no node can help: {first}")
@@ -55,26 +56,25 @@ class RayCluster:
     @property
     def cores(self) -> int:
         """The cores of all nodes that can help."""
-        return sum(int(resources["CPU"]) for resources in self._fit)
+        return sum(self._cores_of_nodes)
+
+    @property
+    def _cores_of_nodes(self) -> list[int]:
+        return [int(resources["CPU"]) for resources in self._fit.values()]
 
     def run(self, jobs: Sequence[Job], on_progress: OnProgress, on_results: OnResults) -> None:
         """Make jobs, the first of them first; see `run_in_processes`."""
         ray = self._ray
-        threads = max(1, min(self.cores // max(1, len(jobs)), *(int(resources["CPU"]) for resources in self._fit)))
-        memory = max(resources.get("memory", 0) for resources in self._fit)
+        threads = max(1, min(self.cores // max(1, len(jobs)), *self._cores_of_nodes))
         board = ray.remote(on_node.Board).options(num_cpus=0, max_restarts=-1).remote()
         numbers: dict[Any, int] = {}
         for number, job in enumerate(jobs):
-            if job.memory > memory:
-                why = f"{job.source}: needs {job.memory} bytes of memory, the largest node has {memory:.0f}; add one"
-                on_results(failed(job, why))
-                continue
             teller = on_node.Teller(board, number)
             task = self._remote(on_node.make_on_node, threads, job.memory)
             numbers[task.remote(str(PACK), job.json(), threads, teller)] = number
         slots: dict[int, int] = {}
         while numbers:
-            ready, _ = ray.wait(list(numbers), timeout=on_node.SECONDS_BETWEEN)
+            ready, waiting = ray.wait(list(numbers), timeout=on_node.SECONDS_BETWEEN)
             with suppress(ray.exceptions.RayError):
                 for number, (done, total, name) in ray.get(board.news.remote(), timeout=10).items():
                     slot = slots.setdefault(number, min(set(range(len(slots) + 1)) - set(slots.values())))
@@ -83,15 +83,34 @@ class RayCluster:
                 number = numbers.pop(task)
                 slots.pop(number, None)
                 on_results(self._results(task, jobs[number]))
+            memory = self._largest_memory()
+            for task in waiting:
+                if (job := jobs[numbers[task]]).memory > memory:  # Ray would wait for such a node for ever
+                    ray.cancel(task)
+                    slots.pop(numbers.pop(task), None)
+                    on_results(failed(job, _without_node(job, memory)))
 
-    def _remote(self, function: Any, cores: int, memory: int, **options: Any) -> Any:  # noqa: ANN401
-        if self._unfit:
-            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(self._unfit)})"}
-        return self._ray.remote(function).options(num_cpus=cores, memory=memory, max_retries=_RETRIES, **options)
+    def _largest_memory(self) -> float:
+        """Return the bytes of the largest node that can help, of those that are left; 0 without one."""
+        left = (node["NodeID"] for node in self._ray.nodes() if node["Alive"])
+        return max((self._fit[name].get("memory", 0.0) for name in left if name in self._fit), default=0.0)
+
+    def _remote(self, function: Any, cores: int, memory: int) -> Any:  # noqa: ANN401
+        # Nodes that join later were not asked whether they can help.
+        selector = {"ray.io/node-id": f"in({','.join(self._fit)})"}
+        remote = self._ray.remote(function)
+        try:
+            return remote.options(num_cpus=cores, memory=memory, max_retries=_RETRIES, label_selector=selector)
+        except (TypeError, ValueError) as error:
+            raise QuantError(
+                f"Ray {self._ray.__version__}: cannot choose nodes ({error}); pip install --upgrade ray on all of them"
+            ) from None
 
     def _results(self, task: Any, job: Job) -> Sequence[Result]:  # noqa: ANN401
         try:
             return [Result.from_json(result) for result in self._ray.get(task)]
+        except self._ray.exceptions.TaskUnschedulableError:
+            return failed(job, _without_node(job))
         except self._ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
             return failed(job, f"{job.source}: Ray gave up after {_RETRIES} more tries ({reason:.200}); start it again")
@@ -123,6 +142,14 @@ class RayCluster:
         return faults
 
 
+def _without_node(job: Job, memory: float = 0) -> str:
+    """Return why no node can make a job, given the memory in bytes of the largest one that is left."""
+    if not memory:
+        return f"{job.source}: no node is left that can help; start one, and then the same command again"
+    needed = f"needs {job.memory / GIB:.2f} GiB of memory"
+    return f"{job.source}: {needed}, the largest node has {memory / GIB:.2f} GiB; add a larger one"
+
+
 @contextmanager
 def connected(address: str) -> Iterator[ModuleType]:
     """Connect to a Ray cluster, without usage statistics and dashboard.
@@ -151,6 +178,7 @@ def connected(address: str) -> Iterator[ModuleType]:
             f"Ray cluster {address}: cannot be reached ({reason:.200}); start it with `ray start`, or check the address"
         ) from None
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):  # on which Ray shows the log of a node that dies
+            yield ray
     finally:
         ray.shutdown()

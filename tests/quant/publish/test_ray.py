@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import threading
 
 import pytest
 
@@ -42,23 +41,25 @@ def test_a_node_dies_and_another_has_another_version(cluster, tmp_path):
     shutil.copytree(ROOT / "quant", other / "quant", ignore=shutil.ignore_patterns("__pycache__"))
     (other / "quant" / "units.py").write_text("")
     good = [cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK) for _ in range(2)]
-    cluster.add_node(num_cpus=1, node_ip_address=LOOPBACK, env_vars={node.PATH_VARIABLE: str(other)})
+    bad = {"num_cpus": 1, "node_ip_address": LOOPBACK, "env_vars": {node.PATH_VARIABLE: str(other)}}
+    cluster.add_node(**bad)
 
     sources = [write_tiny_wan(tmp_path / f"wan-{n}.safetensors", layers=2, seed=n) for n in range(2)]
     recipes = ["IQ3_S", "INT8"]  # the first takes long enough to meet both nodes at work
-    busy, killer = set(), []
+    busy, killed = set(), []
 
-    def kill_one(worker, done, total, name):
+    def kill(node):
+        killed.append(node)
+        cluster.remove_node(node, allow_graceful=False)
+
+    def replace_one(worker, done, total, name):
         busy.add(worker)
-        if len(busy) == 2 and not killer:
-            killer.append(
-                threading.Thread(target=cluster.remove_node, args=(good[0],), kwargs={"allow_graceful": False})
-            )
-            killer[0].start()
+        if len(busy) == 2 and not killed:
+            kill(good[0])
+            cluster.add_node(**bad)  # which is idle, and was not asked
 
     request = Request(sources, tmp_path / "out", recipes)
-    made = publish(request, ray=cluster.address, on_progress=kill_one)
-    killer[0].join()
+    made = publish(request, ray=cluster.address, on_progress=replace_one)
     assert made.ok and len(made.results) == 4, made.text()
     (warning,) = made.warnings
     assert "has another version of WanQuant" in warning
@@ -70,13 +71,13 @@ def test_a_node_dies_and_another_has_another_version(cluster, tmp_path):
         assert convert(source, tmp_path / result.destination.name, recipe).path.read_bytes() == content
     assert not list((tmp_path / "out").rglob("*.tmp")) and not list((tmp_path / "out").rglob("*.journal"))
 
-    *rest, one = (result.destination for result in made.results)
+    one, *rest = (result.destination for result in made.results)
     times = [path.stat().st_mtime_ns for path in rest]
     one.unlink()
-    again = publish(request, ray=cluster.address)
-    assert [result.reused for result in again.results] == [*(True for _ in rest), False]
+    again = publish(request, ray=cluster.address, on_progress=lambda *_: good[1] in killed or kill(good[1]))
+    assert [result.reused for result in again.results] == [False, *(True for _ in rest)]
     assert times == [path.stat().st_mtime_ns for path in rest]
-    assert one.read_bytes() == made_bytes[-1]
+    assert "no node is left that can help; start one" in again.results[0].why
 
 
 @needs_ray
