@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,9 @@ from .job import Job, make
 PACK = Path(__file__).resolve().parents[2]
 COMMAND = [
     *(sys.executable, "-c"),
-    "import sys; sys.path.insert(0, sys.argv[1]); from quant.publish.worker import main; main()",
+    # The publisher decides what an interruption ends, from the first import on.
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+    " sys.path.insert(0, sys.argv[1]); from quant.publish.worker import main; main()",
     str(PACK),
 ]
 _SECONDS_BETWEEN = 0.2
@@ -26,7 +27,6 @@ def main() -> None:
     """Make jobs until the input ends."""
     output = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the publisher decides what an interruption ends
     logging.disable(logging.WARNING)  # the results contain the warnings
     for line in sys.stdin:
         content = json.loads(line)
