@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.batch import matching, stem_of
+from ..conversion.batch import stem_of
 from ..conversion.output import Output
 from ..conversion.planning import check_output
 from ..conversion.resources import memory_needed
@@ -160,15 +160,23 @@ def make_plan(request: Request) -> Plan:
     """
     rates, models = Rates(), list[PlannedModel]()
     taken: dict[str, Path] = {}
-    for path in dict.fromkeys(path for source in request.sources for path in matching(source)):
+    for path in request.paths():
         stem = stem_of(path, request.options.add_ons, request.options.loras)
-        if other := taken.get(stem):
-            why = f"{path}: its files would have the names of those of {other}; publish it into another folder"
+        if why := _fault_of_name(path, stem, taken):
             models.append(_failed(request, path, stem, why, [Target(path)]))
         else:
             taken[stem] = path
             models.append(_plan_model(request, path, stem, rates))
     return Plan(request, models)
+
+
+def _fault_of_name(path: Path, stem: str, taken: Mapping[str, Path]) -> str:
+    """Return why a source can have no folder of its own; empty if it can."""
+    if other := taken.get(stem):
+        return f"{path}: its files would have the names of those of {other}; publish it into another folder"
+    if stem in ("", ".", ".."):
+        return f"{path}: its files would be named {stem!r}, expected a name for a folder; give it another name"
+    return ""
 
 
 def _failed(request: Request, path: Path, stem: str, why: str, targets: Sequence[Target]) -> PlannedModel:

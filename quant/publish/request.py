@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..conversion.batch import distinct_targets, in_folder
+from ..conversion.batch import distinct_targets, in_folder, matching
 from ..conversion.settings import Target
+from ..errors import QuantError
 from ..plan.recipe import RECIPES
+from ..safetensors.header import read_any_header
 from .job import Options
 
 ALL = tuple(name for name, recipe in RECIPES.items() if not recipe.experimental)
@@ -42,10 +45,33 @@ class Request:
             options=replace(self.options, add_ons=add_ons, loras=loras),
         )
 
+    def paths(self) -> list[Path]:
+        """Return the path of each source, once.
+
+        A pattern that also matches the results of earlier runs does not make them sources.
+
+        Raises:
+            QuantError: a pattern that no file matches.
+        """
+        paths = dict[Path, None]()
+        for source in self.sources:
+            found = matching(source)
+            paths.update(dict.fromkeys([path for path in found if not self._is_result(path)] or found))
+        return list(paths)
+
+    def _is_result(self, path: Path) -> bool:
+        """Return whether a file is where a publication puts its results, and is one."""
+        folder = path.parent
+        if folder.parent.resolve() != self.out.resolve() or not path.name.startswith(f"{folder.name}-"):
+            return False
+        with suppress(QuantError):
+            return "wanquant.version" in read_any_header(path).metadata
+        return False
+
     def targets(self, stem: str) -> list[Target]:
         """Return the files of a source, in a folder of its own."""
         folder = self.out / stem
-        sizes: Sequence[float | None] = self.target_sizes or (None,)
+        sizes: Sequence[float | None] = list(dict.fromkeys(self.target_sizes)) or (None,)
         return [
             in_folder(target, folder, stem) for size in sizes for target in distinct_targets(folder, self.recipes, size)
         ]
