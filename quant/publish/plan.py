@@ -44,6 +44,8 @@ class PlannedFile:
     """The most main memory in bytes that making it needs."""
     seconds: float = 0.0
     """The predicted time of one core."""
+    notes: tuple[str, ...] = ()
+    """Sentences on a file that exists."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Plan:
             lines += [f"  {_row(file)}" for file in model.files if not file.why]
             refused = [(file.target.destination, file.why) for file in model.files if file.why]
             lines += [f"  cannot be made: {text}" for text in by_reason(refused)]
-            lines += [f"  warning: {text}" for text in model.warnings]
+            notes = (note for file in model.files for note in file.notes)
+            lines += [f"  warning: {text}" for text in (*model.warnings, *notes)]
         free = self.free_bytes
         lines.append(f"disk: {self.needed_bytes / GIB:.3f} GiB needed, {free / GIB:.3f} GiB free")
         if self.needed_bytes > free:
@@ -121,6 +124,7 @@ class Plan:
                     "exists": file.exists,
                     "why": file.why or None,
                     "seconds": round(file.seconds, 1),
+                    "notes": list(file.notes),
                 }
                 for model in self.models
                 for file in model.files
@@ -204,7 +208,8 @@ def _plan_file(target: Target, checkpoint: Checkpoint, settings: Settings, strea
     try:
         output = Output.of(target, checkpoint, settings)
         if output.reused:
-            return PlannedFile(target, target.destination.stat().st_size, exists=True, memory=_PROCESS_BYTES)
+            nbytes = target.destination.stat().st_size
+            return PlannedFile(target, nbytes, exists=True, memory=_PROCESS_BYTES, notes=output.notes)
         check_output(stream, output)
         # For a size, the recipe stands for what its file costs to encode.
         types = plan_types(find_recipe(target.recipe), checkpoint.tensors)

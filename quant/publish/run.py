@@ -40,14 +40,18 @@ class Publication:
         reused = sum(result.reused for result in self.results)
         missing = [(result.destination, result.why) for result in self.results if result.why]
         size = sum(result.entry["bytes"] for result in made if result.entry) / GIB
-        notes = dict.fromkeys((*self.warnings, *(text for result in self.results for text in result.warnings)))
         return printable_lines(
             (
                 f"{self.folder}: {len(made)} files made ({size:.3f} GiB), {reused} were there, {len(missing)} missing",
                 *(f"missing: {text}" for text in by_reason(missing)),
-                *(f"warning: {text}" for text in notes),
+                *(f"warning: {text}" for text in self._notes),
             )
         )
+
+    @property
+    def _notes(self) -> list[str]:
+        """All sentences on the cluster and the files, each once."""
+        return list(dict.fromkeys((*self.warnings, *(text for result in self.results for text in result.warnings))))
 
     def json(self) -> dict[str, Any]:
         return {
@@ -61,7 +65,7 @@ class Publication:
                 }
                 for result in self.results
             ],
-            "warnings": list(self.warnings),
+            "warnings": self._notes,
         }
 
 
@@ -139,7 +143,8 @@ def _done_before(plan: Plan, manifest: Manifest) -> tuple[list[Result], list[Pla
         for planned in model.files:
             entry = manifest.entry(planned.target.destination) if planned.exists else None
             if planned.why or entry:
-                known.append(Result(planned.target.destination, entry, planned.why, reused=entry is not None))
+                path, is_reused = planned.target.destination, entry is not None
+                known.append(Result(path, entry, planned.why, is_reused, planned.notes))
             else:
                 left.append(planned)
         if left:
