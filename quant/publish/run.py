@@ -164,7 +164,8 @@ def _in_processes(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is None:
         held = free_memory() / max(planned.memory for planned in files)
-        workers = max(1, int(min(cores, held, len(files))))
+        is_on_cpu = models[0].options.device == "cpu"  # the memory of a GPU holds one, which keeps it busy
+        workers = max(1, int(min(cores, held, len(files)))) if is_on_cpu else 1
     jobs = split(models, workers)
     # A job that is alone gets all cores, and never fewer than one core each.
     run_in_processes(jobs, workers, max(1, cores // min(workers, len(jobs))), on_progress, on_results)
