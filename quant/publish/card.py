@@ -6,7 +6,11 @@ Source of the front matter: https://huggingface.co/docs/hub/model-cards, "Model 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 
+from ..errors import QuantError, escaped
+from ..files.regular_file import open_regular
 from ..native.registry import FIRST_HOST
 from ..units import GIB
 from .entry import Entry
@@ -23,19 +27,34 @@ _GPUS = {
     "W4A8_G32": "RTX 30 and newer, RX 7000 and newer",
     "W6A8": "RTX 30 and newer, RX 7000 and newer",
 }
+_RULE, _OF_GGUF = "---", "- gguf"
+_MAX_BYTES = 1 << 20
 _GGUF = ("0.24 with WanQuant", "any, and the CPU")
 _IMAGE_CHANNELS = 36
 """The latent channels of a model that also takes an image; those of text-to-video models are fewer, or 48 for both."""
 
 
-def card(model: str, entries: Sequence[Entry]) -> str:
+def front_matter_of(path: Path) -> list[str]:
+    """Return the lines of the front matter of an existing card, or nothing."""
+    with suppress(QuantError), open_regular(path) as file:
+        lines = file.read(_MAX_BYTES).decode(errors="replace").splitlines()
+        if lines[:1] == [_RULE] and _RULE in lines[1:]:
+            return lines[: lines.index(_RULE, 1) + 1]
+    return []
+
+
+def card(model: str, entries: Sequence[Entry], before: Sequence[str] = ()) -> str:
     """Return the card of a model.
 
     Args:
         model: the name of its folder.
         entries: what the manifest says of its files; at least one.
+        before: the front matter of its present card, which stays if it was edited.
     """
-    lines = [*_front_matter(entries), "", f"# {model}", "", *_introduction(entries), "", *_table(entries), ""]
+    front = list(_front_matter(entries))
+    is_edited = before and (set(before) ^ set(front)) - {_OF_GGUF}
+    lines = [*(before if is_edited else front), "", f"# {escaped(model)}", "", *_introduction(entries), ""]
+    lines += [*_table(entries), ""]
     lines += [
         "SQNR is the ratio of signal to quantization noise, from the mean squared relative error of all quantized"
         " weights. More is better.",
@@ -56,7 +75,7 @@ def card(model: str, entries: Sequence[Entry]) -> str:
 
 def _front_matter(entries: Sequence[Entry]) -> Iterator[str]:
     """Yield the lines of the front matter; what only the publisher knows is left as a comment."""
-    yield "---"
+    yield _RULE
     yield "# license: of the source"
     yield "# base_model: OWNER/NAME of the source"
     yield "base_model_relation: quantized"
@@ -64,16 +83,16 @@ def _front_matter(entries: Sequence[Entry]) -> Iterator[str]:
     if kind.startswith("Wan"):
         yield f"pipeline_tag: {'image-to-video' if channels == _IMAGE_CHANNELS else 'text-to-video'}"
     yield "tags:"
-    tags = ["comfyui", "wan", "quantized"]
-    tags += ["gguf"] if any(entry["file"].endswith(".gguf") for entry in entries) else []
-    yield from (f"- {tag}" for tag in tags)
-    yield "---"
+    yield from ("- comfyui", "- wan", "- quantized")
+    if any(entry["file"].endswith(".gguf") for entry in entries):
+        yield _OF_GGUF
+    yield _RULE
 
 
 def _introduction(entries: Sequence[Entry]) -> Iterator[str]:
     kind, source = entries[0]["kind"], entries[0]["source"]
     yield (
-        f"{kind[0].upper()}{kind[1:]}, quantized from `{source['name']}` ({source['dtype']},"
+        f"{kind[0].upper()}{kind[1:]}, quantized from {_code(source['name'])} ({source['dtype']},"
         f" {source['bytes'] / GIB:.2f} GiB) with [WanQuant](https://github.com/wanquant/ComfyUI-WanQuant). A `.gguf`"
         " opens in WanQuant's loaders, a `.safetensors` in ComfyUI's own."
     )
@@ -87,7 +106,7 @@ def _table(entries: Sequence[Entry]) -> Iterator[str]:
         host, gpus = _runs_on(entry)
         gpus += "; experimental" if entry["experimental"] else ""
         size = f"{entry['bytes']} | {entry['bytes'] / GIB:.3f} | {entry['bits_per_weight']:.2f}"
-        yield f"| {entry['file']} | {size} | {sqnr} | {host} | {gpus} |"
+        yield f"| {_code(entry['file'])} | {size} | {sqnr} | {host} | {gpus} |"
 
 
 def _runs_on(entry: Entry) -> tuple[str, str]:
@@ -103,13 +122,19 @@ def _runs_on(entry: Entry) -> tuple[str, str]:
 
 def _provenance(entries: Sequence[Entry]) -> Iterator[str]:
     for source in {entry["source"]["sha256"]: entry["source"] for entry in entries}.values():
-        yield f"- source: `{source['name']}`, {source['bytes']} bytes, SHA-256 `{source['sha256']}`"
+        yield f"- source: {_code(source['name'])}, {source['bytes']} bytes, SHA-256 `{source['sha256']}`"
     versions = sorted({entry["wanquant"] for entry in entries})
     efforts = sorted({entry["effort"] for entry in entries})
     yield f"- converter: WanQuant {', '.join(versions)}, effort {', '.join(efforts)}"
     for calibration in sorted({entry["calibration_sha256"] for entry in entries if entry["calibration_sha256"]}):
         yield f"- calibration of the layers' inputs: SHA-256 of its values `{calibration}`"
     for lora in dict.fromkeys(lora for entry in entries for lora in entry["loras"]):
-        yield f"- LoRA in the weights: `{lora}`"
+        yield f"- LoRA in the weights: {_code(lora)}"
     yield "- the SHA-256 of each file is in `manifest.json` and `SHA256SUMS` of the publication, and in the file itself"
     yield "  that of its data"
+
+
+def _code(name: str) -> str:
+    """Return a name as code in Markdown, also within a table."""
+    fence = "``" if "`" in name else "`"
+    return f"{fence}{escaped(name)}{fence}".replace("|", r"\|")

@@ -119,6 +119,8 @@ def make(job: Job, threads: int, progress: Progress | None = None) -> list[Resul
     """Make the files of a job on this many threads, and return one result per target, whatever happens."""
     torch.set_num_threads(threads)
     try:
+        for folder in {target.destination.parent for target in job.targets}:
+            make_folder(folder)
         settings, results = job.options.settings(job.calibration), dict[Path, Result]()
         left, end = job.targets, time.monotonic() + _SECONDS_IN_USE
         while left:
@@ -142,6 +144,19 @@ def _result(target: Target, report: ConversionReport | QuantError) -> Result:
         return Result(target.destination, why=str(report))
     entry = entry_of(report, target, sha256_of(report.path))
     return Result(target.destination, entry, "", report.reused, report.warnings)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, if it is not there.
+
+    Raises:
+        QuantError: the system refuses it, or there is a file of this name.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise QuantError(f"{path}: cannot be made as a folder ({reason}); choose another one") from None
 
 
 def sha256_of(path: Path) -> str:

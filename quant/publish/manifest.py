@@ -67,10 +67,17 @@ class Manifest:
 
     def sums(self) -> str:
         """Return the content of `SHA256SUMS`, as `sha256sum --check` reads it."""
-        return "".join(f"{self.files[path]['sha256']}  {path}\n" for path in sorted(self.files))
+        return "".join(_sum_line(self.files[path]["sha256"], path) for path in sorted(self.files))
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else path.as_posix()
+
+
+def _sum_line(sha256: str, path: str) -> str:
+    """Return a line of sums; as `sha256sum` does, one with a backslash in front has escapes in its name."""
+    name = path.replace("\\", r"\\").replace("\n", r"\n")
+    mark = "" if name == path else "\\"
+    return f"{mark}{sha256}  {name}\n"
 
 
 def write_text(path: Path, text: str) -> None:

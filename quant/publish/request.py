@@ -80,12 +80,18 @@ class Request:
         """Return the command that makes the files of a source, with the names of files but not their folders."""
         options = self.options
         recipes = "all" if tuple(self.recipes) == ALL else ",".join(self.recipes)
-        words = ["python", "-m", "quant", "publish", source.name, "OUT", "--recipe", recipes]
+        words = ["python", "-m", "quant", "publish", _argument(source), "OUT", "--recipe", recipes]
         if self.target_sizes:
             words += ["--target-size", ",".join(f"{size:g}" for size in self.target_sizes)]
-        words += ["--calibrate-from", self.calibrations.name] if self.calibrations else []
+        words += ["--calibrate-from", _argument(self.calibrations)] if self.calibrations else []
         words += [] if options.effort == "best" else ["--effort", options.effort]
+        words += [] if options.device == "cpu" else ["--device", options.device]
         words += ["--allow-non-finite"] if options.allow_non_finite else []
-        words += [word for path in options.add_ons for word in ("--module", path.name)]
-        words += [word for lora in options.loras for word in ("--lora", f"{lora.path.name}:{lora.strength:g}")]
+        words += [word for path in options.add_ons for word in ("--module", _argument(path))]
+        words += [word for lora in options.loras for word in ("--lora", f"{_argument(lora.path)}:{lora.strength:g}")]
         return shlex.join(words)
+
+
+def _argument(path: Path) -> str:
+    """Return the name of a file as an argument that is not taken for an option."""
+    return f"./{path.name}" if path.name.startswith("-") else path.name

@@ -14,8 +14,8 @@ from ..errors import QuantError, printable_lines
 from ..files.atomic_file import AtomicFile
 from ..files.disk_space import temporary_of
 from ..units import GIB
-from .card import CARD, card
-from .job import Result
+from .card import CARD, card, front_matter_of
+from .job import Result, make_folder
 from .manifest import MANIFEST, SUMS, Manifest, as_text, write_text
 from .plan import Plan, PlannedModel, by_reason, make_plan, split
 from .processes import OnProgress, run_in_processes
@@ -94,7 +94,7 @@ def publish(
     out = request.out
     if workers is not None and workers < 1:
         raise QuantError(f"{workers} workers: expected at least 1; choose another number")
-    _make_folder(out)
+    make_folder(out)
     with AtomicFile(out / MANIFEST, 0, overwrite=True) as file:  # it also locks the folder
         token = uuid.uuid4().hex
         file.write(token.encode())
@@ -113,8 +113,6 @@ def publish(
             results.extend(new)
 
         on_results(done)
-        for model in models:
-            _make_folder(out / model.stem)
         warnings: Sequence[str] = ()
         try:
             if ray is None:
@@ -126,7 +124,8 @@ def publish(
         for result in results:
             manifest.add([result], commands[result.destination])
         for name, entries in manifest.models().items():
-            write_text(out / name / CARD, card(name, entries))
+            path = out / name / CARD
+            write_text(path, card(name, entries, front_matter_of(path)))
         write_text(out / SUMS, manifest.sums())
         file.restart(0)
         file.write(as_text(manifest.json()).encode())
@@ -184,11 +183,3 @@ def _on_cluster(
         cluster = RayCluster(ray, address, seen, token)
         cluster.run(split(models, cluster.cores), on_progress, on_results)
     return cluster.warnings
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QuantError(f"{path}: cannot be made as a folder ({reason}); choose another one") from None

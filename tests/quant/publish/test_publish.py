@@ -20,8 +20,7 @@ from wanquant.quant import QuantError, convert, write_calibration
 from wanquant.quant.__main__ import main
 from wanquant.quant.files.atomic_file import AtomicFile
 from wanquant.quant.plan.recipe import RECIPES
-from wanquant.quant.publish import run
-from wanquant.quant.publish.job import Job, Options, Result, make
+from wanquant.quant.publish.job import Options
 from wanquant.quant.publish.plan import PlannedFile, PlannedModel, Target, make_plan, split
 from wanquant.quant.publish.request import ALL, Request
 from wanquant.quant.publish.run import publish
@@ -35,26 +34,9 @@ FAST = Options("fast")
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sources")
-    return [write_tiny_wan(folder / f"wan-{n}.safetensors", layers=1, ffn_dim=512, seed=n) for n in range(2)]
-
-
-@pytest.fixture(scope="module")
 def published(sources, tmp_path_factory):
     out = tmp_path_factory.mktemp("published")
     return publish(Request(sources, out, RECIPE_NAMES, options=FAST), workers=2)
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Make jobs here, which saves the start of a process, where processes do not matter."""
-
-    def run_here(jobs, workers, threads, on_progress, on_results):
-        for job in jobs:
-            on_results([Result.from_json(result.json()) for result in make(Job.from_json(job.json()), 1)])
-
-    monkeypatch.setattr(run, "run_in_processes", run_here)
 
 
 def manifest_of(out):
@@ -87,7 +69,7 @@ def test_manifest_sums_and_cards_describe_the_files(published):
         assert sums[entry["path"]] == entry["sha256"]
     card = (out / "wan-0" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\n") and "pipeline_tag: text-to-video" in card
-    assert "| wan-0-INT8.safetensors |" in card and "| 0.27 | RTX 20" in card
+    assert "| `wan-0-INT8.safetensors` |" in card and "| 0.27 | RTX 20" in card
     assert "publish wan-0.safetensors OUT --recipe Q8_0,Q4_K_M,INT8 --effort fast" in card
     assert str(out) not in card
 
