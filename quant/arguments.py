@@ -114,7 +114,10 @@ def add_publish_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace files of other conversions")
     group = command.add_mutually_exclusive_group()
     group.add_argument(
-        "--workers", type=int, metavar="N", help="worker processes (default: as many as cores and memory allow; on a GPU one)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="worker processes (default: as many as cores and memory allow; on a GPU one)",
     )
     group.add_argument(
         "--ray",
