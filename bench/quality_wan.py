@@ -42,7 +42,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     """Return the settings of the videos.
 
     Raises:
-        SystemExit: a file that is not there, a size that is not WIDTHxHEIGHT, or a guidance without a negative prompt.
+        SystemExit: a file that is not there, a size that is not WIDTHxHEIGHT, no step, or a guidance without a
+            negative prompt.
     """
     from .wan.sampling import Settings
 
@@ -52,6 +53,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     width, _, height = options.size.partition("x")
     if not (width.isdecimal() and height.isdecimal()):
         raise SystemExit(f"--size {options.size}: expected WIDTHxHEIGHT in pixels, such as 832x480; choose such a size")
+    if options.steps < 1:
+        raise SystemExit(f"--steps {options.steps}: expected at least 1; choose a larger number")
     if options.cfg != 1 and not options.negative:
         raise SystemExit(f"--cfg {options.cfg:g}: needs a negative prompt; add --negative, or choose --cfg 1")
     given = {name: getattr(options, name) for name in ("frames", "steps", "cfg", "sampler", "scheduler", "vae")}

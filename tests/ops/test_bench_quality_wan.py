@@ -121,6 +121,7 @@ def test_a_forward_costs_what_its_layers_do():
         (["--model", "wan.safetensors"], "has no prompts; add"),
         (["--size", "large"], "expected WIDTHxHEIGHT"),
         (["--vae", "none.safetensors"], "no such file; name"),
+        (["--steps", "0"], "expected at least 1; choose"),
         (["--cfg", "6"], "needs a negative prompt; add"),
     ],
 )
