@@ -38,19 +38,24 @@ from .row_gain import error_weights, restore_gain
 _COARSE = 3
 # Counts how often the bytes of calibrated files have changed since version 0.1.0.
 _CALIBRATED_REVISION = 1
+# The same for tuned files, which are rounded like calibrated ones and came with their revision 1. It is 1 more for each
+# change of the tuning itself.
+_TUNED_REVISION = _CALIBRATED_REVISION - 1
 # The same for weights in ComfyUI's formats that are rounded for the outputs of their layers.
 _NATIVE_ROUNDED_REVISION = 1
 
 
-def revisions_today(importance: Mapping[str, Tensor] | None) -> dict[str, int]:
+def revisions_today(importance: Mapping[str, Tensor] | None, *, tuned: bool = False) -> dict[str, int]:
     """Return the revision that the encoder of each type has in this version of the pack.
 
     Args:
         importance: what is known of the inputs, any float dtype, (in_features,) by the name of the weight.
+        tuned: whether the file is tuned block by block.
     """
     calibrated = _CALIBRATED_REVISION if isinstance(importance, Calibration) else 0
+    rounded = _TUNED_REVISION if tuned else calibrated
     ggml = {
-        name: qtype.revision + (calibrated if isinstance(qtype.best, SearchEncoder) else 0)
+        name: qtype.revision + (rounded if isinstance(qtype.best, SearchEncoder) else 0)
         for name, qtype in QTYPES.items()
     }
     native = {

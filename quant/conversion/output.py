@@ -148,7 +148,7 @@ def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dic
         TARGET_SIZE: np.uint64(target.target_bytes),
         "wanquant.effort": settings.effort,
         "wanquant.importance": fingerprint(importance),
-        **encoders(revisions_today(importance)),
+        **encoders(revisions_today(importance, tuned=bool(settings.tuned))),
         **({CORRECTED_BIASES: biases} if (biases := list(corrected_biases(settings, tensors).values())) else {}),
         **({LORAS: [str(lora) for lora in checkpoint.loras]} if checkpoint.loras else {}),
         FIVE_D: settings.five_d,

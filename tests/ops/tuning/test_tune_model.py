@@ -15,6 +15,7 @@ from wanquant.ops.merged_source import merged_checkpoint
 from wanquant.ops.tuning.capture_blocks import check_tunable, with_capture
 from wanquant.ops.tuning.tune_model import block_module, tune_model
 from wanquant.quant import QuantError, open_gguf
+from wanquant.quant.conversion import layer_encoder
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.provenance import TUNED
 from wanquant.quant.tuning.capture import Capture, CapturedCalls
@@ -90,6 +91,12 @@ def test_same_tuning_is_reused(tuned, dense, captured):
     assert tuned.stat().st_mtime_ns == written
     with pytest.raises(QuantError, match="is not this conversion"):
         tune_model(dense, captured, tuned, RECIPE, TuneSettings(effort="thorough"))
+
+
+def test_tuned_file_of_an_older_rounding_is_used(tuned, dense, captured, monkeypatch):
+    monkeypatch.setattr(layer_encoder, "_TUNED_REVISION", layer_encoder._TUNED_REVISION + 1)
+    report = tune_model(dense, captured, tuned, RECIPE, SETTINGS)
+    assert report.reused and f"made by an older encoder of {RECIPE};" in report.text()
 
 
 class StopError(Exception):
