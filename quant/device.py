@@ -64,6 +64,17 @@ def has_float64(device: torch.device) -> bool:
     return True
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, because the last bits of what BLAS and LAPACK return depend on how many there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Return the memory of a device that this process can still allocate, or None where torch cannot tell."""
     if device.type != "cuda":

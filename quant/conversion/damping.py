@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..device import one_thread
 from ..encoders.rounding import Moments
 from ..errors import QuantError
 from ..statistics.calibration import SecondMoments
@@ -50,6 +51,7 @@ def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moment
     return best
 
 
+@one_thread()
 def is_clearly_less(error: Tensor, than: Tensor, tokens: Tensor) -> bool:
     """Return whether an error of a weight does less to the outputs than another one, beyond chance.
 

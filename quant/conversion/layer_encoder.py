@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..device import elements_at_a_time
+from ..device import elements_at_a_time, one_thread
 from ..encoders.native import RoundingForOutputs
 from ..encoders.rounding import BEST, THOROUGH, Moments, round_for_outputs
 from ..encoders.search import SearchEncoder
@@ -81,6 +81,7 @@ class LayerEncoder(NamedTuple):
     """Whether importance and moments are those of rotated inputs."""
 
     @classmethod
+    @one_thread()
     def of(
         cls, importance: Mapping[str, Tensor], name: str, *, has_bias: bool = False, rotated: bool = False
     ) -> LayerEncoder:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...device import one_thread
 from .exact import rounded_matrix
 
 
@@ -37,6 +38,7 @@ class SpanMoments:
         return rounded_matrix(self.matrix)
 
     @functools.cached_property
+    @one_thread()
     def feedback(self) -> Tensor:
         """How an error spreads over later channels: float64 (n, span, span).
 
@@ -84,6 +86,7 @@ class Moments:
         return replace(self, blocks=self.blocks.to(device), factors=self.factors.to(device))
 
     @functools.cached_property
+    @one_thread()
     def turns(self) -> list[Turn]:
         """The spans in their order; without factors, all of them in one turn."""
         if self.factors.shape[2] == 0:

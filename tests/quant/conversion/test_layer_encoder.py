@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -100,6 +102,24 @@ def test_bytes_depend_on_neither_other_rows_nor_threads(name, layer, monkeypatch
         torch.set_num_threads(threads)
     assert torch.equal(alone, whole[2:3])
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("has_held_out", [False, True])
+def test_what_is_known_of_the_inputs_does_not_depend_on_threads(has_held_out):
+    calibration, threads, found = collected(w=correlated(1024)), torch.get_num_threads(), []
+    assert len(calibration.held_out["w"])
+    if not has_held_out:
+        calibration = replace(calibration, held_out={})
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            turns = LayerEncoder.of(calibration, "w").moments.turns
+            parts = [(turn.moments.exact, turn.moments.feedback, turn.factors, turn.answer) for turn in turns]
+            found.append([part for each in parts for part in each])
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("inputs", [torch.zeros(8, 512), torch.ones(1, 512)], ids=["zero", "one row"])
