@@ -198,7 +198,7 @@ def main() -> None:
         default=["Q8_0", "Q4_K_M"],
         help="A,B converts to both in one pass; without a recipe only the encoders are measured",
     )
-    parser.add_argument("--effort", default="fast", choices=["fast", "best"])
+    parser.add_argument("--effort", default="fast", choices=["fast", "best", "thorough"])
     parser.add_argument("--encoders", nargs="*", default=["gguf", "native"], choices=["gguf", "native"])
     parser.add_argument("--lora-rank", type=int, default=0, metavar="N", help="also convert with a LoRA of this rank")
     parser.add_argument(
