@@ -33,6 +33,8 @@ SUFFIX = ".safetensors"
 PARTS = ("totals", "factors", "held_out")
 """What may lie beside the products, by the names of the attributes of a `Calibration`."""
 
+# The largest difference of two products that should be equal, relative to the largest product.
+_ASYMMETRY = 1e-3
 _KEY = "wanquant.calibration"
 """JSON: {"samples": evaluations, "counts": {weight: tokens}, "same": {weight: another one with the same inputs}}."""
 
@@ -94,6 +96,10 @@ def read_calibration(path: str | Path) -> Calibration:
                 f"{path}: tensor {name}: holds NaN, infinity or a negative square, expected sums of x x^T;"
                 " collect the calibration again"
             )
+        if not _is_symmetric(values):
+            raise QuantError(
+                f"{path}: tensor {name}: is not symmetric, expected sums of x x^T; collect the calibration again"
+            )
     totals = {name: stored.totals(name) for name in counts if stored.has(name, "totals")}
     factors, held_out = (
         _Values([name for name in counts if stored.has(name, part)], partial(stored.rows, part))
@@ -106,6 +112,11 @@ def read_calibration(path: str | Path) -> Calibration:
     )
     check_totals(calibration, str(path))
     return calibration
+
+
+def _is_symmetric(products: Tensor) -> bool:
+    """Return whether products are symmetric but for the order in which they were added up."""
+    return bool((products - products.mT).abs().amax() <= _ASYMMETRY * products.abs().amax())
 
 
 def _description(path: Path, metadata: Mapping[str, str]) -> tuple[int, dict[str, float], dict[str, str]]:

@@ -188,18 +188,17 @@ def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[s
         tensor = tensors.get(name)
         if tensor is None:
             raise QuantError(
-                f"{label}: tensor {name}: not in this model; choose the importance matrix that was collected from"
-                " this model"
+                f"{label}: tensor {name}: not in this model; choose a file that was collected from this model"
             )
         if tuple(values.shape) != tensor.shape[-1:]:
             raise QuantError(
                 f"{label}: tensor {name}: has shape {tuple(values.shape)}, expected {tensor.shape[-1:]} for the input"
-                " channels in this model; choose the importance matrix that was collected from this model"
+                " channels in this model; choose a file that was collected from this model"
             )
         if not (values.isfinite().all() and (values >= 0).all()):
             raise QuantError(
                 f"{label}: tensor {name}: holds NaN, infinity or a negative value, expected mean squares;"
-                " collect the importance matrix again"
+                " collect them again"
             )
     quantized = (name for name, tensor in tensors.items() if required_precision(name, tensor) == "quantized")
     missing = [name for name in quantized if name not in importance and name != EMBEDDING]

@@ -106,8 +106,7 @@ def check_totals(importance: Importance, label: str) -> None:
         bound = (sums.double() * importance.counts.get(name, 0.0)).sqrt() * (1 + _TOLERANCE)
         if totals.shape != sums.shape or not (totals.abs() <= bound + _TOLERANCE * bound.mean()).all():
             raise QuantError(
-                f"{label}: tensor {name}: its sums of inputs do not fit the sums of their squares;"
-                " collect the importance matrix again"
+                f"{label}: tensor {name}: its sums of inputs do not fit the sums of their squares; collect them again"
             )
 
 

@@ -101,13 +101,14 @@ def test_malformed_parts_are_refused_with_their_name(tmp_path, part, values, pro
         (torch.eye(32)[None], {"counts": {"w": 0}}, "tensor w: its count is 0"),
         (torch.full((1, 32, 32), torch.nan), {}, "tensor w: holds NaN"),
         (-torch.eye(32)[None], {}, "tensor w: holds NaN, infinity or a negative square"),
+        (torch.ones(1, 32, 32).triu(), {}, "tensor w: is not symmetric"),
         (torch.eye(32), {}, r"tensor w: products are F32 \(32, 32\), expected F32 \(n, span, span\)"),
         (torch.ones(2, 16, 16), {}, r"tensor w: products are F32 \(2, 16, 16\)"),
         (torch.eye(32)[None].half(), {}, r"tensor w: products are F16"),
         (torch.eye(32)[None], {"counts": {"v": 1}}, "tensor v: products are none"),
         (torch.eye(32)[None], {"counts": 3}, "not a calibration"),
     ],
-    ids=["zero count", "nan", "negative", "flat", "narrow", "dtype", "absent", "layout"],
+    ids=["zero count", "nan", "negative", "asymmetric", "flat", "narrow", "dtype", "absent", "layout"],
 )
 def test_malformed_tensors_are_refused_with_their_name(tmp_path, products, described, problem):
     path = tmp_path / "c.safetensors"
