@@ -57,6 +57,8 @@ class FP8(NativeFormat):
 class MXFP8(NativeFormat):
     """E4M3 floats, 32 of which share a power of two."""
 
+    multiple = BLOCK
+
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
     ) -> Tensor:

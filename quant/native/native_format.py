@@ -58,6 +58,8 @@ class NativeFormat(ABC):
 
     rotates: ClassVar[bool] = False
     """Whether weights are rotated before they are rounded, and inputs before the product."""
+    multiple: ClassVar[int] = 1
+    """Rows and columns are padded to a multiple of it, and ComfyUI takes the padded shape for that of the layer."""
 
     def takes(self, shape: tuple[int, ...]) -> str | None:
         """Return why the format cannot hold a weight of this shape, or None."""

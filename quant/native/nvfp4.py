@@ -30,6 +30,8 @@ _STEPS = (-3, -2, -1, 1, 2, 3, 4, 5, 6, 7)
 class NVFP4(NativeFormat):
     """Four-bit floats with scales of two kinds."""
 
+    multiple = BLOCK
+
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen
     ) -> Tensor:

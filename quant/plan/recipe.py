@@ -192,6 +192,8 @@ def native_type(native: NativeFormat, tensor: TensorInfo) -> LayerType | str:
     """Return a native format as the type of a matrix, or why the format cannot hold it."""
     rows, columns = tensor.shape
     reason = native.takes((rows, columns))
+    if rows % native.multiple or columns % native.multiple:
+        reason = f"{rows}x{columns} weights, not multiples of {native.multiple}"
     if reason is None and any(part.nbytes % 4 for part in native.parts((rows, columns))):
         reason = f"{rows}x{columns} weights, not a multiple of 4"
     return LayerType(native, (rows, columns)) if reason is None else reason
