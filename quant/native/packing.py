@@ -29,6 +29,11 @@ def unpack_nibbles(packed: Tensor, *, high_first: bool = False) -> Tensor:
     return torch.stack(pair, -1).flatten(1)
 
 
+def unpack_signed_nibbles(packed: Tensor) -> Tensor:
+    """Return the codes in bytes as integers from -8 to 7: 8-bit integers (n, bytes) to int8 (n, 2 * bytes)."""
+    return (unpack_nibbles(packed.view(torch.uint8)) << 4).view(torch.int8) >> 4
+
+
 def pack_six_bits(codes: Tensor) -> Tensor:
     """Pack codes of 6 bits, uint8 (n, columns): the low 4 bits of all, then the top 2 bits of all, four to a byte.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .native_format import ROUNDED_ELEMENTS, TINY, NativeFormat, Part, Rounding, by_rows
-from .packing import pack_nibbles, unpack_nibbles
+from .packing import pack_nibbles, unpack_signed_nibbles
 from .rotation import Rotation, not_rotatable, rotate, rotate_as_kitchen
 
 
@@ -134,7 +134,7 @@ class INT4(RowScaled):
         return pack_nibbles(codes.view(torch.uint8)).view(torch.int8)
 
     def _unpack(self, weight: Tensor) -> Tensor:
-        return (unpack_nibbles(weight.view(torch.uint8)) << 4).view(torch.int8) >> 4
+        return unpack_signed_nibbles(weight)
 
     def _scale_shape(self, rows: int) -> tuple[int, ...]:
         return (rows,)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..native.packing import unpack_nibbles, unpack_six_bits
 from ..native.rotation import hadamard
 from .scaled import FoldedTensor, Layer, expect, numbers, rotation_group
 from .tensors import DTYPES, SourceTensor, StoredTensor
@@ -27,7 +28,7 @@ class AffineTensor(FoldedTensor):
     zeros: StoredTensor
 
     def _rows(self, first: int, last: int) -> Tensor:
-        codes = _nibbles(self.layer.weight_rows(first, last)).view(last - first, -1, self.group)
+        codes = unpack_nibbles(self.layer.weight_rows(first, last)).view(last - first, -1, self.group)
         scale, zero = (self._per_group(part, first, last) for part in (self.layer.scale, self.zeros))
         return ((codes.float() - 8) * scale + zero).flatten(1)
 
@@ -61,12 +62,7 @@ class LevelsTensor(FoldedTensor):
 
     def _codes(self, packed: Tensor) -> Tensor:
         """Unpack the codes: first the low 4 bits of all, then the top 2 bits of all, if they have 6 bits."""
-        n_columns = self.shape[1]
-        low = _nibbles(packed[:, : n_columns // 2])
-        if len(self.table) == _CODEBOOK_CODES:
-            return low
-        high = (packed[:, n_columns // 2 :].unsqueeze(-1) >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8)) & 3
-        return low | high.flatten(1) << 4
+        return unpack_nibbles(packed) if len(self.table) == _CODEBOOK_CODES else unpack_six_bits(packed)
 
     def _group_scales(self, first: int, last: int) -> Tensor:
         scale = self.layer.scale
@@ -115,11 +111,6 @@ def fold_levels(layer: Layer) -> SourceTensor:
         *(layer.weight.name, torch.float32, (layer.rows, in_features), f"I{bits} grouped", layer),
         *(group, rotation, table, row_scale, correction),
     )
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """Return two 4-bit codes per byte, the low one first: uint8, (rows, 2 * bytes per row)."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
 
 
 def _part(layer: Layer, name: str) -> StoredTensor:

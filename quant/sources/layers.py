@@ -13,10 +13,10 @@ from pathlib import Path
 from ..errors import QuantError
 from ..files.strict_json import parse_json
 from ..qtype import QTYPES
+from .block_scaled import fold_blocks
 from .grouped import fold_affine, fold_levels
 from .json_tensor import read_json
-from .kitchen import fold_blocks, fold_int4
-from .scaled import Layer, fold_floats, fold_int8
+from .scaled import Layer, fold_floats, fold_int4, fold_int8
 from .tensors import DTYPES, NUMBERS, PackedTensor, PlainTensor, SourceTensor, StoredTensor
 
 QUANTIZATION_METADATA = "_quantization_metadata"

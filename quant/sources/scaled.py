@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..native.packing import unpack_signed_nibbles
 from ..native.rotation import hadamard
 from .tensors import DTYPES, SourceTensor, StoredTensor
 
@@ -100,8 +101,10 @@ class ScaledTensor(FoldedTensor):
     """A weight of FP8, INT8 or wider numbers with one scale for the tensor or one per row."""
 
     def _rows(self, first: int, last: int) -> Tensor:
-        codes = self.layer.weight_rows(first, last).view(_NUMBERS[self.layer.weight.dtype])
-        return codes.float() * self._scales(first, last)
+        return self._codes(first, last).float() * self._scales(first, last)
+
+    def _codes(self, first: int, last: int) -> Tensor:
+        return self.layer.weight_rows(first, last).view(_NUMBERS[self.layer.weight.dtype])
 
     def _scales(self, first: int, last: int) -> Tensor:
         scale = self.layer.scale
@@ -113,7 +116,7 @@ class ScaledTensor(FoldedTensor):
 
 @dataclass(frozen=True)
 class RotatedTensor(ScaledTensor):
-    """An INT8 weight in which ConvRot rotated each group of input channels by an orthogonal matrix.
+    """A weight of integers in which ConvRot rotated each group of input channels by an orthogonal matrix.
 
     Reading it undoes the rotation.
     """
@@ -123,6 +126,14 @@ class RotatedTensor(ScaledTensor):
     def _rows(self, first: int, last: int) -> Tensor:
         rows = super()._rows(first, last)
         return (rows.view(-1, self.group) @ hadamard(self.group)).view_as(rows)
+
+
+@dataclass(frozen=True)
+class RotatedInt4Tensor(RotatedTensor):
+    """A rotated weight of signed 4-bit integers, two in a byte."""
+
+    def _codes(self, first: int, last: int) -> Tensor:
+        return unpack_signed_nibbles(self.layer.weight_rows(first, last))
 
 
 def numbers(stored: StoredTensor) -> Tensor:
@@ -148,6 +159,19 @@ def fold_int8(layer: Layer) -> SourceTensor:
     _check_scale(layer)
     group = rotation_group(layer, layer.weight.shape[-1])
     return RotatedTensor(layer.weight.name, torch.float32, layer.weight.shape, "I8 rotated", layer, group)
+
+
+def fold_int4(layer: Layer) -> SourceTensor:
+    """Return the weight of a layer in the format `convrot_w4a4`, which has one float32 scale per row."""
+    expect(layer, "I8", "U8")
+    if layer.scale.dtype != "F32" or layer.scale.nbytes != 4 * layer.rows:
+        raise layer.error(
+            f"its scale is {layer.scale.dtype} of shape {layer.scale.shape}, expected {layer.rows} F32 numbers;"
+            " the file is damaged, download it again"
+        )
+    shape = layer.rows, 2 * layer.row_bytes
+    group = rotation_group(layer, shape[1])
+    return RotatedInt4Tensor(layer.weight.name, torch.float32, shape, "I4 rotated", layer, group)
 
 
 def rotation_group(layer: Layer, in_features: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import torch
@@ -74,19 +73,6 @@ def test_damaged_quantization_metadata_is_refused(tmp_path, text):
     tensors = {"head.modulation": torch.zeros(1, 2, 2)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": text})
     with pytest.raises(QuantError, match=r"metadata _quantization_metadata is (malformed|not JSON)"):
-        open_checkpoint(tmp_path / "a.safetensors")
-
-
-def test_block_scales_need_comfy_kitchen(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
-    tensors = {
-        "head.modulation": torch.zeros(1, 2, 2),
-        "blocks.0.ffn.0.weight": torch.zeros(32, 32).to(torch.float8_e4m3fn),
-        "blocks.0.ffn.0.weight_scale": torch.zeros(128, 4, dtype=torch.uint8),
-        "blocks.0.ffn.0.comfy_quant": marker(format="mxfp8"),
-    }
-    save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(QuantError, match=r"ffn\.0\.weight: mxfp8 is dequantized by the package comfy-kitchen"):
         open_checkpoint(tmp_path / "a.safetensors")
 
 
