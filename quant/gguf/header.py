@@ -56,8 +56,8 @@ class TensorRecord:
 
     @property
     def stored(self) -> str:
-        """The name of the type."""
-        return self.qtype.name
+        """The name of the type in reports, where ComfyUI's own NVFP4 is another one."""
+        return f"{self.qtype.name} (GGUF)" if self.qtype.name == "NVFP4" else self.qtype.name
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def _decoded(path: Path, stack: ExitStack) -> tuple[Mapping[str, Any], Mapping[s
 def _of_gguf(tensor: GGUFTensor) -> Decoded:
     rows = tensor.data.view(-1, tensor.data.shape[-1])
     decode = lambda first, last: tensor.qtype.dequantize(rows[first:last])  # noqa: E731
-    return Decoded(tensor.path, tensor.name, tensor.qtype.name, tensor.shape, len(rows), decode)
+    return Decoded(tensor.path, tensor.name, tensor.stored, tensor.shape, len(rows), decode)
 
 
 def _of_native(path: Path, records: Mapping[str, NativeRecord], tensor: SourceTensor) -> Decoded:

@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wanquant.quant import QuantError
+from wanquant.quant import QTYPES, QuantError
 from wanquant.quant.conversion.convert import convert
+from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.reader import open_gguf
+from wanquant.quant.gguf.writer import GGUFWriter
 from wanquant.quant.inspection import verify as verify_module
+from wanquant.quant.inspection.report import inspect
 from wanquant.quant.inspection.verify import verify
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.quant.renamed_gguf import renamed_gguf
@@ -82,3 +85,17 @@ def test_damaged_data_is_refused(files, tmp_path):
     (tmp_path / "damaged.gguf").write_bytes(damaged)
     with pytest.raises(QuantError, match=r"damaged\.gguf: its data is damaged"):
         verify(tmp_path / "damaged.gguf", source)
+
+
+def test_reports_tell_the_nvfp4_of_ggufs_from_that_of_comfyui(files, tmp_path):
+    source = load_file(files[1])
+    name, weight = next((name, tensor) for name, tensor in source.items() if name.endswith("ffn.0.weight"))
+    qtype = QTYPES["NVFP4"]
+    with GGUFWriter(
+        tmp_path / "a.gguf", {"general.architecture": "wan"}, [TensorSpec(name, qtype, weight.shape)]
+    ) as writer:
+        writer.write(name, torch.zeros(qtype.packed_shape(weight.shape), dtype=torch.uint8))
+    native = convert(files[1], tmp_path / "a.safetensors", "NVFP4", effort="fast").path
+    for path, expected in ((tmp_path / "a.gguf", "NVFP4 (GGUF)"), (native, "NVFP4 (ComfyUI)")):
+        assert {row.qtype for row in verify(path, files[1]).tensors if row.name == name} == {expected}
+        assert expected in inspect(path).text()
