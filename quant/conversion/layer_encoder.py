@@ -31,7 +31,7 @@ from ..qtype import QTYPES, Effort, QuantType
 from ..statistics.calibration import Calibration, SecondMoments
 from ..statistics.importance import Importance
 from .damping import damped, is_clearly_less
-from .row_gain import error_weights, restore_gain
+from .row_gain import error_weights, restore_gain, restore_gain_of_layer
 
 # In bits per weight. Up to here, scales are chosen with `error_weights` also if there is a calibration. With more bits,
 # the compensation already makes up for large weights that are cut (TinyWan: 0.5 dB in Q4_K_M).
@@ -157,7 +157,11 @@ class LayerEncoder(NamedTuple):
             uint8, (out_features, bytes per row), on the same device.
         """
         if isinstance(qtype, LayerType):
-            return qtype.quantize(weight, self.importance, effort, self._rounding(qtype, effort))
+            rounding = self._rounding(qtype, effort)
+            packed = qtype.quantize(weight, self.importance, effort, rounding)
+            if rounding is not None or effort == "fast":
+                return packed
+            return restore_gain_of_layer(qtype, packed, weight, None if qtype.format.rotates else self.importance)
         encoder = qtype.best
         if not isinstance(encoder, SearchEncoder) or (effort == "fast" and self.moments is None):
             return qtype.quantize(weight, self.importance, effort)

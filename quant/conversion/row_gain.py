@@ -13,6 +13,9 @@ Some types have one float16 factor for the scales and another one for the minima
 restored too, because scaling with the first factor alone would change it. Inputs behind an activation function have a
 mean other than 0, so the sum of a row matters.
 
+Weights in ComfyUI's own formats have their gain restored by `restore_gain_of_layer`, through a float32 scale: one for
+each row, or one for the weight in NVFP4. FP8 and MXFP8 are left as they are: floats of many sizes hardly shrink a row.
+
 Source: arXiv 1810.05723, section 4.2, which corrects the norms of channels; here, projections of rows are corrected.
 """
 
@@ -22,10 +25,14 @@ import torch
 from torch import Tensor
 
 from ..formats.bits import read_factor, write_factor
+from ..native.float8 import power_near
+from ..native.layer_type import LayerType
+from ..native.native_format import by_rows, largest
 from ..qtype import QuantType
+from ..squares import total_of
 
 _MAX_CHANGE = 0.5
-"""The largest relative change of a factor when gain and sum are both restored.
+"""The largest relative change of a factor when gain and sum are both restored, and of a scale of ComfyUI's formats.
 
 The two equations are nearly dependent for rows that would need more; only their gain is restored.
 """
@@ -81,6 +88,38 @@ def restore_gain(qtype: QuantType, packed: Tensor, weight: Tensor, importance: T
         changed = read_factor(blocks, place).view(len(packed), -1) * gain[:, None]
         write_factor(blocks, place, changed.clamp_(-65504.0, 65504.0).view(-1, 1))
     return packed
+
+
+def restore_gain_of_layer(qtype: LayerType, packed: Tensor, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Scale the free scale of a weight in one of ComfyUI's own formats, so that its gain is that of `weight`.
+
+    Args:
+        qtype: the type of `packed`; without a free scale, nothing changes.
+        packed: uint8, of any shape.
+        weight: float32, (out_features, in_features), the tensor that was quantized.
+        importance: float32, (in_features,), the mean square of each input channel; None is 1 for all.
+
+    Returns:
+        uint8, (n,): the bytes of all parts.
+    """
+    if not qtype.format.free_scale:
+        return packed
+    # Products of very large or small weights would leave the range of float32.
+    unit, factors = power_near(largest(weight)), 1.0 if importance is None else importance
+
+    def inner_products(rows: Tensor, dequantized: Tensor) -> tuple[Tensor, ...]:
+        rows = rows / unit
+        weighted = rows * factors
+        return (weighted * (dequantized / unit)).sum(1), (weighted * rows).sum(1)
+
+    products, wanted = by_rows(inner_products, weight, qtype.dequantize(packed), columns=weight.shape[1])
+    parts = dict(qtype.split(packed))
+    scale = parts[qtype.format.free_scale]
+    if scale.ndim == 0:
+        products, wanted = (torch.full_like(scale, total_of(sums)) for sums in (products, wanted))
+    gains = wanted / products
+    gains = torch.where((gains - 1).abs() < _MAX_CHANGE, gains, 1.0)
+    return qtype.join(parts | {qtype.format.free_scale: scale * gains.view(scale.shape)})
 
 
 def _without_factor(packed: Tensor, qtype: QuantType, place: int | tuple[int, ...]) -> Tensor:

@@ -69,12 +69,15 @@ class LayerType:
             uint8, (n,): the bytes of all parts, on the device of the weight.
         """
         search: Literal["fast", "best"] = "fast" if effort == "fast" and rounding is None else "best"
-        parts = self.format.encode(weight.float(), importance, search, rounding)
-        return torch.cat([_bytes(parts[part.suffix], part) for part in self.parts])
+        return self.join(self.format.encode(weight.float(), importance, search, rounding))
 
     def dequantize(self, packed: Tensor) -> Tensor:
         """Decode the bytes of all parts, uint8 of any shape, to float32 of this type's shape."""
         return self.format.decode(self.split(packed), self.shape, rotate)
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Return the bytes of all parts, which have the dtypes and shapes of the file: uint8, (n,)."""
+        return torch.cat([_bytes(parts[part.suffix], part) for part in self.parts])
 
     def split(self, packed: Tensor) -> Mapping[str, Tensor]:
         """Return the parts by suffix, in the dtypes and shapes of the file; `packed` is uint8 of any shape."""

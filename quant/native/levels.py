@@ -37,6 +37,7 @@ class LevelsFormat(NativeFormat):
     """The scales that kitchen tries, in steps of the E4M3 code from the first one."""
     best_steps: tuple[int, ...]
     rotates: ClassVar[bool] = True
+    free_scale: ClassVar[str] = "weight_s_channel"
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen

@@ -52,12 +52,14 @@ class NativeFormat(ABC):
 
     name: str
     revision: int
-    """Raised whenever the bytes of an encoded weight change."""
+    """Raised whenever the bytes of a converted weight change."""
     config: Mapping[str, object] = field(hash=False)
     """The JSON object of `comfy_quant`."""
 
     rotates: ClassVar[bool] = False
     """Whether weights are rotated before they are rounded, and inputs before the product."""
+    free_scale: ClassVar[str] = ""
+    """The part with a float32 scale of each row, or of the weight, that may have any value; empty without one."""
     multiple: ClassVar[int] = 1
     """Rows and columns are padded to a multiple of it, and ComfyUI takes the padded shape for that of the layer."""
 

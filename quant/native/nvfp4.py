@@ -30,7 +30,7 @@ _STEPS = (-3, -2, -1, 1, 2, 3, 4, 5, 6, 7)
 class NVFP4(NativeFormat):
     """Four-bit floats with scales of two kinds."""
 
-    multiple = BLOCK
+    free_scale, multiple = "weight_scale_2", BLOCK
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen

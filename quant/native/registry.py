@@ -14,7 +14,7 @@ from .rowwise import INT4, INT8
 def w4a8(group: int = 16) -> NativeFormat:
     """Return W4A8 with this many weights per scale."""
     name = "W4A8" if group == 16 else f"W4A8_G{group}"
-    return LevelsFormat(name, 1, _levels_config(group), group, Codebook(), (), (-3, -2, -1, 1, 2, 3))
+    return LevelsFormat(name, 2, _levels_config(group), group, Codebook(), (), (-3, -2, -1, 1, 2, 3))
 
 
 def _levels_config(group: int) -> dict[str, object]:
@@ -32,12 +32,12 @@ NATIVE: dict[str, NativeFormat] = {
     for native in (
         FP8("FP8", 0, {"format": "float8_e4m3fn"}),
         MXFP8("MXFP8", 0, {"format": "mxfp8"}),
-        INT8("INT8", 0, _INT8_CONFIG, 127, 1e-30, _INT8_COARSE, (0.01, 0.005, 0.0025)),
+        INT8("INT8", 1, _INT8_CONFIG, 127, 1e-30, _INT8_COARSE, (0.01, 0.005, 0.0025)),
         w4a8(),
         w4a8(32),
-        LevelsFormat("W6A8", 0, _levels_config(16), 16, Integers(), (-1, 1), (-3, -2, -1, 1, 2, 3)),
-        NVFP4("NVFP4", 0, {"format": "nvfp4"}),
-        INT4("INT4", 0, _INT4_CONFIG, 7, 1e-10 / 7, _INT4_COARSE, (0.02, 0.01, 0.005)),
+        LevelsFormat("W6A8", 1, _levels_config(16), 16, Integers(), (-1, 1), (-3, -2, -1, 1, 2, 3)),
+        NVFP4("NVFP4", 1, {"format": "nvfp4"}),
+        INT4("INT4", 1, _INT4_CONFIG, 7, 1e-10 / 7, _INT4_COARSE, (0.02, 0.01, 0.005)),
     )
 }
 

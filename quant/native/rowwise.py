@@ -30,6 +30,7 @@ class RowScaled(NativeFormat):
     fine: tuple[float, ...]
     """Steps from the best scale so far, each tried in both directions."""
     rotates: ClassVar[bool] = True
+    free_scale: ClassVar[str] = "weight_scale"
 
     def decode(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...] | None = None, undo: Rotation = rotate_as_kitchen

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 
 from wanquant.quant import QTYPES, convert, open_gguf
 from wanquant.quant.conversion.layer_encoder import LayerEncoder
-from wanquant.quant.conversion.row_gain import restore_gain
+from wanquant.quant.conversion.row_gain import restore_gain, restore_gain_of_layer
+from wanquant.quant.native.layer_type import LayerType
+from wanquant.quant.native.registry import NATIVE
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 TYPES = [name for name, qtype in QTYPES.items() if qtype.block.factors]
@@ -98,3 +100,41 @@ def test_large_weights_keep_the_gain_of_the_row(name, weight):
     assert abs(gain_of_large(kept) - 1) < max(0.9 * abs(gain_of_large(least) - 1), 2**-10)
     squares = [(dequantized - weight).square().sum() for dequantized in (least, kept)]
     assert squares[1] < 1.06 * squares[0], "the squared error grows only a little"
+
+
+WITH_SCALE = [name for name, native in NATIVE.items() if native.free_scale]
+
+
+def total_gain(weight, dequantized):
+    return float((weight.double() * dequantized.double()).sum() / weight.double().square().sum())
+
+
+def test_scales_of_comfyui_formats_are_free_where_they_need_no_power_of_two_and_their_grid_is_not_of_floats():
+    assert set(WITH_SCALE) == NATIVE.keys() - {"FP8", "MXFP8"}
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("name", WITH_SCALE)
+def test_gain_of_comfyui_formats_is_restored(name, magnitude, weight):
+    weight, qtype = magnitude * weight, LayerType(NATIVE[name], (8, 4096))
+    before = qtype.dequantize(qtype.quantize(weight))
+    packed = LayerEncoder().quantize(qtype, weight)
+    after = qtype.dequantize(packed)
+    shrinkage = abs(total_gain(weight, before) - 1)
+    assert abs(total_gain(weight, after) - 1) < max(0.01 * shrinkage, 1e-6)
+    if name != "NVFP4":  # it has one scale for all rows
+        assert (gains(weight / magnitude, after / magnitude) - 1).abs().max() < 1e-5
+    errors = [float((dequantized - weight).double().norm()) for dequantized in (before, after)]
+    assert errors[1] < 1.01 * errors[0]
+    assert torch.equal(LayerEncoder().quantize(qtype, weight, "fast"), qtype.quantize(weight, effort="fast"))
+
+
+@pytest.mark.parametrize("name", WITH_SCALE)
+def test_rows_of_zeros_in_comfyui_formats_keep_their_scale(name, weight):
+    weight[3], qtype = 0, LayerType(NATIVE[name], (8, 4096))
+    for tensor in (weight, torch.zeros_like(weight)):
+        dequantized = qtype.dequantize(LayerEncoder().quantize(qtype, tensor))
+        assert dequantized.isfinite().all() and not dequantized[3].any()
+    packed, scale = qtype.quantize(weight), NATIVE[name].free_scale
+    kept = qtype.split(restore_gain_of_layer(qtype, packed, weight, torch.zeros(4096)))[scale]
+    assert torch.equal(kept, qtype.split(packed)[scale])
