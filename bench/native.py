@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..quant.conversion.layer_encoder import LayerEncoder
-from ..quant.native.float8 import nearest_e4m3
+from ..quant.native.inputs import rounded_inputs
 from ..quant.native.layer_type import LayerType
 from ..quant.native.registry import NATIVE
 from ..quant.qtype import Effort
@@ -64,17 +64,6 @@ def calibration(values: Tensor) -> Calibration:
     return collector.result()
 
 
-def quantized_inputs(name: str, values: Tensor) -> Tensor:
-    """Return inputs, float32 (tokens, columns), as a GPU multiplies them, with the rotation undone.
-
-    Without a scale in the file, FP8 takes inputs as they are. The others scale them as ComfyUI scales weights.
-    """
-    if name == "FP8":
-        return nearest_e4m3(values).float()
-    native = NATIVE["INT8" if name in ("W4A8", "W6A8") else name]
-    return native.decode(native.encode(values, effort="fast"), tuple(values.shape))
-
-
 def rows(
     columns: int = COLUMNS, n_rows: int = ROWS, efforts: Sequence[Effort] = ("best", "thorough")
 ) -> Iterator[dict[str, Any]]:
@@ -91,7 +80,7 @@ def rows(
         return 100 * float((values @ stored.t() - wanted).norm() / wanted.norm())
 
     for name, native in NATIVE.items():
-        qtype, seen = LayerType(native, (n_rows, columns)), quantized_inputs(name, others)
+        qtype, seen = LayerType(native, (n_rows, columns)), rounded_inputs(native, others)
         calibrated = LayerEncoder.of(known, "w", rotated=native.rotates)
         importance = LayerEncoder.of({"w": known["w"]}, "w", rotated=native.rotates)
         ways: dict[str, tuple[LayerEncoder, Effort]] = {
