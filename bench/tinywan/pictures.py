@@ -28,6 +28,9 @@ _STYLES = {
 }
 
 
+# Where the name of a recipe stands: line, offset in points, alignment. The plain lines are crowded around IQ3_S.
+_NAMES = {"IQ3_S": ("calibrated", (-6, 2), "right"), "IQ4_XS": ("calibrated", (-2, 12), "right")}
+_USUAL_NAME = ("plain", (5, -14), "left")
 # Of ComfyUI's own formats, which are too few for lines, so that shapes tell the methods apart as well.
 _NATIVE_STYLES = {
     "kitchen": ("#555555", "s", "ComfyUI's encoders"),
@@ -87,8 +90,10 @@ def _draw_lines(axis: Axes, rows: Sequence[Row]) -> None:
             spread = [row["latent_psnr"]["deviation"] for row in line]
             low, high = ([p + sign * s for p, s in zip(psnr, spread, strict=True)] for sign in (-1, 1))
             axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-    for row, *place in zip(_line(rows, "plain"), *_places(_line(rows, "plain")), strict=True):
-        axis.annotate(row["recipe"], place, (5, -14), textcoords="offset points", fontsize=10)
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        method, offset, alignment = _NAMES.get(recipe, _USUAL_NAME)
+        place = [value for (value,) in _places([row for row in _line(rows, method) if row["recipe"] == recipe])]
+        axis.annotate(recipe, place, offset, textcoords="offset points", fontsize=10, ha=alignment)
 
 
 def _draw_formats(axis: Axes, rows: Sequence[Row]) -> None:
