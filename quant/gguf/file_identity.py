@@ -32,7 +32,7 @@ class FileIdentity:
             reason = getattr(error, "strerror", None) or error
             raise QuantError(f"{path}: cannot be read: {reason}; check the path and load again") from None
         if not stat.S_ISREG(status.st_mode):
-            raise QuantError(f"{path}: a folder or a device, expected a file; choose a file")
+            raise QuantError(f"{path}: a folder, pipe or device, expected a file; choose a file")
         return cls(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def check_unchanged(self) -> None:

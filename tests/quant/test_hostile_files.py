@@ -71,7 +71,7 @@ def small(**tensor: object) -> RawGGUF:
 def test_chart_is_no_wider_than_the_blocks_of_the_file(tmp_path: Path, number: str):
     path = tmp_path / "a.gguf"
     path.write_bytes(small(name=f"blocks.{number}.ffn.0.weight").pack())
-    assert report_chart.draw(inspect(path)).width == 720
+    assert report_chart.draw(inspect(path)).width == 540
 
 
 def test_chart_shows_some_layers_and_blocks_of_very_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -167,7 +167,7 @@ def test_pipes_and_devices_are_not_opened(tmp_path: Path):
         os.mkfifo(tmp_path / pipe)
     for read in (inspect, open_checkpoint, read_importance):
         for path in (*tmp_path.iterdir(), Path("/dev/zero")):
-            with pytest.raises(QuantError, match=r"is a pipe|is a device|not a file|no such file|cannot be read"):
+            with pytest.raises(QuantError, match=r"is a pipe|is a device|expected a file|no such file|cannot be read"):
                 read(path)
 
 

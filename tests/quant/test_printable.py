@@ -109,4 +109,4 @@ def test_numbers_that_json_does_not_have(tmp_path):
 
 def test_a_file_without_tensors_has_a_chart(tmp_path):
     (tmp_path / "a.gguf").write_bytes(RawGGUF(tensors=(), data=b"").pack())
-    assert report_chart.draw(inspect(tmp_path / "a.gguf")).width == 720
+    assert report_chart.draw(inspect(tmp_path / "a.gguf")).width == 540
