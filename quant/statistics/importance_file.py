@@ -154,7 +154,8 @@ def _read_legacy(path: Path, content: bytes) -> Importance:
             counts[name], at = calls, at + 4 * in_features
     except (struct.error, ValueError) as error:
         raise QuantError(
-            f"{path}: neither a GGUF nor a complete .dat importance matrix ({error}); download it again, or collect one"
+            f"{path}: neither a GGUF nor a complete .dat importance matrix ({error}); download it again, collect one,"
+            " or give a calibration with --calibrate"
         ) from error
     if not sums:
         raise QuantError(f"{path}: not an importance matrix (0 entries); collect one, or use a file of llama-imatrix")
