@@ -96,10 +96,10 @@ class Stream:
             for tensor, start, stop in self._ranges(tensors):
                 following = pool.submit(self._read, tensor, start, stop)
                 if ahead is not None:
-                    yield ahead.result()
+                    yield self._on_device(ahead.result())
                 ahead = following
             if ahead is not None:
-                yield ahead.result()
+                yield self._on_device(ahead.result())
 
     def advance(self, tensor: SourceTensor, nbytes: int) -> None:
         """Count `nbytes` more source bytes as done, and report the progress."""
@@ -165,14 +165,26 @@ class Stream:
         return max(n_elements, ROUNDED_ELEMENTS) if is_rounded else n_elements
 
     def _read(self, tensor: SourceTensor, start: int, stop: int) -> Slice:
+        """Return rows in main memory, as they are stored or in float32."""
         in_features = tensor.shape[-1]
         first, last = start * in_features, stop * in_features
         tried = None
         if start == 0 and isinstance(self.importance, Calibration) and tensor.name in self.importance.held_out:
             with self.checkpoint.files.without_hashing():
-                tried = sample_rows(tensor, _TRIED_ROWS).to(self.device)
-        weight = self._weight(tensor, first, last).to(self.device).float().view(-1, in_features)
+                tried = sample_rows(tensor, _TRIED_ROWS)
+        weight = self._weight(tensor, first, last).view(-1, in_features)
+        if self.device.type == "cpu":
+            weight = weight.float()
         return Slice(tensor, weight, tensor.read_packed(first, last), last == math.prod(tensor.shape), tried)
+
+    def _on_device(self, part: Slice) -> Slice:
+        """Return a slice on the device, in float32.
+
+        The thread that reads must not do this. ComfyUI's hook in CUDA's allocator can log, for which it waits for
+        Python's lock while torch's allocator is locked. A thread that holds the one and waits for the other never ends.
+        """
+        tried = None if part.tried is None else part.tried.to(self.device)
+        return part._replace(weight=part.weight.to(self.device).float(), tried=tried)
 
     def _weight(self, tensor: SourceTensor, first: int, last: int) -> Tensor:
         """Return elements of a tensor as they are stored."""

@@ -6,10 +6,12 @@ import itertools
 import math
 import os
 import shutil
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from wanquant.quant import QuantError
 from wanquant.quant.conversion import stream
@@ -30,6 +32,20 @@ def test_slices_do_not_change_the_result(tmp_path, source, monkeypatch):
     file = open_gguf(tmp_path / "a.gguf")
     first = min(tensor.offset for tensor in file.tensors.values())
     assert whole[first:] == sliced[first:]
+
+
+def test_only_the_calling_thread_uses_the_device(tmp_path, source, monkeypatch):
+    """ComfyUI's hook in CUDA's allocator makes two threads that allocate block each other, as seen on an H100."""
+    threads, own = set(), Tensor.to
+
+    def to(tensor, *arguments, **keywords):
+        if torch.device("cpu") in arguments:
+            threads.add(threading.current_thread())
+        return own(tensor, *arguments, **keywords)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast")
+    assert threads == {threading.current_thread()}
 
 
 def test_progress_counts_source_bytes(tmp_path, source, state):
