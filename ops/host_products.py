@@ -37,6 +37,8 @@ _ROWS: dict[str, tuple[int, tuple[str, ...]]] = {
     "AsymW4A8Int8Layout": (1, ("scale", "s_channel")),
 }
 
+_HOPPER = (9, 0)
+
 # Layouts whose product takes a plain input and quantizes it, token by token.
 _QUANTIZE_TOKENS = ("TensorWiseINT8Layout", "TensorCoreConvRotW4A4Layout", "AsymW4A8Int8Layout")
 
@@ -197,6 +199,14 @@ def int8_backend(device: torch.device) -> str:
     except NoCapableBackendError:
         return ""
     return "" if backend == "eager" else backend
+
+
+def multiplies_faster_in_8_bits(device: torch.device) -> bool:
+    """Return whether comfy-kitchen's 8-bit products can be faster than 16-bit ones on `device`, by its kind.
+
+    An H100's are not: a step takes 1.01 to 1.03 times as long (bench/results/gpu-step-h100.json).
+    """
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER
 
 
 def attends_in_8_bits() -> bool:

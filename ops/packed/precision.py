@@ -19,7 +19,8 @@ def packed_ops(precision: str = EXACT) -> type[GGUFOps]:
     """Return the host's `operations` for a packed model, and log what `auto` chooses and why.
 
     Args:
-        precision: one of `PRECISIONS`. `auto` is `int8` where comfy-kitchen multiplies with a kernel of the device.
+        precision: one of `PRECISIONS`. `auto` is `int8` where comfy-kitchen multiplies with a kernel of the device, and
+            faster than in 16 bits.
 
     Raises:
         QuantError: `int8` in a host without products in 8-bit integers.
@@ -36,6 +37,9 @@ def packed_ops(precision: str = EXACT) -> type[GGUFOps]:
         return operations
     if not backend:
         logger.info("precision auto: exact, because %s", what if host.has_int8() else "this ComfyUI has no int8")
+        return GGUFOps
+    if not host_products.multiplies_faster_in_8_bits(device):
+        logger.info("precision auto: exact, because 8-bit products are no faster on this GPU")
         return GGUFOps
     logger.info("precision auto: int8 by comfy-kitchen's %s backend, from %d tokens on", backend, WORTHWHILE_TOKENS)
     return AutoOps

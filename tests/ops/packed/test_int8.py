@@ -164,6 +164,17 @@ def test_auto_asks_for_a_fast_backend(fast, monkeypatch, caplog):
     assert ("int8 by comfy-kitchen's cuda backend" if fast else "exact, because comfy-kitchen has no") in message
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((8, 9), AutoOps), ((9, 0), GGUFOps)])
+def test_auto_is_exact_where_16_bits_are_as_fast(capability, expected, monkeypatch, caplog):
+    """Mocks stand for a GeForce card and for an H100."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(host_products, "int8_backend", lambda device: "cuda")
+    monkeypatch.setattr("comfy.model_management.get_torch_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert packed_ops("auto") is expected
+    assert ("no faster on this GPU" in caplog.text) == (expected is GGUFOps)
+
+
 def test_the_eager_backend_counts_as_none(monkeypatch, caplog):
     registry = pytest.importorskip("comfy_kitchen.registry").registry
     device = torch.device("cpu")
