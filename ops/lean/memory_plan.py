@@ -17,13 +17,18 @@ class MemoryPlan:
     head_groups: int
     """Self-attention runs on this many groups of heads, one after the other. It must divide the number of heads."""
     token_chunk: int
-    """The number of tokens that the projections, the cross-attention and the FFN process at a time."""
+    """The number of tokens that the projections of the self-attention process at a time."""
     recomputed_groups: int = 0
     """The number of head groups whose keys are computed twice: once for the RMS norm, and again for their attention.
 
     The RMS norm is over all heads, so all keys are computed before any can be used. Per block, each recomputed group
     saves tokens * dim / head_groups elements and costs 2 * tokens * dim^2 / head_groups floating-point operations. The
     first group is used right after the norm, so recomputing its keys would save nothing: this is less than head_groups.
+    """
+    wide_chunk: int = 0
+    """The number of tokens that are processed at a time where no keys are held; 0 stands for token_chunk.
+
+    This is in the output projection of the self-attention, the cross-attention and the FFN.
     """
 
     def __post_init__(self) -> None:

@@ -195,7 +195,7 @@ def _write_keys_and_values(attention: LeanAttention, keys: Tensor, values: Tenso
     """Write the keys and values of all tokens and heads, each (batch, tokens, dim)."""
     attn = attention.attn
     attention.rotated(attn.k, attn.norm_k, keys)
-    attention.values(projection(attn.v, attention.like, attention.inputs), values)
+    attention.values(projection(attn.v, attention.like, attention.inputs), [values])
 
 
 def _plain(attention: LeanAttention, keys: Tensor, values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from wanquant.testing.hosts import ROOT
 from wanquant.tests.ops import test_variants
 
 CPU = torch.device("cpu")
-PLANS = [MemoryPlan(1, 1000), MemoryPlan(4, 7), MemoryPlan(4, 16, 1), MemoryPlan(2, 5, 1)]
+PLANS = [MemoryPlan(1, 1000), MemoryPlan(4, 7), MemoryPlan(4, 16, 1), MemoryPlan(2, 5, 1), MemoryPlan(4, 7, 2, 20)]
 FINE = MemoryPlan(4, 7, 3)
 
 # Inputs of a forward that test_variants.INPUTS lacks or has otherwise.

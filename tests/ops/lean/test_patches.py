@@ -166,8 +166,9 @@ def test_no_preference_changes_nothing(calls):
     model = build()
     for block in model.model.diffusion_model.blocks:
         block.self_attn.comfy_attention = block.cross_attn.comfy_attention = Preferred(None)
-    assert error(forward(apply_lean(model, FINE)), forward(build())) < 1e-5
-    assert max(queries for queries, *_ in calls[: len(calls) // 2]) == FINE.token_chunk * FINE.head_groups
+    plan = MemoryPlan(2, 3)
+    assert error(forward(apply_lean(model, plan)), forward(build())) < 1e-5
+    assert max(queries for queries, *_ in calls[: len(calls) // 2]) == 4 * plan.token_chunk * plan.head_groups
 
 
 # Forwards of modules that other nodes replace, such as sparse attention, NAG and bypassed LoRAs.
