@@ -49,7 +49,7 @@ def encoding_peak() -> Peak:
         tokens = torch.zeros(1, TOKENS, dtype=torch.long, device=META)
         model(tokens, attention_mask=torch.ones(1, TOKENS, device=META))
     weights = sum(sorted(streamed)[-2:]) + sum(norm.nbytes for norm in norms)
-    return Peak(weights, memory.peak.scratch_bytes, memory.peak.activation_bytes, memory.now.flops)
+    return Peak.of(memory, weights)
 
 
 def rows() -> list[Row]:

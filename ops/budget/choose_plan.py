@@ -20,6 +20,9 @@ MOST_EXTRA_ARITHMETIC = 0.03
 
 _LARGEST_BUDGET_GIB = 1024
 
+_LONG_CHUNKS = (8192, 4096, 2048)
+"""Numbers of tokens that keep a large GPU busy, and beyond which it gains nothing."""
+
 _Choice = TypeVar("_Choice")
 
 
@@ -97,8 +100,25 @@ def closest_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenP
     while chosen.slowdown > 1 + MOST_EXTRA_ARITHMETIC and len(plans) > 1:
         plans.pop()
         chosen = _evaluate(simulator, job, plans[-1])
-    is_enough = chosen.peak.total_bytes <= budget
-    return chosen if is_enough else min(stock, chosen, key=lambda each: each.peak.total_bytes)
+    if chosen.peak.total_bytes > budget:
+        return min(stock, chosen, key=lambda each: each.peak.total_bytes)
+    return _widened(simulator, job, budget, chosen)
+
+
+def _widened(simulator: Simulator, job: SamplingJob, budget: int, chosen: ChosenPlan) -> ChosenPlan:
+    """Return a plan within a budget with the longest chunks that the rest of the budget allows.
+
+    Long chunks cost nothing but memory: a GPU has more to do at a time, and each chunk is more kernels to start.
+    """
+    for name in ("wide_chunk", "token_chunk"):
+        assert chosen.plan is not None
+        shortest = chosen.plan.token_chunk
+        for length in (length for length in _LONG_CHUNKS if length > shortest):
+            longer = replace(chosen.plan, **{name: length})
+            if simulator.peak(job, longer).total_bytes <= budget:
+                chosen = _evaluate(simulator, job, longer)
+                break
+    return chosen
 
 
 def _evaluate(simulator: Simulator, job: SamplingJob, plan: MemoryPlan | None) -> ChosenPlan:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .. import host, host_products
 from ..packed.layout import is_packed
+from .allocator import Event, most_held_bytes
 
 _FLOPS = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
 
@@ -34,6 +35,8 @@ _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::emp
 """Operations that neither read nor write."""
 
 _PRODUCTS = ("aten::mm", "aten::addmm")
+_WORKSPACE = 0
+"""Stands for the workspace of a product among the storages, whose numbers are addresses."""
 
 
 class Moment(NamedTuple):
@@ -74,6 +77,12 @@ class LiveMemory(TorchDispatchMode):
         self.now = self.peak = Moment(0, 0, 0)
         self.moved_bytes = 0
         self.history: list[Moment] = []
+        self._events: list[Event] = []
+
+    @property
+    def held_bytes(self) -> int:
+        """The most bytes that torch's allocator holds for all of this."""
+        return most_held_bytes(self._events)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -109,16 +118,19 @@ class LiveMemory(TorchDispatchMode):
             nbytes = host_products.workspace_bytes(x, weight)
             self._step(self.now._replace(scratch_bytes=self.now.scratch_bytes + nbytes))
             self._step(self.now._replace(scratch_bytes=self.now.scratch_bytes - nbytes))
+            self._events += (Event(_WORKSPACE, nbytes), Event(_WORKSPACE, None))
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, -(-storage.nbytes() // _ALIGNMENT) * _ALIGNMENT
         if key in self._alive:
             return
         self._alive[key] = (nbytes, weakref.ref(storage, lambda _: self._released(key)))
+        self._events.append(Event(key, nbytes))
         self._step(self.now._replace(activation_bytes=self.now.activation_bytes + nbytes))
 
     def _released(self, key: int) -> None:
         nbytes, _ = self._alive.pop(key)
+        self._events.append(Event(key, None))
         part = "scratch_bytes" if key in self._scratch else "activation_bytes"
         self._scratch.discard(key)
         self._step(self.now._replace(**{part: getattr(self.now, part) - nbytes}))

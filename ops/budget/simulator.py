@@ -22,15 +22,12 @@ from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
 from .causal import last_block
-from .context import context_bytes
+from .context import context_bytes, unseen_bytes
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .live_memory import LiveMemory, signature
 from .memory_notes import attention_of
 from .meta_wan import META, meta_twin
 from .sampling_job import SamplingJob
-
-# Measured on an H100 near the limit, with cudaMallocAsync: see bench/results/gpu-memory-h100.json.
-_FRAGMENTATION = 0.1
 
 # A sampler holds these float32 tensors of the latent's shape during a forward: its state, the noise, the latent image
 # and the previous prediction, and for each of two conditionings the sum of the outputs and the sum of their factors.
@@ -51,14 +48,27 @@ class Peak:
     activation_bytes: int
     flops: int
     """Floating-point operations."""
-    context_bytes: int = context_bytes(META)
-    moved_bytes: int = 0
+    held_bytes: int
+    """What torch's allocator holds at most; see `allocator` and `unseen_bytes`."""
+    context_bytes: int
+    moved_bytes: int
     """What the operations of the whole forward read and write."""
+
+    @classmethod
+    def of(cls, memory: LiveMemory, weight_bytes: int, device: torch.device = META) -> Peak:
+        """Return the peak of what `memory` has counted.
+
+        Args:
+            device: see `context_bytes`.
+        """
+        moment, held = memory.peak, memory.held_bytes + unseen_bytes(device)
+        sizes = weight_bytes, moment.scratch_bytes, moment.activation_bytes
+        return cls(*sizes, memory.now.flops, held, context_bytes(device), memory.moved_bytes)
 
     @property
     def fragmentation_bytes(self) -> int:
-        """Memory that CUDA's allocator holds beyond the tensors in it."""
-        return round(_FRAGMENTATION * (self.scratch_bytes + self.activation_bytes))
+        """Memory that the allocator holds beyond the tensors in it."""
+        return self.held_bytes - self.scratch_bytes - self.activation_bytes
 
     @property
     def bytes_by_part(self) -> dict[str, int]:
@@ -109,7 +119,7 @@ class Simulator:
             device: see `context_bytes`.
         """
         use_flash_attention(model.diffusion_model)
-        self._model, self._weight_bytes, self._context_bytes = model, weight_bytes, context_bytes(device)
+        self._model, self._weight_bytes, self._device = model, weight_bytes, device
         self.weight_elements, self._attention = weight_elements, attention or FlashAttention()
         self._peaks: dict[tuple[SamplingJob, MemoryPlan | None], Peak] = {}
 
@@ -135,10 +145,7 @@ class Simulator:
     def peak(self, job: SamplingJob, plan: MemoryPlan | None) -> Peak:
         """Return the peak of `job` with `plan`; None stands for ComfyUI's own forward."""
         if (job, plan) not in self._peaks:
-            memory = self.run(job, plan)
-            moment = memory.peak
-            sizes = self._weight_bytes, moment.scratch_bytes, moment.activation_bytes
-            self._peaks[job, plan] = Peak(*sizes, memory.now.flops, self._context_bytes, memory.moved_bytes)
+            self._peaks[job, plan] = Peak.of(self.run(job, plan), self._weight_bytes, self._device)
         return self._peaks[job, plan]
 
     def run(self, job: SamplingJob, plan: MemoryPlan | None, *, record: bool = False) -> LiveMemory:

@@ -67,7 +67,7 @@ def decoding_peak(job: SamplingJob, size: int, dtype: torch.dtype, *, streamed: 
         latent = torch.empty(1, channels, frames, *tile, device=META)
         vae.decode(latent.to(dtype)).float()
     weight_bytes = streamed_bytes(vae) if streamed else sum(parameter.nbytes for parameter in vae.parameters())
-    return Peak(weight_bytes, memory.peak.scratch_bytes, memory.peak.activation_bytes, memory.now.flops)
+    return Peak.of(memory, weight_bytes)
 
 
 def tiles_within(job: SamplingJob, budget: int, dtype: torch.dtype | None = None) -> Tiles:
@@ -86,14 +86,16 @@ def tiles_within(job: SamplingJob, budget: int, dtype: torch.dtype | None = None
     streamed = decoding_peak(job, _STEP, dtype).total_bytes > budget
     smallest = decoding_peak(job, _STEP, dtype, streamed=streamed)
 
-    def is_within(size: int) -> bool:
+    def can_be_within(size: int) -> bool:
         # The activations of convolutions grow with the area.
         growth = math.prod(min(side, size) / min(side, _STEP) for side in sides)
         return smallest.total_bytes + (growth - 1) * smallest.activation_bytes <= budget
 
-    sizes = range(_STEP, max(sides) + _STEP, _STEP)
-    size = next((size for size in reversed(sizes) if is_within(size)), _STEP)
-    return Tiles(size, decoding_peak(job, size, dtype, streamed=streamed), streamed)
+    largest = -(-max(sides) // _STEP) * _STEP
+    sizes = (size for size in range(largest, _STEP, -_STEP) if can_be_within(size))
+    peaks = ((size, decoding_peak(job, size, dtype, streamed=streamed)) for size in sizes)
+    size, peak = next(((size, peak) for size, peak in peaks if peak.total_bytes <= budget), (_STEP, smallest))
+    return Tiles(size, peak, streamed)
 
 
 @lru_cache(maxsize=2)

@@ -21,7 +21,7 @@ def model(t2v):
 
 def test_predicts_the_peak(model):
     limited, text, tile, overlap = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
-    assert text.startswith("0.5")
+    assert text.startswith("0.7")
     assert "weights" in text
     assert text.endswith("GiB")
     assert f"tiles of {tile} pixels" in text
@@ -32,7 +32,7 @@ def test_predicts_the_peak(model):
 
 def test_preview_that_does_not_fit_is_reported_not_refused(model):
     limited, text, *_ = WanQuantLowVRAM.execute(model, 0.3, 256, 256, 5).args
-    assert "needs at least 0.5" in text
+    assert "needs at least 0.7" in text
     assert limited.wrappers
 
 
@@ -58,7 +58,7 @@ def test_a_latent_replaces_the_typed_size(model):
 def test_a_budget_of_zero_takes_what_is_there_and_is_never_cached(model, monkeypatch):
     monkeypatch.setattr("wanquant.nodes.low_vram.automatic_budget", lambda device: 2 * GIB)
     _, text, *tiles = WanQuantLowVRAM.execute(model, 0, 256, 256, 5).args
-    assert text.startswith("budget 2.00 GiB: 0.5")
+    assert text.startswith("budget 2.00 GiB: 0.7")
     assert tiles == list(WanQuantLowVRAM.execute(model, 2, 256, 256, 5).args[2:])
     for budget, keys in ((0, 2), (None, 2), (3.5, 1)):  # a linked budget is None
         found = {to_hashable([WanQuantLowVRAM.fingerprint_inputs(budget_gib=budget, width=1)]) for _ in range(2)}
