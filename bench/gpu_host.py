@@ -96,6 +96,7 @@ def start(folder: Path, *, dynamic: bool) -> None:
     import comfy.model_patcher
 
     if dynamic and gpu and comfy_aimdo.control.init_devices([0]):
+        comfy_aimdo.control.set_log_info()
         comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
         comfy.memory_management.aimdo_enabled = True
 

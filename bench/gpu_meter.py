@@ -14,6 +14,7 @@ class Meter:
         import torch
 
         self._gpu = torch.cuda.is_available()
+        self.device = "cuda" if self._gpu else "cpu"
         self.context = self._used() if self._gpu else 0
 
     def synchronize(self) -> None:
@@ -36,7 +37,7 @@ class Meter:
         with sampled(self._used, 0.01) as device:
             try:
                 row |= work()
-            except torch.cuda.OutOfMemoryError as error:
+            except RuntimeError as error:  # torch's for want of memory, and that of ComfyUI's buffers
                 row["error"] = str(error).partition("\n")[0]
         peaks = {"torch": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         del ballast

@@ -62,3 +62,17 @@ def test_all_that_runs_on_a_gpu_runs_here(tmp_path: Path) -> None:
     assert 0 < found["sample two LoRAs"]["difference"] < 0.1
     assert 0 < found["calibrate"]["best"]["difference"] < 0.1
     assert 0 < found["tune"]["difference"] < 0.1
+
+
+def test_formats_and_precisions_are_timed(tmp_path: Path) -> None:
+    if not checkout().is_dir():
+        pytest.skip(f"no ComfyUI at {checkout()}: run `python3 dev.py setup`, or set COMFYUI_PATH")
+    carried, folder = tmp_path / "carried", tmp_path / "models"
+    gpu_host.assemble(carried, checkout())
+    arguments = ["--carried", str(carried), "--folder", str(folder), "--recipes", "BF16", "Q4_K_M", "FP8"]
+    found = rows("gpu_step.py", tmp_path / "results.jsonl", *arguments)
+    assert {row["recipe"] for row in found} == {"BF16", "Q4_K_M", "FP8"}
+    assert found[0]["of_bf16"] == 1 and found[0]["difference"] == 0
+    for row in found:
+        assert (row["plan"] == "lean") == (row["budget_gib"] == 0)
+        assert row["seconds_a_step"] > 0 and 0 <= row["difference"] < 0.05
