@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 from wanquant.bench.harness import GIB, Row, sampled
 
+_NO_BUFFER = "VRAM grow failed"
+"""Of comfy-aimdo's message when its buffers for streamed weights do not fit."""
+
 
 class Meter:
     """A meter of the GPU memory that this process uses; without a GPU it measures nothing."""
@@ -37,7 +40,9 @@ class Meter:
         with sampled(self._used, 0.01) as device:
             try:
                 row |= work()
-            except RuntimeError as error:  # torch's for want of memory, and that of ComfyUI's buffers
+            except RuntimeError as error:
+                if not isinstance(error, torch.cuda.OutOfMemoryError) and _NO_BUFFER not in str(error):
+                    raise
                 row["error"] = str(error).partition("\n")[0]
         peaks = {"torch": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         del ballast

@@ -64,6 +64,11 @@ def has_float64(device: torch.device) -> bool:
     return True
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a device is an NVIDIA GPU like the H100; some of AMD report the same capability."""
+    return device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute on one thread, because the last bits of what BLAS and LAPACK return depend on how many there are."""

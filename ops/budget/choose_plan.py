@@ -39,6 +39,11 @@ class ChosenPlan:
     """Bytes that the operations of the forward read and write, divided by those of ComfyUI's own forward."""
 
     @property
+    def is_worthwhile(self) -> bool:
+        """True if it costs no more arithmetic than a plan may."""
+        return self.slowdown <= 1 + MOST_EXTRA_ARITHMETIC
+
+    @property
     def name(self) -> str:
         return "lean" if self.plan else "stock"
 
@@ -46,6 +51,7 @@ class ChosenPlan:
         how = "ComfyUI's own forward"
         if self.plan:
             how = f"{self.plan.head_groups} groups of heads, {self.plan.token_chunk} tokens at a time"
+            how += f" ({self.plan.chunk_without_keys} without keys)"
         return f"{self.peak}; {how}, {self.slowdown:.3f}x the arithmetic, {self.traffic:.2f}x the bytes of a step"
 
 
@@ -96,29 +102,22 @@ def closest_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenP
         return stock
     plans = memory_plans(simulator.heads)
     index = _first_index(plans, lambda plan: simulator.peak(job, plan).total_bytes <= budget)
-    chosen = _evaluate(simulator, job, plans[min(index, len(plans) - 1)])
-    while chosen.slowdown > 1 + MOST_EXTRA_ARITHMETIC and len(plans) > 1:
-        plans.pop()
-        chosen = _evaluate(simulator, job, plans[-1])
-    if chosen.peak.total_bytes > budget:
-        return min(stock, chosen, key=lambda each: each.peak.total_bytes)
-    return _widened(simulator, job, budget, chosen)
+    if index < len(plans) and _evaluate(simulator, job, plans[index]).is_worthwhile:
+        return _evaluate(simulator, job, _with_longer_chunks(simulator, job, budget, plans[index]))
+    choices = [choice for choice in (_evaluate(simulator, job, plan) for plan in plans) if choice.is_worthwhile]
+    return min([stock, *choices], key=lambda choice: choice.peak.total_bytes)
 
 
-def _widened(simulator: Simulator, job: SamplingJob, budget: int, chosen: ChosenPlan) -> ChosenPlan:
+def _with_longer_chunks(simulator: Simulator, job: SamplingJob, budget: int, plan: MemoryPlan) -> MemoryPlan:
     """Return a plan within a budget with the longest chunks that the rest of the budget allows.
 
-    Long chunks cost nothing but memory: a GPU has more to do at a time, and each chunk is more kernels to start.
+    A GPU has more to do at a time then, and each chunk is more kernels to start. Where no keys are held comes first.
     """
+    shortest, plan = plan.token_chunk, replace(plan, wide_chunk=plan.token_chunk)
     for name in ("wide_chunk", "token_chunk"):
-        assert chosen.plan is not None
-        shortest = chosen.plan.token_chunk
-        for length in (length for length in _LONG_CHUNKS if length > shortest):
-            longer = replace(chosen.plan, **{name: length})
-            if simulator.peak(job, longer).total_bytes <= budget:
-                chosen = _evaluate(simulator, job, longer)
-                break
-    return chosen
+        longer = (replace(plan, **{name: length}) for length in _LONG_CHUNKS if length > shortest)
+        plan = next((each for each in longer if simulator.peak(job, each).total_bytes <= budget), plan)
+    return plan
 
 
 def _evaluate(simulator: Simulator, job: SamplingJob, plan: MemoryPlan | None) -> ChosenPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...quant.device import is_hopper
 from ...quant.units import GIB
 
 # The driver reserves local memory for every thread that the GPU can run at the same time.
@@ -12,9 +13,11 @@ _LIBRARY_BYTES = round(0.5 * GIB)
 # The streaming multiprocessors of an RTX 3060, and the threads of each.
 _SMALL_GPU = 28 * 1536
 
-# An H100 with hardly any memory left needed 0.13 to 0.26 GiB more than `allocator` gives, workspaces included.
-_UNSEEN_BYTES = 128 << 20
-_HOPPER = 9
+# An H100 with hardly any memory left needed 0.13 to 0.29 GiB more than `allocator` gives, workspaces included.
+_UNSEEN_BYTES = 120 << 20
+_WORKSPACE_BYTES, _LARGE_WORKSPACE_BYTES = 8 << 20, 32 << 20
+_WORKSPACES = 4
+"""Of cuBLAS and of cuBLASLt, each for two streams."""
 
 
 def context_bytes(device: torch.device) -> int:
@@ -36,17 +39,11 @@ def context_bytes(device: torch.device) -> int:
 def unseen_bytes(device: torch.device) -> int:
     """Return what torch's allocator holds besides the tensors that a forward makes.
 
-    These are the workspaces of cuBLAS and of cuBLASLt, small weights that stay on the device, and what comes between
-    the forwards.
+    These are the workspaces of CUDA's libraries, and what there is between the forwards.
 
     Args:
         device: as for `context_bytes`.
 
     Source: aten/src/ATen/cuda/CublasHandlePool.cpp parseChosenWorkspaceSize, torch 2.11.0.
     """
-    is_large = device.type == "cuda" and torch.cuda.is_available() and _capability(device) >= _HOPPER
-    return _UNSEEN_BYTES + 2 * ((32 if is_large else 8) << 20)
-
-
-def _capability(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if torch.version.cuda else 0
+    return _UNSEEN_BYTES + _WORKSPACES * (_LARGE_WORKSPACE_BYTES if is_hopper(device) else _WORKSPACE_BYTES)

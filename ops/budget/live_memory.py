@@ -79,9 +79,8 @@ class LiveMemory(TorchDispatchMode):
         self.history: list[Moment] = []
         self._events: list[Event] = []
 
-    @property
     def held_bytes(self) -> int:
-        """The most bytes that torch's allocator holds for all of this."""
+        """Return the most bytes that torch's allocator holds for all of this, which takes a moment."""
         return most_held_bytes(self._events)
 
     @classmethod

@@ -61,7 +61,7 @@ class Peak:
         Args:
             device: see `context_bytes`.
         """
-        moment, held = memory.peak, memory.held_bytes + unseen_bytes(device)
+        moment, held = memory.peak, memory.held_bytes() + unseen_bytes(device)
         sizes = weight_bytes, moment.scratch_bytes, moment.activation_bytes
         return cls(*sizes, memory.now.flops, held, context_bytes(device), memory.moved_bytes)
 

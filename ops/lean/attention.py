@@ -161,7 +161,7 @@ class LeanAttention:
         options = host.attention_options(self.attn) | {"transformer_options": self.options}
         # As many queries as have an output of the size of four chunks of all heads, since projections hold as many. A
         # GPU needs many to be busy: with a quarter, an H100 took 1.26 times as long.
-        at_a_time = 4 * self.plan.token_chunk * self.plan.head_groups
+        at_a_time = 4 * self.plan.token_chunk * self.attn.num_heads // heads
         for chunk in [slice(None)] if at_once else chunks(self.tokens, at_a_time):
             queries[:, chunk] = wan.optimized_attention(queries[:, chunk], k, v, heads=heads, **options)
 

@@ -160,4 +160,4 @@ class LeanBlock:
             x[:, chunk].addcmul_(y, modulation.vector(5, chunk))
 
     def _chunks(self, x: Tensor) -> list[slice]:
-        return list(chunks(x.shape[1], self.plan.wide_chunk or self.plan.token_chunk))
+        return list(chunks(x.shape[1], self.plan.chunk_without_keys))

@@ -47,11 +47,11 @@ def _forward(
     c = c.clone(memory_format=torch.contiguous_format) if may_be_kept else c.contiguous()
     if block.block_id == 0:
         before = projection(block.before_proj, c, lambda: [c])
-        for chunk in chunks(c.shape[1], plan.token_chunk):
+        for chunk in chunks(c.shape[1], plan.chunk_without_keys):
             c[:, chunk] = before(c[:, chunk]) + x[:, chunk]
         del before
     c = LeanBlock(block, plan, context_img_len, transformer_options)(c, e, freqs, context)
     after, skip = projection(block.after_proj, c, lambda: [c]), torch.empty_like(c)
-    for chunk in chunks(c.shape[1], plan.token_chunk):
+    for chunk in chunks(c.shape[1], plan.chunk_without_keys):
         skip[:, chunk] = after(c[:, chunk])
     return skip, c

@@ -143,12 +143,12 @@ def _listen(wrapper: wan.AudioCrossAttentionWrapper, audio: Tensor, plan: Memory
 
 
 def _frames(tokens: int, frames: int, plan: MemoryPlan) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of the tokens and of the frames that they belong to, about `plan.token_chunk` tokens at a time."""
+    """Yield slices of the tokens and of their frames, about `plan.chunk_without_keys` tokens at a time."""
     if tokens % frames:
         yield slice(None), slice(None)  # ComfyUI's own forward refuses them
         return
     each = tokens // frames
-    step = max(1, plan.token_chunk // each)
+    step = max(1, plan.chunk_without_keys // each)
     for start in range(0, frames, step):
         stop = min(start + step, frames)
         yield slice(start * each, stop * each), slice(start, stop)

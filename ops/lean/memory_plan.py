@@ -26,17 +26,23 @@ class MemoryPlan:
     first group is used right after the norm, so recomputing its keys would save nothing: this is less than head_groups.
     """
     wide_chunk: int = 0
-    """The number of tokens that are processed at a time where no keys are held; 0 stands for token_chunk.
+    """The number of tokens that everything else processes at a time, while no keys are held; 0 stands for token_chunk.
 
-    This is in the output projection of the self-attention, the cross-attention and the FFN.
+    This is the output projection of the self-attention, the cross-attention, the FFN, and what models add to them.
     """
 
     def __post_init__(self) -> None:
-        if self.head_groups < 1 or self.token_chunk < 1 or not 0 <= self.recomputed_groups < self.head_groups:
+        has_sizes = self.head_groups >= 1 and self.token_chunk >= 1 and self.wide_chunk >= 0
+        if not (has_sizes and 0 <= self.recomputed_groups < self.head_groups):
             raise QuantError(
-                f"{self}: expected head_groups >= 1, token_chunk >= 1 and 0 <= recomputed_groups < head_groups;"
-                " change the plan"
+                f"{self}: expected head_groups >= 1, token_chunk >= 1, wide_chunk >= 0 and"
+                " 0 <= recomputed_groups < head_groups; change the plan"
             )
+
+    @property
+    def chunk_without_keys(self) -> int:
+        """The number of tokens at a time where no keys are held."""
+        return self.wide_chunk or self.token_chunk
 
     def check(self, num_heads: int) -> None:
         """Raise QuantError if the groups do not divide `num_heads`."""

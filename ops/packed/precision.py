@@ -38,8 +38,8 @@ def packed_ops(precision: str = EXACT) -> type[GGUFOps]:
     if not backend:
         logger.info("precision auto: exact, because %s", what if host.has_int8() else "this ComfyUI has no int8")
         return GGUFOps
-    if not host_products.multiplies_faster_in_8_bits(device):
-        logger.info("precision auto: exact, because 8-bit products are no faster on this GPU")
+    if not host_products.int8_can_be_faster(device):
+        logger.info("precision auto: exact, because 8-bit products are hardly faster on this GPU")
         return GGUFOps
     logger.info("precision auto: int8 by comfy-kitchen's %s backend, from %d tokens on", backend, WORTHWHILE_TOKENS)
     return AutoOps

@@ -34,7 +34,7 @@ class Slice(NamedTuple):
 
     tensor: SourceTensor
     weight: Tensor
-    """float32, (rows, in_features), on the device of the conversion."""
+    """(rows, in_features), float32 on the device of the conversion; while it is read, as stored and in main memory."""
     packed: Tensor | None
     """uint8: the bytes that `weight` was dequantized from; None if the source does not store a ggml type."""
     is_last: bool

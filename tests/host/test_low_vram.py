@@ -14,7 +14,7 @@ pytestmark = pytest.mark.host
 
 STEPS, SIDE, FRAMES = 2, 384, 17
 # Between what stock and lean take of such a video.
-BUDGET_GIB = 0.584
+BUDGET_GIB = 0.75
 
 
 def limited(gib: float) -> Graph:
@@ -44,7 +44,7 @@ def test_same_latent_within_the_budget(server: HostServer):
         got = latent(server, limited(gib), f"budget-{gib}")
         assert (got - expected).norm() <= 1e-5 * expected.norm()
         log = server.log.read_text()
-        assert f"384x384, 17 frames in {gib:.2f} GiB: predicted peak 0.5" in log
+        assert f"384x384, 17 frames in {gib:.2f} GiB: predicted peak 0.7" in log
         assert how in log
 
 

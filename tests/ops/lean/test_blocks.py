@@ -123,7 +123,7 @@ def test_refuses_groups_that_do_not_divide_the_heads(t2v_model):
         forward(apply_lean(t2v_model, MemoryPlan(3, 8)))
 
 
-@pytest.mark.parametrize("plan", [(0, 1), (1, 0), (2, 8, 2), (2, 8, -1)], ids=str)
+@pytest.mark.parametrize("plan", [(0, 1), (1, 0), (2, 8, 2), (2, 8, -1), (2, 8, 0, -1)], ids=str)
 def test_refuses_impossible_plans(plan):
     with pytest.raises(QuantError, match="expected head_groups >= 1"):
         MemoryPlan(*plan)
