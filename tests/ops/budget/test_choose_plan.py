@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -71,6 +72,26 @@ def test_the_rest_of_a_budget_makes_chunks_longer():
 def test_where_all_plans_cost_much_one_is_left(small, monkeypatch):
     monkeypatch.setattr("wanquant.ops.budget.choose_plan.MOST_EXTRA_ARITHMETIC", -0.5)
     assert closest_plan(small, LATENT, 0).plan in (None, memory_plans(small.heads)[0])
+
+
+def test_where_none_fits_the_least_is_named(small, monkeypatch):
+    """What the allocator holds may be less for a coarser plan than for the finest."""
+    plans = memory_plans(small.heads)
+    least, own = plans[-2], small.peak
+
+    def peak(job, plan):
+        found = own(job, plan)
+        return found if plan == least else replace(found, held_bytes=found.held_bytes + (1 << 20))
+
+    monkeypatch.setattr(small, "peak", peak)
+    assert closest_plan(small, LATENT, 0).plan == least
+
+
+def test_long_chunks_of_keys_do_not_need_long_chunks_elsewhere():
+    """The FFN needs most of the 5B, so that nothing but the projections of the attention gets longer chunks."""
+    large, job = simulator(SIZES["5B"], "Q4_K_M"), SamplingJob.for_video(832, 480, 81, channels=48)
+    plan = choose_plan(large, job, round(1.2 * GIB)).plan
+    assert plan.wide_chunk < plan.token_chunk
 
 
 def test_a_refusal_names_a_budget_and_a_number_of_frames(small):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wanquant.ops.budget.context import context_bytes
+from wanquant.ops.budget.context import context_bytes, unseen_bytes
 from wanquant.quant.units import GIB
 from wanquant.testing.hosts import ROOT
 
@@ -25,6 +25,12 @@ def test_a_gpu_of_more_threads_takes_more(monkeypatch):
 
 def test_other_devices_count_as_a_small_gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)  # ROCm's device type is cuda too
-    assert {context_bytes(torch.device(name)) for name in ("cuda", "mps", "xpu")} == {
-        context_bytes(torch.device("meta"))
-    }
+    for count in (context_bytes, unseen_bytes):
+        assert {count(torch.device(name)) for name in ("cuda", "mps", "xpu")} == {count(torch.device("meta"))}
+
+
+def test_hopper_has_larger_workspaces(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for capability, expected in (((9, 0), 248), ((8, 9), 152)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert unseen_bytes(torch.device("cuda", 0)) == expected << 20

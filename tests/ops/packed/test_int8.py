@@ -164,13 +164,17 @@ def test_auto_asks_for_a_fast_backend(fast, monkeypatch, caplog):
     assert ("int8 by comfy-kitchen's cuda backend" if fast else "exact, because comfy-kitchen has no") in message
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((8, 9), AutoOps), ((9, 0), GGUFOps)])
-def test_auto_is_exact_where_16_bits_are_as_fast(capability, expected, monkeypatch, caplog):
-    """Mocks stand for a GeForce card and for an H100."""
+@pytest.mark.parametrize(
+    ("cuda", "capability", "expected"),
+    [("13.0", (8, 9), AutoOps), ("13.0", (9, 0), GGUFOps), (None, (9, 0), AutoOps)],
+    ids=["GeForce", "H100", "AMD"],
+)
+def test_auto_is_exact_where_16_bits_are_as_fast(cuda, capability, expected, monkeypatch, caplog):
+    """Mocks stand for the cards."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(host_products, "int8_backend", lambda device: "cuda")
     monkeypatch.setattr("comfy.model_management.get_torch_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert packed_ops("auto") is expected
     assert ("hardly faster on this GPU" in caplog.text) == (expected is GGUFOps)
