@@ -69,7 +69,7 @@ def convert_for_speed() -> Columns:
         "INT8 multiplies in 8-bit integers: faster than 16 bits on RTX 20 to 50, in half the bytes. It needs ComfyUI"
         " 0.27. **W4A8** halves the bytes again, on RTX 30 to 50, and needs ComfyUI 0.31.\n\nChoose your checkpoint as"
         " `source`. It is converted on the first run, and later runs reuse the file. Settings: shift 8, 30 steps,"
-        " cfg 6. At 832 x 480 and 81 frames, sampling needs 2.2 GiB of VRAM (simulated)."
+        " cfg 6. At 832 x 480 and 81 frames, sampling needs 2.4 GiB of VRAM (simulated)."
     )
     source = models.T2V_1_3B
     loaders = {"model": parts.converted_loader(), "shift": parts.shift(8.0), "vae": parts.vae()}
@@ -88,7 +88,7 @@ def calibrate() -> Columns:
         "For files below 4 bits. Samples once with the full-precision model, measures the inputs of its layers, and"
         " makes two GGUFs of one size: **Convert** rounds for these inputs, **Tune** also for the errors of earlier"
         " blocks (slower, experimental). Use your own prompt, LoRAs and steps; more runs measure more.\n\n"
-        "At 832 x 480 and 81 frames, sampling needs 2.2 GiB of VRAM (simulated), and the file of the blocks 2 GiB of"
+        "At 832 x 480 and 81 frames, sampling needs 2.4 GiB of VRAM (simulated), and the file of the blocks 2 GiB of"
         " disk."
     )
     source = models.T2V_1_3B
@@ -133,7 +133,7 @@ def quality() -> Columns:
         "Samples the same seed with the full-precision model, with a GGUF, and with a file in a format of ComfyUI's "
         "own. **Compare Latents** shows the PSNR, which frames differ, and where. Change a recipe and run again: only "
         "the nodes that this changes run.\n\nINT8 needs ComfyUI 0.27, and its result depends on the GPU. At 832 x 480 "
-        "and 81 frames, sampling needs 2.2 GiB of VRAM (simulated)."
+        "and 81 frames, sampling needs 2.4 GiB of VRAM (simulated)."
     )
     source = models.T2V_1_3B
     full = node("UNETLoader", models=[source], unet_name=source.name, weight_dtype="default")
@@ -177,7 +177,7 @@ def migrate() -> Columns:
     text = (
         "This graph was made with ComfyUI-GGUF. If that pack is not installed, ComfyUI offers to replace its loaders "
         "with those of this pack: accept and run. Files and links stay as they are. If both packs are installed, both "
-        "kinds of loaders work.\n\nAt 832 x 480 and 81 frames, sampling needs 3.7 GiB of VRAM (simulated)."
+        "kinds of loaders work.\n\nAt 832 x 480 and 81 frames, sampling needs 4.2 GiB of VRAM (simulated)."
     )
     loaders = {
         "model": node("UnetLoaderGGUF", unet_name=models.T2V_14B.name),

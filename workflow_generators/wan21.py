@@ -12,7 +12,7 @@ def t2v_small() -> Columns:
     text = (
         "Quantizes the smallest Wan on the first run: **Convert to Quantized Model** makes the file, and later runs "
         "reuse it. Only the text encoder has to be downloaded by hand, and it is loaded only for a new prompt. "
-        "Settings: shift 8, 30 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs 2.2 GiB of VRAM (simulated)."
+        "Settings: shift 8, 30 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs 2.4 GiB of VRAM (simulated)."
     )
     source = models.T2V_1_3B
     convert = node("WanQuantConvert", models=[source], source=source.name, recipe="Q6_K")
@@ -36,7 +36,7 @@ def low_vram() -> Columns:
         "Runs 14B on a small GPU: **Wan Low VRAM** samples within `budget_gib`, and refuses what does not fit before "
         "the first step. The file is in main memory. The VAE decodes in tiles within the budget. Put LoRAs before Wan "
         "Low VRAM. Settings: shift 5, 30 steps, cfg 5.\n\nAt 1280 x 720 and 81 frames, sampling needs 3.5 GiB of VRAM "
-        "instead of 7.6 GiB (simulated)."
+        "instead of 8.5 GiB (simulated)."
     )
     size = {"width": 1280, "height": 720}
     loaders = {
@@ -59,7 +59,7 @@ def i2v() -> Columns:
     text = (
         "Animates a picture. This is the 480p model, so keep the area near 832 x 480. CLIP Vision also reads the "
         "picture, as in training. Settings: shift 3, 20 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs "
-        "3.7 GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
+        "4.2 GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
         "model": parts.loader(models.I2V_14B),
@@ -100,7 +100,7 @@ def vace() -> Columns:
     text = (
         "Makes a video with the subject of a reference picture. VACE also takes a control video and masks: connect "
         "them to **WanVaceToVideo**. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480 and 81 frames, sampling needs "
-        "5.1 GiB of VRAM, or 3.0 GiB with **Wan Low VRAM** (simulated)."
+        "5.7 GiB of VRAM, or 3.1 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
         "model": parts.loader(models.VACE_14B),
@@ -134,7 +134,7 @@ def vace() -> Columns:
 def first_last_frame() -> Columns:
     text = (
         "Makes the video between two pictures, which CLIP Vision also reads. This is the 720p model; smaller sizes are"
-        " faster. Settings: shift 8, 20 steps, cfg 3.\n\nAt 832 x 480 and 33 frames, sampling needs 2.0 GiB of VRAM,"
+        " faster. Settings: shift 8, 20 steps, cfg 3.\n\nAt 832 x 480 and 33 frames, sampling needs 2.3 GiB of VRAM,"
         " or 1.4 GiB with **Wan Low VRAM** (simulated). ComfyUI streams what does not fit."
     )
     loaders = {
@@ -171,7 +171,7 @@ def fun_control() -> Columns:
     text = (
         "Makes a video that follows the outlines of another one. Choose yours in **Control video**; depth or poses"
         " work instead of **Canny**. The picture says how it looks. The model is quantized on the first run. Settings:"
-        " shift 5, 20 steps, cfg 6.\n\nAt 832 x 480 and 33 frames, sampling needs 1.3 GiB of VRAM (simulated)."
+        " shift 5, 20 steps, cfg 6.\n\nAt 832 x 480 and 33 frames, sampling needs 1.5 GiB of VRAM (simulated)."
     )
     source = models.FUN_CONTROL_1_3B
     loaders = {
@@ -208,7 +208,7 @@ def vace_low_vram() -> Columns:
     text = (
         "VACE within 3.5 GiB of video memory: **Wan Low VRAM** chooses how to sample within `budget_gib`, and the tiles"
         " for the VAE. A larger budget is faster. Settings: shift 8, 20 steps, cfg 6.\n\nAt 832 x 480 and 81 frames,"
-        " sampling needs 3.0 GiB of VRAM instead of 5.1 GiB (simulated)."
+        " sampling needs 3.1 GiB of VRAM instead of 5.7 GiB (simulated)."
     )
     loaders = {"model": parts.loader(models.VACE_14B), "shift": parts.shift(8.0), "vae": parts.vae()}
     control = node(

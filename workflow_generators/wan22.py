@@ -68,7 +68,7 @@ def _shifts(shift: float, high: list[Any], low: list[Any]) -> dict[str, Node]:
 def experts_t2v() -> Columns:
     text = (
         "Two experts of 14B share the work: one runs the first half of the steps, the other the rest. Only the one "
-        "that runs is in VRAM. Settings: shift 8, 20 steps, cfg 3.5.\n\nAt 832 x 480 and 81 frames, sampling needs 3.7 "
+        "that runs is in VRAM. Settings: shift 8, 20 steps, cfg 3.5.\n\nAt 832 x 480 and 81 frames, sampling needs 4.2 "
         "GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
@@ -90,7 +90,7 @@ def experts_4_steps() -> Columns:
     text = (
         "Uses the two experts with lightx2v's LoRAs, for 4 steps instead of 20. A LoRA is added to each layer as it "
         "runs, and the quantized file never changes. Settings: shift 5, 4 steps, cfg 1.\n\nAt 832 x 480 and 81 frames, "
-        "sampling needs 3.7 GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
+        "sampling needs 4.2 GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
         "model": _experts(models.T2V_A14B),
@@ -111,7 +111,7 @@ def experts_4_steps() -> Columns:
 def experts_i2v() -> Columns:
     text = (
         "Animates a picture with two experts of 14B, without CLIP Vision. Settings: shift 5, 20 steps, cfg 3.5.\n\n"
-        "At 832 x 480 and 81 frames, sampling needs 3.7 GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
+        "At 832 x 480 and 81 frames, sampling needs 4.4 GiB of VRAM, or 2.0 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {
         "model": _experts(models.I2V_A14B),
@@ -136,7 +136,7 @@ def ti2v_5b() -> Columns:
     text = (
         "One model for text and pictures, with 24 frames per second and its own VAE. For image to video, connect a "
         "picture to `start_image`. The model is quantized on the first run. Settings: shift 8, 20 steps, cfg 5.\n\nAt "
-        "1280 x 704 and 121 frames, sampling needs 3.0 GiB of VRAM, or 1.6 GiB with **Wan Low VRAM** (simulated)."
+        "1280 x 704 and 121 frames, sampling needs 3.2 GiB of VRAM, or 1.6 GiB with **Wan Low VRAM** (simulated)."
     )
     source = models.TI2V_5B
     loaders = {
@@ -166,7 +166,7 @@ def experts_i2v_4_steps() -> Columns:
         "Animates a picture in 4 steps, within 3.5 GiB of video memory. The experts take turns: main memory for one is"
         " enough, 9 GiB, and **Wan Low VRAM** streams it. A larger `budget_gib`, the same in both nodes, is faster. Put"
         " other LoRAs before it. Settings: shift 5, 4 steps, cfg 1.\n\nAt 832 x 480 and 81 frames, sampling"
-        " needs 2.0 GiB of VRAM instead of 3.7 GiB (simulated)."
+        " needs 2.0 GiB of VRAM instead of 4.4 GiB (simulated)."
     )
     loaders = {
         "model": _experts(models.I2V_A14B),
@@ -197,7 +197,7 @@ def animate() -> Columns:
     text = (
         "Makes the person of a picture move and speak like someone in a video. **Pose video** shows that person's"
         " skeleton and **Face video** the cropped face; a preprocessor such as DWPose makes both. Settings: shift 5,"
-        " 20 steps, cfg 1.\n\nAt 832 x 480 and 77 frames, sampling needs 3.9 GiB of VRAM (simulated)."
+        " 20 steps, cfg 1.\n\nAt 832 x 480 and 77 frames, sampling needs 5.6 GiB of VRAM (simulated)."
     )
     loaders = {
         "model": parts.loader(models.ANIMATE_14B),
@@ -235,7 +235,7 @@ def animate() -> Columns:
 def speech() -> Columns:
     text = (
         "Makes the person of a picture speak or sing a recording. The video has the length of `length`, 77 frames or"
-        " 4.8 seconds. Settings: shift 8, 20 steps, cfg 6.\n\nAt 640 x 640, sampling needs 3.9 GiB of VRAM, or"
+        " 4.8 seconds. Settings: shift 8, 20 steps, cfg 6.\n\nAt 640 x 640, sampling needs 5.1 GiB of VRAM, or"
         " 2.8 GiB with **Wan Low VRAM** (simulated)."
     )
     loaders = {

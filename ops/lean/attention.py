@@ -160,7 +160,7 @@ class LeanAttention:
         heads, at_once = queries.shape[2] // self.attn.head_dim, self._needs_all_queries()
         options = host.attention_options(self.attn) | {"transformer_options": self.options}
         # As many queries as have an output of the size of four chunks of all heads, since projections hold as many. A
-        # GPU needs many to be busy: with a quarter, an H100 took 1.26 times as long.
+        # GPU needs many to be busy.
         at_a_time = 4 * self.plan.token_chunk * self.attn.num_heads // heads
         for chunk in [slice(None)] if at_once else chunks(self.tokens, at_a_time):
             queries[:, chunk] = wan.optimized_attention(queries[:, chunk], k, v, heads=heads, **options)

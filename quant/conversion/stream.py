@@ -173,7 +173,7 @@ class Stream:
             with self.checkpoint.files.without_hashing():
                 tried = sample_rows(tensor, _TRIED_ROWS)
         weight = self._weight(tensor, first, last).view(-1, in_features)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu":  # here, while the caller works on another slice
             weight = weight.float()
         return Slice(tensor, weight, tensor.read_packed(first, last), last == math.prod(tensor.shape), tried)
 

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wanquant.bench.harness import RESULTS
+from wanquant.bench.template_memory import TEMPLATES
 from wanquant.testing.graphs import node
 from wanquant.testing.hosts import DEFAULT_HOST, ROOT
 from wanquant.testing.server import HostServer
@@ -161,3 +163,10 @@ def test_read_me_is_short_and_says_what_memory_it_needs(path: Path):
     assert len(text.split()) <= 80
     samples = any(node["type"].startswith("KSampler") for node in json.loads(path.read_text(encoding="utf-8"))["nodes"])
     assert ("GiB of VRAM" in text and "(simulated)" in text) == samples
+    assert (path.stem in TEMPLATES) == samples
+    if samples:
+        rows = json.loads((RESULTS / "template-memory-simulated.json").read_text(encoding="utf-8"))["rows"]
+        (row,) = (row for row in rows if row["model"] == TEMPLATES[path.stem])
+        sizes = sorted(map(float, re.findall(r"(\d+\.\d) GiB (?:of VRAM|with \*\*Wan Low VRAM|\(sim)", text)))
+        assert sizes[-1] == round(row["stock_gib"], 1)
+        assert all(row["least_gib"] <= size for size in sizes)

@@ -25,12 +25,10 @@ def test_a_freed_range_serves_smaller_tensors():
 
 
 def test_ranges_do_not_join():
-    """Two neighbors are free, but a tensor keeps each range from the driver."""
-    small = (1, 40), (2, 10), (3, 40), (4, 10)
-    joined = (1, 100), (1, None), *small
-    free = (1, None), (3, None), (5, 80)
-    assert held(*joined, *free) == 180
-    assert held((1, 50), (1, None), *small[:2], (3, 50), (3, None), *small[2:], *free) == 180
+    """Half of each of two ranges is free, and a tensor keeps each from going back."""
+    halves = (1, 80), (2, 80), (1, None), (3, 40), (4, 40), (2, None), (5, 40), (6, 40), (4, None), (6, None)
+    assert held(*halves, (7, 60)) == 220
+    assert held(*halves, (7, 40), (8, 40)) == 160
 
 
 def test_neighbors_within_a_range_join():

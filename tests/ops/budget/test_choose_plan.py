@@ -66,7 +66,7 @@ def test_the_rest_of_a_budget_makes_chunks_longer():
     large, job = simulator(SIZES["14B"], "Q4_K_M"), SamplingJob.for_video(1280, 720, 81)
     chosen = choose_plan(large, job, round(3.5 * GIB))
     assert chosen.plan.wide_chunk == 8192 and chosen.traffic < 1.75
-    assert chosen.plan.head_groups * chosen.plan.token_chunk * 4 >= 75600 / 2
+    assert chosen.plan.head_groups * chosen.plan.token_chunk * 4 >= 75600
 
 
 def test_where_all_plans_cost_much_one_is_left(small, monkeypatch):
