@@ -86,6 +86,7 @@ class HostServer:
         flags: Sequence[str] = (),
     ) -> None:
         self.base = base.resolve()
+        self.folder = folder
         self.models = self.base / "models"
         self.output = self.base / "output"
         self.log = log
@@ -94,7 +95,7 @@ class HostServer:
         device = [] if torch.accelerator.is_available() else ["--cpu"]
         where = ["--base-directory", str(self.base), "--port", str(self.port)]
         launcher = Path(__file__).resolve().parent / "launch.py"
-        self.pack_log = self.base / "custom_nodes.log"
+        self.pack_log = self.base / f"custom_nodes-{self.port}.log"
         self._command = [sys.executable, str(launcher), str(checkout()), str(self.pack_log), *flags_of(checkout())]
         self._command += [*device, *where, *flags]
         for name in ("diffusion_models", "text_encoders", "conditioning"):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from wanquant.testing.graphs import node
-from wanquant.testing.hosts import checkout
 from wanquant.testing.server import Graph, GraphError, HostServer
 
 pytestmark = pytest.mark.host
@@ -20,27 +19,18 @@ KEPT = Path("user", "__wanquant", "prompts")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not checkout().is_dir():
-        pytest.skip(f"no ComfyUI at {checkout()}: run `python3 dev.py setup`, or set COMFYUI_PATH")
-    from wanquant.tests.host.tiny_models import write_text_encoder
+def encoder(server: HostServer) -> Path:
+    from wanquant.tests.host.tiny_models import write_text_encoder  # imports the host
 
-    base = tmp_path_factory.mktemp("encoded")
-    (base / "models" / "text_encoders").mkdir(parents=True)
-    write_text_encoder(base / "models" / "text_encoders" / ENCODER)
-    return base
+    path = server.models / "text_encoders" / ENCODER
+    write_text_encoder(path)
+    return path
 
 
 @pytest.fixture(scope="module")
-def first(base: Path) -> Iterator[HostServer]:
-    with HostServer(base, log=base / "first.log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def second(base: Path, first: HostServer) -> Iterator[HostServer]:
+def second(server: HostServer, encoder: Path) -> Iterator[HostServer]:
     """Another process with the same folders."""
-    with HostServer(base, log=base / "second.log") as running:
+    with HostServer(server.base, folder=server.folder, log=server.base / "second.log") as running:
         yield running
 
 
@@ -52,6 +42,10 @@ def graph(positive: str, negative: str, name: str) -> Graph:
     }
 
 
+def kept(server: HostServer) -> set[Path]:
+    return set((server.base / KEPT).glob("*"))
+
+
 def encoded(server: HostServer, positive: str, negative: str, name: str) -> list[bytes]:
     """Run the node; the files with both results."""
     server.run(graph(positive, negative, name))
@@ -59,11 +53,11 @@ def encoded(server: HostServer, positive: str, negative: str, name: str) -> list
     return [(folder / f"{stem}.safetensors").read_bytes() for stem in (name, f"{name}-negative")]
 
 
-def test_an_unchanged_prompt_never_reads_the_encoder_again(base: Path, first: HostServer, second: HostServer):
-    both = encoded(first, "a fox", "a dog", "first")
+def test_an_unchanged_prompt_never_reads_the_encoder_again(encoder: Path, server: HostServer, second: HostServer):
+    before = kept(server)
+    both = encoded(server, "a fox", "a dog", "first")
     assert both[0] != both[1]
-    assert len(list((base / KEPT).iterdir())) == 2
-    encoder = base / "models" / "text_encoders" / ENCODER
+    assert len(kept(server) - before) == 2
     content, status = encoder.read_bytes(), encoder.stat()
     encoder.write_bytes(bytes(len(content)))  # of the same size and time, but no server can load it
     os.utime(encoder, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -72,27 +66,27 @@ def test_an_unchanged_prompt_never_reads_the_encoder_again(base: Path, first: Ho
         assert encoded(second, "a dog", "a fox", "second") == both[::-1]
         with pytest.raises(GraphError, match=ENCODER):
             encoded(second, "a fox", "a new text", "second")
-        damaged = max((base / KEPT).iterdir())
+        damaged = max(kept(server) - before)
         whole = damaged.read_bytes()
         damaged.write_bytes(whole[:-1])
         with pytest.raises(GraphError, match=ENCODER):
-            encoded(first, "a dog", "a fox", "third")
+            encoded(server, "a dog", "a fox", "third")
     finally:
         encoder.write_bytes(content)
         os.utime(encoder, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert encoded(first, "a dog", "a fox", "third") == both[::-1]
+    assert encoded(server, "a dog", "a fox", "third") == both[::-1]
     assert damaged.read_bytes() == whole, "it is made again"
     os.utime(encoder)
-    assert encoded(first, "a fox", "a dog", "fourth") == both
-    assert len(list((base / KEPT).iterdir())) == 4, "a file of another time counts as another encoder"
+    assert encoded(server, "a fox", "a dog", "fourth") == both
+    assert len(kept(server) - before) == 4, "a file of another time counts as another encoder"
 
 
-def test_two_servers_encode_the_same_prompt_at_once(base: Path, first: HostServer, second: HostServer):
+def test_two_servers_encode_the_same_prompt_at_once(server: HostServer, second: HostServer):
     with ThreadPoolExecutor(2) as pool:
         jobs = [
-            pool.submit(encoded, server, "at once", "at once too", f"at-once-{index}")
-            for index, server in enumerate((first, second))
+            pool.submit(encoded, each, "at once", "at once too", f"at-once-{index}")
+            for index, each in enumerate((server, second))
         ]
         results = [job.result() for job in jobs]
     assert results[0] == results[1]
-    assert not [path for path in (base / KEPT).iterdir() if path.suffix != ".safetensors"]
+    assert all(path.suffix == ".safetensors" for path in kept(server))
