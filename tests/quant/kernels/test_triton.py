@@ -129,9 +129,9 @@ def test_offsets_of_a_program_are_64_bits_wide(name: str) -> None:
 def test_compiles_to_few_instructions(name: str, target: GPUTarget) -> None:
     """There are at most 25 instructions per weight, no spills, and at most eight single-byte loads per 32 weights.
 
-    All stores write 16 bytes.
+    All stores write 16 bytes. Float16 is bfloat16 with another conversion, and float32, on one target, has none.
     """
-    for dtype in ("fp32", "bf16"):  # float16 is bfloat16 with another conversion
+    for dtype in ("fp32", "bf16") if target is TARGETS[3] else ("bf16",):
         assembly = compiled(name, dtype, target)["ptx" if target.backend == "cuda" else "amdgcn"]
         if target.backend == "hip":
             assert "scratch_" not in assembly
