@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, half, half_bytes, pack_bits, unpack_bits
+from .bits import BlockLayout, centered, fields, half, half_bytes, pack_bits, unpack_bits
 
 # scales 16 (low nibble scale, high nibble min) | qs 64 | d f16 | dmin f16
 Q2_K = BlockLayout(256, 84, factors=(80, 82))
@@ -42,8 +42,8 @@ def dequantize_q3_k(blocks: Tensor) -> Tensor:
     hmask, qs, scales, d = fields(blocks, 32, 64, 12, 2)
     low, high = torch.split(scales, [8, 4], 1)
     scale = unpack_bits(low, 4, run=8) | unpack_bits(high, 2, run=4) * 16
-    codes = unpack_bits(qs, 2, run=32) | unpack_bits(hmask, 1, run=32) * 4
-    return _scaled(codes.float().sub_(4), half(d) * (scale.float() - 32))
+    codes = unpack_bits(qs, 2, run=32).add_(unpack_bits(hmask, 1, run=32), alpha=4)
+    return _scaled(centered(codes, 4), half(d) * (scale.float() - 32))
 
 
 def pack_q3_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
 def dequantize_q5_k(blocks: Tensor) -> Tensor:
     d, dmin, scales, qh, qs = fields(blocks, 2, 2, 12, 32, 128)
     scale, minimum = _unpack_scales(scales)
-    codes = unpack_bits(qs, 4, run=32) | unpack_bits(qh, 1, run=32) * 16
+    codes = unpack_bits(qs, 4, run=32).add_(unpack_bits(qh, 1, run=32), alpha=16)
     return _affine(codes, half(d) * scale, half(dmin) * minimum)
 
 
@@ -81,8 +81,8 @@ def pack_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
 
 def dequantize_q6_k(blocks: Tensor) -> Tensor:
     ql, qh, scales, d = fields(blocks, 128, 64, 16, 2)
-    codes = unpack_bits(ql, 4, run=64) | unpack_bits(qh, 2, run=32) * 16
-    return _scaled(codes.float().sub_(32), half(d) * scales.view(torch.int8))
+    codes = unpack_bits(ql, 4, run=64).add_(unpack_bits(qh, 2, run=32), alpha=16)
+    return _scaled(centered(codes, 32), half(d) * scales.view(torch.int8))
 
 
 def pack_q6_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, half, half_bytes, pack_bits, quotient, unpack_bits
+from .bits import BlockLayout, centered, fields, half, half_bytes, pack_bits, quotient, unpack_bits
 
 F32, F16, BF16 = BlockLayout(1, 4), BlockLayout(1, 2), BlockLayout(1, 2)
 Q4_0 = BlockLayout(32, 18, factors=(0,))  # d f16 | qs 16
@@ -52,7 +52,7 @@ def encode_bf16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
 
 def dequantize_q4_0(blocks: Tensor) -> Tensor:
     d, qs = fields(blocks, 2, 16)
-    return unpack_bits(qs, 4, run=16).float().sub_(8).mul_(half(d))
+    return centered(unpack_bits(qs, 4, run=16), 8).mul_(half(d))
 
 
 def encode_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -82,7 +82,7 @@ def pack_q4_1(d: Tensor, m: Tensor, codes: Tensor) -> Tensor:
 
 def dequantize_q5_0(blocks: Tensor) -> Tensor:
     d, qh, qs = fields(blocks, 2, 4, 16)
-    return _unpack_5_bits(qh, qs).sub_(16).mul_(half(d))
+    return centered(_unpack_5_bits(qh, qs), 16).mul_(half(d))
 
 
 def encode_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def pack_q5_0(d: Tensor, codes: Tensor) -> Tensor:
 
 def dequantize_q5_1(blocks: Tensor) -> Tensor:
     d, m, qh, qs = fields(blocks, 2, 2, 4, 16)
-    return _unpack_5_bits(qh, qs).mul_(half(d)).add_(half(m))
+    return _unpack_5_bits(qh, qs).float().mul_(half(d)).add_(half(m))
 
 
 def encode_q5_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def _unpack_5_bits(qh: Tensor, qs: Tensor) -> Tensor:
-    return unpack_bits(qs, 4, run=16).add_(unpack_bits(qh, 1, run=1), alpha=16).float()
+    return unpack_bits(qs, 4, run=16).add_(unpack_bits(qh, 1, run=1), alpha=16)
 
 
 def _pack_5_bits(codes: Tensor) -> Tensor:

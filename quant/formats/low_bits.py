@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, half, unpack_bits
+from .bits import BlockLayout, centered, fields, half, unpack_bits
 
 Q1_0 = BlockLayout(128, 18)  # d f16 | qs 16 (the sign of each element)
 Q2_0 = BlockLayout(64, 18)  # d f16 | qs 16
@@ -23,4 +23,4 @@ def dequantize_q1_0(blocks: Tensor) -> Tensor:
 
 def dequantize_q2_0(blocks: Tensor) -> Tensor:
     d, qs = fields(blocks, 2, 16)
-    return unpack_bits(qs, 2, run=1).float().sub_(1).mul_(half(d))
+    return centered(unpack_bits(qs, 2, run=1), 1).mul_(half(d))
