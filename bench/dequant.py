@@ -6,7 +6,7 @@ new output, whose pages the system has to find first. `gb_s` is GB of output per
 of the best path over that of a copy of as many bytes, of libggml, and of the peer. libggml writes float32:
 `of_libggml_f32` is with our output in float32, too, and `of_libggml` with ours in bfloat16 against its float32.
 `torch_of_libggml` is that of the torch operations alone, which run where libggml is not installed. All times are
-medians of at least five runs, in processor time and in inference mode, in which ComfyUI runs its nodes. The last columns
+medians of at least five runs, in processor time and in inference mode, as ComfyUI runs its nodes. The last columns
 count kernels per call and bytes moved per weight.
 """
 
