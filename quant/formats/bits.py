@@ -13,6 +13,8 @@ on all of them (SWAR, "SIMD within a register"). This is faster, and not every b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from math import gcd
 from typing import NamedTuple
 
@@ -20,6 +22,34 @@ import torch
 from torch import Tensor
 
 from ..device import cached_on_device
+
+
+class Affine(NamedTuple):
+    """Blocks whose weights are code * scale - min, with a scale and a min for each sub-block."""
+
+    codes: Tensor
+    """Integers or floats, (n, block_size)."""
+    scales: Tensor | None = None
+    """float32 (n, sub-blocks); None if the codes are the weights."""
+    mins: Tensor | None = None
+    """Like `scales`, or None for zeros."""
+
+    def weights(self) -> Tensor:
+        """Return the weights, float32 (n, block_size), which may be written over the codes."""
+        weights = self.codes.float()
+        if self.scales is None:
+            return weights
+        sub_blocks = weights.view(*self.scales.shape, -1).mul_(self.scales[:, :, None])
+        if self.mins is not None:
+            # Two operations: a fused multiply-add would round differently.
+            sub_blocks.sub_(self.mins[:, :, None])
+        return weights
+
+    def split(self, n_blocks: int) -> Iterator[Affine]:
+        """Return parts of at most `n_blocks` blocks, in order."""
+        scales = repeat(None) if self.scales is None else torch.split(self.scales, n_blocks)
+        mins = repeat(None) if self.mins is None else torch.split(self.mins, n_blocks)
+        return map(Affine, torch.split(self.codes, n_blocks), scales, mins)
 
 
 class BlockLayout(NamedTuple):
@@ -112,9 +142,8 @@ def _codes_of_bytes(bits: int, device: torch.device) -> Tensor:
 
 
 def centered(codes: Tensor, middle: int) -> Tensor:
-    """Subtract the code that stands for 0: uint8 of any shape, which is written to -> float32 of the same shape."""
-    # In bytes, of which a processor subtracts four times as many at once.
-    return codes.view(torch.int8).sub_(middle).float()
+    """Subtract the code that stands for 0, in place: uint8 -> int8 of the same shape."""
+    return codes.view(torch.int8).sub_(middle)
 
 
 def pack_bits(values: Tensor, bits: int, run: int) -> Tensor:

@@ -14,7 +14,7 @@ number of a bit field. It returns (low, high, scale, minimum):
 - low and high are two words with a code in the lowest bits of each byte. The other bits may hold anything.
 - scale and minimum are float32, with weight = (code - bias) * scale - minimum.
 
-The arithmetic is that of `dequantize_*` in quant/formats, in the same order. No load is wider than the alignment of its
+The arithmetic is that of `unpack_*` in quant/formats, in the same order. No load is wider than the alignment of its
 field within a row of blocks, which is 2 bytes for most formats.
 
 Source: ggml-quants.c dequantize_row_* @ ggml 0.15.3, as in those modules.
