@@ -55,9 +55,8 @@ def pack_q3_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
 
 
 def unpack_q4_k(blocks: Tensor) -> Affine:
-    d, dmin, scales, qs = fields(blocks, 2, 2, 12, 128)
-    scale, minimum = _unpack_scales(scales)
-    return Affine(unpack_bits(qs, 4, run=32), half(d) * scale, half(dmin) * minimum)
+    factors, scales, qs = fields(blocks, 4, 12, 128)
+    return Affine(unpack_bits(qs, 4, run=32), *_scales_and_mins(factors, scales))
 
 
 def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
@@ -66,10 +65,9 @@ def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
 
 
 def unpack_q5_k(blocks: Tensor) -> Affine:
-    d, dmin, scales, qh, qs = fields(blocks, 2, 2, 12, 32, 128)
-    scale, minimum = _unpack_scales(scales)
+    factors, scales, qh, qs = fields(blocks, 4, 12, 32, 128)
     codes = unpack_bits(qs, 4, run=32).add_(unpack_bits(qh, 1, run=32), alpha=16)
-    return Affine(codes, half(d) * scale, half(dmin) * minimum)
+    return Affine(codes, *_scales_and_mins(factors, scales))
 
 
 def pack_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
@@ -92,11 +90,15 @@ def pack_q6_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((ql, qh, scales.to(torch.int8).view(torch.uint8), half_bytes(d[:, None])), 1)
 
 
-def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Read 8 scales and 8 mins of 6 bits from uint8 (n, 12), each as uint8 (n, 8).
+def _scales_and_mins(factors: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply 8 scales by d and 8 mins by dmin, each float32 (n, 8).
 
     The first eight bytes hold four scales and four mins in their lower six bits. The other scales and mins have their
     lower four bits in the last four bytes. Their upper two bits are the upper bits of the first eight bytes.
+
+    Args:
+        factors: d and dmin, uint8 (n, 4).
+        scales: scales and mins of 6 bits, uint8 (n, 12).
 
     Source: ggml-quants.c get_scale_min_k4.
     """
@@ -104,7 +106,8 @@ def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     first, nibbles = words[:, :2], words[:, 2:]
     low = first & 0x3F3F3F3F
     high = torch.cat((nibbles, nibbles >> 4), 1) & 0x0F0F0F0F | (first >> 2) & 0x30303030
-    scale, minimum = torch.stack((low, high), 2).view(torch.uint8).view(-1, 2, 8).unbind(1)
+    scales_and_mins = torch.stack((low, high), 2).view(torch.uint8).view(-1, 2, 8)
+    scale, minimum = scales_and_mins.mul(half(factors)[:, :, None]).unbind(1)
     return scale, minimum
 
 

@@ -111,7 +111,7 @@ def q3_k(block, group, FIELD: tl.constexpr):
 
 @triton.jit
 def _scales(block, group, FIELD: tl.constexpr):
-    """Return the scale and min for a bit field of a group of Q4_K or Q5_K, as `kquants._unpack_scales` reads them."""
+    """Return the scale and min for a bit field of a group of Q4_K or Q5_K, as `kquants._scales_and_mins` reads them."""
     shift = 16 * (group // 4 % 2)
     first, second = load_word(block + 4, 4) >> shift, load_word(block + 8, 4) >> shift
     third = load_word(block + 12, 4) >> shift
