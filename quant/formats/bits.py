@@ -129,8 +129,10 @@ def unpack_bits(field: Tensor, bits: int, run: int) -> Tensor:
         return words.view(torch.uint8).view(n, -1)
     words, mask = field.view(torch.int32), 0x01010101 * ((1 << bits) - 1)
     groups = [words & mask, *((words >> shift) & mask for shift in range(bits, 8, bits))]
-    # As bytes, because torch copies those of a run at once.
-    return torch.stack([group.view(torch.uint8).view(n, -1, run) for group in groups], dim=2).view(n, -1)
+    # As bytes, because torch copies those of a run at once, which only pays for more than eight.
+    unit = torch.int64 if run == 8 else torch.uint8
+    parts = [group.view(unit).view(n, -1, run // unit.itemsize) for group in groups]
+    return torch.stack(parts, dim=2).view(torch.uint8).view(n, -1)
 
 
 @cached_on_device
