@@ -6,7 +6,8 @@ new output, whose pages the system has to find first. `gb_s` is GB of output per
 of the best path over that of a copy of as many bytes, of libggml, and of the peer. libggml writes float32:
 `of_libggml_f32` is with our output in float32, too, and `of_libggml` with ours in bfloat16 against its float32.
 `torch_of_libggml` is that of the torch operations alone, which run where libggml is not installed. All times are
-medians of at least five runs, in processor time. The last columns count kernels per call and bytes moved per weight.
+medians of at least five runs, in processor time and in inference mode, as ComfyUI runs its nodes. The last columns
+count kernels per call and bytes moved per weight.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def measure(qtype: QuantType, size: int, seconds: float, path: Path | None) -> d
         lambda: qtype.dequantize(packed, torch.bfloat16),
     ]
     calls += [lambda: peer(packed)] if peer else []
-    times = harness.in_turns(seconds, *calls, clock=time.process_time, least=5)
+    with torch.inference_mode():
+        times = harness.in_turns(seconds, *calls, clock=time.process_time, least=5)
     best, operations, copy, libggml, best_wide, new, *others = map(median, times)
     row: dict[str, object] = {
         "type": qtype.name,

@@ -16,15 +16,15 @@ from .encoders.search import encoders as search
 from .encoders.search import grid_types as grid_search
 from .errors import QuantError
 from .formats import iq4, iquants, kquants, legacy, low_bits, microscaling, plain, ternary
-from .formats.bits import BlockLayout
+from .formats.bits import Affine, BlockLayout
 from .kernels.optional import GGML
 
 Effort = Literal["fast", "best", "thorough"]
 _EFFORTS: tuple[Effort, ...] = get_args(Effort)
 Conversion = Literal["dequantize", "quantize"]
 InC = Literal["requires importance", "uses importance"]
-DequantizeBlocks = Callable[[Tensor], Tensor]
-"""Takes uint8 (n, type_size), returns float32 (n, block_size)."""
+UnpackBlocks = Callable[[Tensor], Affine]
+"""Takes uint8 (n, type_size)."""
 EncodeBlocks = Callable[[Tensor, "Tensor | None"], Tensor]
 """Takes float32 (n, block_size) and importance of the same shape or None, returns uint8 (n, type_size)."""
 
@@ -38,7 +38,7 @@ class QuantType:
     ggml_type: int
     """The number of the type in GGUF files. Source: ggml.h enum ggml_type."""
     block: BlockLayout
-    dequantize_blocks: DequantizeBlocks = field(repr=False, compare=False)
+    unpack: UnpackBlocks = field(repr=False, compare=False)
     fast: EncodeBlocks | None = field(default=None, repr=False, compare=False)
     """The encoder that writes ggml's own bytes."""
     best: EncodeBlocks | None = field(default=None, repr=False, compare=False)
@@ -92,6 +92,10 @@ class QuantType:
                 f" {self.type_size}; the data is cut off or of another type, get the file again"
             )
         return (*shape[:-1], shape[-1] // self.type_size * self.block_size)
+
+    def dequantize_blocks(self, blocks: Tensor) -> Tensor:
+        """Dequantize with torch operations: uint8 (n, type_size) -> float32 (n, block_size)."""
+        return self.unpack(blocks).weights()
 
     def dequantize(self, packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Dequantize in float32 arithmetic and round once to `dtype`.
@@ -235,12 +239,12 @@ def _type(
     slower_in_c: tuple[Conversion, ...] = (),
     fast_in_c: InC | None = None,
 ) -> QuantType:
-    """Return the type whose block layout and `dequantize_*` have its name in a module of `formats`."""
+    """Return the type whose block layout and `unpack_*` have its name in a module of `formats`."""
     return QuantType(
         name=name,
         ggml_type=ggml_type,
         block=getattr(formats, name),
-        dequantize_blocks=getattr(formats, f"dequantize_{name.lower()}"),
+        unpack=getattr(formats, f"unpack_{name.lower()}"),
         fast=fast,
         best=best,
         slower_in_c=slower_in_c,
@@ -278,8 +282,8 @@ _TYPES = (
     _type("TQ2_0", 35, ternary, fast=ternary.encode_tq2_0),
     _type("MXFP4", 39, microscaling, fast=microscaling.encode_mxfp4),
     _type("NVFP4", 40, microscaling),
-    _type("Q1_0", 41, low_bits),
-    _type("Q2_0", 42, low_bits),
+    _type("Q1_0", 41, low_bits, slower_in_c=("dequantize",)),
+    _type("Q2_0", 42, low_bits, slower_in_c=("dequantize",)),
     _type("I8", 24, plain, slower_in_c=_BOTH),
     _type("I16", 25, plain, slower_in_c=_BOTH),
     _type("I32", 26, plain, slower_in_c=_BOTH),

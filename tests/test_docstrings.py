@@ -53,7 +53,7 @@ def tensor_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 )
 def test_functions_on_tensors_name_shape_and_dtype(path):
     tree = ast.parse(path.read_text())
-    # A module can describe all its functions of one kind, as `dequantize_*`.
+    # A module can describe all its functions of one kind, as `unpack_*`.
     kinds = re.findall(r"`(\w+_)\*`", ast.get_docstring(tree) or "")
     for node in tensor_functions(tree):
         docstring = ast.get_docstring(node) or ""

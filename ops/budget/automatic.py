@@ -17,12 +17,21 @@ def margin_bytes() -> int:
     return nbytes
 
 
+def _free_workspaces() -> None:
+    """Give what cuBLAS keeps after its first product back to torch's allocator; the next product takes it again.
+
+    Source: torch/_inductor/cudagraph_trees.py clear_cublass_cache, torch 2.13. Builds for a CPU lack the function.
+    """
+    getattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None)()
+
+
 def automatic_budget(device: torch.device) -> int:
     """Return the bytes on `device` that sampling may use, including CUDA's context.
 
     This is the total memory less what other processes hold, less what this process holds and ComfyUI cannot evict, less
-    `margin_bytes`.
+    `margin_bytes`. Workspaces of CUDA's libraries are freed for it, since `unseen_bytes` counts them as still to come.
     """
+    _free_workspaces()
     free: int = comfy.model_management.get_free_memory(device)
     loaded = (entry for entry in comfy.model_management.current_loaded_models if entry.model is not None)
     evictable = sum(entry.model_loaded_memory() for entry in loaded if entry.device == device)

@@ -1,6 +1,6 @@
 """IQ4_NL and IQ4_XS: 4-bit codes, which are indices into a fixed codebook with uneven steps.
 
-`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, block_size), bit-exact to ggml.
+`unpack_*` takes blocks, uint8 (n, type_size), and returns what their weights consist of, bit-exact to ggml.
 
 `pack_*` writes blocks, uint8 (n, type_size), from their fields. `d` are floats (n,). Integers may have any dtype:
 `scales` (n, 8) from -32 to 31, `codes` (n, block_size) from 0 to 15.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, half, half_bytes, lookup, pack_bits, unpack_bits
+from .bits import Affine, BlockLayout, fields, half, half_bytes, lookup, pack_bits, unpack_bits
 
 IQ4_NL = BlockLayout(32, 18, factors=(0,))  # d f16 | qs 16
 IQ4_XS = BlockLayout(256, 136, factors=(0,))  # d f16 | scales_h 2 (bits 4-5) | scales_l 4 (bits 0-3) | qs 128
@@ -21,21 +21,19 @@ IQ4_XS = BlockLayout(256, 136, factors=(0,))  # d f16 | scales_h 2 (bits 4-5) | 
 KVALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def dequantize_iq4_nl(blocks: Tensor) -> Tensor:
+def unpack_iq4_nl(blocks: Tensor) -> Affine:
     d, qs = fields(blocks, 2, 16)
-    return lookup(unpack_bits(qs, 4, run=16), KVALUES).mul_(half(d))
+    return Affine(lookup(unpack_bits(qs, 4, run=16), KVALUES), half(d))
 
 
 def pack_iq4_nl(d: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d[:, None]), pack_bits(codes, 4, run=16)), 1)
 
 
-def dequantize_iq4_xs(blocks: Tensor) -> Tensor:
+def unpack_iq4_xs(blocks: Tensor) -> Affine:
     d, scales_h, scales_l, qs = fields(blocks, 2, 2, 4, 128)
     scale = unpack_bits(scales_l, 4, run=1) | unpack_bits(scales_h, 2, run=1) * 16
-    dl = half(d) * (scale.float() - 32)
-    values = lookup(unpack_bits(qs, 4, run=16), KVALUES)
-    return values.view(-1, 8, 32).mul_(dl[:, :, None]).view(-1, 256)
+    return Affine(lookup(unpack_bits(qs, 4, run=16), KVALUES), half(d) * (scale.float() - 32))
 
 
 def pack_iq4_xs(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """IQ1, IQ2 and IQ3: eight or four weights at a time are a row of a fixed grid, with signs and scales.
 
-`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, 256). This is bit-exact to ggml in any order
-of the factors, because float32 holds every product of a block exactly.
+`unpack_*` takes blocks, uint8 (n, type_size), and returns what their weights consist of. This is bit-exact to ggml in
+any order of the factors, because float32 holds every product of a block exactly.
 
 `pack_*` writes blocks, uint8 (n, type_size), from their factors. A weight is `UNITS[name] * d * scale * level`. `d` are
 floats (n,). `scales`, float32 (n, sub-blocks), are 2 * s + 1 for the stored s. `levels`, float32 (n, 256), are entries
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from ..device import cached_on_device
-from .bits import BlockLayout, fields, half, half_bytes, pack_bits, unpack_bits
+from .bits import Affine, BlockLayout, fields, half, half_bytes, pack_bits, unpack_bits
 
 # d f16 | qs 32 | qh 8 u16 (4 x 3 bits of grid row, 3 bits of scale, sign of delta)
 IQ1_S = BlockLayout(256, 50, factors=(0,))
@@ -47,7 +47,7 @@ GRID_WEIGHTS = {name: 4 if name.startswith("IQ3") else 8 for name in UNITS}
 """The number of weights in a row of each type's grid."""
 
 
-def dequantize_iq1_s(blocks: Tensor) -> Tensor:
+def unpack_iq1_s(blocks: Tensor) -> Affine:
     d, qs, qh = fields(blocks, 2, 32, 16)
     words = qh.view(torch.int16).int()
     grid = _grid("IQ1_S", qs.int().add_(_bits(words, 3, 4), alpha=256))
@@ -55,7 +55,7 @@ def dequantize_iq1_s(blocks: Tensor) -> Tensor:
     return _scaled(grid.view(-1, 8, 32).add_(delta[:, :, None]), half(d), 2 * (words >> 12 & 7) + 1)
 
 
-def dequantize_iq1_m(blocks: Tensor) -> Tensor:
+def unpack_iq1_m(blocks: Tensor) -> Affine:
     qs, qh, scales = fields(blocks, 32, 16, 8)
     high = unpack_bits(qh, 4, run=1)
     grid = _grid("IQ1_M", qs.int().add_(high & 7, alpha=256))
@@ -65,34 +65,34 @@ def dequantize_iq1_m(blocks: Tensor) -> Tensor:
     return _scaled(grid.add_(delta[:, :, None]), half(d), 2 * _bits(scales.view(torch.int16).int(), 3, 4) + 1)
 
 
-def dequantize_iq2_xxs(blocks: Tensor) -> Tensor:
+def unpack_iq2_xxs(blocks: Tensor) -> Affine:
     d, groups = fields(blocks, 2, 64)
     qs, words = fields(groups.view(-1, 8), 4, 4)
     signs, scale = _signs_and_scale(words.view(torch.int32).view(-1, 8))
     return _scaled(_grid("IQ2_XXS", qs.view(-1, 32).int()) * signs, half(d) / 4, scale)
 
 
-def dequantize_iq2_xs(blocks: Tensor) -> Tensor:
+def unpack_iq2_xs(blocks: Tensor) -> Affine:
     d, qs, scales = fields(blocks, 2, 64, 8)
     words = qs.view(torch.int16).int()
     signs = embedding(words >> 9 & 127, _even_signs(blocks.device))
     return _scaled(_grid("IQ2_XS", words & 511) * signs, half(d) / 4, unpack_bits(scales, 4, run=1) + 0.5)
 
 
-def dequantize_iq2_s(blocks: Tensor) -> Tensor:
+def unpack_iq2_s(blocks: Tensor) -> Affine:
     d, qs, sign_bits, qh, scales = fields(blocks, 2, 32, 32, 8, 8)
     grid = _grid("IQ2_S", qs.int().add_(unpack_bits(qh, 2, run=1), alpha=256))
     signs = embedding(sign_bits.int(), _signs(blocks.device))
     return _scaled(grid * signs, half(d) / 4, unpack_bits(scales, 4, run=1) + 0.5)
 
 
-def dequantize_iq3_xxs(blocks: Tensor) -> Tensor:
+def unpack_iq3_xxs(blocks: Tensor) -> Affine:
     d, qs, words = fields(blocks, 2, 64, 32)
     signs, scale = _signs_and_scale(words.view(torch.int32))
     return _scaled(_grid("IQ3_XXS", qs.int()).view(-1, 32, 8) * signs, half(d) / 2, scale)
 
 
-def dequantize_iq3_s(blocks: Tensor) -> Tensor:
+def unpack_iq3_s(blocks: Tensor) -> Affine:
     d, qs, qh, sign_bits, scales = fields(blocks, 2, 64, 8, 32, 4)
     grid = _grid("IQ3_S", qs.int().add_(unpack_bits(qh, 1, run=1), alpha=256))
     signs = embedding(sign_bits.int(), _signs(blocks.device))
@@ -114,9 +114,9 @@ def _signs_and_scale(words: Tensor) -> tuple[Tensor, Tensor]:
     return embedding(_bits(words, 7, 4), _even_signs(words.device)), (words >> 28 & 15) + 0.5
 
 
-def _scaled(weights: Tensor, d: Tensor, scales: Tensor) -> Tensor:
-    """Multiply the 256 weights of each block by d, (n, 1), and each 256 / k weights by their scale, (n, k)."""
-    return weights.view(*scales.shape, -1).mul_((d * scales)[:, :, None]).view(-1, 256)
+def _scaled(weights: Tensor, d: Tensor, scales: Tensor) -> Affine:
+    """Return 256 weights of each block with their scales, (n, k), and their factor d, (n, 1)."""
+    return Affine(weights.view(-1, 256), d * scales)
 
 
 def _grid(name: str, rows: Tensor) -> Tensor:

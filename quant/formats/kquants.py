@@ -1,6 +1,6 @@
 """K-quants, Q2_K to Q6_K: blocks of 256 weights whose sub-blocks have small integer scales.
 
-`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, 256), bit-exact to ggml.
+`unpack_*` takes blocks, uint8 (n, type_size), and returns what their weights consist of, bit-exact to ggml.
 
 `pack_*` writes blocks, uint8 (n, type_size), from their fields. `d` and `dmin` are floats (n,). Integers may have any
 dtype: `scales` and `mins` (n, sub-blocks), `codes` (n, 256).
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, half, half_bytes, pack_bits, unpack_bits
+from .bits import Affine, BlockLayout, centered, fields, half, half_bytes, pack_bits, unpack_bits
 
 # scales 16 (low nibble scale, high nibble min) | qs 64 | d f16 | dmin f16
 Q2_K = BlockLayout(256, 84, factors=(80, 82))
@@ -27,10 +27,10 @@ Q5_K = BlockLayout(256, 176, factors=(0, 2))
 Q6_K = BlockLayout(256, 210, factors=(208,))
 
 
-def dequantize_q2_k(blocks: Tensor) -> Tensor:
+def unpack_q2_k(blocks: Tensor) -> Affine:
     scales, qs, d, dmin = fields(blocks, 16, 64, 2, 2)
     scale, minimum = unpack_bits(scales, 4, run=16).view(-1, 2, 16).unbind(1)
-    return _affine(unpack_bits(qs, 2, run=32), half(d) * scale, half(dmin) * minimum)
+    return Affine(unpack_bits(qs, 2, run=32), half(d) * scale, half(dmin) * minimum)
 
 
 def pack_q2_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
@@ -38,12 +38,12 @@ def pack_q2_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
     return torch.cat((packed_scales, pack_bits(codes, 2, run=32), half_bytes(d[:, None]), half_bytes(dmin[:, None])), 1)
 
 
-def dequantize_q3_k(blocks: Tensor) -> Tensor:
+def unpack_q3_k(blocks: Tensor) -> Affine:
     hmask, qs, scales, d = fields(blocks, 32, 64, 12, 2)
     low, high = torch.split(scales, [8, 4], 1)
     scale = unpack_bits(low, 4, run=8) | unpack_bits(high, 2, run=4) * 16
-    codes = unpack_bits(qs, 2, run=32) | unpack_bits(hmask, 1, run=32) * 4
-    return _scaled(codes.float().sub_(4), half(d) * (scale.float() - 32))
+    codes = unpack_bits(qs, 2, run=32).add_(unpack_bits(hmask, 1, run=32), alpha=4)
+    return Affine(centered(codes, 4), half(d) * (scale.float() - 32))
 
 
 def pack_q3_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
@@ -54,10 +54,9 @@ def pack_q3_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((hmask, qs, low, high, half_bytes(d[:, None])), 1)
 
 
-def dequantize_q4_k(blocks: Tensor) -> Tensor:
-    d, dmin, scales, qs = fields(blocks, 2, 2, 12, 128)
-    scale, minimum = _unpack_scales(scales)
-    return _affine(unpack_bits(qs, 4, run=32), half(d) * scale, half(dmin) * minimum)
+def unpack_q4_k(blocks: Tensor) -> Affine:
+    factors, scales, qs = fields(blocks, 4, 12, 128)
+    return Affine(unpack_bits(qs, 4, run=32), *_scales_and_mins(factors, scales))
 
 
 def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
@@ -65,11 +64,10 @@ def pack_q4_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
     return torch.cat((head, _pack_scales(scales, mins), pack_bits(codes, 4, run=32)), 1)
 
 
-def dequantize_q5_k(blocks: Tensor) -> Tensor:
-    d, dmin, scales, qh, qs = fields(blocks, 2, 2, 12, 32, 128)
-    scale, minimum = _unpack_scales(scales)
-    codes = unpack_bits(qs, 4, run=32) | unpack_bits(qh, 1, run=32) * 16
-    return _affine(codes, half(d) * scale, half(dmin) * minimum)
+def unpack_q5_k(blocks: Tensor) -> Affine:
+    factors, scales, qh, qs = fields(blocks, 4, 12, 32, 128)
+    codes = unpack_bits(qs, 4, run=32).add_(unpack_bits(qh, 1, run=32), alpha=16)
+    return Affine(codes, *_scales_and_mins(factors, scales))
 
 
 def pack_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor:
@@ -79,10 +77,10 @@ def pack_q5_k(d: Tensor, dmin: Tensor, scales: Tensor, mins: Tensor, codes: Tens
     return torch.cat((head, _pack_scales(scales, mins), qh, qs), 1)
 
 
-def dequantize_q6_k(blocks: Tensor) -> Tensor:
+def unpack_q6_k(blocks: Tensor) -> Affine:
     ql, qh, scales, d = fields(blocks, 128, 64, 16, 2)
-    codes = unpack_bits(ql, 4, run=64) | unpack_bits(qh, 2, run=32) * 16
-    return _scaled(codes.float().sub_(32), half(d) * scales.view(torch.int8))
+    codes = unpack_bits(ql, 4, run=64).add_(unpack_bits(qh, 2, run=32), alpha=16)
+    return Affine(centered(codes, 32), half(d) * scales.view(torch.int8))
 
 
 def pack_q6_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
@@ -92,24 +90,15 @@ def pack_q6_k(d: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((ql, qh, scales.to(torch.int8).view(torch.uint8), half_bytes(d[:, None])), 1)
 
 
-def _scaled(codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply codes, float32 (n, 256), by their scales, (n, sub-blocks), in place."""
-    n, n_sub = scales.shape
-    return codes.view(n, n_sub, -1).mul_(scales[:, :, None]).view(n, -1)
-
-
-def _affine(codes: Tensor, scales: Tensor, mins: Tensor) -> Tensor:
-    """Return codes * scale - min by sub-block, float32 (n, 256)."""
-    # Two operations: a fused multiply-add would round differently.
-    n, n_sub = scales.shape
-    return _scaled(codes.float(), scales).view(n, n_sub, -1).sub_(mins[:, :, None]).view(n, -1)
-
-
-def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Read 8 scales and 8 mins of 6 bits from uint8 (n, 12), each as uint8 (n, 8).
+def _scales_and_mins(factors: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply 8 scales by d and 8 mins by dmin, each float32 (n, 8).
 
     The first eight bytes hold four scales and four mins in their lower six bits. The other scales and mins have their
     lower four bits in the last four bytes. Their upper two bits are the upper bits of the first eight bytes.
+
+    Args:
+        factors: d and dmin, uint8 (n, 4).
+        scales: scales and mins of 6 bits, uint8 (n, 12).
 
     Source: ggml-quants.c get_scale_min_k4.
     """
@@ -117,7 +106,8 @@ def _unpack_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     first, nibbles = words[:, :2], words[:, 2:]
     low = first & 0x3F3F3F3F
     high = torch.cat((nibbles, nibbles >> 4), 1) & 0x0F0F0F0F | (first >> 2) & 0x30303030
-    scale, minimum = torch.stack((low, high), 2).view(torch.uint8).view(-1, 2, 8).unbind(1)
+    scales_and_mins = torch.stack((low, high), 2).view(torch.uint8).view(-1, 2, 8)
+    scale, minimum = scales_and_mins.mul(half(factors)[:, :, None]).unbind(1)
     return scale, minimum
 
 

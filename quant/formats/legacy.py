@@ -1,6 +1,6 @@
 """F32, F16, BF16 and ggml's first block formats, which have one or two float16 factors for 32 weights.
 
-`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, block_size), bit-exact to ggml.
+`unpack_*` takes blocks, uint8 (n, type_size), and returns what their weights consist of, bit-exact to ggml.
 
 `encode_*` takes float32 (n, block_size) and returns uint8 (n, type_size). The bytes are those that ggml writes without
 an importance matrix; `importance` is ignored.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, half, half_bytes, pack_bits, quotient, unpack_bits
+from .bits import Affine, BlockLayout, centered, fields, half, half_bytes, pack_bits, quotient, unpack_bits
 
 F32, F16, BF16 = BlockLayout(1, 4), BlockLayout(1, 2), BlockLayout(1, 2)
 Q4_0 = BlockLayout(32, 18, factors=(0,))  # d f16 | qs 16
@@ -26,33 +26,33 @@ Q5_1 = BlockLayout(32, 24, factors=(0, 2))  # d f16 | m f16 | qh 4 (bit 4 of the
 Q8_0 = BlockLayout(32, 34, factors=(0,))  # d f16 | qs 32 int8
 
 
-def dequantize_f32(blocks: Tensor) -> Tensor:
-    return fields(blocks, 4)[0].view(torch.float32)
+def unpack_f32(blocks: Tensor) -> Affine:
+    return Affine(fields(blocks, 4)[0].view(torch.float32))
 
 
 def encode_f32(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return blocks.view(torch.uint8)
 
 
-def dequantize_f16(blocks: Tensor) -> Tensor:
-    return half(*fields(blocks, 2))
+def unpack_f16(blocks: Tensor) -> Affine:
+    return Affine(half(*fields(blocks, 2)))
 
 
 def encode_f16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return half_bytes(blocks)
 
 
-def dequantize_bf16(blocks: Tensor) -> Tensor:
-    return fields(blocks, 2)[0].view(torch.bfloat16).float()
+def unpack_bf16(blocks: Tensor) -> Affine:
+    return Affine(fields(blocks, 2)[0].view(torch.bfloat16))
 
 
 def encode_bf16(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return blocks.bfloat16().view(torch.uint8)
 
 
-def dequantize_q4_0(blocks: Tensor) -> Tensor:
+def unpack_q4_0(blocks: Tensor) -> Affine:
     d, qs = fields(blocks, 2, 16)
-    return unpack_bits(qs, 4, run=16).float().sub_(8).mul_(half(d))
+    return Affine(centered(unpack_bits(qs, 4, run=16), 8), half(d))
 
 
 def encode_q4_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -65,9 +65,9 @@ def pack_q4_0(d: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), pack_bits(codes, 4, run=16)), 1)
 
 
-def dequantize_q4_1(blocks: Tensor) -> Tensor:
+def unpack_q4_1(blocks: Tensor) -> Affine:
     d, m, qs = fields(blocks, 2, 2, 16)
-    return unpack_bits(qs, 4, run=16).float().mul_(half(d)).add_(half(m))
+    return Affine(unpack_bits(qs, 4, run=16), half(d), -half(m))
 
 
 def encode_q4_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -80,9 +80,9 @@ def pack_q4_1(d: Tensor, m: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), half_bytes(m), pack_bits(codes, 4, run=16)), 1)
 
 
-def dequantize_q5_0(blocks: Tensor) -> Tensor:
+def unpack_q5_0(blocks: Tensor) -> Affine:
     d, qh, qs = fields(blocks, 2, 4, 16)
-    return _unpack_5_bits(qh, qs).sub_(16).mul_(half(d))
+    return Affine(centered(_unpack_5_bits(qh, qs), 16), half(d))
 
 
 def encode_q5_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -95,9 +95,9 @@ def pack_q5_0(d: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), _pack_5_bits(codes)), 1)
 
 
-def dequantize_q5_1(blocks: Tensor) -> Tensor:
+def unpack_q5_1(blocks: Tensor) -> Affine:
     d, m, qh, qs = fields(blocks, 2, 2, 4, 16)
-    return _unpack_5_bits(qh, qs).mul_(half(d)).add_(half(m))
+    return Affine(_unpack_5_bits(qh, qs), half(d), -half(m))
 
 
 def encode_q5_1(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -110,9 +110,9 @@ def pack_q5_1(d: Tensor, m: Tensor, codes: Tensor) -> Tensor:
     return torch.cat((half_bytes(d), half_bytes(m), _pack_5_bits(codes)), 1)
 
 
-def dequantize_q8_0(blocks: Tensor) -> Tensor:
+def unpack_q8_0(blocks: Tensor) -> Affine:
     d, qs = fields(blocks, 2, 32)
-    return qs.view(torch.int8).float().mul_(half(d))
+    return Affine(qs.view(torch.int8), half(d))
 
 
 def encode_q8_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ def round_half_away(x: Tensor) -> Tensor:
 
 
 def _unpack_5_bits(qh: Tensor, qs: Tensor) -> Tensor:
-    return unpack_bits(qs, 4, run=16).add_(unpack_bits(qh, 1, run=1), alpha=16).float()
+    return unpack_bits(qs, 4, run=16).add_(unpack_bits(qh, 1, run=1), alpha=16)
 
 
 def _pack_5_bits(codes: Tensor) -> Tensor:

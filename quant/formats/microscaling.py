@@ -1,6 +1,6 @@
 """MXFP4 and NVFP4: four-bit floats (e2m1) with an eight-bit float as the scale of 32 or 16 weights.
 
-`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, block_size), bit-exact to ggml.
+`unpack_*` takes blocks, uint8 (n, type_size), and returns what their weights consist of, bit-exact to ggml.
 
 Source: ggml-quants.c dequantize_row_{mxfp4,nvfp4}, ggml-impl.h ggml_{e8m0_to_fp32_half,ue4m3_to_fp32} @ ggml 0.15.3;
 checked against 0.20.2. OCP Microscaling Formats (MX) 1.0.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, lookup, pack_bits, unpack_bits
+from .bits import Affine, BlockLayout, fields, lookup, pack_bits, unpack_bits
 
 MXFP4 = BlockLayout(32, 17)  # e e8m0 | qs 16
 NVFP4 = BlockLayout(64, 36)  # d 4 e4m3 (one for 16 weights) | qs 32
@@ -20,9 +20,9 @@ NVFP4 = BlockLayout(64, 36)  # d 4 e4m3 (one for 16 weights) | qs 32
 KVALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
-def dequantize_mxfp4(blocks: Tensor) -> Tensor:
+def unpack_mxfp4(blocks: Tensor) -> Affine:
     e, qs = fields(blocks, 1, 16)
-    return lookup(unpack_bits(qs, 4, run=16), KVALUES).mul_(_e8m0_half(e))
+    return Affine(lookup(unpack_bits(qs, 4, run=16), KVALUES), _e8m0_half(e))
 
 
 def encode_mxfp4(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -46,10 +46,9 @@ def encode_mxfp4(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return torch.cat((e, pack_bits(codes, 4, run=16)), 1)
 
 
-def dequantize_nvfp4(blocks: Tensor) -> Tensor:
+def unpack_nvfp4(blocks: Tensor) -> Affine:
     d, qs = fields(blocks, 4, 32)
-    values = lookup(unpack_bits(qs, 4, run=8), KVALUES)
-    return values.view(-1, 4, 16).mul_(_e4m3_half(d)[:, :, None]).view(-1, 64)
+    return Affine(lookup(unpack_bits(qs, 4, run=8), KVALUES), _e4m3_half(d))
 
 
 def _e8m0_half(e: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """TQ1_0 and TQ2_0: weights of -1, 0 and 1, with one float16 factor for 256 weights.
 
-`dequantize_*` takes blocks, uint8 (n, type_size), and returns float32 (n, 256), bit-exact to ggml.
+`unpack_*` takes blocks, uint8 (n, type_size), and returns what their weights consist of, bit-exact to ggml.
 
 `encode_*` takes float32 (n, 256) and returns uint8 (n, type_size), bit-equal to ggml; `importance` is ignored.
 
@@ -12,17 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bits import BlockLayout, fields, half, pack_bits, unpack_bits
+from .bits import Affine, BlockLayout, centered, fields, half, pack_bits, unpack_bits
 from .legacy import round_half_away
 
 TQ1_0 = BlockLayout(256, 54)  # qs 32 + 16 (5 digits of base 3 per byte) | qh 4 (4 digits per byte) | d f16
 TQ2_0 = BlockLayout(256, 66)  # qs 64 | d f16
 
 
-def dequantize_tq1_0(blocks: Tensor) -> Tensor:
+def unpack_tq1_0(blocks: Tensor) -> Affine:
     *runs, d = fields(blocks, 32, 16, 4, 2)
     codes = torch.cat([_unpack_digits(run, n) for run, n in zip(runs, (5, 5, 4), strict=True)], 1)
-    return codes.float().sub_(1).mul_(half(d))
+    return Affine(centered(codes, 1), half(d))
 
 
 def encode_tq1_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -31,9 +31,9 @@ def encode_tq1_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
     return torch.cat([*(_pack_digits(run, n) for run, n in zip(runs, (5, 5, 4), strict=True)), d], 1)
 
 
-def dequantize_tq2_0(blocks: Tensor) -> Tensor:
+def unpack_tq2_0(blocks: Tensor) -> Affine:
     qs, d = fields(blocks, 64, 2)
-    return unpack_bits(qs, 2, run=32).float().sub_(1).mul_(half(d))
+    return Affine(centered(unpack_bits(qs, 2, run=32), 1), half(d))
 
 
 def encode_tq2_0(blocks: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -49,14 +49,14 @@ def _ternary(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpack_digits(field: Tensor, n_digits: int) -> Tensor:
-    """Read base-3 digits from bytes, uint8 (n, k) -> int32 (n, n_digits * k).
+    """Read base-3 digits from bytes, uint8 (n, k) -> uint8 (n, n_digits * k).
 
     A byte is a fraction in units of 1/256. Three times the fraction has the next digit as its integer part.
     """
-    fraction, digits = field.to(torch.int32), []
+    fraction, digits = field.to(torch.int16), []
     for _ in range(n_digits):
         fraction = fraction * 3
-        digits.append(fraction >> 8)
+        digits.append((fraction >> 8).to(torch.uint8))
         fraction = fraction & 255
     return torch.cat(digits, 1)
 

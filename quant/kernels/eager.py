@@ -12,10 +12,12 @@ from ..native.rotation import rotate
 if TYPE_CHECKING:
     from ..qtype import QuantType
 
-# Elements to dequantize at a time. On a CPU, the temporaries stay in its cache. On an accelerator, each operation is a
-# launch, so chunks are larger; the temporaries need at most about 80 MiB.
-CPU_ELEMENTS = 1 << 19
+# Elements to unpack at a time. On an accelerator, each operation is a launch, so chunks are larger; the temporaries
+# need at most about 80 MiB.
+CPU_ELEMENTS = 1 << 20
 DEVICE_ELEMENTS = 1 << 22
+# Elements to multiply at a time on a CPU. As float32 they stay in its cache until they are rounded or rotated.
+CPU_PRODUCTS = 1 << 18
 
 INT8_SCALE = 1 / 127
 """The scale of a row whose largest magnitude is 1."""
@@ -32,10 +34,12 @@ def dequantize(qtype: QuantType, packed: Tensor, out: Tensor) -> None:
         packed: uint8, (..., n * type_size), of any strides and alignment.
         out: any float dtype, as many elements as `packed` stores, contiguous; written to.
     """
-    step = max(1, (CPU_ELEMENTS if packed.device.type == "cpu" else DEVICE_ELEMENTS) // qtype.block_size)
+    elements, products = (CPU_ELEMENTS, CPU_PRODUCTS) if packed.is_cpu else (DEVICE_ELEMENTS, DEVICE_ELEMENTS)
+    step, few = max(1, elements // qtype.block_size), max(1, products // qtype.block_size)
     blocks, weights = packed.reshape(-1, qtype.type_size), out.view(-1, qtype.block_size)
     for source, destination in zip(torch.split(blocks, step), torch.split(weights, step), strict=True):
-        destination.copy_(qtype.dequantize_blocks(source))
+        for part, to in zip(qtype.unpack(source).split(few), torch.split(destination, few), strict=True):
+            to.copy_(part.weights())
 
 
 def int8_rows(qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor, delta: Tensor | None = None) -> None:
@@ -53,7 +57,7 @@ def int8_rows(qtype: QuantType, packed: Tensor, codes: Tensor, scales: Tensor, d
     of the weight. All bits are equal on all devices, so a quotient is rounded once.
     """
     n_rows, columns = codes.shape
-    elements = CPU_ELEMENTS if packed.device.type == "cpu" else DEVICE_ELEMENTS
+    elements = CPU_PRODUCTS if packed.is_cpu else DEVICE_ELEMENTS
     for start in range(0, n_rows, step := max(1, elements // columns)):
         part = slice(start, start + step)
         weights = qtype.dequantize_blocks(packed[part].reshape(-1, qtype.type_size)).view(-1, columns)

@@ -14,7 +14,7 @@ number of a bit field. It returns (low, high, scale, minimum):
 - low and high are two words with a code in the lowest bits of each byte. The other bits may hold anything.
 - scale and minimum are float32, with weight = (code - bias) * scale - minimum.
 
-The arithmetic is that of `dequantize_*` in quant/formats, in the same order. No load is wider than the alignment of its
+The arithmetic is that of `unpack_*` in quant/formats, in the same order. No load is wider than the alignment of its
 field within a row of blocks, which is 2 bytes for most formats.
 
 Source: ggml-quants.c dequantize_row_* @ ggml 0.15.3, as in those modules.
@@ -111,7 +111,7 @@ def q3_k(block, group, FIELD: tl.constexpr):
 
 @triton.jit
 def _scales(block, group, FIELD: tl.constexpr):
-    """Return the scale and min for a bit field of a group of Q4_K or Q5_K, as `kquants._unpack_scales` reads them."""
+    """Return the scale and min for a bit field of a group of Q4_K or Q5_K, as `kquants._scales_and_mins` reads them."""
     shift = 16 * (group // 4 % 2)
     first, second = load_word(block + 4, 4) >> shift, load_word(block + 8, 4) >> shift
     third = load_word(block + 12, 4) >> shift

@@ -105,7 +105,8 @@ def test_leading_axes_are_kept_and_values_are_rounded_once(quant: QuantType) -> 
 @every_type
 def test_dequantization_in_chunks_equals_that_of_all_blocks(quant: QuantType, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = random_blocks(quant, 7)
-    monkeypatch.setattr(eager, "CPU_ELEMENTS", 2 * quant.block_size)
+    monkeypatch.setattr(eager, "CPU_ELEMENTS", 3 * quant.block_size)
+    monkeypatch.setattr(eager, "CPU_PRODUCTS", 2 * quant.block_size)
     weight = torch.empty(7, quant.block_size)
     eager.dequantize(quant, packed, weight)
     assert_same_bits(weight.numpy(), quant.dequantize_blocks(packed).numpy())

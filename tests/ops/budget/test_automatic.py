@@ -25,6 +25,15 @@ def test_counts_what_can_be_evicted_from_this_device(monkeypatch):
     assert automatic_budget(GPU) == 5 * GIB + context_bytes(GPU) - margin_bytes()
 
 
+def test_workspaces_of_an_earlier_sampling_do_not_count_twice(monkeypatch):
+    # A mock: after the first product, torch's allocator holds cuBLAS' workspaces until they are cleared.
+    workspaces = [GIB // 8]
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", workspaces.clear, raising=False)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 3 * GIB - sum(workspaces))
+    monkeypatch.setattr(comfy.model_management, "current_loaded_models", [])
+    assert automatic_budget(GPU) == 3 * GIB + context_bytes(GPU) - margin_bytes()
+
+
 def test_the_margin_is_that_of_the_command_line(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "EXTRA_RESERVED_VRAM", 7)
     assert margin_bytes() == 7

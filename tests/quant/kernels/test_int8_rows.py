@@ -66,7 +66,7 @@ def test_rows_of_zeros_and_of_nan() -> None:
 def test_a_part_of_the_rows_has_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = QTYPES["Q4_K"].quantize(weights(), effort="fast")
     whole = int8_rows(packed, "Q4_K")
-    monkeypatch.setattr(eager, "CPU_ELEMENTS", 2 * SHAPE[1])
+    monkeypatch.setattr(eager, "CPU_PRODUCTS", 2 * SHAPE[1])
     assert all(torch.equal(a, b) for a, b in zip(whole, int8_rows(packed, "Q4_K"), strict=True))
     assert all(torch.equal(a[1:4], b) for a, b in zip(whole, int8_rows(packed[1:4], "Q4_K"), strict=True))
 

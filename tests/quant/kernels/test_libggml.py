@@ -14,7 +14,7 @@ from wanquant.testing.libggml import LibGGML, load
 from wanquant.tests.quant.samples import WEIGHTS, assert_same_bits, random_blocks, special_blocks, weights
 
 LEGACY_AND_K = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-DEQUANTIZED = (*LEGACY_AND_K, "IQ4_NL", "IQ4_XS", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4", "Q1_0", "Q2_0")
+DEQUANTIZED = (*LEGACY_AND_K, "IQ4_NL", "IQ4_XS", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4")
 QUANTIZED = (*LEGACY_AND_K, "TQ1_0", "TQ2_0", "MXFP4")
 
 
