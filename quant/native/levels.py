@@ -33,6 +33,9 @@ class LevelsFormat(NativeFormat):
     group: int
     """The number of weights that share a scale."""
     values: CodeValues
+    """The values that kitchen gives to codes."""
+    best_values: CodeValues
+    """Those of the search."""
     fast_steps: tuple[int, ...]
     """The scales that kitchen tries, in steps of the E4M3 code from the first one."""
     best_steps: tuple[int, ...]
@@ -74,19 +77,20 @@ class LevelsFormat(NativeFormat):
 
     def _with_table(self, weight: Tensor, search: bool) -> LevelsFormat:
         """Return this format, with a table that is fitted to the weight if its tails are heavy and that helps."""
+        usual = replace(self, values=self.best_values) if search else self
         if not self.values.stored:
-            return self
+            return usual
         sample = weight[:: max(1, weight.numel() // SAMPLE)].float()
         counts = histograms(rotate(sample).view(-1, self.group).T)
         if not has_heavy_tails(counts[0]):
-            return self
+            return usual
 
         def error(format: LevelsFormat) -> float:
             values = format.decode(format._encode_rows(sample, search, None))
             return float((values - sample).double().norm())
 
         fitted = (replace(self, values=Codebook(fitted_table(each))) for each in counts)
-        return min((self, *fitted), key=error)
+        return min((usual, *fitted), key=error)
 
     def _encode_rows(self, weight: Tensor, search: bool, rounding: Rounding | None) -> dict[str, Tensor]:
         steps = self.best_steps if search else self.fast_steps

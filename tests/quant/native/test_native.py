@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from wanquant.quant import QuantError
+from wanquant.quant.conversion.layer_encoder import LayerEncoder
+from wanquant.quant.native.layer_type import LayerType
 from wanquant.quant.native.native_format import Part
 from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.native.rotation import rotate
@@ -149,7 +151,7 @@ def test_a_fitted_table_does_not_depend_on_threads():
 
 
 GOALS = {
-    **{"FP8": 0.02645, "MXFP8": 0.0266, "INT8": 0.0087, "W4A8": 0.0714, "W4A8_G32": 0.0799, "W6A8": 0.0203},
+    **{"FP8": 0.02645, "MXFP8": 0.0266, "INT8": 0.0087, "W4A8": 0.0712, "W4A8_G32": 0.0793, "W6A8": 0.0202},
     **{"NVFP4": 0.0815, "INT4": 0.1140},
 }
 
@@ -158,6 +160,15 @@ GOALS = {
 def test_errors_reach_their_goals(name):
     weight = normal(256, 5120)
     assert error(coded(name, weight), weight) <= GOALS[name]
+
+
+@pytest.mark.parametrize("name", ["W4A8", "W4A8_G32", "W6A8"])
+def test_a_file_has_2_percent_less_error_than_kitchens(name):
+    """A file has the gain of rows restored, which costs a little error."""
+    weight = normal(128, 2048)
+    qtype = LayerType(FORMATS[name], (128, 2048))
+    stored = qtype.dequantize(LayerEncoder().quantize(qtype, weight))
+    assert error(stored, weight) < 0.98 * error(kitchen_values(name, weight), weight)
 
 
 @every_format
@@ -261,11 +272,12 @@ def test_codes_are_those_of_the_nearest_levels(name):
     weight, format = normal(16, 512), FORMATS[name]
     parts = format.encode(weight)
     rotated = (rotate(weight) / parts["weight_s_channel"].unsqueeze(1)).view(16, -1, format.group, 1)
+    table = parts.get("weight_codebook", format.values.table(weight.device))
     # Kitchen leaves out the first of the 64 codes, so that levels are symmetric.
-    used = format.values.table(weight.device)[1 if name == "W6A8" else 0 :]
+    used = table[1 if name == "W6A8" else 0 :]
     levels = parts["weight_s_rel"].float().unsqueeze(-1) * used
     distances = (rotated - levels.round().clamp(-127, 127).unsqueeze(2)).abs()
     codes = format.values.unpack(parts["weight"].view(torch.uint8)).long().view_as(rotated)
-    values = format.values.table(weight.device)[codes] * parts["weight_s_rel"].float().view(16, -1, 1, 1)
+    values = table[codes] * parts["weight_s_rel"].float().view(16, -1, 1, 1)
     chosen = (rotated - values.round().clamp(-127, 127)).abs()
     torch.testing.assert_close(chosen.squeeze(-1), distances.amin(-1), rtol=1e-5, atol=1e-3)
