@@ -11,6 +11,7 @@ from ..quant import write_calibration, write_importance
 from ..quant.statistics.calibration import Calibration
 from ..quant.statistics.importance import Collector
 from ..quant.tuning.capture import Capture
+from ..quant.units import counted
 from .collect_importance import BlocksIO, ImportanceIO
 from .encoding import show_on_node
 from .folders import BLOCKS_SUFFIX, IMPORTANCE, output_path, without_suffix
@@ -70,14 +71,14 @@ class WanQuantSaveImportance(io.ComfyNode):
             written = str(write_calibration(output_path(folder, name, ".safetensors"), collected, overwrite=True))
         else:
             written = str(write_importance(output_path(folder, name, ".gguf"), collected, overwrite=True))
-        text = f"{len(collected)} layers over {collected.samples} evaluations of the model"
+        text = f"{counted(len(collected), 'layer')} over {counted(collected.samples, 'evaluation')} of the model"
         if importance.unseen:
-            text += f"; {len(importance.unseen)} layers received no input, first {importance.unseen[0]}"
+            text += f"; {counted(len(importance.unseen), 'layer')} received no input, first {importance.unseen[0]}"
         text, blocks_path = f"Saved {name}: {text}", ""
         if blocks is not None:
             blocks_name = without_suffix(name) + BLOCKS_SUFFIX
             path = output_path(folder, blocks_name, BLOCKS_SUFFIX)
             blocks_path = str(blocks.write(path, overwrite=True))
-            text += f". Saved {blocks_name}: {len(blocks)} of {blocks.seen} evaluations"
+            text += f". Saved {blocks_name}: {len(blocks)} of {counted(blocks.seen, 'evaluation')}"
         show_on_node(text)
         return io.NodeOutput(written, blocks_path, ui=ui.PreviewText(text))

@@ -25,6 +25,7 @@ from ..quant.sources.checkpoint import Checkpoint, SourceTensor
 from ..quant.sources.files import SourceFiles, SourceIdentity
 from ..quant.sources.names import find_naming, unwrapped
 from ..quant.sources.tensors import DTYPES
+from ..quant.units import counted
 from . import host
 from .packed.foreign import understood
 from .packed.layout import dense, is_packed
@@ -180,7 +181,8 @@ def merged_checkpoint(patcher: ModelPatcher, device: torch.device) -> Checkpoint
     metadata = _detection_metadata(patcher.model, memory.tensors) | preference_metadata(preferences)
     checkpoint = Checkpoint(identity, str(path), metadata, architecture, {}, tensors, memory, held)
     n_patched = sum(bool(tensor.patches) for tensor in memory.tensors)
-    note = f"the LoRAs of MODEL are baked into {n_patched} tensors, before their rounding; load the file without them"
+    baked = f"the LoRAs of MODEL are baked into {counted(n_patched, 'tensor')}, before their rounding"
+    note = f"{baked}; load the file without them"
     return replace(checkpoint, notes=(note,)) if n_patched else checkpoint
 
 

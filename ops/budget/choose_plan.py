@@ -10,7 +10,7 @@ from typing import TypeVar
 from ...quant import QTYPES, QuantError
 from ...quant.plan.recipe import RECIPES
 from ...quant.plan.wan_shapes import pixels_per_cell
-from ...quant.units import GIB
+from ...quant.units import GIB, counted
 from ..lean import MemoryPlan
 from .sampling_job import SamplingJob, video_frames
 from .simulator import Peak, Simulator
@@ -50,7 +50,7 @@ class ChosenPlan:
     def __str__(self) -> str:
         how = "ComfyUI's own forward"
         if self.plan:
-            how = f"{self.plan.head_groups} groups of heads, {self.plan.token_chunk} tokens at a time"
+            how = f"{counted(self.plan.head_groups, 'group')} of heads, {self.plan.token_chunk} tokens at a time"
             how += f" ({self.plan.chunk_without_keys} without keys)"
         return f"{self.peak}; {how}, {self.slowdown:.3f}x the arithmetic, {self.traffic:.2f}x the bytes of a step"
 
@@ -139,7 +139,8 @@ def _first_index(choices: Sequence[_Choice], is_enough: Callable[[_Choice], bool
 
 def _refusal(simulator: Simulator, job: SamplingJob, budget: int, smallest: ChosenPlan) -> str:
     frames = _most_frames(simulator, job, budget, smallest.plan)
-    shorter = f"at most {frames} frames of this size keep" if frames else "not even one frame of this size keeps"
+    most = counted(frames, "frame of this size keeps", "frames of this size keep")
+    shorter = f"at most {most}" if frames else "not even one frame of this size keeps"
     choices = [f"set budget_gib to {_rounded_up_gib(smallest.peak.total_bytes)}"]
     if smaller := _largest_size(simulator, job, budget, smallest.plan):
         choices.append(f"choose {smaller}")

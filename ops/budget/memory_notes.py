@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
+from ...quant.units import counted
 from .. import host, host_products
 from ..lean.apply import runs_lean
 from ..lean.variants import variant
@@ -38,8 +39,8 @@ def memory_notes(model: ModelPatcher) -> list[str]:
         notes.append("attention is in 8 bits, and the copies of queries, keys and values count")
     if preferred:
         notes.append(
-            f"{len(preferred)} attentions are those that the file prefers; they get all queries at once, and those to"
-            " the text run as in ComfyUI"
+            f"the file prefers other functions for {counted(len(preferred), 'attention')}: they get all queries,"
+            " and attention to the text runs as in ComfyUI"
         )
     return notes + stock_notes(model)
 
@@ -53,8 +54,8 @@ def stock_notes(model: ModelPatcher) -> list[str]:
         notes.append(f"{known.models} runs as in ComfyUI ({known.stock}), so a smaller budget cannot hold")
     elif stock:
         notes.append(
-            f"{stock} of {len(transformer.blocks)} blocks run as in ComfyUI, because another node changes them or this"
-            " WanQuant does not know them; they may exceed the budget"
+            f"ComfyUI's own forward runs {stock} of {counted(len(transformer.blocks), 'block')}, because another node"
+            " changes them or this WanQuant does not know them; that may exceed the budget"
         )
     patches = _options(model).get("patches", {})
     names = {_name(patch) for kind in _BLOCK_PATCHES for patch in patches.get(kind, ())}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...quant import QuantError
 from ...quant.plan.wan_shapes import pixels_per_cell
+from ...quant.units import counted
 from .meta_wan import META
 
 _CLIP_WIDTH = 1280
@@ -111,7 +112,7 @@ class SamplingJob:
         batch, channels, frames, height, width = self.latent
         side = pixels_per_cell(channels)
         videos = f"{batch} videos of " if batch > 1 else ""
-        return f"{videos}{side * width}x{side * height}, {video_frames(frames)} frames"
+        return f"{videos}{side * width}x{side * height}, {counted(video_frames(frames), 'frame')}"
 
 
 def video_frames(latent_frames: int) -> int:

@@ -16,6 +16,7 @@ from ...quant.gguf.header import Header, TensorRecord
 from ...quant.sources.add_ons import check_add_on, find_without_layers, part_of_add_on
 from ...quant.sources.checkpoint import open_checkpoint
 from ...quant.sources.tensors import DTYPES, PackedTensor, PlainTensor, SourceTensor
+from ...quant.units import counted
 from .wan_header import SourceRecord
 
 _TYPES = {dtype: name for name, dtype in DTYPES.items() if name in QTYPES}
@@ -62,7 +63,7 @@ def check_effect(model: torch.nn.Module, base: Header, whole: Header, path: str 
         known = find_without_layers(unused)
         remedy = f"this is {known.whose}: {known.remedy}" if known else "choose an add-on for the variant of this model"
         raise QuantError(
-            f"{os.fspath(path)}: {len(unused)} of {len(added)} tensors have no effect: ComfyUI's"
+            f"{os.fspath(path)}: {len(unused)} of {counted(len(added), 'tensor')} would have no effect: ComfyUI's"
             f" {type(model).__name__} has no layers {', '.join(ignored)}; {remedy}"
         )
     if unused:

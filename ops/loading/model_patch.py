@@ -14,6 +14,7 @@ from comfy.patcher_extension import CallbacksMP
 from ...quant import QuantError
 from ...quant.gguf.header import TensorRecord, read_header
 from ...quant.sources.names import find_naming
+from ...quant.units import counted
 from ..host_check import check_host
 from ..packed.linear import GGUFOps
 from ..packed.patcher import with_packed_patches
@@ -86,7 +87,8 @@ def load_model_patch(path: str | os.PathLike[str]) -> ModelPatcher:
     with built_by_host(header.path):
         missing, unexpected = model.load_state_dict(state_dict, strict=False, assign=patcher.is_dynamic())
     if missing or unexpected:
-        what = f"{len(missing)} tensors are missing" if missing else f"{len(unexpected)} tensors are unknown"
+        found = counted(len(missing or unexpected), "tensor is", "tensors are")
+        what = f"{found} missing" if missing else f"{found} unknown"
         raise QuantError(f"{header.path}: {what} ({(missing or unexpected)[0]}, ...); choose a complete file")
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, change_warning(header))
     return with_packed_patches(patcher)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.errors import PrintableLog
 from ...quant.sources.lora_names import PREFIX, layer_name, lora_names
+from ...quant.units import counted
 
 logger = PrintableLog(__name__)
 
@@ -118,7 +119,7 @@ def _without_effect(names: Sequence[str]) -> str:
     named = ", ".join(f"{name:.80}" for name in names[:_NAMED])
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return (
-        f"LoRA: {len(names)} of its tensors name nothing in Wan and are left out: {named}{more};"
+        f"LoRA: left out {counted(len(names), 'tensor')} whose names Wan lacks: {named}{more};"
         " if the result is not as expected, use the LoRA in the format of ComfyUI"
     )
 

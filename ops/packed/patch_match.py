@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...quant import QuantError
 from ...quant.errors import PrintableLog
+from ...quant.units import counted
 from .patch_check import check_finite, computed_problem
 
 logger = PrintableLog(__name__)
@@ -48,7 +49,8 @@ def matching_patches(model: torch.nn.Module, patches: dict[Any, Any]) -> dict[An
     named = [f"{key} {problem}" for key, problem in list(mismatches.items())[:_NAMED]]
     if len(mismatches) > _NAMED:
         named.append(f"and {len(mismatches) - _NAMED} more")
-    message = f"{len(mismatches)} of its {len(patches)} patches do not match this model ({', '.join(named)})"
+    patched = counted(len(patches), "patch", "patches")
+    message = f"no match in this model for {len(mismatches)} of its {patched} ({', '.join(named)})"
     if len(mismatches) == len(patches):
         raise QuantError(f"LoRA for another model: {message}; choose a LoRA for this model")
     logger.warning("LoRA partly for another model: %s; these patches are left out", message)

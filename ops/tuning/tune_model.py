@@ -13,6 +13,7 @@ from ...quant.conversion.convert import ConversionReport
 from ...quant.tuning.block import BlockModule
 from ...quant.tuning.capture import CapturedCalls
 from ...quant.tuning.tune import TuneSettings, tune
+from ...quant.units import counted
 from ..merged_source import merged_checkpoint
 from .capture_blocks import OPTIONS, check_tunable, signature
 
@@ -63,6 +64,6 @@ def _check_same(calls: CapturedCalls, model: torch.nn.Module) -> None:
     if is_as_wide and torch.allclose(own, captured, rtol=_TOLERANCE, atol=_TOLERANCE * float(own.std())):
         return
     raise QuantError(
-        f"{calls.path}: was captured from another model ({len(captured)} blocks) than the connected one ({len(own)}"
-        " blocks); connect that model, or capture this one"
+        f"{calls.path}: was captured from another model ({counted(len(captured), 'block')}) than the connected one"
+        f" ({counted(len(own), 'block')}); connect that model, or capture this one"
     )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import QuantError, printable, printable_lines
+from ..units import counted
 
 _HELP = "update WanQuant, and if that does not help, report this message with the version of ComfyUI and PyTorch"
 
@@ -78,8 +79,8 @@ class CheckReport:
         """Return the report: a summary, what to do, and then what is fine."""
         failed = [step for step in self.steps if not step.ok]
         faster = [text for step in self.steps for text in step.faster]
-        n = len(self.steps)
-        lines = [f"WanQuant: {len(failed)} of {n} checks failed" if failed else f"WanQuant: {n} checks passed"]
+        checks = counted(len(self.steps), "check")
+        lines = [f"WanQuant: {len(failed)} of {checks} failed" if failed else f"WanQuant: {checks} passed"]
         lines += [f"FAILED {step.name}: {step.text}" for step in failed]
         lines += [f"not checked: {text}" for text in self.not_checked]
         lines += [f"faster: {text}" for text in faster]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..plan.recipe import TypePlan
 from ..sources.checkpoint import Checkpoint
+from ..units import counted
 from .stream import Stream
 
 
@@ -11,17 +12,22 @@ def notes_on(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
     """Return sentences on what the statistics of the inputs were used for."""
     notes = []
     if stream.biases:
-        notes.append(f"{len(stream.biases)} biases make up for the mean error of their layers")
+        one, many = "bias makes up for the mean error of its layer", "biases make up for the mean error of their layers"
+        notes.append(counted(len(stream.biases), one, many))
     rounded = sum((name, qtype.name) in stream.encoders.rounded for name, qtype in plan.types.items())
     if rounded:
-        notes.append(f"{rounded} matrices were rounded for the least error of their layers' outputs")
+        notes.append(f"{_matrices(rounded)} rounded for the least error of the layers' outputs")
     plainer = [name for name, qtype in plan.types.items() if (name, qtype.name) in stream.encoders.plainer]
     if plainer:
         notes.append(
-            f"{len(plainer)} matrices were rounded by importance alone, because the calibration did not help on tokens"
+            f"{_matrices(len(plainer))} rounded by importance alone, because the calibration did not help on tokens"
             f" that it had not seen; the first is {plainer[0]}"
         )
     return tuple(notes)
+
+
+def _matrices(count: int) -> str:
+    return counted(count, "matrix was", "matrices were")
 
 
 def requantization_warning(checkpoint: Checkpoint) -> list[str]:
@@ -35,4 +41,4 @@ def requantization_warning(checkpoint: Checkpoint) -> list[str]:
 def non_finite_warning(checkpoint: Checkpoint) -> list[str]:
     """Return a warning if values that are not finite became 0."""
     names = sorted(checkpoint.zeroed or ())
-    return [f"NaN or infinity became 0 in {len(names)} tensors, the first is {names[0]}"] if names else []
+    return [f"NaN or infinity became 0 in {counted(len(names), 'tensor')}, the first is {names[0]}"] if names else []

@@ -24,7 +24,7 @@ from ..sources.names import Naming, known_naming
 from ..sources.opening import open_files
 from ..sources.t5 import SPIECE_TENSOR, transformers_name
 from ..sources.tensors import NUMBERS, SourceTensor
-from ..units import GIB
+from ..units import GIB, counted
 
 _log = PrintableLog(__name__)
 
@@ -49,7 +49,7 @@ class Restoration:
 
     def text(self) -> str:
         return escaped(
-            f"{self.source.name} -> {self.path.name} ({self.nbytes / GIB:.3f} GiB, {self.tensors} tensors,"
+            f"{self.source.name} -> {self.path.name} ({self.nbytes / GIB:.3f} GiB, {counted(self.tensors, 'tensor')},"
             f" quantized ones as {self.dtype}), written in {self.seconds:.1f} s"
         )
 

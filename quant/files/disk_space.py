@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import QuantError, escaped
-from ..units import GIB
+from ..units import GIB, counted
 from .file_lock import try_lock
 from .regular_file import open_regular
 
@@ -65,7 +65,8 @@ def _left(paths: Collection[Path]) -> list[str]:
     found = list(_unfinished(paths))
     total = sum(size for _, size in found) / GIB
     first = "".join(f", the first is {path.name}" for path, _ in found[:1])
-    return [f"{total:.2f} GiB are in {len(found)} files that killed processes left unfinished{first}"] if found else []
+    files = f"{counted(len(found), 'file')} that killed processes left unfinished"
+    return [f"{total:.2f} GiB are in {files}{first}"] if found else []
 
 
 def _unfinished(paths: Collection[Path]) -> Iterator[tuple[Path, int]]:

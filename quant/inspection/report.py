@@ -17,7 +17,7 @@ from ..plan.wan_shapes import role
 from ..safetensors.header import read_any_header
 from ..sources.names import T5, find_naming
 from ..sources.t5 import is_tokenizer
-from ..units import GIB, MIB
+from ..units import GIB, MIB, counted
 
 _MAX_VALUE_CHARS = 80
 _MAX_LISTED_ERRORS = 5
@@ -107,14 +107,15 @@ class FileReport:
         return printable_lines(
             (
                 f"{self.path.name}: {self.kind}",
-                f"{self.nbytes / GIB:.3f} GiB, {len(self.tensors)} tensors, {self.bits_per_weight:.3f} bits per weight",
+                f"{self.nbytes / GIB:.3f} GiB, {counted(len(self.tensors), 'tensor')},"
+                f" {self.bits_per_weight:.3f} bits per weight",
                 "",
                 f"{'type':<{width}}{'tensors':>8}{'MiB':>12}{'bits/weight':>13}",
                 *(
                     f"{t.qtype:<{width}}{t.count:>8}{t.nbytes / MIB:>12.2f}{8 * t.nbytes / t.n_elements:>13.4f}"
                     for t in self.by_type
                 ),
-                *(("", f"largest errors (of {len(errors)} tensors that are not exact):") if errors else ()),
+                *(("", f"largest errors (of {counted(len(errors), 'inexact tensor')}):") if errors else ()),
                 *(f"{sqnr_db(error):8.2f} dB  {name}" for error, name in errors[:_MAX_LISTED_ERRORS]),
                 "",
                 *(f"{key}: {value}" for key, value in _readable(self.metadata)),

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
 
 from ..errors import printable
-from ..units import GIB, MIB
+from ..units import GIB, MIB, counted
 from .report import FileReport, TensorSummary, sqnr_db
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _message(report: FileReport, layers: Layers) -> list[str]:
 
 def _size(report: FileReport) -> str:
     size = f"{report.nbytes / GIB:.3f} GiB, {report.bits_per_weight:.2f} bits per weight"
-    return f"{size}, {len(report.tensors)} tensors"
+    return f"{size}, {counted(len(report.tensors), 'tensor')}"
 
 
 def _layers(report: FileReport) -> Layers:

@@ -22,6 +22,7 @@ from ..sources.checkpoint import SourceTensor, open_checkpoint
 from ..sources.model_tensors import open_model
 from ..sources.t5 import transformers_name
 from ..squares import sum_of_squares
+from ..units import counted
 from .report import sqnr_db
 
 _SLICE_ELEMENTS = 1 << 22
@@ -113,8 +114,8 @@ class Verification:
             yield "weights were rounded for the outputs of their layers, which makes their own errors larger"
         if self.corrected:
             yield (
-                f"{len(self.corrected)} biases differ on purpose and are in no total: they make up for the mean errors"
-                " of their layers"
+                f"{counted(len(self.corrected), 'bias differs', 'biases differ')} on purpose, outside of all"
+                " totals, to make up for the mean errors of layers"
             )
 
 

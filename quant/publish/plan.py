@@ -20,7 +20,7 @@ from ..plan.recipe import find_recipe, plan_types
 from ..sources.checkpoint import Checkpoint, open_checkpoint
 from ..sources.opening import shard_of
 from ..statistics.importance import check_importance
-from ..units import GIB
+from ..units import GIB, counted
 from .cost import Rates
 from .job import Job, Options
 from .request import Request
@@ -101,7 +101,7 @@ class Plan:
     def text(self) -> str:
         lines = []
         for model in self.models:
-            lines.append(f"{model.stem}: {len(model.files)} files of {model.source}")
+            lines.append(f"{model.stem}: {counted(len(model.files), 'file')} of {model.source}")
             lines += [f"  {_row(file)}" for file in model.files if not file.why]
             refused = [(file.target.destination, file.why) for file in model.files if file.why]
             lines += [f"  cannot be made: {text}" for text in by_reason(refused)]

@@ -13,7 +13,7 @@ from ..conversion.resources import free_memory
 from ..errors import QuantError, printable_lines
 from ..files.atomic_file import AtomicFile
 from ..files.disk_space import temporary_of
-from ..units import GIB
+from ..units import GIB, counted
 from .card import CARD, card, front_matter_of
 from .job import Result, make_folder
 from .manifest import MANIFEST, SUMS, Manifest, as_text, write_text
@@ -42,7 +42,8 @@ class Publication:
         size = sum(result.entry["bytes"] for result in made if result.entry) / GIB
         return printable_lines(
             (
-                f"{self.folder}: {len(made)} files made ({size:.3f} GiB), {reused} were there, {len(missing)} missing",
+                f"{self.folder}: {counted(len(made), 'file')} made ({size:.3f} GiB),"
+                f" {reused} reused, {len(missing)} missing",
                 *(f"missing: {text}" for text in by_reason(missing)),
                 *(f"warning: {text}" for text in self._notes),
             )

@@ -28,7 +28,7 @@ from ..sources.checkpoint import Checkpoint, SourceTensor, open_checkpoint
 from ..sources.model_tensors import open_model
 from ..sources.names import WAN
 from ..statistics.importance import Importance, check_importance
-from ..units import GIB
+from ..units import GIB, counted
 from .low_rank import DTYPE, LowRankCorrection, choose_ranks
 
 _PREFIX = "diffusion_model."
@@ -77,7 +77,8 @@ class Recovery:
 
     def text(self) -> str:
         ranks = sorted(layer.rank for layer in self.layers)
-        file = f"{self.path.name} ({self.nbytes / GIB:.4f} GiB), ranks {ranks[0]} to {ranks[-1]} in {len(ranks)} layers"
+        layers = counted(len(ranks), "layer")
+        file = f"{self.path.name} ({self.nbytes / GIB:.4f} GiB), ranks {ranks[0]} to {ranks[-1]} in {layers}"
         effect = f"removes {self.share:.1%} of the squared error of their outputs"
         return printable_lines((*self.warnings, f"{file}, {effect}; written in {self.seconds:.1f} s"))
 

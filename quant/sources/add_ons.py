@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..errors import QuantError
+from ..units import counted
 from .layers import MARKER
 
 _ADD_ON_NAME = re.compile(
@@ -121,8 +122,8 @@ class WithoutLayers(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{len(self.names)} tensors of {self.whose} ({self.names[0]}, ...) would have no effect, because ComfyUI's"
-            f" Wan models have no such layers; {self.remedy}"
+            f"{counted(len(self.names), 'tensor')} of {self.whose} ({self.names[0]}, ...) would have no effect,"
+            f" because ComfyUI's Wan models have no such layers; {self.remedy}"
         )
 
 

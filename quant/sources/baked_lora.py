@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import QuantError
+from ..units import counted
 from .files import HashedFile
 from .lora_file import LoRATensor, open_lora
 from .lora_patches import Patch, found_patches
@@ -124,7 +125,7 @@ def bake(path: Path, tensors: Mapping[str, SourceTensor], loras: Sequence[LoRA])
             for name, patch in found.items():
                 patches.setdefault(name, []).append((lora.strength, patch))
             notes.append(
-                f"{lora.path.name} at strength {lora.strength:g} is baked into {len(found)} tensors, before their"
+                f"{lora.path.name} at strength {lora.strength:g} is baked into {counted(len(found), 'tensor')}, before"
                 " rounding; load the file without this LoRA"
             )
     except BaseException:
@@ -157,10 +158,10 @@ def _fitting(
     warnings = []
     if problems:
         named = _list(f"{name} {problem}" for name, problem in problems.items())
-        warnings.append(f"{path.name}: {len(problems)} of its patches are left out, as they do not fit: {named}")
+        warnings.append(f"{path.name}: left out {counted(len(problems), 'patch', 'patches')}, not fitting: {named}")
     if unknown:
         warnings.append(
-            f"{path.name}: {len(unknown)} of its tensors name nothing in {source.name} and are left out:"
+            f"{path.name}: left out {counted(len(unknown), 'tensor')} whose names are not in {source.name}:"
             f" {_list(unknown)}"
         )
     return fitting, warnings

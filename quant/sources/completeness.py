@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 
 from ..errors import QuantError
+from ..units import counted
 from .add_ons import Shaped, belongs_to_add_on
 from .names import T5, WAN
 
@@ -139,7 +140,7 @@ def few_blocks(path: Path, tensors: Mapping[str, Shaped], architecture: str) -> 
     if blocks >= published:
         return []
     return [
-        f"{path}: {blocks} blocks, expected {published} as in the published models of width {width:,};"
+        f"{path}: {counted(blocks, 'block')}, expected {published} as in the published models of width {width:,};"
         " if it was not pruned, download the file again"
     ]
 

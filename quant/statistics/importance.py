@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import QuantError
 from ..plan.recipe import EMBEDDING, TensorInfo, required_precision
+from ..units import counted
 
 # A slice of this many elements stays in the caches of a CPU. On an accelerator one kernel reads the whole input.
 _SLICE_ELEMENTS = 1 << 19
@@ -202,4 +203,5 @@ def check_importance(importance: Mapping[str, Tensor] | None, tensors: Mapping[s
             )
     quantized = (name for name, tensor in tensors.items() if required_precision(name, tensor) == "quantized")
     missing = [name for name in quantized if name not in importance and name != EMBEDDING]
-    return (f"the importance matrix lacks {len(missing)} matrices, the first is {missing[0]}",) if missing else ()
+    what = counted(len(missing), "matrix", "matrices")
+    return (f"the importance matrix lacks {what}, the first is {missing[0]}",) if missing else ()

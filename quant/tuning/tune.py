@@ -37,6 +37,7 @@ from ..progress import Progress
 from ..qtype import Effort, QuantType
 from ..sources.checkpoint import Checkpoint
 from ..squares import sum_of_squares
+from ..units import counted
 from .block import BlockModule, BlockTuning, TunedBlock
 from .capture import CapturedCalls
 from .states import StateFolder
@@ -134,7 +135,7 @@ def _check_source(checkpoint: Checkpoint, calls: CapturedCalls) -> None:
     blocks = {match[1] for name in checkpoint.tensors if (match := _BLOCK.match(name))}
     if len(blocks) != len(calls.signature):
         raise QuantError(
-            f"{calls.path}: was captured from a model of {len(calls.signature)} blocks, expected the"
+            f"{calls.path}: was captured from a model of {counted(len(calls.signature), 'block')}, expected the"
             f" {len(blocks)} of {checkpoint.name}; connect the model that was captured"
         )
 

@@ -105,7 +105,7 @@ def target(name: str) -> Graph:
         (target("taken/x.gguf"), "cannot be written: .*choose another name or folder"),
         (target(f"{'n' * 300}.gguf"), "File name too long; choose another name or folder"),
         (lora("other-names"), "none of its tensors names a weight of this model .*choose a LoRA for this model"),
-        (lora("other-size"), r"1 of its 1 patches do not match this model \(.*ffn.0.weight has 70,778,880 elements"),
+        (lora("other-size"), r"no match in this model for 1 of its 1 patch \(.*ffn.0.weight has 70,778,880 elements"),
         (low_vram(budget_gib=-1), "Value -1.* smaller than min of 0"),
         (low_vram(budget_gib=5000), "Value 5000.* bigger than max of 1024"),
         (low_vram(width=72), "size 72x64: expected multiples of 16 pixels"),

@@ -150,7 +150,7 @@ def test_values_that_are_not_finite_are_refused_or_become_0(source, tmp_path, ca
     assert main(arguments) == 1
     assert "--allow-non-finite" in capsys.readouterr().err
     assert main([*arguments, "--allow-non-finite"]) == 0
-    assert "NaN or infinity became 0 in 1 tensors" in capsys.readouterr().out
+    assert "NaN or infinity became 0 in 1 tensor" in capsys.readouterr().out
 
 
 def test_refused_conversion_has_exit_code_1(source, tmp_path, capsys):

@@ -239,7 +239,7 @@ def test_attention_that_is_not_the_usual_one_is_counted_and_named(model, monkeyp
 def test_blocks_that_run_as_in_comfyui_are_named(model, monkeypatch):
     block = model.model.diffusion_model.blocks[0]
     monkeypatch.setattr(block, "forward", lambda *_, **__: None)
-    assert "1 of 2 blocks run as in ComfyUI" in memory_notes(model)[0]
+    assert "runs 1 of 2 blocks," in memory_notes(model)[0]
 
 
 def test_patches_that_get_all_tokens_are_named(model):

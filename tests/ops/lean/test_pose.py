@@ -167,7 +167,7 @@ def test_methods_that_are_not_known_are_left_alone(block, monkeypatch):
     with monkeypatch.context() as newer:
         newer.setattr(type(block), "kv_from_input", lambda self, x_pose, e, freqs, more: None)
         assert not pose_methods(model, MemoryPlan(4, 7))
-        assert "1 of 1 blocks run as in ComfyUI" in stock_notes(patcher)[0]
+        assert "runs 1 of 1 block," in stock_notes(patcher)[0]
     for part in (block, block.self_attn):
         with host.in_place({}, {part: {"forward_gen": lambda *_: None}}):
             assert not pose_methods(model, MemoryPlan(4, 7)), "another node's"

@@ -176,7 +176,7 @@ def test_file_deleted_or_replaced_serves_on(loaded, state, write_gguf, caplog):
 def test_fewer_blocks_than_published_are_told(tmp_path, caplog):
     source = write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=1536, ffn_dim=256)
     load_diffusion_model(convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").path)
-    assert f"{tmp_path / 'a.gguf'}: 1 blocks, expected 30" in caplog.text
+    assert f"{tmp_path / 'a.gguf'}: 1 block, expected 30" in caplog.text
 
 
 def test_replaced_file_is_told(loaded, caplog):

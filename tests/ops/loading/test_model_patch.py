@@ -86,7 +86,7 @@ def test_incomplete_file_is_refused(source, tmp_path, broken):
     del state[broken]
     save_file(state, tmp_path / "a.safetensors")
     path = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", "Q8_0", effort="fast").path
-    with pytest.raises(QuantError, match=rf"1 tensors are missing \({broken}"):
+    with pytest.raises(QuantError, match=rf"1 tensor is missing \({broken}"):
         load_model_patch(path)
 
 

@@ -155,7 +155,7 @@ def test_what_is_left_over_is_named_once(model, state, caplog):
     assert len(patched.patches) == 10
     first, second = (record.getMessage() for record in caplog.records)
     assert first == second and " and 2 more; " in first
-    assert first.startswith("LoRA: 5 of its tensors name nothing in Wan and are left out: transformer.blocks.0.attn3.")
+    assert first.startswith("LoRA: left out 5 tensors whose names Wan lacks: transformer.blocks.0.attn3.")
 
 
 @pytest.mark.parametrize("layers", ["transformer., Diffusers", "transformer."])

@@ -153,7 +153,7 @@ def test_products_of_other_versions_of_comfy_kitchen(monkeypatch):
 
 def test_report_says_when_nothing_is_missing():
     report = CheckReport(list(run_parts([("a", lambda: Finding("fine"))])))
-    assert report.text() == "WanQuant: 1 checks passed\nnothing is missing for more speed\nok a: fine"
+    assert report.text() == "WanQuant: 1 check passed\nnothing is missing for more speed\nok a: fine"
     assert CheckReport.from_json(json.loads(json.dumps(report.json()))) == report
 
 

@@ -39,7 +39,7 @@ def test_a_calibration_rounds_for_the_outputs(name, small, tmp_path, monkeypatch
     known = calibrated(small)
     plain = convert(small, tmp_path / "plain.safetensors", name)
     report = convert(small, tmp_path / "a.safetensors", name, importance=known)
-    assert "2 matrices were rounded for the least error of their layers' outputs" in report.text()
+    assert "2 matrices were rounded for the least error of the layers' outputs" in report.text()
     assert report.metadata["wanquant.calibrated"] is True
     revisions = encoder_revisions(report.metadata)
     assert revisions[f"{name} (ComfyUI)" if name == "NVFP4" else name] == NATIVE[name].revision + 1

@@ -148,7 +148,7 @@ def test_weights_that_are_not_finite_become_0_on_request(tmp_path, source, setti
         convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings)
     assert not (tmp_path / "a.gguf").exists()
     report = convert(tmp_path / "a.safetensors", tmp_path / "a.gguf", **settings, allow_non_finite=True)
-    assert report.warnings == (f"NaN or infinity became 0 in 1 tensors, the first is {FFN}",)
+    assert report.warnings == (f"NaN or infinity became 0 in 1 tensor, the first is {FFN}",)
     expected = torch.where(state[FFN].isfinite(), state[FFN], 0).float()
     error = (open_gguf(report.path).tensors[FFN].dequantize() - expected).norm() / expected.norm()
     assert error == pytest.approx(next(t.relative_error for t in report.tensors if t.name == FFN), rel=1e-3, abs=1e-9)

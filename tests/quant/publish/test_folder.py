@@ -47,7 +47,7 @@ def test_no_file_is_written_beside_the_folder(sources, tmp_path, capsys):
     arguments = [str(dots), str(tmp_path / "model" / "below" / ".."), str(sources[0]), str(out), "--recipe", "Q8_0"]
     assert main(["publish", *arguments, "--effort", "fast"]) == 1
     said = capsys.readouterr().out
-    assert "1 files made" in said and said.count("would be named '..', expected a name for a folder; give it") == 2
+    assert "1 file made" in said and said.count("would be named '..', expected a name for a folder; give it") == 2
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["out"]
 
 

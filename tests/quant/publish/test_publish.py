@@ -80,7 +80,7 @@ def test_nothing_is_made_again(published, sources, monkeypatch):
     again = publish(Request(sources, published.folder, RECIPE_NAMES, options=FAST))
     assert again.ok and all(result.reused for result in again.results)
     assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 6
-    assert "6 were there" in again.text()
+    assert "6 reused" in again.text()
 
 
 def test_plan_predicts_every_byte_and_writes_nothing(published, sources, tmp_path, capsys):
@@ -121,7 +121,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(sources, tmp_path, capsys):
     arguments = ["publish", str(sources[0]), str(missing), str(tmp_path / "nan.safetensors"), str(out)]
     assert main([*arguments, "--recipe", "Q8_0,Q4_0,IQ2_XXS", "--effort", "fast"]) == 1
     said = capsys.readouterr()
-    assert "1 files made" in said.out and "8 missing" in said.out
+    assert "1 file made" in said.out and "8 missing" in said.out
     reasons = {gone["path"]: gone["why"] for gone in manifest_of(out)["missing"]}
     assert len(reasons) == 8 and not manifest_of(out)["complete"]
     assert "is not this conversion" in reasons["wan-0/wan-0-Q4_0.gguf"]

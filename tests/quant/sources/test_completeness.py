@@ -84,7 +84,7 @@ def test_fewer_blocks_than_published(tmp_path, width, blocks, warned):
 def test_a_shortened_model_is_converted_with_a_warning(tmp_path):
     source = write_tiny_wan(tmp_path / "a.safetensors", layers=1, dim=1536, ffn_dim=256)
     (warning,) = convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").warnings
-    assert warning.startswith(f"{source}: 1 blocks, expected 30 ")
+    assert warning.startswith(f"{source}: 1 block, expected 30 ")
 
 
 def test_add_on_alone(tmp_path):

@@ -94,7 +94,7 @@ def test_importance_of_another_model_is_refused(tmp_path, source, name, values, 
 def test_missing_matrices_are_a_warning(tmp_path, source, importance):
     some = {name: values for name, values in importance.items() if name != NAME}
     report = convert(source, tmp_path / "a.gguf", "Q4_0", effort="fast", importance=some)
-    assert report.warnings == (f"the importance matrix lacks 1 matrices, the first is {NAME}",)
+    assert report.warnings == (f"the importance matrix lacks 1 matrix, the first is {NAME}",)
 
 
 def weighted_error(path, source, importance):
