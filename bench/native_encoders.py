@@ -36,7 +36,9 @@ def _row(name: str, weight: Tensor) -> Row:
     from ..ops.budget.live_memory import LiveMemory  # which imports ComfyUI
 
     layer = LayerType(NATIVE[name], (weight.shape[0], weight.shape[1]))
-    encoders = {effort: lambda effort=effort: LayerEncoder().quantize(layer, weight, effort) for effort in ("fast", "best")}
+    encoders = {
+        effort: lambda effort=effort: LayerEncoder().quantize(layer, weight, effort) for effort in ("fast", "best")
+    }
     decode = dict.fromkeys(encoders, layer.dequantize)
     if (found := _kitchen(name)) is not None:
         cls, options = found

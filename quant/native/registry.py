@@ -24,8 +24,8 @@ def _levels_config(group: int) -> dict[str, object]:
 
 # A larger scale than the first may be better, also where the outermost values have no weight left then.
 _BEST_STEPS = (-2, -1, 1, 2, 3, 4, 5)
-# Lloyd's values for normally distributed weights at the scales that the search chooses for 32 of them. For 16, they gain
-# nothing over kitchen's, and would cost its fast kernel for few tokens, which takes groups of 16 alone.
+# Lloyd's values for normally distributed weights at the scales that the search chooses for 32 of them. For 16, such
+# values gain nothing over kitchen's, and cost its fast kernel for few tokens, which takes groups of 16 alone.
 _HALF_OF_32 = (0.0499, 0.1523, 0.2599, 0.373, 0.4925, 0.6238, 0.7813, 1.0)
 _CODEBOOK_OF_32 = (*(-value for value in reversed(_HALF_OF_32)), *_HALF_OF_32)
 _INT8_CONFIG: dict[str, object] = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": GROUP}
