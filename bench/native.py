@@ -33,6 +33,8 @@ class Goal(NamedTuple):
     exact: float | None = None
 
 
+# Errors grow with the columns, as the largest input of a token does. With 5,120 of them, INT8 has 1.27 by comfy-kitchen
+# and 1.06 here, of which the rounded inputs alone make 0.90 (--columns 5120).
 GOALS = {
     "INT8": Goal(1.05),
     "W4A8": Goal(5.12),
@@ -98,10 +100,12 @@ def rows(
 
 
 def main() -> None:
-    options = harness.arguments(__doc__, threads=1, update=harness.RESULTS / "native.json").parse_args()
+    parser = harness.arguments(__doc__, threads=1, update=harness.RESULTS / "native.json")
+    parser.add_argument("--columns", type=int, default=COLUMNS, help="input channels, a multiple of 256")
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = list(rows())
-    result = {"machine": harness.machine(), "tokens": TOKENS, "shape": [ROWS, COLUMNS], "rows": found}
+    found = list(rows(options.columns))
+    result = {"machine": harness.machine(), "tokens": TOKENS, "shape": [ROWS, options.columns], "rows": found}
     kinds = {"exact": "inputs as they are", "quantized": "inputs quantized"}
     ways = ("kitchen", "searched", "importance", "best", "thorough", "goal")
     tables = [

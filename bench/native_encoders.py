@@ -30,15 +30,13 @@ def native_rows(shape: tuple[int, int]) -> list[Row]:
 def _row(name: str, weight: Tensor) -> Row:
     """Return millions of weights per second, relative errors, and the most bytes of tensors at once.
 
-    Each error is |decoded - weight| / |weight|, as in a file: `best` restores the gain of rows. The row lacks what
-    kitchen lacks.
+    Each error is |decoded - weight| / |weight|. In a file, the gain of rows is restored, which costs a little. The
+    row lacks what kitchen lacks.
     """
     from ..ops.budget.live_memory import LiveMemory  # which imports ComfyUI
 
     layer = LayerType(NATIVE[name], (weight.shape[0], weight.shape[1]))
-    encoders = {
-        effort: lambda effort=effort: LayerEncoder().quantize(layer, weight, effort) for effort in ("fast", "best")
-    }
+    encoders = {effort: lambda effort=effort: layer.quantize(weight, effort=effort) for effort in ("fast", "best")}
     decode = dict.fromkeys(encoders, layer.dequantize)
     if (found := _kitchen(name)) is not None:
         cls, options = found
@@ -51,8 +49,13 @@ def _row(name: str, weight: Tensor) -> Row:
         with LiveMemory("cpu") as live:
             parts = encode()
         row[f"{each}_peak_mib"] = round(live.peak.nbytes / 2**20)
-        row[f"{each}_error"] = round(float((decode[each](parts) - weight).norm() / weight.norm()), 5)
+        row[f"{each}_error"] = _error(decode[each](parts), weight)
+    row["file_error"] = _error(layer.dequantize(LayerEncoder().quantize(layer, weight)), weight)
     return row
+
+
+def _error(values: Tensor, weight: Tensor) -> float:
+    return round(float((values - weight).norm() / weight.norm()), 5)
 
 
 def _kitchen(name: str) -> tuple[Any, dict[str, Any]] | None:
