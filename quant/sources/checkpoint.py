@@ -18,7 +18,7 @@ from .attention import take_preferences, without_preferences
 from .baked_lora import LoRA, bake
 from .completeness import check_complete, few_blocks
 from .files import SourceFiles, SourceIdentity
-from .layers import QUANTIZATION_METADATA, LayerFormat, declared_formats, source_tensors
+from .layers import QUANTIZATION_METADATA, LayerFormat, contradiction, declared_formats, source_tensors
 from .model_tensors import model_tensors
 from .names import T5, Naming, find_naming
 from .opening import OpenedFiles, open_files
@@ -167,6 +167,7 @@ def checkpoint_of(path: Path, opened: OpenedFiles, find: Callable[[Path, Collect
         metadata |= preferences
         formats = _by_new_name(declared_formats(path, metadata), stored)
         metadata.pop(QUANTIZATION_METADATA, None)
+        doubts = contradiction(list(stored.values()), formats)
         weights = source_tensors(list(stored.values()), formats)
         tensors = {tensor.name: tensor for tensor in with_joined_halves(weights, joined_tensor)}
         gguf_metadata = _gguf_metadata(path, opened, tensors) if naming.architecture == T5 else {}
@@ -174,7 +175,7 @@ def checkpoint_of(path: Path, opened: OpenedFiles, find: Callable[[Path, Collect
         files.close()
         raise
     identity = SourceIdentity(path, tuple(file.identity for file in opened.files))
-    left_out = (naming.warning,) if naming.warning else ()
+    left_out = (*((naming.warning,) if naming.warning else ()), *doubts)
     return Checkpoint(
         identity, path.name, metadata, naming.architecture, gguf_metadata, tensors, files, left_out=left_out
     )

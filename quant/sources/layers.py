@@ -6,6 +6,7 @@ text in `<layer>.comfy_quant` that names the format. `source_tensors` combines t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ _COMPANIONS = re.compile(
     r"(comfy_quant|weight_scale|weight_scale_2|scale_weight|pre_quant_scale|input_scale|scale_input|weight_scale_inv"
     r"|weight_s_rel|weight_zeros|weight_s_channel|weight_codebook|weight_correction)"
 )
+_COMFY_QUANT = ".comfy_quant"
+_UNMARKED_INT8: LayerFormat = {"format": "int8_tensorwise"}
 _PARTS = ("weight_zeros", "weight_s_channel", "weight_codebook", "weight_correction")
 """The suffixes of the tensors that formats with groups have beside a scale."""
 MARKER = "scaled_fp8"
@@ -61,6 +64,28 @@ def declared_formats(path: Path, metadata: Mapping[str, str]) -> dict[str, Layer
     raise QuantError(f"{where} is malformed, expected JSON with a format for each layer; {advice}")
 
 
+def contradiction(stored: Sequence[StoredTensor], formats: Mapping[str, LayerFormat]) -> tuple[str, ...]:
+    """Return a warning about the first layer whose marker names another format than the metadata does, if any."""
+    for tensor in stored:
+        layer = tensor.name.removesuffix(_COMFY_QUANT)
+        declared = formats.get(layer) if layer != tensor.name else None
+        marker = _marker(tensor) if declared is not None else None
+        if declared is not None and marker is not None and _kind(declared) != _kind(marker):
+            return (
+                f"{tensor.file.path}: {layer} is {json.dumps(marker):.200} by its comfy_quant, but"
+                f" {json.dumps(declared):.200} by the metadata, which counts here as in ComfyUI; if that is wrong,"
+                " download the file again",
+            )
+    return ()
+
+
+def _kind(config: LayerFormat) -> tuple[object, bool]:
+    """Return the format, and whether it rotates the weight."""
+    params = config.get("params")
+    options = {**params, **config} if isinstance(params, dict) else config
+    return options.get("format"), bool(options.get("convrot"))
+
+
 def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, LayerFormat]) -> Iterator[SourceTensor]:
     """Yield the weights among the stored tensors, in the same order.
 
@@ -72,10 +97,17 @@ def source_tensors(stored: Sequence[StoredTensor], formats: Mapping[str, LayerFo
         QuantError: an unsupported dtype or format, or scales that are missing or malformed.
     """
     parts = {tensor.name: tensor for tensor in stored}
+    is_marked = bool(formats) or any(name.endswith(_COMFY_QUANT) for name in parts)
     for tensor in stored:
         if _COMPANIONS.fullmatch(tensor.name) or _is_marker(tensor):
             continue
         layer = _layer(tensor, parts, formats)
+        if layer and is_marked and tensor.dtype == "I8" and layer.config is _UNMARKED_INT8:
+            raise _error(
+                tensor,
+                "integers with a scale, but without the comfy_quant that other layers have, so that their format is"
+                " unknown; the file is damaged, download it again",
+            )
         yield _unscaled(tensor) if layer is None else _fold(layer)
 
 
@@ -111,7 +143,7 @@ def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Map
         return None
     scales = (parts.get(f"{name}.{suffix}") for suffix in ("weight_scale", "scale_weight", "weight_s_rel"))
     scale = next((scale for scale in scales if scale is not None), None)
-    config = formats.get(name, _marker(parts.get(f"{name}.comfy_quant")))
+    config = formats.get(name, _marker(parts.get(name + _COMFY_QUANT)))
     if config is None and f"{name}.weight_scale_inv" in parts:
         raise _error(
             weight,
@@ -121,7 +153,7 @@ def _layer(weight: StoredTensor, parts: Mapping[str, StoredTensor], formats: Map
     if config is None and scale is None:
         return None
     # Scales without a marker are from before markers existed, or from lightx2v.
-    config = {"format": "int8_tensorwise" if weight.dtype == "I8" else "float8_e4m3fn"} if config is None else config
+    config = (_UNMARKED_INT8 if weight.dtype == "I8" else {"format": "float8_e4m3fn"}) if config is None else config
     if scale is None:
         suffix = "weight_s_rel" if config.get("format") == "asym_w4a8_int8" else "weight_scale"
         raise _error(

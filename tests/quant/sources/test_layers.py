@@ -106,3 +106,45 @@ def test_empty_markers_are_left_out(tmp_path):
     save_file(tensors, tmp_path / "a.safetensors")
     with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
         assert list(checkpoint.tensors) == ["head.modulation"]
+
+
+def rotated(layer, **config):
+    parts = {"weight": torch.ones(4, 256, dtype=torch.int8), "weight_scale": torch.ones(4, 1)}
+    if config:
+        parts["comfy_quant"] = marker(**config)
+    return {f"blocks.0.ffn.{layer}.{name}": value for name, value in parts.items()}
+
+
+CONVROT = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
+
+
+@pytest.mark.parametrize("metadata", [None, {"blocks.0.ffn.0": CONVROT}])
+def test_integers_that_lack_the_marker_of_other_layers_are_refused(tmp_path, metadata):
+    """ComfyUI would take their codes for weights."""
+    tensors = rotated(0, **({} if metadata else CONVROT)) | rotated(2) | {"head.modulation": torch.zeros(1, 2, 2)}
+    texts = metadata and {"_quantization_metadata": json.dumps({"layers": metadata})}
+    save_file(tensors, tmp_path / "a.safetensors", metadata=texts)
+    with pytest.raises(QuantError, match=r"tensor blocks\.0\.ffn\.2\.weight: integers with a scale, but without the"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("declared", "contradicts"),
+    [
+        ({"format": "int8_tensorwise"}, True),
+        ({"format": "convrot_w4a4"}, True),
+        (CONVROT, False),
+        ({"format": "int8_tensorwise", "params": {"convrot": True}}, False),
+    ],
+)
+def test_a_marker_that_contradicts_the_metadata_is_named(tmp_path, declared, contradicts):
+    """ComfyUI follows the metadata without a word."""
+    tensors = rotated(0, **CONVROT) | {"head.modulation": torch.zeros(1, 2, 2)}
+    if declared["format"] == "convrot_w4a4":
+        tensors["blocks.0.ffn.0.weight_scale"] = torch.ones(4)
+    text = json.dumps({"layers": {"blocks.0.ffn.0": declared}})
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"_quantization_metadata": text})
+    with open_checkpoint(tmp_path / "a.safetensors") as checkpoint:
+        found = [text for text in checkpoint.warnings if "by its comfy_quant, but" in text]
+    assert len(found) == contradicts
+    assert not found or "a.safetensors: blocks.0.ffn.0 is {" in found[0]
