@@ -118,11 +118,13 @@ def found_patches(
         for key in _keys(name):
             alpha, rank = take(f"{key}.alpha"), 0
             for up_end, down_end in _FACTORS:
-                if (up := take(key + up_end)) is not None:
-                    if (down := take(key + down_end)) is None:
-                        raise QuantError(f"{path}: tensor {up.name}: has no {key + down_end}; download the LoRA again")
+                up, down = take(key + up_end), take(key + down_end)
+                if up is not None and down is not None:
                     patches[name], rank = Product(path, up, down, alpha), down.shape[0] if down.shape else 0
                     break
+                if (alone := up or down) is not None:
+                    other = key + (down_end if down is None else up_end)
+                    raise QuantError(f"{path}: tensor {alone.name}: has no {other}; download the LoRA again")
             bias = name.removesuffix("weight") + "bias"
             for end, target in ((".w_norm", name), (".b_norm", bias), (".diff", name), (".diff_b", bias)):
                 if target in model and (tensor := take(key + end)) is not None:
