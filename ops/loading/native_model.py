@@ -10,7 +10,9 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...quant import QuantError
+from ...quant.files.safetensors_header import read_safetensors_header
 from ...quant.safetensors.header import read_native_header
+from ...quant.sources.layers import declared_formats
 from ..packed.precision import EXACT, INT8
 from .by_host import built_by_host
 from .diffusion_model import load_diffusion_model
@@ -57,7 +59,20 @@ def load_native_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None
     path = Path(path)
     for problem in problems(read_native_header(path)):
         raise QuantError(f"{path}: {problem}, or convert to a recipe that it loads")
+    _check_markers(path)
     options = {} if dtype is None else {"dtype": dtype}
     with built_by_host(path):
         model: ModelPatcher = comfy.sd.load_diffusion_model(str(path), options)
     return model
+
+
+def _check_markers(path: Path) -> None:
+    """Refuse integers that neither a marker nor the metadata explains: the host would take codes for weights."""
+    metadata, entries = read_safetensors_header(path)
+    explained = {*declared_formats(path, metadata), *(entry.name.removesuffix(".comfy_quant") for entry in entries)}
+    for entry in entries:
+        if entry.dtype in ("I8", "U8") and entry.name.endswith(".weight") and entry.name[:-7] not in explained:
+            raise QuantError(
+                f"{path}: tensor {entry.name}: {entry.dtype} without comfy_quant, which ComfyUI would take for values"
+                " of the weight; download the file again"
+            )

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from wanquant.ops.loading.native_model import load_native_model
+from wanquant.quant import QuantError
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.native.registry import NATIVE
 
@@ -125,3 +127,18 @@ def test_the_host_is_silent_about_mistakes_that_these_tests_would_see(mistake, n
     assert errors[0] < LARGEST["INT8"] and errors[1] > 0.1
     with safe_open(path, "pt") as file:
         assert "_quantization_metadata" not in file.metadata()
+
+
+def test_codes_without_a_marker_are_refused(native, tmp_path):
+    """The host takes them for weights."""
+    if not loadable("INT8"):
+        pytest.skip("this host does not know int8_tensorwise")
+    path, layer = native("INT8"), "blocks.0.ffn.0"
+    tensors = load_file(path)
+    config = json.loads(bytes(tensors.pop(f"{layer}.comfy_quant").tolist()))
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=rf"tensor {layer}\.weight: I8 without comfy_quant, which ComfyUI would take for values"):
+        load_native_model(tmp_path / "a.safetensors")
+    text = json.dumps({"layers": {layer: config}})
+    save_file(tensors, tmp_path / "b.safetensors", {"_quantization_metadata": text})
+    load_native_model(tmp_path / "b.safetensors")
