@@ -137,7 +137,9 @@ def test_codes_without_a_marker_are_refused(native, tmp_path):
     tensors = load_file(path)
     config = json.loads(bytes(tensors.pop(f"{layer}.comfy_quant").tolist()))
     save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(QuantError, match=rf"tensor {layer}\.weight: I8 without comfy_quant, which ComfyUI would take for values"):
+    with pytest.raises(
+        QuantError, match=rf"tensor {layer}\.weight: I8 without comfy_quant, which ComfyUI would take for values"
+    ):
         load_native_model(tmp_path / "a.safetensors")
     text = json.dumps({"layers": {layer: config}})
     save_file(tensors, tmp_path / "b.safetensors", {"_quantization_metadata": text})
