@@ -13,6 +13,7 @@ from ...quant import QuantError
 from ...quant.files.safetensors_header import read_safetensors_header
 from ...quant.safetensors.header import read_native_header
 from ...quant.sources.layers import declared_formats
+from ...quant.sources.names import known_naming
 from ..packed.precision import EXACT, INT8
 from .by_host import built_by_host
 from .diffusion_model import load_diffusion_model
@@ -69,9 +70,15 @@ def load_native_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None
 def _check_markers(path: Path) -> None:
     """Refuse integers that neither a marker nor the metadata explains: the host would take codes for weights."""
     metadata, entries = read_safetensors_header(path)
-    explained = {*declared_formats(path, metadata), *(entry.name.removesuffix(".comfy_quant") for entry in entries)}
+    marked = {entry.name.removesuffix(".comfy_quant") for entry in entries}
+    naming = known_naming(path, [entry.name for entry in entries])
+    # The host reads names in the metadata both with and without the prefix of the tensors.
+    prefix, declared = naming.prefix if naming else "", declared_formats(path, metadata)
     for entry in entries:
-        if entry.dtype in ("I8", "U8") and entry.name.endswith(".weight") and entry.name[:-7] not in explained:
+        layer = entry.name.removesuffix(".weight")
+        if layer == entry.name or entry.dtype not in ("I8", "U8"):
+            continue
+        if layer not in marked and layer not in declared and layer.removeprefix(prefix) not in declared:
             raise QuantError(
                 f"{path}: tensor {entry.name}: {entry.dtype} without comfy_quant, which ComfyUI would take for values"
                 " of the weight; download the file again"

@@ -142,5 +142,7 @@ def test_codes_without_a_marker_are_refused(native, tmp_path):
     ):
         load_native_model(tmp_path / "a.safetensors")
     text = json.dumps({"layers": {layer: config}})
-    save_file(tensors, tmp_path / "b.safetensors", {"_quantization_metadata": text})
-    load_native_model(tmp_path / "b.safetensors")
+    for prefix in ("", "model.diffusion_model."):  # also without the prefix of the tensors, the metadata counts
+        named = {prefix + name: tensor for name, tensor in tensors.items()}
+        save_file(named, tmp_path / "b.safetensors", {"_quantization_metadata": text})
+        load_native_model(tmp_path / "b.safetensors")
