@@ -40,7 +40,7 @@ def latent(server: HostServer, model: Graph, name: str) -> Tensor:
 def test_same_latent_within_the_budget(server: HostServer):
     RANDOM.prepare(server)
     expected = latent(server, quantized_model("Q8_0"), "free")
-    for gib, how in ((BUDGET_GIB, "groups of heads"), (24, "own forward")):
+    for gib, how in ((BUDGET_GIB, "of heads"), (24, "own forward")):
         got = latent(server, limited(gib), f"budget-{gib}")
         assert (got - expected).norm() <= 1e-5 * expected.norm()
         log = server.log.read_text()

@@ -14,6 +14,7 @@ from wanquant.quant.conversion.convert import convert
 from wanquant.quant.native.registry import NATIVE
 from wanquant.quant.sources.baked_lora import LoRA
 from wanquant.quant.sources.checkpoint import open_checkpoint
+from wanquant.quant.units import counted
 from wanquant.tests.ops.packed.patching import CPU, lora, with_lora
 from wanquant.tests.ops.packed.test_lora_names import ENDS, LAYERS, renamed
 
@@ -50,7 +51,7 @@ def assert_same_values(dense, source, tensors, path, strength=0.7):
     assert model.patches
     with merged_checkpoint(model, CPU) as expected, open_checkpoint(source, loras=[LoRA(path, strength)]) as found:
         patched = {key.removeprefix("diffusion_model.") for key in model.patches}
-        assert f"baked into {len(patched)} tensors" in found.notes[0]
+        assert f"baked into {counted(len(patched), 'tensor')}" in found.notes[0]
         for name, tensor in expected.tensors.items():
             assert found.tensors[name].dtype == tensor.dtype or name in IN_FLOAT32
             assert torch.equal(found.tensors[name].read().float(), tensor.read().float()), name

@@ -57,7 +57,7 @@ def sample(model, mode=torch.inference_mode):
 def test_same_result_within_the_budget(model, caplog):
     expected = sample(model)
     caplog.set_level(logging.INFO)
-    for budget, how in ((smallest_budget(model), "groups of heads"), (AMPLE, "own forward")):
+    for budget, how in ((smallest_budget(model), "of heads"), (AMPLE, "own forward")):
         caplog.clear()
         got = sample(with_budget(model, budget))
         assert (got - expected).norm() <= 1e-5 * expected.norm()
@@ -187,7 +187,7 @@ def test_an_automatic_budget_is_chosen_when_sampling_starts(model, monkeypatch, 
     caplog.set_level(logging.INFO)
     limited, free = with_budget(model, AUTOMATIC), []
     monkeypatch.setattr("wanquant.ops.budget.sampling.automatic_budget", lambda device: free[-1])
-    for gib, how in ((100, "own forward"), (smallest_budget(model) / GIB, "groups of heads")):
+    for gib, how in ((100, "own forward"), (smallest_budget(model) / GIB, "of heads")):
         caplog.clear()
         free.append(round(gib * GIB))
         sample(limited)
