@@ -20,7 +20,7 @@ from .sub_blocks import SubBlocks, reciprocal_or_zero
 
 # Lanes at a time, and sums of errors at a time, which stay in a CPU's cache or bound the memory of an accelerator.
 _CPU_LANES, _DEVICE_LANES = 1 << 11, 1 << 18
-_CPU_SUMS, _DEVICE_SUMS = 1 << 19, 1 << 27
+_CPU_SUMS, _DEVICE_SUMS = 1 << 17, 1 << 27
 # The bits of a number: 13 for an entry, 15 for the error of one weight, and three for the sum of eight weights.
 _ENTRY_BITS, _ERROR_BITS = 13, 15
 
@@ -126,7 +126,8 @@ def likely_signs(name: str, x: Tensor, scale: Tensor, w: Tensor | None, count: i
     cost, numbers = wrong - right, torch.arange(len(x), device=x.device)[:, None]
     is_odd, found = signs.prod(0) < 0, []
     for _ in range(count):
-        is_cheapest = numbers == cost.argmin(0)
+        # On a CPU, `argmin` of several rows is slower.
+        is_cheapest = numbers == cost.min(0).indices
         cost = cost.masked_fill(is_cheapest, torch.inf)
         found.append(torch.where(is_cheapest & is_odd, -signs, signs))
     return found

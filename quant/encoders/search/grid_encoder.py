@@ -252,7 +252,7 @@ class GridEncoder(ScaledLevels):
         scale = scale.repeat(self._n_parts)
         rows = closest_rows(self.name, x, scale, w, _PARTS)
         squares, products = weighted_sums(x, w, look_up(self.name, rows))
-        best = (squares * scale - 2 * products).argmin(0, keepdim=True)
+        best = (squares * scale - 2 * products).min(0, keepdim=True).indices
         entries = look_up(self.name, rows.gather(0, best)[0])
         return self._joined(entries) * signs + offset
 
