@@ -26,6 +26,8 @@ ENCODERS = "wanquant.encoders"
 """STRING, for example "Q2_K 1, Q4_K 2": the revisions of the encoders; a type that is not named has revision 0."""
 CALIBRATED = "wanquant.calibrated"
 """BOOL, true or absent: codes were rounded for the least error of the layers' outputs."""
+CALIBRATION_SHA256 = "wanquant.calibration_sha256"
+"""STRING or absent: the SHA-256 of all values of the calibration; calibrated files of version 0.2.0 lack it."""
 CORRECTED_BIASES = "wanquant.corrected_biases"
 """ARRAY of STRING, may be absent: the biases that make up for the mean error of their layers' weights."""
 LORAS = "wanquant.loras"
@@ -64,6 +66,8 @@ def carried_metadata(source: Mapping[str, str]) -> dict[str, str]:
 
 def fingerprint(importance: Mapping[str, Tensor] | None) -> str:
     """Return the SHA-256 of an importance matrix, or an empty string without one.
+
+    Of a calibration, that is the diagonal alone: see `CALIBRATION_SHA256` for the rest.
 
     Args:
         importance: for each weight's name, any float dtype (input channels,).
@@ -110,13 +114,14 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
     """Return whether a file's metadata names the same source, settings, LoRAs and tokenizer as `wanted`.
 
     The source is compared by its name and size only. Versions and encoder revisions may differ: an update of the pack
-    must not stop a saved graph.
+    must not stop a saved graph. A file of an older version that does not name all of its calibration may be the same.
     """
     same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED, TUNED, TOKENIZER)
     is_same = all(existing.get(key) == wanted.get(key) for key in same)
     # The tokenizer can come from a file beside the source.
     is_same = is_same and corrected_in(existing) == corrected_in(wanted) and baked_into(existing) == baked_into(wanted)
-    return is_same and _tokenizer(existing) == _tokenizer(wanted)
+    is_same = is_same and _tokenizer(existing) == _tokenizer(wanted)
+    return is_same and existing.get(CALIBRATION_SHA256) in (None, wanted.get(CALIBRATION_SHA256))
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> object:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..conversion.convert import ConversionReport
 from ..conversion.settings import Target
-from ..gguf.provenance import SOURCE_SHA256, baked_into
+from ..gguf.provenance import CALIBRATION_SHA256, SOURCE_SHA256, baked_into
 from ..inspection.report import FileReport, sqnr_db
 from ..plan.recipe import find_recipe
 
@@ -40,7 +40,7 @@ def entry_of(report: ConversionReport, target: Target, sha256: str) -> Entry:
         "types": dict(Counter(tensor.qtype.removesuffix(_OF_HOST) for tensor in report.tensors)),
         "kind": report.kind,
         "effort": str(metadata.get("wanquant.effort", "")),
-        "calibration_sha256": str(metadata.get("wanquant.importance", "")) or None,
+        "calibration_sha256": str(metadata.get(CALIBRATION_SHA256) or metadata.get("wanquant.importance", "")) or None,
         "loras": list(baked_into(metadata)),
         "source": {
             "name": str(metadata.get("wanquant.source_name", "")),

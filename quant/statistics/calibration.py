@@ -17,6 +17,8 @@ Source: GPTQ (arXiv 2210.17323).
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..gguf.provenance import CALIBRATED
+from ..gguf.provenance import CALIBRATED, CALIBRATION_SHA256
 from ..native.rotation import rotate
 from .held_out import HeldOut
 from .importance import Collector, Importance
@@ -92,7 +94,19 @@ class Calibration(Importance):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        return {**super().metadata, CALIBRATED: True}
+        return {**super().metadata, CALIBRATED: True, CALIBRATION_SHA256: self.sha256}
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """The SHA-256 of all that a conversion takes from this calibration, for one layer after the other."""
+        digest = hashlib.sha256()
+        for name in sorted(self):
+            digest.update(f"{name} {float(self.counts[name])}".encode())
+            for part in (self.products, self.totals, self.factors, self.held_out):
+                values = part.get(name, torch.zeros(0))
+                digest.update(str(tuple(values.shape)).encode())
+                digest.update(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def moments(self, name: str, *, centered: bool = False) -> SecondMoments:
         """Return the second moments of the inputs of a layer, on the CPU.

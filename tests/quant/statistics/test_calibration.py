@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from safetensors.torch import load_file
 from wanquant.quant import QuantError, open_gguf
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.conversion.layer_encoder import LayerEncoder
+from wanquant.quant.gguf.provenance import CALIBRATED, CALIBRATION_SHA256, fingerprint
 from wanquant.quant.plan.recipe import required_precision
 from wanquant.quant.plan.wan_shapes import wan_shapes
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import SPAN, Calibration, CalibrationCollector
 from wanquant.quant.statistics.held_out import TOKENS, HeldOut
+from wanquant.quant.statistics.importance import Importance
 from wanquant.quant.statistics.leading_factors import RANK
 from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.quant.samples import collected, correlated
@@ -203,13 +206,47 @@ def test_calibrated_file_has_less_output_error_and_records_it(tmp_path, source, 
         assert errors[1] < 0.8 * errors[0]
 
 
-def test_calibrated_file_is_reused_by_the_same_conversion_only(tmp_path, source, calibration):
+@pytest.fixture
+def one(calibration):
+    """A calibration of one matrix."""
+    return Calibration({NAME: calibration.sums[NAME]}, {NAME: 1.0}, 1, products={NAME: calibration.products[NAME]})
+
+
+def test_calibrated_file_is_reused_by_the_same_conversion_only(tmp_path, source, one):
     path = tmp_path / "a.gguf"
-    one = Calibration({NAME: calibration.sums[NAME]}, {NAME: 1.0}, 1, products={NAME: calibration.products[NAME]})
     convert(source, path, "Q4_K_S", effort="fast", importance=one)
     assert convert(source, path, "Q4_K_S", effort="fast", importance=one).reused
     with pytest.raises(QuantError, match="is not this conversion"):
         convert(source, path, "Q4_K_S", effort="fast", importance=dict(one))
+    other = replace(one, products={NAME: torch.diag_embed(one.sums[NAME].view(1, 256))})
+    assert fingerprint(other) == fingerprint(one), "only its diagonal is the same"
+    with pytest.raises(QuantError, match="is not this conversion"):
+        convert(source, path, "Q4_K_S", effort="fast", importance=other)
+
+
+def test_calibrated_file_of_an_older_version_is_reused(tmp_path, source, one, monkeypatch):
+    """It names the diagonal of its calibration only."""
+    with monkeypatch.context() as older:
+        older.setattr(
+            Calibration, "metadata", property(lambda self: {**Importance.metadata.fget(self), CALIBRATED: True})
+        )
+        old = convert(source, tmp_path / "a.gguf", "Q4_K_S", effort="fast", importance=one)
+    assert CALIBRATION_SHA256 not in old.metadata
+    report = convert(source, old.path, "Q4_K_S", effort="fast", importance=one)
+    assert report.reused and "older" not in report.text()
+    rescaled = replace(one, counts={NAME: 2.0})
+    with pytest.raises(QuantError, match="is not this conversion"):
+        convert(source, old.path, "Q4_K_S", effort="fast", importance=rescaled)
+
+
+@pytest.mark.parametrize("part", ["products", "totals", "factors", "held_out", "counts"])
+def test_every_part_of_a_calibration_changes_its_sha256(part):
+    calibration = collected(w=torch.randn(300, 512))
+    values = getattr(calibration, part)
+    changed = replace(calibration, **{part: {"w": values["w"] * 2}})
+    assert changed.sha256 != calibration.sha256 == replace(calibration, samples=7, name="other").sha256
+    if part in ("totals", "factors", "held_out"):
+        assert replace(calibration, **{part: {}}).sha256 != calibration.sha256
 
 
 def test_calibration_of_another_model_is_refused(tmp_path, source):

@@ -30,6 +30,7 @@ def test_round_trip(tmp_path, calibration):
     read = read_calibration(path)
     assert (read.samples, read.name, dict(read.counts)) == (4, "c.safetensors", dict(calibration.counts))
     assert set(read) == set(read.products) == set(calibration)
+    assert read.sha256 == calibration.sha256
     for name in calibration:
         assert torch.equal(read[name], calibration[name])
         for part in ("products", "totals", "factors", "held_out"):
