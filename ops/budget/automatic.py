@@ -29,7 +29,7 @@ def automatic_budget(device: torch.device) -> int:
     """Return the bytes on `device` that sampling may use, including CUDA's context.
 
     This is the total memory less what other processes hold, less what this process holds and ComfyUI cannot evict, less
-    `margin_bytes`. Workspaces of CUDA's libraries are freed for it, since `unseen_bytes` counts them as still to come.
+    `margin_bytes`. Workspaces of cuBLAS are freed for it, since `unseen_bytes` counts them as still to come.
     """
     _free_workspaces()
     free: int = comfy.model_management.get_free_memory(device)

@@ -39,8 +39,8 @@ def memory_notes(model: ModelPatcher) -> list[str]:
         notes.append("attention is in 8 bits, and the copies of queries, keys and values count")
     if preferred:
         notes.append(
-            f"the file prefers other functions for {counted(len(preferred), 'attention')}: they get all queries,"
-            " and attention to the text runs as in ComfyUI"
+            f"the file prefers other functions for {counted(len(preferred), 'attention')}: they get all queries"
+            " at once, and attention to the text runs as in ComfyUI"
         )
     return notes + stock_notes(model)
 

@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ...quant import QuantError
 from ...quant.files.safetensors_header import read_safetensors_header
-from ...quant.safetensors.header import read_native_header
+from ...quant.safetensors.header import NativeHeader, read_native_header
 from ...quant.sources.layers import declared_formats
 from ...quant.sources.names import known_naming
 from ..packed.precision import EXACT, INT8
@@ -58,28 +58,27 @@ def load_native_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None
         QuantError: a malformed file, a format that this host cannot use, or a model that it cannot build.
     """
     path = Path(path)
-    for problem in problems(read_native_header(path)):
+    header = read_native_header(path)
+    _check_markers(header)
+    for problem in problems(header):
         raise QuantError(f"{path}: {problem}, or convert to a recipe that it loads")
-    _check_markers(path)
     options = {} if dtype is None else {"dtype": dtype}
     with built_by_host(path):
         model: ModelPatcher = comfy.sd.load_diffusion_model(str(path), options)
     return model
 
 
-def _check_markers(path: Path) -> None:
+def _check_markers(header: NativeHeader) -> None:
     """Refuse integers that neither a marker nor the metadata explains: the host would take codes for weights."""
-    metadata, entries = read_safetensors_header(path)
-    marked = {entry.name.removesuffix(".comfy_quant") for entry in entries}
-    naming = known_naming(path, [entry.name for entry in entries])
+    text, _ = read_safetensors_header(header.path)
+    naming, declared = known_naming(header.path, header.tensors), declared_formats(header.path, text)
     # The host reads names in the metadata both with and without the prefix of the tensors.
-    prefix, declared = naming.prefix if naming else "", declared_formats(path, metadata)
-    for entry in entries:
-        layer = entry.name.removesuffix(".weight")
-        if layer == entry.name or entry.dtype not in ("I8", "U8"):
-            continue
-        if layer not in marked and layer not in declared and layer.removeprefix(prefix) not in declared:
+    prefix = naming.prefix if naming else ""
+    for name, tensor in header.tensors.items():
+        layer = name.removesuffix(".weight")
+        is_coded = layer != name and tensor.stored in ("I8", "U8")
+        if is_coded and layer not in declared and layer.removeprefix(prefix) not in declared:
             raise QuantError(
-                f"{path}: tensor {entry.name}: {entry.dtype} without comfy_quant, which ComfyUI would take for values"
-                " of the weight; download the file again"
+                f"{header.path}: tensor {name}: {tensor.stored} without a readable comfy_quant, which ComfyUI would"
+                " take for values of the weight; download the file again"
             )

@@ -85,8 +85,8 @@ def write_factor(blocks: Tensor, place: int | tuple[int, ...], values: Tensor) -
 
 def fields(blocks: Tensor, *sizes: int) -> tuple[Tensor, ...]:
     """Cut blocks, uint8 (n, type_size), into the fields of the struct, in order: uint8 (n, size) each, contiguous."""
-    # Two bytes at a time where all places are even, which is faster.
-    wide = gcd(*sizes, blocks.stride(0), blocks.storage_offset()) % 2 == 0
+    # Two bytes at a time where all places are even, which is faster. A storage may begin at an odd address, too.
+    wide = gcd(*sizes, blocks.stride(0), blocks.storage_offset(), blocks.data_ptr()) % 2 == 0
     source, width = (blocks.view(torch.int16), 2) if wide else (blocks, 1)
     parts = torch.split(source, [size // width for size in sizes], dim=1)
     # Always copies. A field of a single block counts as contiguous, but it is not aligned for a view as wider integers.

@@ -158,7 +158,8 @@ def _fitting(
     warnings = []
     if problems:
         named = _list(f"{name} {problem}" for name, problem in problems.items())
-        warnings.append(f"{path.name}: left out {counted(len(problems), 'patch', 'patches')}, not fitting: {named}")
+        what = counted(len(problems), "patch that does not fit", "patches that do not fit")
+        warnings.append(f"{path.name}: left out {what}: {named}")
     if unknown:
         warnings.append(
             f"{path.name}: left out {counted(len(unknown), 'tensor')} whose names are not in {source.name}:"

@@ -136,11 +136,10 @@ def test_codes_without_a_marker_are_refused(native, tmp_path):
     path, layer = native("INT8"), "blocks.0.ffn.0"
     tensors = load_file(path)
     config = json.loads(bytes(tensors.pop(f"{layer}.comfy_quant").tolist()))
-    save_file(tensors, tmp_path / "a.safetensors")
-    with pytest.raises(
-        QuantError, match=rf"tensor {layer}\.weight: I8 without comfy_quant, which ComfyUI would take for values"
-    ):
-        load_native_model(tmp_path / "a.safetensors")
+    for marker in ({}, {f"{layer}.comfy_quant": torch.tensor(list(b"{"), dtype=torch.uint8)}):
+        save_file(tensors | marker, tmp_path / "a.safetensors")
+        with pytest.raises(QuantError, match=rf"tensor {layer}\.weight: I8 without a readable comfy_quant, which"):
+            load_native_model(tmp_path / "a.safetensors")
     text = json.dumps({"layers": {layer: config}})
     for prefix in ("", "model.diffusion_model."):  # also without the prefix of the tensors, the metadata counts
         named = {prefix + name: tensor for name, tensor in tensors.items()}

@@ -192,7 +192,7 @@ def test_what_does_not_fit_is_named(wan, tmp_path):
     save_file(factors(state, LAYER) | odd | missing, path)
     report = convert(wan, tmp_path / "a.gguf", "Q8_0", loras=[path])
     shapes, unknown = (warning for warning in report.warnings if warning.startswith("part.safetensors"))
-    assert "left out 1 patch, not fitting:" in shapes and "blocks.0.ffn.2.weight has factors (256, 4)" in shapes
+    assert "left out 1 patch that does not fit:" in shapes and "blocks.0.ffn.2.weight has factors (256, 4)" in shapes
     assert "left out 3 tensors whose names are not in wan.safetensors" in unknown and "blocks.7.ffn.0" in unknown
     for tensors in (odd, missing):
         save_file(tensors, path)
