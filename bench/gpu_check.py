@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECIPES = ("Q8_0", "Q4_K_M", "Q2_K", "IQ2_XXS", "IQ1_M", "INT8", "FP8", "NVFP4")
-SELFTEST_RECIPES = ("Q4_K_M", "INT8")
+SAMPLED = "Q4_K_M"
+SELFTEST_RECIPES = (SAMPLED, "INT8")
 CALIBRATED = "Q2_K"
 # Latents: (batch, channels, frames, height, width). The large one has enough tokens for int8.
 SMALL, LARGE, TINY = (1, 16, 5, 40, 40), (1, 16, 9, 60, 104), (1, 16, 2, 8, 8)
@@ -46,13 +47,13 @@ SMALL, LARGE, TINY = (1, 16, 5, 40, 40), (1, 16, 9, 60, 104), (1, 16, 2, 8, 8)
 class Check:
     """The steps, each of which uses what the ones before it made."""
 
-    def __init__(self, folder: Path, *, selftest: bool) -> None:
+    def __init__(self, folder: Path, recipes: Iterable[str], *, selftest: bool) -> None:
         import comfy.sd
         import torch
 
         from wanquant.testing.tiny_wan import write_tiny_wan
 
-        self._folder, self._selftest = folder, selftest
+        self._folder, self._recipes, self._selftest = folder, recipes, selftest
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._dtype = torch.float32 if selftest else torch.bfloat16
         size = {"dim": 256, "ffn_dim": 256, "layers": 1} if selftest else {"dim": 512, "ffn_dim": 2048, "layers": 4}
@@ -62,8 +63,7 @@ class Check:
 
     def steps(self) -> list[tuple[str, Callable[[], Row]]]:
         """Return the steps by name, in their order."""
-        recipes = SELFTEST_RECIPES if self._selftest else RECIPES
-        converted = [(f"convert {recipe}", lambda recipe=recipe: self._convert(recipe)) for recipe in recipes]
+        converted = [(f"convert {recipe}", lambda recipe=recipe: self._convert(recipe)) for recipe in self._recipes]
         return [
             *converted,
             ("sample int8", lambda: self._against(self._load(precision="int8"), self._load(), LARGE)),
@@ -91,7 +91,7 @@ class Check:
     def _load(self, *, precision: str = "exact") -> Any:
         from wanquant.ops.loading.diffusion_model import load_diffusion_model
 
-        return load_diffusion_model(self._folder / "Q4_K_M.gguf", dtype=self._dtype, precision=precision)
+        return load_diffusion_model(self._folder / f"{SAMPLED}.gguf", dtype=self._dtype, precision=precision)
 
     def _convert(self, recipe: str, importance: Any = None, effort: Any = "best") -> Row:
         """Convert on both devices, and sample the file of the GPU."""
@@ -161,8 +161,10 @@ def main() -> int:
     parser.add_argument("results", type=Path, help="file for the JSON lines")
     parser.add_argument("--carried", type=Path, default=ROOT / "out" / "gpu-host", help="the assembled folder")
     parser.add_argument("--patcher", choices=PATCHERS, default=PATCHERS[0], help="the host's memory mode")
+    parser.add_argument("--recipes", nargs="+", help=f"convert to these, and to {SAMPLED}, which other steps sample")
     parser.add_argument("--selftest", action="store_true", help="on the CPU")
     options = parser.parse_args()
+    recipes = options.recipes or (SELFTEST_RECIPES if options.selftest else RECIPES)
     gpu_host.start(options.carried, dynamic=options.patcher == "dynamic")
     import torch
 
@@ -173,7 +175,7 @@ def main() -> int:
         torch.inference_mode(),  # as the host's executor
     ):
         write_row(file, gpu_machine())
-        for name, step in Check(Path(folder), selftest=options.selftest).steps():
+        for name, step in Check(Path(folder), dict.fromkeys((*recipes, SAMPLED)), selftest=options.selftest).steps():
             started, row = time.monotonic(), {"case": name}
             try:
                 row |= step()

@@ -15,13 +15,15 @@ allocated, so that nothing can exceed it. A JSON line is written for each case, 
     arithmetic          floating-point operations over those of ComfyUI's own forward
     predicted_gib       the simulated parts
     spare_gib           free memory beyond the budget without which the case ran out of memory
+    without_spare       the errors with less
     context_gib         used before the first tensor
     resident_gib        weights that stayed on the GPU
+    kept_rows_gib       room for 8-bit rows that stay on the GPU
     torch_gib           peak of torch's tensors
     reserved_gib        peak of torch's allocator
     device_gib          peak of the process according to the driver, sampled
     fragmentation_gib   reserved_gib without torch_gib
-    of_predicted        the measured peak over the prediction and the weights that stayed. The peak is torch_gib, with
+    of_predicted        the measured peak over the prediction and what stayed on the GPU. The peak is torch_gib, with
                         dynamic VRAM device_gib, because buffers then lie outside torch's allocator; the prediction
                         then includes the context and the fragmentation.
     difference          relative difference of the latent from that of ComfyUI's own forward
@@ -163,6 +165,7 @@ class Bench:
         import comfy.model_management
 
         from wanquant.ops.budget.choose_plan import closest_plan
+        from wanquant.ops.budget.row_room import row_room, spendable
         from wanquant.ops.budget.sampling import with_budget
         from wanquant.ops.budget.sampling_job import SamplingJob
         from wanquant.ops.budget.simulator import Simulator
@@ -184,12 +187,17 @@ class Bench:
         row: Row = {"case": "sample", "is_dynamic": patcher.is_dynamic(), "plan": choice.name, **case._asdict()}
         row |= {"budget_gib": gib(budget), "arithmetic": round(choice.slowdown, 4)}
         row["predicted_gib"] = {name: gib(size) for name, size in choice.peak.bytes_by_part.items()}
+        row["kept_rows_gib"] = gib(row_room(patcher, job, choice.peak, spendable(patcher, budget)).nbytes)
+        failures: list[str] = []
         for row["spare_gib"] in SPARE_GIB:
             result = self._meter.run(work, budget + round(row["spare_gib"] * GIB))
             if "error" not in result:
                 break
+            failures.append(result["error"])
             comfy.model_management.unload_all_models()
         row |= result
+        if failures:
+            row["without_spare"] = failures
         row["of_predicted"] = of_predicted(row, dynamic=patcher.is_dynamic())
         comfy.model_management.unload_all_models()
         return row

@@ -62,11 +62,11 @@ def gib(nbytes: float) -> float:
 
 
 def of_predicted(row: Row, *, dynamic: bool) -> float | None:
-    """Return the measured peak over the sum of prediction and resident weights, or None without a GPU."""
+    """Return the measured peak over the sum of prediction, resident weights and kept rows, or None without a GPU."""
     if "torch_gib" not in row or "resident_gib" not in row:
         return None
     parts = row["predicted_gib"]
     measured, beside = row["device_gib"], 0.0
     if not dynamic:
         measured, beside = row["torch_gib"], parts["context"] + parts["fragmentation"]
-    return round(measured / (sum(parts.values()) - beside + row["resident_gib"]), 3)
+    return round(measured / (sum(parts.values()) - beside + row["resident_gib"] + row.get("kept_rows_gib", 0)), 3)
