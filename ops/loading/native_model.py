@@ -69,16 +69,25 @@ def load_native_model(path: str | os.PathLike[str], *, dtype: torch.dtype | None
 
 
 def _check_markers(header: NativeHeader) -> None:
-    """Refuse integers that neither a marker nor the metadata explains: the host would take codes for weights."""
+    """Refuse integers that neither a marker nor the metadata explains, and markers that cannot be read.
+
+    The host would take codes for weights.
+    """
     text, _ = read_safetensors_header(header.path)
     naming, declared = known_naming(header.path, header.tensors), declared_formats(header.path, text)
     # The host reads names in the metadata both with and without the prefix of the tensors.
     prefix = naming.prefix if naming else ""
     for name, tensor in header.tensors.items():
         layer = name.removesuffix(".weight")
-        is_coded = layer != name and tensor.stored in ("I8", "U8")
-        if is_coded and layer not in declared and layer.removeprefix(prefix) not in declared:
+        if layer == name or layer in declared or layer.removeprefix(prefix) in declared:
+            continue
+        if tensor.stored in ("I8", "U8"):
             raise QuantError(
                 f"{header.path}: tensor {name}: {tensor.stored} without a readable comfy_quant, which ComfyUI would"
                 " take for values of the weight; download the file again"
+            )
+        if f"{layer}.comfy_quant" in header.unreadable:
+            raise QuantError(
+                f"{header.path}: tensor {layer}.comfy_quant: got no JSON object with a format, which ComfyUI cannot"
+                " load; download the file again"
             )

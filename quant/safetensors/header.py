@@ -48,6 +48,8 @@ class NativeHeader:
     """The bytes in front of the tensors."""
     formats: frozenset[str] = frozenset()
     """The formats that the markers of layers name."""
+    unreadable: tuple[str, ...] = ()
+    """The names of markers that name no format."""
 
 
 AnyHeader = Header | NativeHeader
@@ -81,8 +83,9 @@ def read_native_header(path: str | Path) -> NativeHeader:
     tensors = {name: _record(name, group, configs.get(name, {})) for name, group in groups.items()}
     size = path.stat().st_size
     start = min((entry.begin for entry in entries), default=size)
-    formats = frozenset(str(config.get("format")) for config in configs.values())
-    return NativeHeader(path, from_text(text), tensors, size, start, formats)
+    named = {name: config["format"] for name, config in configs.items() if isinstance(config.get("format"), str)}
+    unreadable = tuple(sorted(f"{name.removesuffix(_WEIGHT)}{_MARKER}" for name in configs.keys() - named.keys()))
+    return NativeHeader(path, from_text(text), tensors, size, start, frozenset(map(str, named.values())), unreadable)
 
 
 def _format(file: BinaryIO, marker: TensorEntry) -> Mapping[str, object]:

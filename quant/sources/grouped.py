@@ -108,7 +108,7 @@ def fold_levels(layer: Layer) -> SourceTensor:
     table = torch.arange(1 << bits).float() - (1 << bits - 1) if codebook is None else numbers(codebook)
     rotation = rotation_group(layer, in_features)
     return LevelsTensor(
-        *(layer.weight.name, torch.float32, (layer.rows, in_features), f"I{bits} grouped", layer),
+        *(layer.weight.name, torch.float32, (layer.rows, in_features), f"W{bits}A8", layer),
         *(group, rotation, table, row_scale, correction),
     )
 

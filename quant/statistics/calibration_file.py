@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import QuantError
@@ -47,10 +48,9 @@ def write_calibration(path: str | Path, calibration: Calibration, *, overwrite: 
     Returns:
         The path of the file, which can differ from `path`: see `AtomicFile.commit`.
     """
-    first: dict[bytes, str] = {}
-    shared = {name: first.setdefault(calibration.sums[name].numpy().tobytes(), name) for name in sorted(calibration)}
+    shared = _layers_by_inputs(calibration)
     tensors = {}
-    for name in first.values():
+    for name in dict.fromkeys(shared.values()):
         tensors[name] = calibration.products[name]
         for part in PARTS:
             if name in (values := getattr(calibration, part)):
@@ -66,6 +66,20 @@ def write_calibration(path: str | Path, calibration: Calibration, *, overwrite: 
     with AtomicFile(Path(path), content.nbytes, overwrite=overwrite) as file:
         content.write(file)
         return file.commit()
+
+
+def _layers_by_inputs(calibration: Calibration) -> dict[str, str]:
+    """Return the first layer with the same inputs, by the name of each layer's weight."""
+    first: dict[bytes, list[str]] = {}
+    shared = {}
+    for name in sorted(calibration):
+        others = first.setdefault(calibration.sums[name].numpy().tobytes(), [])
+        products = calibration.products[name]
+        same = (other for other in others if torch.equal(calibration.products[other], products))
+        shared[name] = next(same, name)
+        if shared[name] == name:
+            others.append(name)
+    return shared
 
 
 def read_calibration(path: str | Path) -> Calibration:

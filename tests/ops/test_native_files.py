@@ -129,6 +129,17 @@ def test_the_host_is_silent_about_mistakes_that_these_tests_would_see(mistake, n
         assert "_quantization_metadata" not in file.metadata()
 
 
+@pytest.mark.parametrize("text", [b"{", b"{}", b'{"format": 8}'])
+def test_a_marker_that_names_no_format_is_refused(text, native, tmp_path):
+    """The host stops at it with an error of its own."""
+    tensors, marker = load_file(native("FP8")), "blocks.0.ffn.0.comfy_quant"
+    save_file(tensors | {marker: torch.tensor(list(text), dtype=torch.uint8)}, tmp_path / "a.safetensors")
+    with pytest.raises(QuantError, match=rf"a\.safetensors: tensor {marker}: got no JSON object with a format, which"):
+        load_native_model(tmp_path / "a.safetensors")
+    with pytest.raises(Exception):  # noqa: B017 (whatever the host raises)
+        comfy.sd.load_diffusion_model(str(tmp_path / "a.safetensors"))
+
+
 def test_codes_without_a_marker_are_refused(native, tmp_path):
     """The host takes them for weights."""
     if not loadable("INT8"):

@@ -37,6 +37,20 @@ def test_round_trip(tmp_path, calibration):
             assert torch.equal(getattr(read, part)[name], getattr(calibration, part)[name])
 
 
+def test_inputs_of_equal_squares_are_told_apart(tmp_path):
+    """Signs alone differ, so that the mean squares are equal and the products are not."""
+    collector = CalibrationCollector()
+    signs = torch.randint(2, (9, 512)) * 2.0 - 1
+    collector.add("b.q.weight", signs)
+    collector.add("b.k.weight", signs * torch.tensor([1.0, -1.0]).repeat(256))
+    calibration = collector.result()
+    read = read_calibration(write_calibration(tmp_path / "c.safetensors", calibration))
+    assert torch.equal(read["b.q.weight"], read["b.k.weight"])
+    for name in calibration:
+        assert torch.equal(read.products[name], calibration.products[name])
+    assert not torch.equal(read.products["b.q.weight"], read.products["b.k.weight"])
+
+
 def test_asking_for_a_name_reads_nothing(tmp_path, calibration, monkeypatch):
     """A conversion asks on the thread that reads the source."""
     read = read_calibration(write_calibration(tmp_path / "c.safetensors", calibration))
