@@ -33,9 +33,9 @@ from wanquant.bench.tinywan.encodings import METHODS, NATIVE_METHODS, methods_of
 from wanquant.bench.tinywan.jobs import Bench, Sample
 from wanquant.bench.tinywan.pictures import draw_quality
 from wanquant.bench.tinywan.reference import gains, origin
-from wanquant.quant.plan.recipe import RECIPES
+from wanquant.quant.plan.recipe import GGUF_RECIPES, RECIPES
 
-GGUF = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ3_S", "IQ2_XXS", "IQ1_M")
+GGUF = tuple(name for name, recipe in GGUF_RECIPES.items() if recipe.base not in ("F16", "BF16"))
 NATIVE = ("MXFP8", "INT8", "FP8", "W6A8", "W4A8", "NVFP4", "INT4")
 ALL_METHODS = tuple(dict.fromkeys(("kitchen", *METHODS, *NATIVE_METHODS)))
 PEERS = {

@@ -66,13 +66,18 @@ def convert_rows() -> str:
 def quality_rows() -> str:
     """Return the gains of steps and clips over the peers in dB, one line per recipe."""
     rows = json.loads((RESULTS / "quality.json").read_text())["rows"]
-    gains: dict[str, list[str]] = {}
-    for row in rows:
-        if row["recipe"] in GGUF_RECIPES and row["method"] in ("plain", "importance", "calibrated", "thorough"):
-            found = [row["gains"].get(measure) for measure in ("velocity", "latent")]  # none if ggml cannot make it
-            cells = (f"{gain['mean']:+.1f} ± {gain['error']:.1f}" if gain else "" for gain in found)
-            gains.setdefault(row["recipe"], [str(row["networks"])]).extend(cells)
-    return "".join(f"| {' | '.join((recipe, *cells))} |\n" for recipe, cells in gains.items())
+    found = {(row["recipe"], row["method"]): row for row in rows if row["recipe"] in GGUF_RECIPES}
+    lines = []
+    for recipe in (recipe for recipe, method in found if method == "plain"):
+        networks = str(found[recipe, "plain"]["networks"])
+        gains = [
+            found.get((recipe, method), {"gains": {}})["gains"].get(measure)  # none without its peer
+            for method in ("plain", "importance", "calibrated", "thorough")
+            for measure in ("velocity", "latent")
+        ]
+        cells = (f"{gain['mean']:+.1f} ± {gain['error']:.1f}" if gain else "" for gain in gains)
+        lines.append(f"| {' | '.join((recipe, networks, *cells))} |\n")
+    return "".join(lines)
 
 
 def int8_rows() -> str:

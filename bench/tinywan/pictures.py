@@ -28,9 +28,13 @@ _STYLES = {
 }
 
 
-# Where the name of a recipe stands: line, offset in points, alignment. The plain lines are crowded around IQ3_S.
-_NAMES = {"IQ3_S": ("calibrated", (-6, 2), "right"), "IQ4_XS": ("calibrated", (-2, 12), "right")}
+# The recipes that are named, since the names of all would cover each other: line, offset in points, alignment.
 _USUAL_NAME = ("plain", (5, -14), "left")
+_NAMES = {
+    **dict.fromkeys(("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "IQ2_XXS", "IQ1_M"), _USUAL_NAME),
+    "Q2_K": ("plain", (8, -10), "left"),
+    "IQ3_S": ("calibrated", (-6, 2), "right"),
+}
 # Of ComfyUI's own formats, which are too few for lines, so that shapes tell the methods apart as well.
 _NATIVE_STYLES = {
     "kitchen": ("#555555", "s", "ComfyUI's encoders"),
@@ -43,7 +47,9 @@ _SIDES = {"INT4": _LEFT, "FP8": _LEFT, "W4A8": _ABOVE, "INT8": _ABOVE}
 
 
 def draw_quality(rows: Sequence[Row], path: Path) -> None:
-    """Draw the error by size: GGUF on the left, a line per method; ComfyUI's own formats on the right.
+    """Draw the error by size: GGUF on the left, ComfyUI's own formats on the right.
+
+    A line for each method joins the files that are closer than all smaller ones.
 
     Rows of fewer networks than others are left out: other seeds have clips of other difficulty.
     """
@@ -55,7 +61,7 @@ def draw_quality(rows: Sequence[Row], path: Path) -> None:
     _draw_lines(left, gguf)
     for method in ("plain", "calibrated"):
         colour, _, label = _STYLES[method]
-        line = _line(gguf, method)
+        line = _front(_line(gguf, method))
         right.plot(*_places(line), color=colour, alpha=0.4, linewidth=1, label=f"GGUF, {label}")
     _draw_formats(right, [row for row in rows if RECIPES[row["recipe"]].is_native])
     left.set_title("GGUF (band: deviation over the seeds)", fontsize=10)
@@ -74,6 +80,12 @@ def _line(rows: Sequence[Row], method: str) -> list[Row]:
     return sorted((row for row in rows if row["method"] == method), key=lambda row: row["nbytes"])
 
 
+def _front(line: Sequence[Row]) -> list[Row]:
+    """Return the files of a line that are closer than all smaller ones."""
+    best = -1.0
+    return [row for row in line if best < (best := max(best, row["latent_psnr"]["mean"]))]
+
+
 def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     """Return the sizes in MB and the PSNRs."""
     return [row["nbytes"] / 1e6 for row in rows], [row["latent_psnr"]["mean"] for row in rows]
@@ -84,14 +96,15 @@ def _draw_lines(axis: Axes, rows: Sequence[Row]) -> None:
         line = _line(rows, method)
         if not line:
             continue
+        axis.plot(*_places(line), color=colour, linestyle="", marker="o", markersize=3, alpha=0.5)
+        line = _front(line)
         sizes, psnr = _places(line)
         axis.plot(sizes, psnr, color=colour, linestyle=dash, marker="o", markersize=4, label=label)
         if method == "importance":
             spread = [row["latent_psnr"]["deviation"] for row in line]
             low, high = ([p + sign * s for p, s in zip(psnr, spread, strict=True)] for sign in (-1, 1))
             axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        method, offset, alignment = _NAMES.get(recipe, _USUAL_NAME)
+    for recipe, (method, offset, alignment) in _NAMES.items():
         place = [value for (value,) in _places([row for row in _line(rows, method) if row["recipe"] == recipe])]
         axis.annotate(recipe, place, offset, textcoords="offset points", fontsize=10, ha=alignment)
 
