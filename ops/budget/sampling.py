@@ -52,6 +52,7 @@ from .row_room import keep_rows, row_room, spendable
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator, check_predictable
 from .step_time import StepClock, step_key
+from .windows import frames_in_a_window
 
 logger = PrintableLog(__name__)
 
@@ -143,6 +144,7 @@ def job_of_latent(model: ModelPatcher, samples: Tensor) -> SamplingJob:
 def _from_image(model: ModelPatcher, job: SamplingJob) -> SamplingJob:
     if is_causal(model.model.diffusion_model):
         return replace(job, frames_at_a_time=1)
+    job = replace(job, frames_at_a_time=frames_in_a_window(model.model_options, job.latent[2]))
     from_image = model.model.diffusion_model.img_emb is not None
     return job.with_entries(**clip_vision_entries(257)) if from_image else job
 
@@ -157,6 +159,8 @@ class _BudgetedSampling:
         self._mask_entries: dict[str, object] = {}
         """What the sampler adds to each conditioning."""
         self._frames_at_a_time: int | None = None
+        self._frames = 0
+        """Of the latent that is sampled."""
         self._weights_have_room = False
         """The budget includes all weights, so that none are streamed."""
         self._chosen: ChosenPlan | None = None
@@ -169,8 +173,10 @@ class _BudgetedSampling:
         return self._chosen.plan if self._chosen else None
 
     def outer_sample(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
-        """Wrap ComfyUI's `CFGGuider.outer_sample`, whose third argument is the sampler, and the fifth the mask."""
+        """Wrap ComfyUI's `CFGGuider.outer_sample`, whose arguments are noise, latent, sampler, sigmas and mask."""
         mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
+        noise: Any = args[0] if args else kwargs["noise"]
+        self._frames = noise.shape[2]
         self._frames_at_a_time = frames_at_a_time(args[2] if len(args) > 2 else kwargs.get("sampler"))
         self._mask_entries = {} if mask is None else {"denoise_mask": mask}
         try:
@@ -204,7 +210,10 @@ class _BudgetedSampling:
         outlines = (
             ConditioningOutline.from_entries(self._mask_entries | cond) for each in conds.values() for cond in each
         )
-        job = SamplingJob(tuple(noise_shape), tuple(outlines), self._frames_at_a_time)
+        window = frames_in_a_window(model.model_options, self._frames)
+        # ComfyUI's own wrapper may have replaced the frames by those of a window.
+        latent = (*noise_shape[:2], self._frames, *noise_shape[3:]) if window else tuple(noise_shape)
+        job = SamplingJob(latent, tuple(outlines), self._frames_at_a_time or window)
         if self._expected not in (None, job.latent):
             logger.warning(
                 "Wan Low VRAM: the latent at its input has the shape %s, but %s is sampled; the memory plan is for the"

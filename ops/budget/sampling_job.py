@@ -66,7 +66,7 @@ class SamplingJob:
     """(batch, channels, frames, height, width)."""
     conditionings: tuple[ConditioningOutline, ...] = TEXT_ONLY
     frames_at_a_time: int | None = None
-    """Latent frames that the sampler makes one after the other, for a causal model; None if it makes all at once."""
+    """Latent frames in a forward, if a causal model's sampler or context windows cut the video; None for all."""
 
     @classmethod
     def for_video(cls, width: int, height: int, frames: int, *, channels: int = 16) -> SamplingJob:
@@ -112,7 +112,9 @@ class SamplingJob:
         batch, channels, frames, height, width = self.latent
         side = pixels_per_cell(channels)
         videos = f"{batch} videos of " if batch > 1 else ""
-        return f"{videos}{side * width}x{side * height}, {counted(video_frames(frames), 'frame')}"
+        size = f"{videos}{side * width}x{side * height}, {counted(video_frames(frames), 'frame')}"
+        at_once = min(frames, self.frames_at_a_time or frames)
+        return size if at_once == frames else f"{size}, {video_frames(at_once)} at a time"
 
 
 def video_frames(latent_frames: int) -> int:
