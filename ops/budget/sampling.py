@@ -12,7 +12,8 @@
       Legacy memory mode: `partially_load` then moves weights to the accelerator until the room is used.
       Dynamic VRAM: LoRA factors take their share of the room first. The rest is the limit up to which streamed weights
       stay on the accelerator. ComfyUI removes the limit as the sampler node returns (execution.py, 0.30.0).
-4. Each step: CALC_COND_BATCH, `calc_conds_separately`, runs one forward per conditioning.
+4. Each step: PREDICT_NOISE, `_BudgetedSampling.step`, notes the time. CALC_COND_BATCH, `calc_conds_separately`, which
+   some nodes call more than once, runs one forward per conditioning.
 5. Each forward: DIFFUSION_MODEL. `apply_lean` replaces the blocks as the plan says, or leaves ComfyUI's own, and
    `_BudgetedSampling.forward` runs the time projection in main memory in case b).
 6. The sampling ends: the 8-bit rows are freed. The weights stay where they are until ComfyUI needs the memory.
@@ -92,7 +93,8 @@ def with_budget(model: ModelPatcher, budget: int, expected: tuple[int, ...] | No
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, sampling.outer_sample),
         (WrappersMP.PREPARE_SAMPLING, sampling.prepare),
-        (WrappersMP.CALC_COND_BATCH, sampling.step),
+        (WrappersMP.PREDICT_NOISE, sampling.step),
+        (WrappersMP.CALC_COND_BATCH, calc_conds_separately),
         (WrappersMP.DIFFUSION_MODEL, sampling.forward),
     ):
         patched.remove_wrappers_with_key(kind, _KEY)
@@ -153,8 +155,7 @@ class _BudgetedSampling:
     """The wrappers of one MODEL and the state that they share."""
 
     def __init__(self, budget: int, expected: tuple[int, ...] | None) -> None:
-        self._budget, self._expected = budget, expected
-        self._clock = StepClock()
+        self._budget, self._expected, self._clock = budget, expected, StepClock()
         self._step_key: Hashable = None
         self._mask_entries: dict[str, object] = {}
         """What the sampler adds to each conditioning."""
@@ -179,6 +180,7 @@ class _BudgetedSampling:
         self._frames = noise.shape[2]
         self._frames_at_a_time = frames_at_a_time(args[2] if len(args) > 2 else kwargs.get("sampler"))
         self._mask_entries = {} if mask is None else {"denoise_mask": mask}
+        self._clock = StepClock()  # A sampling that was interrupted left its steps in the one before.
         try:
             with ExitStack() as self._until_end:
                 out: Tensor = executor(*args, **kwargs)
@@ -189,10 +191,11 @@ class _BudgetedSampling:
             logger.warning("Wan Low VRAM: %s", _NOT_A_NUMBER)
         return out
 
-    def step(self, *args: Any, **kwargs: Any) -> list[Tensor]:  # noqa: ANN401
-        """Wrap ComfyUI's `calc_cond_batch`; see `calc_conds_separately`."""
+    def step(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
+        """Wrap ComfyUI's `CFGGuider.predict_noise`."""
         self._clock.step()
-        return calc_conds_separately(*args, **kwargs)
+        out: Tensor = executor(*args, **kwargs)
+        return out
 
     def prepare(
         self,

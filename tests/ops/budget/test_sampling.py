@@ -6,6 +6,7 @@ import logging
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -202,6 +203,28 @@ def test_a_step_is_timed_once_it_was_sampled(model):
     sample(with_budget(model, AMPLE))
     assert measured_step(key).startswith("; a step took ")
     assert measured_step(step_key(model, (1, 16, 9, 32, 32), None)) == ""
+
+
+def test_a_step_is_timed_without_what_was_interrupted(model, monkeypatch):
+    """Another node may evaluate the model again in each step, as skip layer guidance does."""
+
+    def evaluate_again(args):
+        comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], args["input"], args["sigma"], args["model_options"]
+        )
+        return args["denoised"]
+
+    def interrupt(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr("wanquant.ops.budget.step_time.time.perf_counter", iter([0, 100, 102]).__next__)
+    limited = with_budget(model, AMPLE)
+    limited.set_model_sampler_post_cfg_function(interrupt)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(limited)
+    limited.model_options["sampler_post_cfg_function"] = [evaluate_again]
+    sample(limited)
+    assert measured_step(step_key(model, SHAPE, None)) == "; a step took 2 s here"
 
 
 def test_says_that_another_latent_came_before(model, caplog):
