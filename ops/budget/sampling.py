@@ -43,7 +43,7 @@ from .. import host
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
 from ..loading.prefetch import prefetch_blocks
 from ..packed.precision import precision_of
-from .automatic import automatic_budget
+from .automatic import AUTOMATIC, automatic_budget
 from .causal import frames_at_a_time, is_causal
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
@@ -225,7 +225,7 @@ class _BudgetedSampling:
                 job.latent,
             )
         budget = self._budget or automatic_budget(model.load_device)
-        self._chosen = choose_plan(self._simulator_of(model), job, budget)
+        self._chosen = choose_plan(self._simulator_of(model), job, budget, is_all=self._budget == AUTOMATIC)
         self._step_key = step_key(model, job.latent, self._chosen.plan)
         precision = precision_of(model.model.model_config.custom_operations)
         line = "Wan Low VRAM: %s in %.2f GiB: predicted peak %s; precision %s"
