@@ -132,7 +132,7 @@ class _ObjectOutline(NamedTuple):
     """The outline of a dict, or of an object by its attributes."""
 
     make: type
-    items: tuple[tuple[str, Hashable], ...]
+    items: tuple[tuple[Hashable, Hashable], ...]
 
 
 def _outline(value: Any) -> Hashable:  # noqa: ANN401
@@ -147,7 +147,7 @@ def _outline(value: Any) -> Hashable:  # noqa: ANN401
     return value if isinstance(value, _PLAIN) else None
 
 
-def _item_outlines(items: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
+def _item_outlines(items: dict[Any, Any]) -> tuple[tuple[Hashable, Hashable], ...]:
     return tuple((name, outline) for name, value in items.items() if (outline := _outline(value)) is not None)
 
 
@@ -157,7 +157,8 @@ def _stand_in(outline: Hashable, device: torch.device) -> Any:  # noqa: ANN401
             return torch.empty(outline.shape, dtype=outline.dtype, device=META)
         return torch.zeros((), dtype=outline.dtype, device=device).expand(outline.shape)
     if isinstance(outline, _ObjectOutline):
-        return outline.make(**{name: _stand_in(value, device) for name, value in outline.items})
+        items: dict[Any, Any] = {name: _stand_in(value, device) for name, value in outline.items}
+        return items if outline.make is dict else outline.make(**items)
     if isinstance(outline, tuple):
         return [_stand_in(item, device) for item in outline]
     return outline
