@@ -85,7 +85,7 @@ class WanQuantLowVRAM(io.ComfyNode):
         if latent is None:
             job, budgeted = expected_job(model, width, height, frames), with_budget(model, budget)
         else:
-            job = job_of_latent(model, latent["samples"])
+            job = job_of_latent(model, latent)
             budgeted = with_budget(model, budget, job.latent)
         now = budget or automatic_budget(model.load_device)
         try:

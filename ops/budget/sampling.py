@@ -21,7 +21,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from typing import Any
 
 import comfy.ldm.wan.model as wan
 import comfy.model_management
+import comfy.sample
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
@@ -125,17 +126,20 @@ def expected_job(model: ModelPatcher, width: int, height: int, frames: int) -> S
     return _from_image(model, video)
 
 
-def job_of_latent(model: ModelPatcher, samples: Tensor) -> SamplingJob:
+def job_of_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> SamplingJob:
     """Return the job of one latent, from an image as for `expected_job`.
 
     Args:
-        samples: of any dtype, (batch, channels, frames, height, width).
+        latent: ComfyUI's dict. Its samples are of any dtype, (batch, channels, frames, height, width), or what samplers
+            make that of: a picture, and an empty latent of any model.
 
     Raises:
         QuantError: the latent is not one of a video for this model.
     """
+    ratios = (latent.get(f"downscale_ratio_{name}") for name in ("spacial", "temporal"))
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
     channels = model.model.latent_format.latent_channels
-    if samples.ndim != 5 or samples.shape[1] != channels:
+    if samples.ndim != 5 or samples.shape[1] != channels or 0 in samples.shape:
         raise QuantError(
             f"latent of shape {tuple(samples.shape)}: expected (batch, {channels}, frames, height, width) for this Wan"
             " model; connect the latent that its sampler gets, or none"

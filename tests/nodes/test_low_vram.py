@@ -50,7 +50,12 @@ def test_a_latent_replaces_the_typed_size(model):
     *typed, _ = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
     *linked, _ = WanQuantLowVRAM.execute(model, 3.5, 832, 480, 81, latent).args
     assert typed[1:] == linked[1:]
-    for wrong in (torch.zeros(1, 48, 2, 32, 32), torch.zeros(1, 16, 32, 32)):
+    # A picture, and what samplers make of an empty latent for another model.
+    *picture, _ = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 1).args
+    empty = {"samples": torch.zeros(1, 4, 16, 16), "downscale_ratio_spacial": 16}
+    for other in ({"samples": torch.ones(1, 16, 32, 32)}, empty):
+        assert WanQuantLowVRAM.execute(model, 3.5, 832, 480, 81, other).args[1:3] == tuple(picture[1:])
+    for wrong in (torch.ones(1, 48, 2, 32, 32), torch.zeros(1, 16, 0, 32, 32)):
         with pytest.raises(QuantError, match=r"expected \(batch, 16, frames, height, width\)"):
             WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5, {"samples": wrong})
 

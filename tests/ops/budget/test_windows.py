@@ -59,7 +59,7 @@ def test_a_window_is_planned_for(model, caplog):
     limited.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", note)
     expected = sample(model)
     assert (sample(limited) - expected).norm() <= 1e-5 * expected.norm()
-    job = job_of_latent(model, torch.zeros(SHAPE))
+    job = job_of_latent(model, {"samples": torch.zeros(SHAPE)})
     assert max(frames) == job.frames_at_a_time == LENGTH + 1, "ComfyUI adds a frame from before the window"
     assert "128x128, 21 frames, 13 at a time in " in caplog.text
     assert "decoded" in WanQuantLowVRAM.execute(model, 3.5, 128, 128, 21).args[1]
@@ -67,7 +67,7 @@ def test_a_window_is_planned_for(model, caplog):
 
 def test_the_peak_is_that_of_a_window(model):
     simulator, batch = Simulator.from_patcher(model), SHAPE[:2]
-    job = job_of_latent(model, torch.zeros(SHAPE)).with_entries(**PICTURE)
+    job = job_of_latent(model, {"samples": torch.zeros(SHAPE)}).with_entries(**PICTURE)
     window, whole = simulator.peak(job, None), simulator.peak(SamplingJob(SHAPE).with_entries(**PICTURE), None)
     short = simulator.peak(SamplingJob((*batch, LENGTH + 1, *SHAPE[3:])), None)
     assert short.flops == window.flops < whole.flops
