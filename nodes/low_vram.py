@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ops.budget.automatic import AUTOMATIC, automatic_budget
+from ..ops.budget.automatic import AUTOMATIC, automatic_budget, beyond_device
 from ..ops.budget.choose_plan import budget_bytes, choose_plan
 from ..ops.budget.experts import simulator_for
 from ..ops.budget.memory_notes import stock_notes
@@ -99,6 +99,6 @@ class WanQuantLowVRAM(io.ComfyNode):
             text = str(refusal)
             logger.warning("Wan Low VRAM: %s", text)
         tiles = tiles_within(job, now)
-        text = "; ".join([text, str(tiles), *stock_notes(model)])
+        text = "; ".join([text, str(tiles), *stock_notes(model), *beyond_device(budget, model.load_device)])
         show_on_node(text)
         return io.NodeOutput(budgeted, text, tiles.size, tiles.overlap, ui={"text": (text,)})

@@ -70,6 +70,13 @@ def test_a_budget_of_zero_takes_what_is_there_and_is_never_cached(model, monkeyp
         assert len(found) == keys, "as the host's cache compares them"
 
 
+def test_says_that_a_budget_is_more_than_there_is(model, monkeypatch):
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: 8 * GIB)
+    for budget, sentences in ((1024, 1), (8, 0), (0, 0)):
+        text = WanQuantLowVRAM.execute(model, budget, 256, 256, 5).args[1]
+        assert text.count("more than the 8.00 GiB of this device") == sentences
+
+
 def test_says_how_many_int8_rows_are_kept(model, t2v):
     pytest.importorskip("comfy_kitchen.tensor.int8", reason="this ComfyUI has no INT8 arithmetic")
     int8 = load_diffusion_model(t2v[1], dtype=torch.float32, precision="int8")
