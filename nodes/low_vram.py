@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..ops.budget.automatic import automatic_budget
+from ..ops.budget.automatic import AUTOMATIC, automatic_budget, beyond_device
 from ..ops.budget.choose_plan import budget_bytes, choose_plan
 from ..ops.budget.experts import simulator_for
 from ..ops.budget.memory_notes import stock_notes
@@ -85,12 +85,13 @@ class WanQuantLowVRAM(io.ComfyNode):
         if latent is None:
             job, budgeted = expected_job(model, width, height, frames), with_budget(model, budget)
         else:
-            job = job_of_latent(model, latent["samples"])
+            job = job_of_latent(model, latent)
             budgeted = with_budget(model, budget, job.latent)
         now = budget or automatic_budget(model.load_device)
         try:
-            choice = choose_plan(simulator_for(model), job, now)
-            text = str(choice) + measured_step(step_key(model, job.latent, choice.plan))
+            choice = choose_plan(simulator_for(model), job, now, is_all=budget == AUTOMATIC)
+            automatic = "" if budget else f"budget {now / GIB:.2f} GiB: "
+            text = automatic + str(choice) + measured_step(step_key(model, job.latent, choice.plan))
             if room := row_room(model, job, choice.peak, spendable(model, now)):
                 text += f"; {room}"
         except QuantError as refusal:
@@ -98,7 +99,6 @@ class WanQuantLowVRAM(io.ComfyNode):
             text = str(refusal)
             logger.warning("Wan Low VRAM: %s", text)
         tiles = tiles_within(job, now)
-        automatic = "" if budget else f"budget {now / GIB:.2f} GiB: "
-        text = "; ".join([f"{automatic}{text}", str(tiles), *stock_notes(model)])
+        text = "; ".join([text, str(tiles), *stock_notes(model), *beyond_device(budget, model.load_device)])
         show_on_node(text)
         return io.NodeOutput(budgeted, text, tiles.size, tiles.overlap, ui={"text": (text,)})

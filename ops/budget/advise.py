@@ -88,7 +88,7 @@ def _of_model(model: PublishedModel, vram_gib: float, ram_gib: float) -> Iterato
             files=model.files,
             recipe=recipe.name,
             file_gib=round(file / GIB, 2),
-            ram_gib=round(ram, 1),
+            ram_gib=_rounded_up(ram),
             vram_gib=round(peak / GIB, 2),
             budget_gib=round(budget / GIB, 2) if choice.plan else 0,
             arithmetic=round(choice.slowdown, 3),
@@ -111,7 +111,13 @@ def largest_recipe(size: WanSize, ram_gib: float) -> Recipe:
 
 
 def _reason(choice: ChosenPlan, budget: int, ram: float, ram_gib: float) -> str:
-    peak = choice.peak.total_bytes
+    peak, missing = choice.peak.total_bytes, []
+    if ram > ram_gib:
+        missing.append(f"{_rounded_up(ram):g} GiB of main memory")
     if peak > budget:
-        return f"needs a GPU of {math.ceil(10 * (peak / GIB + OTHERS_GIB)) / 10:g} GiB, or a smaller video"
-    return f"needs {ram:.1f} GiB of main memory" if ram > ram_gib else ""
+        missing.append(f"a GPU of {_rounded_up(peak / GIB + OTHERS_GIB):g} GiB, or a smaller video")
+    return f"needs {' and '.join(missing)}" if missing else ""
+
+
+def _rounded_up(gib: float) -> float:
+    return math.ceil(10 * gib) / 10

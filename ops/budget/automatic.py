@@ -5,6 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 import torch
 
+from ...quant.units import GIB
 from .context import context_bytes
 
 AUTOMATIC = 0
@@ -35,4 +36,16 @@ def automatic_budget(device: torch.device) -> int:
     free: int = comfy.model_management.get_free_memory(device)
     loaded = (entry for entry in comfy.model_management.current_loaded_models if entry.model is not None)
     evictable = sum(entry.model_loaded_memory() for entry in loaded if entry.device == device)
+    if device.type == "cpu":  # What is evicted stays in main memory.
+        evictable = 0
     return max(1, int(free + evictable + context_bytes(device) - margin_bytes()))
+
+
+def beyond_device(budget: int, device: torch.device) -> list[str]:
+    """Return a sentence if a budget, in bytes, is more than the memory of `device`, so that it cannot hold there."""
+    total: int = comfy.model_management.get_total_memory(device)
+    if budget <= total:
+        return []
+    return [
+        f"the budget is more than the {total / GIB:.2f} GiB of this device, so memory may run out; set budget_gib to 0"
+    ]

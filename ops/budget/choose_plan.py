@@ -82,8 +82,11 @@ def memory_plans(heads: int) -> list[MemoryPlan]:
     return [*plans, *(replace(finest, recomputed_groups=count) for count in recomputed)]
 
 
-def choose_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenPlan:
+def choose_plan(simulator: Simulator, job: SamplingJob, budget: int, *, is_all: bool = False) -> ChosenPlan:
     """Return the fastest memory plan whose predicted peak is at most `budget` bytes.
+
+    Args:
+        is_all: the budget is all that can be had, so a refusal must not ask for a larger one.
 
     Raises:
         QuantError: every plan exceeds the budget. The message names the smallest possible budget and a number of frames
@@ -91,7 +94,7 @@ def choose_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenPl
     """
     chosen = closest_plan(simulator, job, budget)
     if chosen.peak.total_bytes > budget:
-        raise QuantError(_refusal(simulator, job, budget, chosen))
+        raise QuantError(_refusal(simulator, job, budget, chosen, is_all))
     return chosen
 
 
@@ -137,18 +140,21 @@ def _first_index(choices: Sequence[_Choice], is_enough: Callable[[_Choice], bool
     return low
 
 
-def _refusal(simulator: Simulator, job: SamplingJob, budget: int, smallest: ChosenPlan) -> str:
+def _refusal(simulator: Simulator, job: SamplingJob, budget: int, smallest: ChosenPlan, is_all: bool) -> str:
     frames = _most_frames(simulator, job, budget, smallest.plan)
     most = counted(frames, "frame of this size keeps", "frames of this size keep")
-    shorter = f"at most {most}" if frames else "not even one frame of this size keeps"
-    choices = [f"set budget_gib to {_rounded_up_gib(smallest.peak.total_bytes)}"]
+    shorter, fewer = (
+        (f"at most {most}", " or fewer frames") if frames else ("not even one frame of this size keeps", "")
+    )
+    missing = f"free another {_rounded_up_gib(smallest.peak.total_bytes - budget)} GiB of video memory"
+    choices = [missing if is_all else f"set budget_gib to {_rounded_up_gib(smallest.peak.total_bytes)}"]
     if smaller := _largest_size(simulator, job, budget, smallest.plan):
         choices.append(f"choose {smaller}")
     if recipe := _largest_recipe(simulator, smallest.peak.total_bytes - budget, smallest.peak.weight_bytes):
         choices.append(f"load a file in {recipe} or smaller")
     return (
         f"budget of {budget / GIB:.2f} GiB: {job} needs at least {smallest.peak};"
-        f" {shorter} within the budget; {', '.join(choices)}, or choose a smaller size or fewer frames"
+        f" {shorter} within the budget; {', '.join(choices)}, or choose a smaller size{fewer}"
     )
 
 

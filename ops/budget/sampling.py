@@ -12,7 +12,8 @@
       Legacy memory mode: `partially_load` then moves weights to the accelerator until the room is used.
       Dynamic VRAM: LoRA factors take their share of the room first. The rest is the limit up to which streamed weights
       stay on the accelerator. ComfyUI removes the limit as the sampler node returns (execution.py, 0.30.0).
-4. Each step: CALC_COND_BATCH, `calc_conds_separately`, runs one forward per conditioning.
+4. Each step: PREDICT_NOISE, `_BudgetedSampling.step`, notes the time. CALC_COND_BATCH, `calc_conds_separately`, which
+   some nodes call more than once, runs one forward per conditioning.
 5. Each forward: DIFFUSION_MODEL. `apply_lean` replaces the blocks as the plan says, or leaves ComfyUI's own, and
    `_BudgetedSampling.forward` runs the time projection in main memory in case b).
 6. The sampling ends: the 8-bit rows are freed. The weights stay where they are until ComfyUI needs the memory.
@@ -20,7 +21,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,7 @@ from typing import Any
 
 import comfy.ldm.wan.model as wan
 import comfy.model_management
+import comfy.sample
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
@@ -42,7 +44,7 @@ from .. import host
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
 from ..loading.prefetch import prefetch_blocks
 from ..packed.precision import precision_of
-from .automatic import automatic_budget
+from .automatic import AUTOMATIC, automatic_budget
 from .causal import frames_at_a_time, is_causal
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
@@ -52,6 +54,7 @@ from .row_room import keep_rows, row_room, spendable
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
 from .simulator import Simulator, check_predictable
 from .step_time import StepClock, step_key
+from .windows import frames_in_a_window
 
 logger = PrintableLog(__name__)
 
@@ -91,7 +94,8 @@ def with_budget(model: ModelPatcher, budget: int, expected: tuple[int, ...] | No
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, sampling.outer_sample),
         (WrappersMP.PREPARE_SAMPLING, sampling.prepare),
-        (WrappersMP.CALC_COND_BATCH, sampling.step),
+        (WrappersMP.PREDICT_NOISE, sampling.step),
+        (WrappersMP.CALC_COND_BATCH, calc_conds_separately),
         (WrappersMP.DIFFUSION_MODEL, sampling.forward),
     ):
         patched.remove_wrappers_with_key(kind, _KEY)
@@ -122,17 +126,20 @@ def expected_job(model: ModelPatcher, width: int, height: int, frames: int) -> S
     return _from_image(model, video)
 
 
-def job_of_latent(model: ModelPatcher, samples: Tensor) -> SamplingJob:
+def job_of_latent(model: ModelPatcher, latent: Mapping[str, Any]) -> SamplingJob:
     """Return the job of one latent, from an image as for `expected_job`.
 
     Args:
-        samples: of any dtype, (batch, channels, frames, height, width).
+        latent: ComfyUI's dict. Its samples are of any dtype, (batch, channels, frames, height, width), or what samplers
+            make that of: a picture, and an empty latent of any model.
 
     Raises:
         QuantError: the latent is not one of a video for this model.
     """
+    ratios = (latent.get(f"downscale_ratio_{name}") for name in ("spacial", "temporal"))
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios)
     channels = model.model.latent_format.latent_channels
-    if samples.ndim != 5 or samples.shape[1] != channels:
+    if samples.ndim != 5 or samples.shape[1] != channels or 0 in samples.shape:
         raise QuantError(
             f"latent of shape {tuple(samples.shape)}: expected (batch, {channels}, frames, height, width) for this Wan"
             " model; connect the latent that its sampler gets, or none"
@@ -143,6 +150,7 @@ def job_of_latent(model: ModelPatcher, samples: Tensor) -> SamplingJob:
 def _from_image(model: ModelPatcher, job: SamplingJob) -> SamplingJob:
     if is_causal(model.model.diffusion_model):
         return replace(job, frames_at_a_time=1)
+    job = replace(job, frames_at_a_time=frames_in_a_window(model.model_options, job.latent[2]))
     from_image = model.model.diffusion_model.img_emb is not None
     return job.with_entries(**clip_vision_entries(257)) if from_image else job
 
@@ -151,12 +159,13 @@ class _BudgetedSampling:
     """The wrappers of one MODEL and the state that they share."""
 
     def __init__(self, budget: int, expected: tuple[int, ...] | None) -> None:
-        self._budget, self._expected = budget, expected
-        self._clock = StepClock()
+        self._budget, self._expected, self._clock = budget, expected, StepClock()
         self._step_key: Hashable = None
         self._mask_entries: dict[str, object] = {}
         """What the sampler adds to each conditioning."""
         self._frames_at_a_time: int | None = None
+        self._frames = 0
+        """Of the latent that is sampled."""
         self._weights_have_room = False
         """The budget includes all weights, so that none are streamed."""
         self._chosen: ChosenPlan | None = None
@@ -169,10 +178,13 @@ class _BudgetedSampling:
         return self._chosen.plan if self._chosen else None
 
     def outer_sample(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
-        """Wrap ComfyUI's `CFGGuider.outer_sample`, whose third argument is the sampler, and the fifth the mask."""
+        """Wrap ComfyUI's `CFGGuider.outer_sample`, whose arguments are noise, latent, sampler, sigmas and mask."""
         mask = args[4] if len(args) > 4 else kwargs.get("denoise_mask")
+        noise: Any = args[0] if args else kwargs["noise"]
+        self._frames = noise.shape[2]
         self._frames_at_a_time = frames_at_a_time(args[2] if len(args) > 2 else kwargs.get("sampler"))
         self._mask_entries = {} if mask is None else {"denoise_mask": mask}
+        self._clock = StepClock()  # A sampling that was interrupted left its steps in the one before.
         try:
             with ExitStack() as self._until_end:
                 out: Tensor = executor(*args, **kwargs)
@@ -183,10 +195,11 @@ class _BudgetedSampling:
             logger.warning("Wan Low VRAM: %s", _NOT_A_NUMBER)
         return out
 
-    def step(self, *args: Any, **kwargs: Any) -> list[Tensor]:  # noqa: ANN401
-        """Wrap ComfyUI's `calc_cond_batch`; see `calc_conds_separately`."""
+    def step(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
+        """Wrap ComfyUI's `CFGGuider.predict_noise`."""
         self._clock.step()
-        return calc_conds_separately(*args, **kwargs)
+        out: Tensor = executor(*args, **kwargs)
+        return out
 
     def prepare(
         self,
@@ -204,7 +217,10 @@ class _BudgetedSampling:
         outlines = (
             ConditioningOutline.from_entries(self._mask_entries | cond) for each in conds.values() for cond in each
         )
-        job = SamplingJob(tuple(noise_shape), tuple(outlines), self._frames_at_a_time)
+        window = frames_in_a_window(model.model_options, self._frames)
+        # ComfyUI's own wrapper may have replaced the frames by those of a window.
+        latent = (*noise_shape[:2], self._frames, *noise_shape[3:]) if window else tuple(noise_shape)
+        job = SamplingJob(latent, tuple(outlines), self._frames_at_a_time or window)
         if self._expected not in (None, job.latent):
             logger.warning(
                 "Wan Low VRAM: the latent at its input has the shape %s, but %s is sampled; the memory plan is for the"
@@ -213,7 +229,7 @@ class _BudgetedSampling:
                 job.latent,
             )
         budget = self._budget or automatic_budget(model.load_device)
-        self._chosen = choose_plan(self._simulator_of(model), job, budget)
+        self._chosen = choose_plan(self._simulator_of(model), job, budget, is_all=self._budget == AUTOMATIC)
         self._step_key = step_key(model, job.latent, self._chosen.plan)
         precision = precision_of(model.model.model_config.custom_operations)
         line = "Wan Low VRAM: %s in %.2f GiB: predicted peak %s; precision %s"

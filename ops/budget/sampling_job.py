@@ -66,7 +66,7 @@ class SamplingJob:
     """(batch, channels, frames, height, width)."""
     conditionings: tuple[ConditioningOutline, ...] = TEXT_ONLY
     frames_at_a_time: int | None = None
-    """Latent frames that the sampler makes one after the other, for a causal model; None if it makes all at once."""
+    """Latent frames in a forward, if a causal model's sampler or context windows cut the video; None for all."""
 
     @classmethod
     def for_video(cls, width: int, height: int, frames: int, *, channels: int = 16) -> SamplingJob:
@@ -112,7 +112,9 @@ class SamplingJob:
         batch, channels, frames, height, width = self.latent
         side = pixels_per_cell(channels)
         videos = f"{batch} videos of " if batch > 1 else ""
-        return f"{videos}{side * width}x{side * height}, {counted(video_frames(frames), 'frame')}"
+        size = f"{videos}{side * width}x{side * height}, {counted(video_frames(frames), 'frame')}"
+        at_once = min(frames, self.frames_at_a_time or frames)
+        return size if at_once == frames else f"{size}, {video_frames(at_once)} at a time"
 
 
 def video_frames(latent_frames: int) -> int:
@@ -130,7 +132,7 @@ class _ObjectOutline(NamedTuple):
     """The outline of a dict, or of an object by its attributes."""
 
     make: type
-    items: tuple[tuple[str, Hashable], ...]
+    items: tuple[tuple[Hashable, Hashable], ...]
 
 
 def _outline(value: Any) -> Hashable:  # noqa: ANN401
@@ -145,7 +147,7 @@ def _outline(value: Any) -> Hashable:  # noqa: ANN401
     return value if isinstance(value, _PLAIN) else None
 
 
-def _item_outlines(items: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
+def _item_outlines(items: dict[Any, Any]) -> tuple[tuple[Hashable, Hashable], ...]:
     return tuple((name, outline) for name, value in items.items() if (outline := _outline(value)) is not None)
 
 
@@ -155,7 +157,8 @@ def _stand_in(outline: Hashable, device: torch.device) -> Any:  # noqa: ANN401
             return torch.empty(outline.shape, dtype=outline.dtype, device=META)
         return torch.zeros((), dtype=outline.dtype, device=device).expand(outline.shape)
     if isinstance(outline, _ObjectOutline):
-        return outline.make(**{name: _stand_in(value, device) for name, value in outline.items})
+        items: dict[Any, Any] = {name: _stand_in(value, device) for name, value in outline.items}
+        return items if outline.make is dict else outline.make(**items)
     if isinstance(outline, tuple):
         return [_stand_in(item, device) for item in outline]
     return outline

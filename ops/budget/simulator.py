@@ -21,13 +21,14 @@ from ..packed.foreign import foreign_class
 from ..packed.linear import packed_modules
 from ..packed.patch_rows import Patch
 from ..packed.patches import OnTheFly
-from .causal import last_block
+from .causal import is_causal, last_block
 from .context import context_bytes, unseen_bytes
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
 from .live_memory import LiveMemory, signature
 from .memory_notes import attention_of
 from .meta_wan import META, meta_twin
 from .sampling_job import SamplingJob
+from .windows import first_window
 
 # A sampler holds these float32 tensors of the latent's shape during a forward: its state, the noise, the latent image
 # and the previous prediction, and for each of two conditionings the sum of the outputs and the sum of their factors.
@@ -162,12 +163,11 @@ class Simulator:
             options = {"wrappers": patcher.wrappers, "optimized_attention_override": self._attention}
             state = torch.empty(_SAMPLER_LATENTS, *job.latent, device=META)
             conditionings = [self._prompt() | outline.entries() for outline in job.conditionings]
-            latent = state[0]
-            if job.frames_at_a_time:
-                frames = min(job.frames_at_a_time, job.latent[2])
-                latent, conditionings = latent[:, :, :frames], conditionings[:1]  # without guidance
+            frames = min(job.frames_at_a_time or job.latent[2], job.latent[2])
+            if job.frames_at_a_time and is_causal(self._model.diffusion_model):
+                conditionings = conditionings[:1]  # without guidance
                 options |= last_block(self._model, job, frames, META)
-            run_forwards(self._model, latent, conditionings, options)
+            run_forwards(self._model, state[0], conditionings, options, frames)
         return memory
 
     def _prompt(self) -> dict[str, Any]:
@@ -190,7 +190,11 @@ def check_predictable(patcher: ModelPatcher) -> None:
 
 
 def run_forwards(
-    model: BaseModel, latent: Tensor, conditionings: list[dict[str, Any]], options: dict[str, Any]
+    model: BaseModel,
+    latent: Tensor,
+    conditionings: list[dict[str, Any]],
+    options: dict[str, Any],
+    frames: int | None = None,
 ) -> None:
     """Run one forward per distinct shape of conditioning, while all of them are in memory, as a sampler does.
 
@@ -198,16 +202,18 @@ def run_forwards(
         latent: float32, (batch, channels, frames, height, width).
         conditionings: entries of each conditioning.
         options: transformer_options of ComfyUI.
+        frames: the number of latent frames in a forward; None for all.
 
     Source: comfy/samplers.py encode_model_conds, _calc_cond_batch, ComfyUI 0.30.0.
     """
-    time, done = torch.ones(len(latent), device=latent.device), set()
-    encoded = [model.extra_conds(noise=latent, device=latent.device, **entries) for entries in conditionings]
-    for conds in encoded:
+    time, done, x = torch.ones(len(latent), device=latent.device), set(), latent[:, :, :frames]
+    whole = [model.extra_conds(noise=latent, device=latent.device, **entries) for entries in conditionings]
+    cut = x.shape != latent.shape
+    for conds in [first_window(model, conds, latent, x.shape[2]) for conds in whole] if cut else whole:
         inputs = {name: cond.process_cond(batch_size=len(latent), area=None) for name, cond in conds.items()}
         shapes = signature({name: cond.cond for name, cond in inputs.items()})
         if shapes not in done:
-            model.apply_model(latent, time, transformer_options=options, **cond_cat([inputs]))
+            model.apply_model(x, time, transformer_options=options, **cond_cat([inputs]))
         done.add(shapes)
 
 

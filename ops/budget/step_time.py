@@ -26,7 +26,6 @@ class StepClock:
         """Remember the mean seconds of a step for `key`, if there were two or more."""
         if len(self._starts) > 1:
             _seconds[key] = (self._starts[-1] - self._starts[0]) / (len(self._starts) - 1)
-        self._starts.clear()
 
 
 def step_key(model: ModelPatcher, latent: tuple[int, ...], plan: MemoryPlan | None) -> Hashable:

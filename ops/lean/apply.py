@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +62,10 @@ def calc_conds_separately(
     timestep: Tensor,
     options: dict[str, Any],
 ) -> list[Tensor]:
-    """Run each conditioning in a forward of its own: a wrapper of ComfyUI's `calc_cond_batch`.
+    """Run each entry of the conditionings in a forward of its own: a wrapper of ComfyUI's `calc_cond_batch`.
 
-    ComfyUI batches conditionings if it estimates that memory suffices.
+    ComfyUI batches entries of equal shapes if it estimates that memory suffices: positive with negative, and prompts
+    that were combined.
 
     Args:
         conds: positive and negative conditioning, each a list of dicts or None.
@@ -74,12 +76,9 @@ def calc_conds_separately(
     Returns:
         One prediction per conditioning, each like `x`.
     """
-
-    def alone(index: int) -> list[Any]:
-        # Each conditioning keeps its index, which tells ComfyUI and other nodes positive from negative.
-        return [cond if i == index else None for i, cond in enumerate(conds)]
-
-    return [executor(model, alone(i), x, timestep, options)[i] for i in range(len(conds))]
+    with host.in_place({}, {model: {"memory_required": lambda *_, **__: math.inf}}):
+        predictions: list[Tensor] = executor(model, conds, x, timestep, options)
+    return predictions
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ class AdviceReport:
 
     def _machine(self) -> str:
         return (
-            f"For {self.vram_gib:.3g} GiB of video memory (other programs hold {self.others_gib:g}), and"
-            f" {self.ram_gib:.3g} of main memory. Sizes are in GiB, and predicted."
+            f"For {round(self.vram_gib, 1):g} GiB of video memory (other programs hold {self.others_gib:g}), and"
+            f" {round(self.ram_gib, 1):g} of main memory. Sizes are in GiB, and predicted."
         )
 
 

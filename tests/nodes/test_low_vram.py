@@ -50,7 +50,12 @@ def test_a_latent_replaces_the_typed_size(model):
     *typed, _ = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5).args
     *linked, _ = WanQuantLowVRAM.execute(model, 3.5, 832, 480, 81, latent).args
     assert typed[1:] == linked[1:]
-    for wrong in (torch.zeros(1, 48, 2, 32, 32), torch.zeros(1, 16, 32, 32)):
+    # A picture, and what samplers make of an empty latent for another model.
+    *picture, _ = WanQuantLowVRAM.execute(model, 3.5, 256, 256, 1).args
+    empty = {"samples": torch.zeros(1, 4, 16, 16), "downscale_ratio_spacial": 16}
+    for other in ({"samples": torch.ones(1, 16, 32, 32)}, empty):
+        assert WanQuantLowVRAM.execute(model, 3.5, 832, 480, 81, other).args[1:3] == tuple(picture[1:])
+    for wrong in (torch.ones(1, 48, 2, 32, 32), torch.zeros(1, 16, 0, 32, 32)):
         with pytest.raises(QuantError, match=r"expected \(batch, 16, frames, height, width\)"):
             WanQuantLowVRAM.execute(model, 3.5, 256, 256, 5, {"samples": wrong})
 
@@ -63,6 +68,13 @@ def test_a_budget_of_zero_takes_what_is_there_and_is_never_cached(model, monkeyp
     for budget, keys in ((0, 2), (None, 2), (3.5, 1)):  # a linked budget is None
         found = {to_hashable([WanQuantLowVRAM.fingerprint_inputs(budget_gib=budget, width=1)]) for _ in range(2)}
         assert len(found) == keys, "as the host's cache compares them"
+
+
+def test_says_that_a_budget_is_more_than_there_is(model, monkeypatch):
+    monkeypatch.setattr("comfy.model_management.get_total_memory", lambda device: 8 * GIB)
+    for budget, sentences in ((1024, 1), (8, 0), (0, 0)):
+        text = WanQuantLowVRAM.execute(model, budget, 256, 256, 5).args[1]
+        assert text.count("more than the 8.00 GiB of this device") == sentences
 
 
 def test_says_how_many_int8_rows_are_kept(model, t2v):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
@@ -66,7 +67,14 @@ def test_experts_need_the_main_memory_of_one():
 def test_what_does_not_fit_says_what_would():
     assert "needs a GPU of" in one(1, 32).reason
     advice = one(8, 6.01)
-    assert advice.reason == f"needs {advice.ram_gib} GiB of main memory"
+    assert advice.reason == f"needs {advice.ram_gib:g} GiB of main memory"
+    both = one(1, 6.01).reason
+    ram, vram = map(float, re.fullmatch(r"needs (\S+) GiB of main memory and a GPU of (\S+) GiB, or .*", both).groups())
+    assert not one(vram, ram).reason, "the advice can be followed"
+
+
+def test_large_machines_are_named_in_plain_numbers():
+    assert "For 7.6 GiB of video memory (other programs hold 0.5), and 65536 of main" in advise(7.62, 65536, []).text()
 
 
 @pytest.mark.parametrize(("vram", "ram"), [(-1, 8), (8, -1), (float("nan"), 8), (8, float("inf"))])

@@ -11,7 +11,7 @@ from wanquant.ops.budget.automatic import automatic_budget, margin_bytes
 from wanquant.ops.budget.context import context_bytes
 from wanquant.quant.units import GIB
 
-GPU, OTHER = torch.device("cuda", 0), torch.device("cuda", 1)
+GPU, OTHER, CPU = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
 
 
 def entry(device, nbytes, model=True):
@@ -20,9 +20,10 @@ def entry(device, nbytes, model=True):
 
 def test_counts_what_can_be_evicted_from_this_device(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 3 * GIB)
-    loaded = [entry(GPU, 2 * GIB), entry(OTHER, GIB), entry(GPU, GIB, model=False)]
+    loaded = [entry(GPU, 2 * GIB), entry(OTHER, GIB), entry(GPU, GIB, model=False), entry(CPU, GIB)]
     monkeypatch.setattr(comfy.model_management, "current_loaded_models", loaded)
     assert automatic_budget(GPU) == 5 * GIB + context_bytes(GPU) - margin_bytes()
+    assert automatic_budget(CPU) == 3 * GIB + context_bytes(CPU) - margin_bytes(), "evicted weights stay there"
 
 
 def test_workspaces_of_an_earlier_sampling_do_not_count_twice(monkeypatch):

@@ -106,8 +106,13 @@ def test_a_refusal_names_a_budget_and_a_number_of_frames(small):
     width, height = map(int, re.search(r"choose (\d+)x(\d+)", str(refusal.value)).groups())
     assert 400 < width < 832 and abs(width / height - 832 / 480) < 0.2
     choose_plan(small, SamplingJob.for_video(width, height, 17), least - (8 << 20))
-    with pytest.raises(QuantError, match="not even one frame"):
-        choose_plan(small, LATENT, GIB // 4)
+    assert str(refusal.value).endswith("or choose a smaller size or fewer frames")
+
+
+def test_a_refusal_advises_nothing_that_cannot_be_done(small):
+    advice = r"not even one frame .*; free another 0\.\d+ GiB of video memory, .*or choose a smaller size$"
+    with pytest.raises(QuantError, match=advice):
+        choose_plan(small, LATENT, GIB // 4, is_all=True)
 
 
 def test_a_refusal_names_a_recipe_that_would_fit():

@@ -106,7 +106,7 @@ PLANS = [None, MemoryPlan(2, 320), MemoryPlan(2, 320, 1)]
 def test_same_bits_with_each_row_made_once(plan, strength, model, made, kept, monkeypatch):
     patched = model if strength is None else with_lora(model, strength)
     chosen = ChosenPlan(plan, Simulator.from_patcher(patched).peak(JOB, plan), 1.0)
-    monkeypatch.setattr(sampling, "choose_plan", lambda *_: chosen)
+    monkeypatch.setattr(sampling, "choose_plan", lambda *_, **__: chosen)
     expected = without_keeping(patched)
     each_time = Counter(made)
     made.clear()

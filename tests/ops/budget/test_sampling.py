@@ -6,6 +6,7 @@ import logging
 
 import comfy.model_management
 import comfy.sample
+import comfy.samplers
 import pytest
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -43,11 +44,11 @@ def smallest_budget(model):
     return simulator.peak(JOB, memory_plans(simulator.heads)[-1]).total_bytes
 
 
-def sample(model, mode=torch.inference_mode):
-    """Sample two steps with a positive and a negative prompt."""
+def sample(model, mode=torch.inference_mode, positives=1):
+    """Sample two steps with some combined positive prompts and a negative one."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SHAPE, generator=generator)
-    prompts = [[[torch.randn(PROMPT, generator=generator), {}]] for _ in range(2)]
+    prompts = [[[torch.randn(PROMPT, generator=generator), {}] for _ in range(count)] for count in (positives, 1)]
     with mode():
         return comfy.sample.sample(
             model, noise, 2, 4.0, "euler", "simple", *prompts, torch.zeros(SHAPE), disable_pbar=True, seed=0
@@ -66,19 +67,22 @@ def test_same_result_within_the_budget(model, caplog):
         assert how in message
 
 
-def test_conditionings_run_separately_with_their_own_index(model):
-    seen = []
+def test_prompts_run_separately_with_their_own_index(model):
+    """Combined prompts too, for which the prediction does not count a batch."""
+    expected, seen = sample(model, positives=2), []
 
     def note(executor, x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs):
-        seen.append((len(x), transformer_options["cond_or_uncond"]))
+        seen.append((len(x), *transformer_options["cond_or_uncond"]))
         return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options, **kwargs)
 
     for budget in (smallest_budget(model), AMPLE):
         limited = with_budget(model, budget)
         limited.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", note)
         seen.clear()
-        sample(limited)
-        assert sorted(seen) == [(1, [0]), (1, [0]), (1, [1]), (1, [1])]
+        got = sample(limited, positives=2)
+        assert sorted(seen) == [(1, 0)] * 4 + [(1, 1)] * 2
+        assert (got - expected).norm() <= 1e-5 * expected.norm()
+    assert "memory_required" not in vars(model.model)
 
 
 def test_refuses_at_sampling(model):
@@ -199,6 +203,28 @@ def test_a_step_is_timed_once_it_was_sampled(model):
     sample(with_budget(model, AMPLE))
     assert measured_step(key).startswith("; a step took ")
     assert measured_step(step_key(model, (1, 16, 9, 32, 32), None)) == ""
+
+
+def test_a_step_is_timed_without_what_was_interrupted(model, monkeypatch):
+    """Another node may evaluate the model again in each step, as skip layer guidance does."""
+
+    def evaluate_again(args):
+        comfy.samplers.calc_cond_batch(
+            args["model"], [args["cond"]], args["input"], args["sigma"], args["model_options"]
+        )
+        return args["denoised"]
+
+    def interrupt(*_):
+        raise comfy.model_management.InterruptProcessingException
+
+    monkeypatch.setattr("wanquant.ops.budget.step_time.time.perf_counter", iter([0, 100, 102]).__next__)
+    limited = with_budget(model, AMPLE)
+    limited.set_model_sampler_post_cfg_function(interrupt)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(limited)
+    limited.model_options["sampler_post_cfg_function"] = [evaluate_again]
+    sample(limited)
+    assert measured_step(step_key(model, SHAPE, None)) == "; a step took 2 s here"
 
 
 def test_says_that_another_latent_came_before(model, caplog):

@@ -125,3 +125,9 @@ def test_jobs_differ_only_by_shapes():
     assert (there.device.type, there.untyped_storage().nbytes()) == ("meta", 12)
     (entry,) = job(1.0).conditionings[0].entries()["a"]
     assert (entry.shape, entry.dtype, entry.untyped_storage().nbytes()) == ((4,), torch.float32, 4)
+
+
+def test_entries_of_other_nodes_may_have_any_keys():
+    entries = ConditioningOutline.from_entries({"regions": {0: 1.0, (1, 2): torch.ones(3)}}).entries()
+    assert entries["regions"][0] == 1.0
+    assert entries["regions"][1, 2].shape == (3,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 
 import comfy.ldm.wan.model as wan
@@ -232,17 +233,22 @@ def test_a_forward_put_back_counts_as_the_modules_own(model, monkeypatch, lean_b
 # Positive and negative conditioning.
 
 
-@pytest.mark.parametrize(("plan", "calls"), [(FINE, [["a", None], [None, "b"]]), (None, [["a", "b"]])])
-def test_conditionings_run_separately_when_lean(plan, calls, model):
-    seen = []
+class Base(torch.nn.Module):
+    def memory_required(self, shape):
+        return 1
 
-    def executor(model, conds, x, timestep, options):
-        seen.append(conds)
-        return [f"out {cond}" for cond in conds]
 
+@pytest.mark.parametrize(("plan", "needed"), [(FINE, math.inf), (None, 1)])
+def test_conditionings_run_separately_when_lean(plan, needed, model):
+    """ComfyUI batches conditionings that need less memory than there is."""
     (wrapper,) = apply_lean(model, lambda _: plan).get_all_wrappers(WrappersMP.CALC_COND_BATCH)
-    assert wrapper(executor, None, ["a", "b"], torch.zeros(1, 16, 1, 2, 2), None, {}) == ["out a", "out b"]
-    assert seen == calls
+    base, x, conds = Base(), torch.zeros(1, 16, 1, 2, 2), ["a", "b"]
+
+    def executor(base, conds, *_):
+        return [base.memory_required([2, *x.shape[1:]]), *conds]
+
+    assert wrapper(executor, base, conds, x, None, {}) == [needed, *conds]
+    assert base.memory_required(x.shape) == 1
 
 
 def test_a_compiled_forward_is_stock(model, lean_blocks, monkeypatch):
