@@ -52,7 +52,7 @@ from .memory_notes import memory_notes
 from .resident import keep_factors, keep_weights, unload_other_models
 from .row_room import keep_rows, row_room, spendable
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
-from .simulator import Simulator, check_predictable
+from .simulator import Simulator, check_predictable, check_prompts
 from .step_time import StepClock, step_key
 from .windows import frames_in_a_window
 
@@ -212,8 +212,9 @@ class _BudgetedSampling:
         """Wrap ComfyUI's `prepare_sampling`, which loads the model.
 
         Raises:
-            QuantError: the sampling exceeds the budget with every memory plan.
+            QuantError: the sampling exceeds the budget with every memory plan, or a prompt is for another model.
         """
+        check_prompts(model.model.diffusion_model, (cond for each in conds.values() for cond in each))
         outlines = (
             ConditioningOutline.from_entries(self._mask_entries | cond) for each in conds.values() for cond in each
         )

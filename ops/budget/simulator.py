@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from comfy.ldm.wan.model import WanModel
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 from comfy.samplers import cond_cat
@@ -187,6 +189,22 @@ def check_predictable(patcher: ModelPatcher) -> None:
             f"the weights of this MODEL are of another pack's class {found}, whose memory use cannot be predicted; load"
             " the file with Load Diffusion Model (Quantized) instead"
         )
+
+
+def check_prompts(model: WanModel, conds: Iterable[Mapping[str, Any]]) -> None:
+    """Check that the model can multiply the prompts of conditionings; otherwise torch names the shapes of matrices.
+
+    Raises:
+        QuantError: a prompt of another text encoder.
+    """
+    width = model.text_embedding[0].in_features
+    for cond in conds:
+        prompt = cond.get("cross_attn")
+        if prompt is not None and prompt.shape[-1] != width:
+            raise QuantError(
+                f"prompt of shape {tuple(prompt.shape)}: expected (batch, tokens, {width}) for this Wan model; use"
+                " umT5-XXL and the type wan in the loader of its text encoder"
+            )
 
 
 def run_forwards(

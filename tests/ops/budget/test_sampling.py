@@ -44,11 +44,11 @@ def smallest_budget(model):
     return simulator.peak(JOB, memory_plans(simulator.heads)[-1]).total_bytes
 
 
-def sample(model, mode=torch.inference_mode, positives=1):
+def sample(model, mode=torch.inference_mode, positives=1, prompt=PROMPT):
     """Sample two steps with some combined positive prompts and a negative one."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(SHAPE, generator=generator)
-    prompts = [[[torch.randn(PROMPT, generator=generator), {}] for _ in range(count)] for count in (positives, 1)]
+    prompts = [[[torch.randn(prompt, generator=generator), {}] for _ in range(count)] for count in (positives, 1)]
     with mode():
         return comfy.sample.sample(
             model, noise, 2, 4.0, "euler", "simple", *prompts, torch.zeros(SHAPE), disable_pbar=True, seed=0
@@ -88,6 +88,11 @@ def test_prompts_run_separately_with_their_own_index(model):
 def test_refuses_at_sampling(model):
     with pytest.raises(QuantError, match="256x256, 17 frames needs at least"):
         sample(with_budget(model, GIB // 8))
+
+
+def test_refuses_the_prompt_of_another_text_encoder(model):
+    with pytest.raises(QuantError, match=r"prompt of shape \(1, 77, 768\): expected \(batch, tokens, 4096\) for this"):
+        sample(with_budget(model, AMPLE), prompt=(1, 77, 768))
 
 
 def test_counts_the_conditionings(model):
