@@ -15,7 +15,7 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.tuning.capture import Capture
 from .. import host
-from ..observed import Evaluation, with_observer
+from ..observed import Evaluation, with_observer, without_compilation
 from ..packed.layout import dense
 
 _KEY = "wanquant.capture"
@@ -63,7 +63,8 @@ def signature(model: Any) -> Tensor:  # noqa: ANN401
 def _capturing(capture: Capture, evaluation: Evaluation) -> Iterator[None]:
     _refuse_patches(evaluation.options)
     model: Any = evaluation.model
-    hook = model.blocks[0].register_forward_pre_hook(partial(_add, capture, model), with_kwargs=True)
+    first = without_compilation(model.blocks[0])
+    hook = first.register_forward_pre_hook(partial(_add, capture, model), with_kwargs=True)
     try:
         yield
     finally:
