@@ -55,8 +55,8 @@ def signature(model: Any) -> Tensor:  # noqa: ANN401
 
     These are the modulations, which no conversion quantizes.
     """
-    modulations = (dense(block.modulation.detach(), torch.float32).flatten().cpu() for block in model.blocks)
-    return torch.stack(list(modulations))
+    modulations = (dense(block.modulation.detach(), torch.float32) for block in model.blocks)
+    return torch.stack([modulation.flatten().to("cpu", torch.float32) for modulation in modulations])
 
 
 @contextmanager

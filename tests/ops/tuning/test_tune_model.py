@@ -126,6 +126,15 @@ def test_interrupted_tuning_continues(tuned, dense, captured, tmp_path, stop_at)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
+def test_model_and_capture_in_bfloat16_and_float32_go_together(t2v, captured, tmp_path):
+    model = comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.bfloat16})
+    capture = Capture(tmp_path, 1 << 24)
+    sample(with_capture(model, capture))
+    for blocks in (captured, capture.write(tmp_path / "own.blocks.safetensors")):
+        report = tune_model(model, blocks, tmp_path / f"{blocks.stem}.gguf", "F16", SETTINGS)
+        assert max(tensor.relative_error for tensor in report.tensors if tensor.relative_error) < 1e-2
+
+
 def test_packed_model_is_refused(t2v, captured, tmp_path):
     with pytest.raises(QuantError, match="is quantized already"):
         tune_model(load_diffusion_model(t2v[1], dtype=torch.float32), captured, tmp_path / "a.gguf", RECIPE, SETTINGS)
