@@ -168,6 +168,7 @@ def test_the_command_line_recovers_a_calibrated_file(tmp_path, source, statistic
     assert main(arguments) == 1
     assert "give the importance matrix or calibration that the file was made with" in capsys.readouterr().err
     assert main([*arguments, "--calibrate", calibration]) == 0
+    assert "the LoRA gains much less than the share" in capsys.readouterr().out
 
 
 def test_a_source_whose_biases_come_first_gets_the_same_digest(tmp_path, source, statistics):
