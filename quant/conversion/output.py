@@ -38,6 +38,7 @@ from ..gguf.provenance import (
     encoders,
     fingerprint,
     is_same_conversion,
+    records_same,
 )
 from ..gguf.writer import GGUFWriter
 from ..plan.recipe import TypePlan, find_recipe
@@ -187,11 +188,10 @@ def _header_of_same(target: Target, metadata: Mapping[str, Any], checkpoint: Che
     existing = header.metadata
     if not is_same_conversion(existing, metadata):
         return None
-    is_untouched = existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0 and existing.get(
-        SOURCE_PARTS
-    ) == metadata.get(SOURCE_PARTS)
+    has_time = int(metadata[SOURCE_MTIME]) != 0
+    is_untouched = has_time and records_same(existing, metadata, SOURCE_MTIME, SOURCE_PARTS)
     # A copied or touched source has another modification time but the same content; one in memory has none.
-    is_same = is_untouched or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
+    is_same = is_untouched or records_same(existing, {SOURCE_SHA256: checkpoint.files.sha256()}, SOURCE_SHA256)
     return header if is_same else None
 
 
