@@ -12,6 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..quant.sources.names import unwrapped
 from ..quant.statistics.importance import Collector
 from . import host
 from .observed import Evaluation, with_observer
@@ -52,7 +53,8 @@ def collecting(model: torch.nn.Module, collector: Collector, weight: float = 1.0
         weight: the factor of this evaluation in the sums.
     """
     # Linears of the host's quantized models are not torch.nn.Linear, but all have `in_features`.
-    layers = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "in_features")}
+    named = (item for item in model.named_modules() if hasattr(item[1], "in_features"))
+    layers = {unwrapped(f"{name}.weight"): module for name, module in named}
     collector.watched.update(layers)
     hooks = [
         layer.register_forward_pre_hook(partial(_add, collector, name, weight), with_kwargs=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +57,23 @@ def _observe(
 ) -> Tensor:
     """Observe one evaluation; a wrapper of `BaseModel.apply_model`, whose arguments these are."""
     options = host.without_prefetch(transformer_options)
-    with watch(Evaluation(executor.class_obj.diffusion_model, x, t, transformer_options)):
+    model = executor.class_obj.diffusion_model
+    with _uncompiled(), watch(Evaluation(without_compilation(model), x, t, transformer_options)):
         output: Tensor = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     return output
+
+
+def without_compilation(module: torch.nn.Module) -> torch.nn.Module:
+    """Return the module that torch.compile has wrapped, or the module itself."""
+    wrapped: torch.nn.Module = getattr(module, "_orig_mod", module)
+    return wrapped
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Return a context in which compiled modules run as Python code, so that all hooks are called.
+
+    PyTorch before 2.6 has none.
+    """
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    context: AbstractContextManager[Any] = set_stance("force_eager") if set_stance else nullcontext()
+    return context

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...quant import QuantError
 from ...quant.tuning.capture import Capture
 from .. import host
-from ..observed import Evaluation, with_observer
+from ..observed import Evaluation, with_observer, without_compilation
 from ..packed.layout import dense
 
 _KEY = "wanquant.capture"
@@ -55,15 +55,16 @@ def signature(model: Any) -> Tensor:  # noqa: ANN401
 
     These are the modulations, which no conversion quantizes.
     """
-    modulations = (dense(block.modulation.detach(), torch.float32).flatten().cpu() for block in model.blocks)
-    return torch.stack(list(modulations))
+    modulations = (dense(block.modulation.detach(), torch.float32) for block in model.blocks)
+    return torch.stack([modulation.flatten().to("cpu", torch.float32) for modulation in modulations])
 
 
 @contextmanager
 def _capturing(capture: Capture, evaluation: Evaluation) -> Iterator[None]:
     _refuse_patches(evaluation.options)
     model: Any = evaluation.model
-    hook = model.blocks[0].register_forward_pre_hook(partial(_add, capture, model), with_kwargs=True)
+    first = without_compilation(model.blocks[0])
+    hook = first.register_forward_pre_hook(partial(_add, capture, model), with_kwargs=True)
     try:
         yield
     finally:

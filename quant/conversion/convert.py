@@ -229,7 +229,8 @@ def _convert(
         with checkpoint.files.without_hashing():
             plans = plan_outputs(stream, outputs)
         pairs = list(zip(outputs, plans, strict=True))
-        writers = [output.writer(plan, checkpoint, settings) for output, plan in pairs if not output.reused]
+        missing = [(output, plan) for output, plan in pairs if not output.reused]
+        writers = [output.writer(plan, checkpoint, settings) for output, plan in missing]
         written: Iterable[Path | QuantError]
         try:
             check_resources(checkpoint, writers, settings.importance)
@@ -239,6 +240,7 @@ def _convert(
                 raise
             written = [error] * len(writers)
     seconds = time.monotonic() - started
+    kept = {output.target: len(writer.recorded) for (output, _), writer in zip(missing, writers, strict=True)}
     made, next_one = dict[Target, ConversionReport | QuantError](refused), iter(written)
     for output, plan in pairs:
         path = output.target.destination if output.reused else next(next_one)
@@ -251,7 +253,7 @@ def _convert(
                 source_bytes=checkpoint.identity.size,
                 fallbacks=plan.fallbacks,
                 warnings=(*warnings, *output.notes, *non_finite_warning(checkpoint)),
-                notes=(*checkpoint.notes, *(() if output.reused else notes_on(stream, plan))),
+                notes=(*checkpoint.notes, *(() if output.reused else notes_on(stream, plan, kept[output.target]))),
                 seconds=seconds,
                 reused=output.reused,
             )

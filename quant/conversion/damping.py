@@ -17,16 +17,19 @@ from ..statistics.calibration import SecondMoments
 # Fractions of the mean of a span's diagonal that are added to the diagonal. The first, that of GPTQ (arXiv 2210.17323),
 # is taken without held-out tokens.
 _DAMPINGS = (0.01, 0.001, 0.1, 1.0)
+# The most that rounding can leave of the covariances of inputs that never vary, relative to their mean squares.
+_ROUNDING = 1e-3
 # With fewer, two standard errors say little.
 _FEWEST_TOKENS = 8
 
 
-def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moments:
+def damped(second: SecondMoments, held_out: Tensor | None, label: str, squares: Tensor | None = None) -> Moments:
     """Return the moments with the damping that suits the held-out tokens best.
 
     Args:
         held_out: float32 (tokens, in_features), or None.
         label: the file and the tensor, for the message.
+        squares: (in_features,), the mean squares of the inputs, if the moments are covariances.
 
     Raises:
         QuantError: the moments are not positive definite, as those of inputs are once they are damped.
@@ -35,7 +38,11 @@ def damped(second: SecondMoments, held_out: Tensor | None, label: str) -> Moment
     scale = (second.blocks.diagonal(dim1=1, dim2=2) + second.factors.square().sum(2)).mean(1)
     usual = _with_damping(second, _DAMPINGS[0], scale)
     if not _is_positive_definite(usual) and second.factors.shape[2]:
-        return damped(second.within_spans(), held_out, label)
+        return damped(second.within_spans(), held_out, label, squares)
+    if not _is_positive_definite(usual) and squares is not None:
+        # Inputs that never vary, as those of the time embedding in a single step, leave rounding errors alone.
+        of_spans = squares.view(len(second.blocks), -1).mean(1)
+        return damped(_raised(second, _ROUNDING * of_spans), held_out, label)
     if not _is_positive_definite(usual):
         raise QuantError(
             f"{label}: got a matrix that is not positive definite, expected the Gram matrix (X^T X) of the layer's"
@@ -70,9 +77,14 @@ def is_clearly_less(error: Tensor, than: Tensor, tokens: Tensor) -> bool:
 
 def _with_damping(second: SecondMoments, damping: float, scale: Tensor) -> Moments:
     """Return the moments, damped by a fraction of the mean of each diagonal, float64 (spans,)."""
+    return Moments(*_raised(second, torch.where(scale > 0, damping * scale, 1.0)))
+
+
+def _raised(second: SecondMoments, by: Tensor) -> SecondMoments:
+    """Return the moments with larger diagonals, by as much as `by` says for each span."""
     blocks = second.blocks.clone()
-    blocks.diagonal(dim1=1, dim2=2).add_(torch.where(scale > 0, damping * scale, 1.0)[:, None])
-    return Moments(blocks, second.factors)
+    blocks.diagonal(dim1=1, dim2=2).add_(by[:, None])
+    return second._replace(blocks=blocks)
 
 
 def _is_positive_definite(moments: Moments) -> bool:

@@ -114,8 +114,8 @@ class LayerEncoder(NamedTuple):
         second, tokens = importance.moments(name, centered=mean is not None), held_out
         if rotated:
             second, tokens = second.rotated(), None if held_out is None else rotate(held_out)
-            squares = second.diagonal().float()
-        moments = damped(second, tokens, label)
+            squares = second.diagonal().float().clamp(min=0)
+        moments = damped(second, tokens, label, None if mean is None else importance[name])
         return cls(squares, moments, held_out, mean, rotated)
 
     def to(self, device: torch.device) -> LayerEncoder:

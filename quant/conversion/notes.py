@@ -8,8 +8,12 @@ from ..units import counted
 from .stream import Stream
 
 
-def notes_on(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
-    """Return sentences on what the statistics of the inputs were used for."""
+def notes_on(stream: Stream, plan: TypePlan, kept: int = 0) -> tuple[str, ...]:
+    """Return sentences on what the statistics of the inputs were used for.
+
+    Args:
+        kept: the number of tensors that a killed conversion had written.
+    """
     notes = []
     if stream.biases:
         one, many = "bias makes up for the mean error of its layer", "biases make up for the mean error of their layers"
@@ -22,6 +26,11 @@ def notes_on(stream: Stream, plan: TypePlan) -> tuple[str, ...]:
         notes.append(
             f"{_matrices(len(plainer))} rounded by importance alone, because the calibration did not help on tokens"
             f" that it had not seen; the first is {plainer[0]}"
+        )
+    if kept and (rounded or plainer):
+        notes.append(
+            f"{counted(kept, 'tensor of a killed conversion was', 'tensors of a killed conversion were')} kept;"
+            " the numbers of matrices are those of the others"
         )
     return tuple(notes)
 

@@ -38,6 +38,7 @@ from ..gguf.provenance import (
     encoders,
     fingerprint,
     is_same_conversion,
+    records_same,
 )
 from ..gguf.writer import GGUFWriter
 from ..plan.recipe import TypePlan, find_recipe
@@ -77,7 +78,7 @@ class Output:
             QuantError: an unusable destination, recipe or size, or another file exists and must not be replaced.
         """
         path = target.destination
-        _check_paths(checkpoint.path, target)
+        _check_paths(checkpoint, target)
         metadata = _metadata(target, checkpoint, settings)
         exists = path.exists()
         existing = _header_of_same(target, metadata, checkpoint) if exists else None
@@ -187,11 +188,10 @@ def _header_of_same(target: Target, metadata: Mapping[str, Any], checkpoint: Che
     existing = header.metadata
     if not is_same_conversion(existing, metadata):
         return None
-    is_untouched = existing.get(SOURCE_MTIME) == int(metadata[SOURCE_MTIME]) != 0 and existing.get(
-        SOURCE_PARTS
-    ) == metadata.get(SOURCE_PARTS)
+    has_time = int(metadata[SOURCE_MTIME]) != 0
+    is_untouched = has_time and records_same(existing, metadata, SOURCE_MTIME, SOURCE_PARTS)
     # A copied or touched source has another modification time but the same content; one in memory has none.
-    is_same = is_untouched or existing.get(SOURCE_SHA256) == checkpoint.files.sha256()
+    is_same = is_untouched or records_same(existing, {SOURCE_SHA256: checkpoint.files.sha256()}, SOURCE_SHA256)
     return header if is_same else None
 
 
@@ -202,14 +202,16 @@ def _older_types(existing: AnyHeader, metadata: Mapping[str, Any]) -> tuple[str,
     return tuple(sorted(name for name in stored if today.get(name, 0) > recorded.get(name, 0)))
 
 
-def _check_paths(source: Path, target: Target) -> None:
+def _check_paths(checkpoint: Checkpoint, target: Target) -> None:
     destination, suffix = target.destination, target.suffix
     check_path(destination, temporary_of(destination), journal_of(destination))
     if destination.suffix.lower() != suffix:
         what = "" if target.target_size is not None and not target.is_native else f", which {target.recipe} writes"
         raise QuantError(f"{destination}: not a {suffix} name{what}; choose a destination that ends in {suffix}")
-    if source.exists() and destination.exists() and source.samefile(destination):
-        raise QuantError(f"{destination}: is the source itself; choose another destination")
+    # Shards, add-ons and LoRAs are parts, too.
+    sources = (part.path for part in checkpoint.identity.parts)
+    if destination.exists() and any(path.exists() and path.samefile(destination) for path in sources):
+        raise QuantError(f"{destination}: is the source itself or a part of it; choose another destination")
 
 
 def _is_replaceable(path: Path) -> bool:

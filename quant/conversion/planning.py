@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from ..errors import QuantError
 from ..native.layer_type import LayerType
 from ..plan.container import Container, GGUFContainer, NativeContainer
-from ..plan.recipe import Fallback, StoredType, TypePlan, find_recipe, plan_types
+from ..plan.recipe import Fallback, TypePlan, find_recipe, plan_types
 from ..plan.target_size import ParetoFront, check_size, measure, plan_for_size
 from ..qtype import QTYPES
 from ..safetensors.header import read_any_header
@@ -47,8 +47,9 @@ def plan_outputs(stream: Stream, outputs: Sequence[Output]) -> list[TypePlan]:
             small=small,
         )
     plans = [_plan(stream, output, fronts.get(_container(stream, output), {})) for output in outputs]
-    made = [plan.types.values() for plan, output in zip(plans, outputs, strict=True) if not output.reused]
-    _try_encoders(stream, set(itertools.chain.from_iterable(made)))
+    for plan, output in zip(plans, outputs, strict=True):
+        if not output.reused:
+            _try_encoders(stream, plan)
     return plans
 
 
@@ -64,7 +65,7 @@ def check_output(stream: Stream, output: Output) -> None:
     if target.target_size is not None:
         check_size(target.target_bytes, tensors, output.metadata, _container(stream, output), small=searches)
     else:
-        _try_encoders(stream, set(plan_types(find_recipe(target.recipe), tensors).types.values()))
+        _try_encoders(stream, plan_types(find_recipe(target.recipe), tensors))
 
 
 def _container(stream: Stream, output: Output) -> Container:
@@ -78,15 +79,21 @@ def _is_small(stream: Stream, output: Output) -> bool:
     return _container(stream, output).is_small(size, tensors, output.metadata)
 
 
-def _try_encoders(stream: Stream, types: Iterable[StoredType]) -> None:
-    """Refuse types that this effort cannot write here, before any tensor is quantized."""
-    importance = bool(stream.importance)
-    for qtype in types:
+def _try_encoders(stream: Stream, plan: TypePlan) -> None:
+    """Refuse types that this effort cannot write here, before any tensor is quantized.
+
+    Each is tried with importance and without, as far as tensors have any.
+    """
+    names = {(qtype, name in stream.importance): name for name, qtype in reversed(plan.types.items())}
+    for (qtype, is_known), name in names.items():
         if isinstance(qtype, LayerType):
             continue
         block = torch.ones(1, qtype.block_size, device=stream.device)
-        encoder = LayerEncoder(block[0]) if importance else LayerEncoder()
-        encoder.quantize(qtype, block, stream.settings.effort)
+        encoder = LayerEncoder(block[0]) if is_known else LayerEncoder()
+        try:
+            encoder.quantize(qtype, block, stream.settings.effort)
+        except QuantError as error:
+            raise QuantError(f"tensor {name}: {error}") from None
 
 
 def _plan(stream: Stream, output: Output, fronts: Mapping[str, ParetoFront]) -> TypePlan:

@@ -117,11 +117,16 @@ def is_same_conversion(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -
     must not stop a saved graph. A file of an older version that does not name all of its calibration may be the same.
     """
     same = (*(f"wanquant.{name}" for name in _IDENTIFYING), NON_FINITE, CALIBRATED, TUNED, TOKENIZER)
-    is_same = all(existing.get(key) == wanted.get(key) for key in same)
+    is_same = records_same(existing, wanted, *same)
     # The tokenizer can come from a file beside the source.
     is_same = is_same and corrected_in(existing) == corrected_in(wanted) and baked_into(existing) == baked_into(wanted)
     is_same = is_same and _tokenizer(existing) == _tokenizer(wanted)
-    return is_same and existing.get(CALIBRATION_SHA256) in (None, wanted.get(CALIBRATION_SHA256))
+    return is_same and (CALIBRATION_SHA256 not in existing or records_same(existing, wanted, CALIBRATION_SHA256))
+
+
+def records_same(existing: Mapping[str, Any], wanted: Mapping[str, Any], *keys: str) -> bool:
+    """Return whether a file records the wanted text, number or absence under each key; it may have an array there."""
+    return all(not isinstance(existing.get(key), np.ndarray) and existing.get(key) == wanted.get(key) for key in keys)
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> object:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import QuantError, printable, printable_lines
 from ..gguf.header import ORIG_SHAPE_KEY
-from ..gguf.provenance import relative_errors
+from ..gguf.provenance import corrected_in, relative_errors
 from ..plan.wan_shapes import role
 from ..safetensors.header import read_any_header
 from ..sources.names import T5, find_naming
@@ -101,9 +101,9 @@ class FileReport:
     def text(self) -> str:
         """Return a table of the types, the largest errors and the metadata, for a terminal."""
         width = max(8, *(len(total.qtype) + 1 for total in self.by_type), 0)
-        errors = sorted(
-            ((tensor.relative_error, tensor.name) for tensor in self.tensors if tensor.relative_error), reverse=True
-        )
+        corrected = corrected_in(self.metadata)  # they differ on purpose
+        errors = sorted(((t.relative_error, t.name) for t in self.tensors if t.relative_error), reverse=True)
+        errors = [(error, name) for error, name in errors if name not in corrected]
         return printable_lines(
             (
                 f"{self.path.name}: {self.kind}",

@@ -136,7 +136,7 @@ def verify(
     with ExitStack() as stack:
         metadata, decoded = _decoded(Path(gguf), stack)
         checkpoint = stack.enter_context(open_checkpoint(source, add_ons, loras))
-        checkpoint = checkpoint.allowing_non_finite() if metadata.get(NON_FINITE) else checkpoint
+        checkpoint = checkpoint.allowing_non_finite() if metadata.get(NON_FINITE) is True else checkpoint
         names = [name for name in checkpoint.tensors if name in decoded]
         if not names:
             raise QuantError(
@@ -145,7 +145,7 @@ def verify(
         errors = tuple(_compare(decoded[name], checkpoint.tensors[name]) for name in names)
         missing = tuple(name for name in checkpoint.tensors if name not in decoded)
         unknown = tuple(name for name in decoded if name not in checkpoint.tensors)
-    corrected, is_calibrated = corrected_in(metadata) & set(names), bool(metadata.get(CALIBRATED))
+    corrected, is_calibrated = corrected_in(metadata) & set(names), metadata.get(CALIBRATED) is True
     baked, given = baked_into(metadata), tuple(map(str, loras))
     other = () if baked == given else (baked, given)
     return Verification(errors, missing, unknown, corrected, other, is_calibrated)
@@ -193,9 +193,9 @@ def _of_native(path: Path, records: Mapping[str, NativeRecord], tensor: SourceTe
 
 
 def _check_sha256(path: Path, metadata: Mapping[str, Any], start: int) -> None:
-    """Refuse a file whose data, from byte `start` on, does not have the SHA-256 that its metadata records, if any."""
+    """Refuse a file whose data, from byte `start` on, does not have the SHA-256 that its metadata records as text."""
     recorded = metadata.get(DATA_SHA256)
-    if recorded is None:
+    if not isinstance(recorded, str):
         return
     digest = hashlib.sha256()
     with path.open("rb") as file:

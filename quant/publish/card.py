@@ -58,6 +58,7 @@ def card(model: str, entries: Sequence[Entry], before: Sequence[str] = ()) -> st
     lines += [
         "SQNR is the ratio of signal to quantization noise, from the mean squared relative error of all quantized"
         " weights. More is better.",
+        *_on_calibration(entries),
         "",
         "## Provenance",
         "",
@@ -107,6 +108,11 @@ def _table(entries: Sequence[Entry]) -> Iterator[str]:
         gpus += "; experimental" if entry["experimental"] else ""
         size = f"{entry['bytes']} | {entry['bytes'] / GIB:.3f} | {entry['bits_per_weight']:.2f}"
         yield f"| {_code(entry['file'])} | {size} | {sqnr} | {host} | {gpus} |"
+
+
+def _on_calibration(entries: Sequence[Entry]) -> Iterator[str]:
+    if any(entry["calibration_sha256"] for entry in entries):
+        yield "A calibrated file has less error in what its layers compute, for more error of the weights themselves."
 
 
 def _runs_on(entry: Entry) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from ..device import usable_device
 from ..errors import QuantError, printable_lines
 from ..files.atomic_file import AtomicFile
 from ..files.safetensors_content import SafetensorsContent, StreamedTensor
-from ..gguf.provenance import DATA_SHA256, VERSION, corrected_in
+from ..gguf.provenance import CALIBRATED, DATA_SHA256, VERSION, corrected_in
 from ..gguf.reader import GGUFFile, GGUFTensor
 from ..plan.recipe import required_precision
 from ..progress import Progress
@@ -148,7 +148,7 @@ def recover(
         open_checkpoint(source, add_ons, loras) as checkpoint,
         AtomicFile(destination, int(size * GIB), overwrite=overwrite) as output,
     ):
-        warnings = check_importance(importance, checkpoint.tensors)
+        warnings = (*check_importance(importance, checkpoint.tensors), *_doubt(packed))
         layers = _layers(packed, checkpoint)
         means = _means(packed, layers, importance)
         nbytes = int(size * GIB) - _header_bytes(layers)
@@ -165,6 +165,16 @@ def recover(
         path = output.commit()
     summaries = tuple(RecoveredLayer(each.name, each.rank, each.error, each.remaining) for each in corrections)
     return Recovery(path, content.nbytes, summaries, warnings, time.monotonic() - started)
+
+
+def _doubt(packed: GGUFFile) -> list[str]:
+    """Return a warning if the share of the error that the LoRA removes says too much."""
+    if packed.metadata.get(CALIBRATED) is not True:
+        return []
+    return [
+        f"{packed.path.name} was rounded for the outputs of its layers, so that its errors make up for each other:"
+        " the LoRA gains much less than the share that it removes"
+    ]
 
 
 def _layers(packed: GGUFFile, checkpoint: Checkpoint) -> list[_Layer]:

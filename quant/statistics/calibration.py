@@ -140,7 +140,9 @@ class CalibrationCollector(Collector):
         # The next evaluation starts at the next token, so that it adds other ones.
         tokens = tokens[self.samples % step :: step]
         held_out = self._held_out.setdefault(name, HeldOut(tokens.shape[1])).choose(tokens)
-        super().add(name, tokens[held_out.logical_not_()], weight)
+        added = tokens[held_out.logical_not_()]
+        if len(added):
+            super().add(name, added, weight)
 
     def result(self) -> Calibration:
         products, totals, sketches = self.collected()

@@ -187,7 +187,7 @@ class _Stored:
         entry = self._entries.get(self._places[name])
         match entry:
             case TensorEntry(dtype="F32", shape=(n, rows, span)) if (
-                n and rows == span and span % math.gcd(n * span, SPAN) == 0
+                n * span and rows == span and span % math.gcd(n * span, SPAN) == 0
             ):
                 return self._read(entry)
         raise self._misfit(name, "products", entry, "F32 (n, span, span)")

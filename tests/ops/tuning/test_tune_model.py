@@ -9,7 +9,9 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
+from comfy_api.torch_helpers.torch_compile import set_torch_compile_wrapper
 
+from wanquant.ops.collect_importance import with_collector
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.merged_source import merged_checkpoint
 from wanquant.ops.tuning.capture_blocks import check_tunable, with_capture
@@ -18,6 +20,7 @@ from wanquant.quant import QuantError, open_gguf
 from wanquant.quant.conversion import layer_encoder
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.gguf.provenance import TUNED
+from wanquant.quant.statistics.importance import Collector
 from wanquant.quant.tuning.capture import Capture, CapturedCalls
 from wanquant.quant.tuning.tune import TuneSettings
 
@@ -123,6 +126,15 @@ def test_interrupted_tuning_continues(tuned, dense, captured, tmp_path, stop_at)
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
+def test_model_and_capture_in_bfloat16_and_float32_go_together(t2v, captured, tmp_path):
+    model = comfy.sd.load_diffusion_model(str(t2v[0]), {"dtype": torch.bfloat16})
+    capture = Capture(tmp_path, 1 << 24)
+    sample(with_capture(model, capture))
+    for blocks in (captured, capture.write(tmp_path / "own.blocks.safetensors")):
+        report = tune_model(model, blocks, tmp_path / f"{blocks.stem}.gguf", "F16", SETTINGS)
+        assert max(tensor.relative_error for tensor in report.tensors if tensor.relative_error) < 1e-2
+
+
 def test_packed_model_is_refused(t2v, captured, tmp_path):
     with pytest.raises(QuantError, match="is quantized already"):
         tune_model(load_diffusion_model(t2v[1], dtype=torch.float32), captured, tmp_path / "a.gguf", RECIPE, SETTINGS)
@@ -134,6 +146,23 @@ def test_other_model_than_captured_is_refused(tiny_wan, captured, tmp_path):
         model = comfy.sd.load_diffusion_model(str(other), {"dtype": torch.float32})
         with pytest.raises(QuantError, match="was captured from another model"):
             tune_model(model, captured, tmp_path / "a.gguf", RECIPE, SETTINGS)
+
+
+@pytest.mark.parametrize("keys", [["diffusion_model"], ["diffusion_model.blocks.0", "diffusion_model.blocks.1"]])
+@pytest.mark.parametrize("first", ["compiled", "observed"])
+def test_compiled_model_is_observed_under_its_own_names(dense, captured, tmp_path, keys, first):
+    collector, capture, plain = Collector(), Capture(tmp_path, 1 << 24), Collector()
+    model = dense.clone()
+    if first == "compiled":
+        set_torch_compile_wrapper(model, "eager", keys=keys)
+    model = with_collector(with_capture(model, capture), collector)
+    if first == "observed":
+        set_torch_compile_wrapper(model, "eager", keys=keys)
+    assert torch.equal(sample(model), sample(with_collector(dense, plain)))
+    collected, expected = collector.result(), plain.result()
+    assert collected.keys() == expected.keys() and collector.unseen == []
+    assert all(torch.equal(collected[name], expected[name]) for name in expected)
+    assert capture.write(tmp_path / "blocks.safetensors").read_bytes() == captured.read_bytes()
 
 
 def test_what_is_no_capture_is_refused(dense, t2v, tmp_path):

@@ -135,7 +135,10 @@ def test_a_killed_conversion_resumes_with_the_weight_of_an_uncorrected_bias(
 
 
 def test_verify_counts_no_corrected_bias(tmp_path, source, statistics):
-    path = convert(source, tmp_path / "a.gguf", "Q2_K", importance=statistics["importance"]).path
+    report = convert(source, tmp_path / "a.gguf", "Q2_K", importance=statistics["importance"])
+    path = report.path
+    _, largest = report.text().split("largest errors")
+    assert not any(f"dB  {name}" in largest for name in report.metadata["wanquant.corrected_biases"])
     verification = verify(path, source)
     assert BIAS in verification.corrected and len(verification.corrected) == len(statistics["importance"])
     assert "biases differ on purpose" in verification.text()
@@ -165,6 +168,7 @@ def test_the_command_line_recovers_a_calibrated_file(tmp_path, source, statistic
     assert main(arguments) == 1
     assert "give the importance matrix or calibration that the file was made with" in capsys.readouterr().err
     assert main([*arguments, "--calibrate", calibration]) == 0
+    assert "the LoRA gains much less than the share" in capsys.readouterr().out
 
 
 def test_a_source_whose_biases_come_first_gets_the_same_digest(tmp_path, source, statistics):

@@ -52,6 +52,20 @@ def lora(wan, tmp_path_factory):
     return path
 
 
+def test_no_file_of_the_source_is_replaced(tmp_path, wan, lora):
+    state = load_file(wan)
+    names, shards = sorted(state), [tmp_path / f"wan-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for shard, part in zip(shards, (names[::2], names[1::2]), strict=True):
+        save_file({name: state[name] for name in part}, shard)
+    own = tmp_path / "lora.safetensors"
+    own.write_bytes(lora.read_bytes())
+    for destination in (*shards, own):
+        before = destination.read_bytes()
+        with pytest.raises(QuantError, match="is the source itself or a part of it"):
+            convert(shards[0], destination, "INT8", effort="fast", overwrite=True, loras=[own])
+        assert destination.read_bytes() == before
+
+
 def baked(wan, lora, strength=1.0):
     """Return the weights of the source with the LoRA added, in float32."""
     state, tensors = load_file(wan), load_file(lora)

@@ -6,11 +6,12 @@ import os
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from wanquant.quant import QTYPES, QuantError
+from wanquant.quant import QTYPES, QuantError, open_gguf
 from wanquant.quant.conversion import output
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.files.atomic_file import AtomicFile
@@ -19,6 +20,7 @@ from wanquant.quant.gguf.header import read_header
 from wanquant.quant.gguf.layout import TensorSpec
 from wanquant.quant.gguf.provenance import encoder_revisions
 from wanquant.quant.gguf.writer import GGUFWriter
+from wanquant.quant.inspection.verify import verify
 from wanquant.quant.sources import opening
 
 FFN = "blocks.0.ffn.0.weight"
@@ -31,6 +33,25 @@ def test_result_of_the_same_conversion_is_reused(tmp_path, source):
     assert not first.reused and again.reused
     assert again.tensors == first.tensors
     assert again.destination.stat() == written
+
+
+@pytest.mark.parametrize(
+    "key", ["recipe", "calibrated", "allow_non_finite", "calibration_sha256", "source_mtime_ns", "data_sha256"]
+)
+def test_an_array_in_place_of_a_value_is_taken_for_another_value(tmp_path, source, key):
+    file = open_gguf(convert(source, tmp_path / "a.gguf", "Q8_0", effort="fast").path)
+    metadata = {k: np.int64(v) if type(v) is int else v for k, v in file.metadata.items() if "orig_shape" not in k}
+    metadata[f"wanquant.{key}"] = np.zeros(3, np.float32)
+    specs = [TensorSpec(name, tensor.qtype, tensor.shape) for name, tensor in file.tensors.items()]
+    with GGUFWriter(tmp_path / "b.gguf", metadata, specs) as writer:
+        for name, tensor in file.tensors.items():
+            writer.write(name, tensor.data)
+    verify(tmp_path / "b.gguf", source)
+    if key in ("source_mtime_ns", "data_sha256"):  # the source's SHA-256 is that of the same content
+        assert convert(source, tmp_path / "b.gguf", "Q8_0", effort="fast").reused
+    else:
+        with pytest.raises(QuantError, match="is not this conversion"):
+            convert(source, tmp_path / "b.gguf", "Q8_0", effort="fast")
 
 
 @pytest.fixture

@@ -44,6 +44,21 @@ def test_fast_files_of_the_smallest_types_need_importance(tmp_path, recipe):
     assert list(tmp_path.iterdir()) == [source]
 
 
+def test_importance_that_lacks_a_layer_is_refused_before_the_first_tensor(tmp_path):
+    source, seen = tmp_path / "a.safetensors", []
+    save_file(completed({FFN: torch.randn(64, 256), "blocks.0.ffn.2.weight": torch.randn(64, 256)}), source)
+    with pytest.raises(QuantError, match=r"tensor blocks\.0\.ffn\.2\.weight: IQ2_XS: effort fast got no importance"):
+        convert(
+            source,
+            tmp_path / "a.gguf",
+            "IQ2_XS",
+            effort="fast",
+            importance={FFN: torch.ones(256)},
+            progress=lambda *done: seen.append(done),
+        )
+    assert seen == [] and list(tmp_path.iterdir()) == [source]
+
+
 def test_an_experimental_recipe_says_so(tmp_path):
     source = tmp_path / "a.safetensors"
     save_file(completed({FFN: torch.randn(64, 256), "head.head.weight": torch.randn(64, 256)}), source)

@@ -168,6 +168,7 @@ def test_calibrations_are_found_by_the_stem(sources, tmp_path):
     request = Request(sources, tmp_path / "out", ["Q4_0"], calibrations=tmp_path, options=FAST)
     good, bad = publish(request, workers=1).results
     assert good.entry["calibration_sha256"] and "No such file" in bad.why
+    assert "for more error of the weights themselves" in (tmp_path / "out/wan-0/README.md").read_text()
     other = CalibrationCollector()
     other.add("blocks.0.ffn.0.weight", torch.randn(300, 512))
     write_calibration(tmp_path / "wan-1.safetensors", other.result())

@@ -69,6 +69,17 @@ def test_held_out_tokens_are_those_of_the_least_hashes_of_all_calls():
     assert len(sets[0]) == 64 and sets[0] == sets[1]
 
 
+def test_call_of_held_out_tokens_alone_adds_nothing():
+    """The time embedding of Wan 2.2 5B gets the times of all frames, then, in a video from text alone, one of them."""
+    tokens = torch.randn(200, 512)
+    collector = CalibrationCollector()
+    collector.add("w", tokens)
+    before = collector.result()
+    collector.add("w", tokens[is_held_out(tokens, before.held_out["w"])][:1])
+    after = collector.result()
+    assert after.counts == before.counts and torch.equal(after.products["w"], before.products["w"])
+
+
 def test_padding_and_lone_tokens_are_not_held_out():
     padded = torch.cat([torch.zeros(400, 512), torch.randn(112, 512)])
     collector = CalibrationCollector()
@@ -170,6 +181,19 @@ def test_products_that_are_not_positive_definite_are_refused():
     calibration = Calibration({"w": torch.ones(2)}, {"w": 1.0}, 1, "c.safetensors", products={"w": products})
     with pytest.raises(QuantError, match=r"c\.safetensors: tensor w: got a matrix that is not positive definite"):
         LayerEncoder.of(calibration, "w")
+
+
+@pytest.mark.parametrize("columns", [256, 512])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_layer_whose_inputs_never_vary_is_rounded_as_without_statistics(columns, rotated):
+    collector, token = CalibrationCollector(), torch.randn(1, columns)
+    for _ in range(20):  # the time embedding of so many samplings of one step
+        collector.add("w", token)
+    encoder = LayerEncoder.of(collector.result(), "w", has_bias=True, rotated=rotated)
+    matrix = encoder.moments.blocks
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    assert (matrix - torch.diag_embed(diagonal)).abs().max() < 0.01 * diagonal.min()
+    assert (encoder.importance >= 0).all()
 
 
 @pytest.fixture(scope="module")

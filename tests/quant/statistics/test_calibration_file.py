@@ -119,11 +119,12 @@ def test_malformed_parts_are_refused_with_their_name(tmp_path, part, values, pro
         (torch.ones(1, 32, 32).triu(), {}, "tensor w: is not symmetric"),
         (torch.eye(32), {}, r"tensor w: products are F32 \(32, 32\), expected F32 \(n, span, span\)"),
         (torch.ones(2, 16, 16), {}, r"tensor w: products are F32 \(2, 16, 16\)"),
+        (torch.ones(1, 0, 0), {}, r"tensor w: products are F32 \(1, 0, 0\)"),
         (torch.eye(32)[None].half(), {}, r"tensor w: products are F16"),
         (torch.eye(32)[None], {"counts": {"v": 1}}, "tensor v: products are none"),
         (torch.eye(32)[None], {"counts": 3}, "not a calibration"),
     ],
-    ids=["zero count", "nan", "negative", "asymmetric", "flat", "narrow", "dtype", "absent", "layout"],
+    ids=["zero count", "nan", "negative", "asymmetric", "flat", "narrow", "empty", "dtype", "absent", "layout"],
 )
 def test_malformed_tensors_are_refused_with_their_name(tmp_path, products, described, problem):
     path = tmp_path / "c.safetensors"
