@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print(str(error), sys.stderr)
         return 1
     except KeyboardInterrupt:
-        _print("interrupted; no unfinished file is left", sys.stderr)
+        _print("interrupted", sys.stderr)
         return 1
     _print(json.dumps(report.json(), indent=2, allow_nan=False) if options.json else report.text(), sys.stdout)
     return 0 if getattr(report, "ok", True) else 1

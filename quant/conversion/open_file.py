@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import QuantError
+from ..errors import PrintableLog, QuantError
+from ..files.disk_space import temporary_of
 from ..files.tensor_writer import TensorWriter
 from ..gguf.provenance import DATA_SHA256, RELATIVE_ERROR, SOURCE_SHA256
 from ..plan.recipe import StoredType
@@ -24,6 +25,8 @@ from ..sources.checkpoint import SourceTensor
 from ..squares import sum_of_squares, total_of
 from .bias_correction import mean_error
 from .layer_encoder import LayerEncoder
+
+_log = PrintableLog(__name__)
 
 _UNSUSPICIOUS = torch.finfo(torch.float16).max ** 2
 """A squared error that a slice within the range of every type may have; types have factors in float16."""
@@ -73,7 +76,15 @@ class OpenFile:
     ) -> None:
         if self._is_open:
             self._is_open = False
+            if isinstance(error, QuantError) or not self.errors:  # The same conversion would fail again.
+                self.writer.discard()
             self.writer.__exit__(kind, error, traceback)
+            if error is not None and self.writer.keeps:
+                _log.warning(
+                    "%s: interrupted after %d of %d tensors; the same conversion continues there. To give it up, delete"
+                    " %s",
+                    *(self.writer.path, len(self.errors), len(self.writer.tensors), temporary_of(self.writer.path)),
+                )
 
     def close(self, sha256: str) -> None:
         """Move the complete file to its path; the source has this SHA-256."""

@@ -48,6 +48,7 @@ from ..safetensors.layout import NativeSpec, PlainBytes, SafetensorsLayout
 from ..sources.checkpoint import Checkpoint
 from ..sources.opening import shard_of
 from ..sources.t5 import SPIECE_TENSOR, transformers_name
+from ..statistics.calibration import Calibration
 from ..statistics.importance import Importance
 from .bias_correction import corrected_biases
 from .layer_encoder import revisions_today
@@ -117,6 +118,9 @@ class Output:
         # A source in memory has no modification time that distinguishes it from another one. And which tensors hold NaN
         # or infinity is only known after all of them were read.
         resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
+        # The work of hours; without a calibration, another recipe is the more likely wish.
+        keep = resume and isinstance(settings.importance, Calibration)
+        how = {"overwrite": settings.overwrite, "resume": resume, "keep": keep}
         if self.target.is_native:
             native = [
                 NativeSpec(name, stored, shapes[name].shape, transformers_name(name))
@@ -125,15 +129,13 @@ class Output:
             if spiece := tokenizer_of(checkpoint):
                 native.append(NativeSpec(SPIECE_TENSOR, PlainBytes(), (len(spiece),)))
             layout = SafetensorsLayout(path, self.metadata, native)
-            return TensorWriter(layout, overwrite=settings.overwrite, resume=resume, ending=spiece)
+            return TensorWriter(layout, ending=spiece, **how)
         specs = [
             TensorSpec(name, stored, shapes[name].shape)
             for name, stored in plan.types.items()
             if isinstance(stored, QuantType)
         ]
-        return GGUFWriter(
-            path, self.metadata, specs, overwrite=settings.overwrite, five_d=settings.five_d, resume=resume
-        )
+        return GGUFWriter(path, self.metadata, specs, five_d=settings.five_d, **how)
 
 
 def _metadata(target: Target, checkpoint: Checkpoint, settings: Settings) -> dict[str, Any]:

@@ -113,6 +113,15 @@ class TensorWriter(Generic[SpecT]):
                 self._journal.delete()
             self._file.__exit__(kind, error, traceback)
 
+    @property
+    def keeps(self) -> bool:
+        """True if an exception leaves what a killed process would."""
+        return self._keep
+
+    def discard(self) -> None:
+        """Keep nothing when the `with` block is left by an exception."""
+        self._keep = self._file.keep = False
+
     def end(self) -> None:
         """Add the ending, if all other tensors are written; once."""
         if self._ending and self._n_written == len(self.tensors) - 1:

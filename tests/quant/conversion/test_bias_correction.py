@@ -134,6 +134,37 @@ def test_a_killed_conversion_resumes_with_the_weight_of_an_uncorrected_bias(
     assert path.read_bytes() == wanted
 
 
+def interrupting(after, error):
+    """Return a progress function that raises an error at the tensor with this number."""
+    seen = set()
+
+    def progress(_done, _total, name):
+        seen.add(name)
+        if len(seen) > after:
+            raise error
+
+    return progress
+
+
+def test_an_interrupted_calibrated_conversion_continues(tmp_path, source, statistics, caplog):
+    """Hours of rounding are kept, but not for an error that comes again, and not where none were spent."""
+    known, path = statistics["calibration"], tmp_path / "b.gguf"
+    wanted = convert(source, tmp_path / "a.gguf", "Q4_K_S", importance=known).path.read_bytes()
+    left = {"a.gguf": set(), "b.gguf": {".b.gguf.tmp", ".b.gguf.journal"}}
+    for importance, error, files in (
+        (known, QuantError("bad"), left["a.gguf"]),
+        (statistics["importance"], KeyboardInterrupt(), left["a.gguf"]),
+        (known, KeyboardInterrupt(), left["b.gguf"]),
+    ):
+        with pytest.raises(type(error)):
+            convert(source, path, "Q4_K_S", importance=importance, progress=interrupting(4, error))
+        assert {file.name for file in tmp_path.iterdir()} == {"a.gguf"} | files
+    assert "; the same conversion continues there. To give it up, delete" in caplog.text
+    convert(source, path, "Q4_K_S", importance=known)
+    assert "resumed after" in caplog.text
+    assert path.read_bytes() == wanted
+
+
 def test_verify_counts_no_corrected_bias(tmp_path, source, statistics):
     report = convert(source, tmp_path / "a.gguf", "Q2_K", importance=statistics["importance"])
     path = report.path
