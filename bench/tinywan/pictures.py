@@ -104,7 +104,8 @@ def _draw_lines(axis: Axes, rows: Sequence[Row]) -> None:
             spread = [row["latent_psnr"]["deviation"] for row in line]
             low, high = ([p + sign * s for p, s in zip(psnr, spread, strict=True)] for sign in (-1, 1))
             axis.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
-    for recipe, (method, offset, alignment) in _NAMES.items():
+    drawn = {row["recipe"] for row in rows}
+    for recipe, (method, offset, alignment) in ((name, how) for name, how in _NAMES.items() if name in drawn):
         place = [value for (value,) in _places([row for row in _line(rows, method) if row["recipe"] == recipe])]
         axis.annotate(recipe, place, offset, textcoords="offset points", fontsize=10, ha=alignment)
 

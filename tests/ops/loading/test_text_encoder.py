@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from pathlib import Path
@@ -113,6 +114,8 @@ class peak_growth:  # noqa: N801
     """The peak growth of anonymous memory of the process in bytes, sampled every 2 ms."""
 
     def __enter__(self):
+        # Free memory that glibc keeps would be taken without growth.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         self.nbytes, self._stop = 0, threading.Event()
         self._start = self._anonymous()
         self._watcher = threading.Thread(target=self._watch)
