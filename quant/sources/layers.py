@@ -204,10 +204,10 @@ def _marker(stored: StoredTensor | None) -> LayerFormat | None:
     if stored is None:
         return None
     _, marker = read_json(stored, "the JSON object that ComfyUI writes")
-    if not isinstance(marker, dict):
+    if not (isinstance(marker, dict) and isinstance(marker.get("format"), str)):
         raise _error(
             stored,
-            f"{marker!r:.40}, expected the JSON object that ComfyUI writes; the file is damaged, download it again",
+            f"{marker!r:.40}, expected a JSON object with a format; the file is damaged, download it again",
         )
     return marker
 

@@ -73,7 +73,7 @@ DAMAGED = {
     ),
     "pairs": (
         {f"{LAYER}.weight": ("I8", (1, 1), None), f"{LAYER}.comfy_quant": ("U8", (13,), b'[[["a"],"b"]]')},
-        "expected the JSON object that ComfyUI writes",
+        "expected a JSON object with a format",
     ),
     "empty bias": (
         {"patch_embedding.bias": ("F32", (0,), None), "patch_embedding.weight": ("F32", (8, 4), None)},

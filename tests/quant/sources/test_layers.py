@@ -25,7 +25,10 @@ def marker(**config):
         ({"weight": INT8}, "dtype I8 without ComfyUI's scales"),
         ({"weight": INT8, "comfy_quant": marker(format="int8_tensorwise")}, "'int8_tensorwise' but has no scale"),
         ({"weight": FP8, "comfy_quant": marker(format="fp3"), "weight_scale": torch.ones(())}, "'fp3' is unknown"),
-        ({"weight": FP8, "comfy_quant": marker(), "weight_scale": torch.ones(())}, "format None is unknown"),
+        (
+            {"weight": FP8, "comfy_quant": marker(), "weight_scale": torch.ones(())},
+            "{}, expected a JSON object with",
+        ),
         (
             {"weight": FP8, "comfy_quant": torch.zeros(3, dtype=torch.uint8)},
             "expected the JSON object that ComfyUI writes",
