@@ -89,4 +89,5 @@ def test_measured_over_predicted(dynamic: bool, ratio: float) -> None:
     parts = {"weights": 0.1, "scratch": 0.2, "activations": 1.3, "fragmentation": 0.1, "context": 0.3}
     row = {"predicted_gib": parts, "resident_gib": 0.4, "torch_gib": 2.2, "device_gib": 2.16}
     assert gpu_memory.of_predicted(row, dynamic=dynamic) == ratio
+    assert gpu_memory.of_predicted(row | {"kept_rows_gib": 0.8}, dynamic=dynamic) < ratio
     assert gpu_memory.of_predicted({"predicted_gib": parts, "resident_gib": 0.4}, dynamic=dynamic) is None
