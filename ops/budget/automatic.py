@@ -35,9 +35,8 @@ def automatic_budget(device: torch.device) -> int:
     _free_workspaces()
     free: int = comfy.model_management.get_free_memory(device)
     loaded = (entry for entry in comfy.model_management.current_loaded_models if entry.model is not None)
-    evictable = sum(entry.model_loaded_memory() for entry in loaded if entry.device == device)
-    if device.type == "cpu":  # What is evicted stays in main memory.
-        evictable = 0
+    sizes = (entry.model_loaded_memory() for entry in loaded if entry.device == device)
+    evictable = 0 if device.type == "cpu" else sum(sizes)  # what is evicted from main memory stays there
     return max(1, int(free + evictable + context_bytes(device) - margin_bytes()))
 
 

@@ -165,7 +165,7 @@ class _BudgetedSampling:
         """What the sampler adds to each conditioning."""
         self._frames_at_a_time: int | None = None
         self._frames = 0
-        """Of the latent that is sampled."""
+        """The latent frames of the whole video that is sampled."""
         self._weights_have_room = False
         """The budget includes all weights, so that none are streamed."""
         self._chosen: ChosenPlan | None = None
