@@ -102,9 +102,10 @@ def convert(
 ) -> ConversionReport:
     """Convert a Wan transformer, an add-on for one, or Wan's T5 text encoder to a GGUF file.
 
-    The destination appears complete or not at all. An exception leaves nothing behind. If the process is killed, the
-    finished tensors stay in a temporary file in the same folder; the same conversion then continues from there and
-    writes the same bytes. A destination that is already the result of the same conversion is left as it is.
+    The destination appears complete or not at all. A refusal leaves nothing behind. If the process is killed, or a
+    conversion with a calibration is interrupted, the finished tensors stay in a temporary file in the same folder. The
+    same conversion then continues from there and writes the same bytes. A destination that is already the result of the
+    same conversion is left as it is.
 
     Example:
         report = convert("wan2.1_t2v_14B_bf16.safetensors", "wan2.1_t2v_14B-Q4_K_M.gguf", "Q4_K_M")

@@ -12,7 +12,7 @@ def notes_on(stream: Stream, plan: TypePlan, kept: int = 0) -> tuple[str, ...]:
     """Return sentences on what the statistics of the inputs were used for.
 
     Args:
-        kept: the number of tensors that a killed conversion had written.
+        kept: the number of tensors that an unfinished conversion had written.
     """
     notes = []
     if stream.biases:
@@ -29,7 +29,7 @@ def notes_on(stream: Stream, plan: TypePlan, kept: int = 0) -> tuple[str, ...]:
         )
     if kept and (rounded or plainer):
         notes.append(
-            f"{counted(kept, 'tensor of a killed conversion was', 'tensors of a killed conversion were')} kept;"
+            f"{counted(kept, 'tensor was', 'tensors were')} kept from an unfinished conversion;"
             " the numbers of matrices are those of the others"
         )
     return tuple(notes)

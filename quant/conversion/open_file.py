@@ -76,7 +76,7 @@ class OpenFile:
     ) -> None:
         if self._is_open:
             self._is_open = False
-            if isinstance(error, QuantError) or not self.errors:  # The same conversion would fail again.
+            if isinstance(error, QuantError) or not self.errors:  # It would fail again, or there is nothing to keep.
                 self.writer.discard()
             self.writer.__exit__(kind, error, traceback)
             if error is not None and self.writer.keeps:
@@ -100,7 +100,7 @@ class OpenFile:
         self.is_given_up, self.result = True, failure
 
     def holds(self, name: str) -> bool:
-        """Return whether a killed conversion has already written this tensor."""
+        """Return whether an unfinished conversion has already written this tensor."""
         return name in self._kept
 
     def quantize(self, part: Slice, qtype: StoredType, encoder: LayerEncoder, effort: Effort) -> Tensor:

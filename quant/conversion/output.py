@@ -108,7 +108,7 @@ class Output:
         return tuple(notes)
 
     def writer(self, plan: TypePlan, checkpoint: Checkpoint, settings: Settings) -> TensorWriter[Any]:
-        """Return a writer of the file, which continues a killed conversion if there is one."""
+        """Return a writer of the file, which continues an unfinished conversion if there is one."""
         path, shapes = self.target.destination, checkpoint.tensors
         if path.exists() and not _is_replaceable(path):
             _log.warning(
@@ -118,7 +118,7 @@ class Output:
         # A source in memory has no modification time that distinguishes it from another one. And which tensors hold NaN
         # or infinity is only known after all of them were read.
         resume = int(self.metadata[SOURCE_MTIME]) != 0 and checkpoint.zeroed is None
-        # The work of hours; without a calibration, another recipe is the more likely wish.
+        # A calibrated rounding takes hours. Whoever interrupts a quicker one mostly wants other settings.
         keep = resume and isinstance(settings.importance, Calibration)
         how = {"overwrite": settings.overwrite, "resume": resume, "keep": keep}
         if self.target.is_native:

@@ -1,4 +1,4 @@
-"""Free disk space for the files to be written, and unfinished files that killed processes left."""
+"""Free disk space for the files to be written, and unfinished files that stopped processes left."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def check_space(nbytes: Mapping[Path, int]) -> None:
 
 
 def leftovers(paths: Collection[Path]) -> list[str]:
-    """Return a sentence about each unfinished file of another name that a killed process left in these folders."""
+    """Return a sentence about each unfinished file of another name that a stopped process left in these folders."""
     return [
         escaped(
-            f"{path}: {size / GIB:.2f} GiB left by a process that was killed;"
+            f"{path}: {size / GIB:.2f} GiB left by a process that stopped;"
             f" write {path.stem[1:]} again to complete it, or delete this file"
         )
         for path, size in _unfinished(paths)
@@ -65,7 +65,7 @@ def _left(paths: Collection[Path]) -> list[str]:
     found = list(_unfinished(paths))
     total = sum(size for _, size in found) / GIB
     first = "".join(f", the first is {path.name}" for path, _ in found[:1])
-    files = f"{counted(len(found), 'file')} that killed processes left unfinished"
+    files = f"{counted(len(found), 'file')} that stopped processes left unfinished"
     return [f"{total:.2f} GiB are in {files}{first}"] if found else []
 
 

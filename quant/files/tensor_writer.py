@@ -63,7 +63,7 @@ class TensorWriter(Generic[SpecT]):
     `path`.
 
     Args:
-        resume: keep the tensors that a killed writer of the same metadata and tensors recorded. `recorded` then has
+        resume: keep the tensors that a stopped writer of the same metadata and tensors recorded. `recorded` then has
             their relative errors, and only the tensors after them are to be written.
         keep: an exception leaves what a killed process would.
         ending: the bytes of the last tensor, which `end` adds; empty without one.
@@ -193,7 +193,7 @@ class TensorWriter(Generic[SpecT]):
         self._digest.update(content)
 
     def _resume(self) -> None:
-        """Keep the tensors that a killed writer recorded, up to the first whose bytes are not those recorded."""
+        """Keep the tensors that a stopped writer recorded, up to the first whose bytes are not those recorded."""
         header, size = self._file.read(len(self._layout.header)), len(self._layout.header)
         kept: list[JournalEntry] = []
         if header == self._layout.header:
@@ -210,7 +210,7 @@ class TensorWriter(Generic[SpecT]):
             _log.warning("%s: resumed after %d of %d tensors", self.path, len(kept), len(self.tensors))
         elif header:
             _log.warning(
-                "%s: the unfinished file of a killed conversion has another source, recipe or version; starting anew",
+                "%s: the unfinished file there has another source, recipe or version; starting anew",
                 self.path,
             )
         self.recorded, self._n_written = [entry.relative_error for entry in kept], len(kept)

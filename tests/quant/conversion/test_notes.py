@@ -14,7 +14,7 @@ def test_numbers_of_a_resumed_conversion_say_what_they_leave_out():
     stream = SimpleNamespace(biases={}, encoders=SimpleNamespace(rounded={("b", "Q4_K")}, plainer=set()))
     counts = "1 matrix was rounded for the least error of the layers' outputs"
     assert notes_on(stream, plan) == (counts,)
-    left_out = "1 tensor of a killed conversion was kept; the numbers of matrices are those of the others"
+    left_out = "1 tensor was kept from an unfinished conversion; the numbers of matrices are those of the others"
     assert notes_on(stream, plan, kept=1) == (counts, left_out)
     stream.encoders.rounded.clear()
     assert notes_on(stream, plan, kept=2) == ()

@@ -15,7 +15,7 @@ from wanquant.quant.files.disk_space import check_space, leftovers
 
 def sentence(folder, name, gib):
     return (
-        f"{folder / f'.{name}.tmp'}: {gib} GiB left by a process that was killed;"
+        f"{folder / f'.{name}.tmp'}: {gib} GiB left by a process that stopped;"
         f" write {name} again to complete it, or delete this file"
     )
 
@@ -37,7 +37,7 @@ def test_unfinished_files_are_listed_if_space_is_short(tmp_path, monkeypatch):
         check_space({tmp_path / "a.gguf": 91})
     advice, *files = str(error.value).split("; ", 1)[1].split("; ", 1)
     assert advice == "free some space or choose another folder"
-    assert files == ["1.50 GiB are in 2 files that killed processes left unfinished, the first is .b.gguf.tmp"]
+    assert files == ["1.50 GiB are in 2 files that stopped processes left unfinished, the first is .b.gguf.tmp"]
 
 
 def test_only_files_of_killed_processes_are_listed(tmp_path):
