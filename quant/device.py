@@ -66,7 +66,8 @@ def has_float64(device: torch.device) -> bool:
 
 def is_hopper(device: torch.device) -> bool:
     """Return whether a device is an NVIDIA GPU like the H100; some of AMD report the same capability."""
-    return device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.get_device_capability(device) == (9, 0)
+    is_nvidia = device.type == "cuda" and bool(torch.version.cuda) and torch.cuda.is_available()
+    return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ def test_other_devices_count_as_a_small_gpu(monkeypatch):
 
 def test_hopper_has_larger_workspaces(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, expected in (((9, 0), 248), ((8, 9), 152)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert unseen_bytes(torch.device("cuda", 0)) == expected << 20

@@ -175,6 +175,7 @@ def test_auto_is_exact_where_16_bits_are_as_fast(cuda, capability, expected, mon
     monkeypatch.setattr(host_products, "int8_backend", lambda device: "cuda")
     monkeypatch.setattr("comfy.model_management.get_torch_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert packed_ops("auto") is expected
     assert ("hardly faster on this GPU" in caplog.text) == (expected is GGUFOps)
