@@ -18,6 +18,8 @@ from testing.hosts import HOSTS, Host, interpreter, requirements
 
 # 23.2 is the first that reads a wheel's metadata without the wheel: PyTorch's with CUDA are 3 GB.
 PIP = "pip>=23.2"
+# An index without such metadata sends gigabytes, and a connection that breaks there says nothing about the requirements.
+TRIES = 3
 # Networks with certificates of their own need it.
 KEPT = {"PIP_CERT"}
 
@@ -34,8 +36,11 @@ def main() -> int:
         for version in HOSTS:
             wanted = requirements(Host.managed(version))
             command = [*pip, "--dry-run", "--ignore-installed", "--report", "-", *wanted]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
+            for _ in range(TRIES):
+                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+                if not done.returncode:
+                    break
+            else:
                 print(f"requirements of {version}: cannot be installed from PyPI alone, see above")
                 return 1
             items = json.loads(done.stdout)["install"]
