@@ -18,7 +18,9 @@ from wanquant.workflow_generators.canvas import Box, Node, Schemas, workflow
 from wanquant.workflow_generators.tools import COMFYUI_GGUF
 
 pytestmark = pytest.mark.host
-each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+# Those that share the CLIP Vision model in a row: the host keeps what it gave for the graph that follows.
+IN_ORDER = sorted(FILES, key=lambda path: "CLIPVisionEncode" in path.read_text(encoding="utf-8"))
+each_file = pytest.mark.parametrize("path", IN_ORDER, ids=lambda path: path.stem)
 
 
 @each_file

@@ -35,7 +35,7 @@ def test_trained_model_comes_closer_with_every_bit(tmp_path: Path):
     with HostServer(tmp_path, log=tmp_path / "comfyui.log") as server:
         TRAINED.prepare(server)
         dense = sample(server, TRAINED, DENSE)
-        runs = [sample(server, TRAINED, recipe) for recipe in ("Q2_K", "Q4_0", "Q6_K", "Q8_0")]
+        runs = [sample(server, TRAINED, recipe) for recipe in ("Q2_K", "Q4_0", "Q8_0")]
     sizes, closeness = [run.nbytes for run in runs], [run.sqnr_db(dense) for run in runs]
     assert sizes == sorted(sizes)
     assert closeness == sorted(closeness)

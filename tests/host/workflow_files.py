@@ -16,7 +16,7 @@ from wanquant.workflow_generators.canvas import Json, Schemas, widgets
 FILES = sorted((ROOT / "workflows").glob("*.json"))
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 MIGRATION = "Coming from ComfyUI-GGUF"  # has nodes of another pack
-SMALL = {"width": 128, "height": 64, "length": 5, "steps": 2, "target_size": 0.003}
+SMALL = {"width": 64, "height": 32, "length": 5, "target_size": 0.003, "effort": "fast"}
 
 
 def write_files(folder: Path, contents: dict[str, Json]) -> None:
@@ -34,11 +34,12 @@ def unusable_recipes(schemas: Schemas) -> list[str]:
 
 
 def shrunk(workflow: Json, schemas: Schemas) -> Json:
-    """The same graph with sizes and steps that a CPU does in a moment; experts change after the first step.
+    """The same graph with sizes and steps that a CPU does in a moment; experts take one step each.
 
     A recipe that this ComfyUI cannot use becomes FP8, which all can.
     """
     small, unusable = copy.deepcopy(workflow), unusable_recipes(schemas)
+    settings = SMALL | {"steps": 2 if any(node["type"] == "KSamplerAdvanced" for node in small["nodes"]) else 1}
     for node in small["nodes"]:
         values = node["widgets_values"]
         for position, (name, _) in enumerate(_named(node, schemas)):
@@ -46,8 +47,8 @@ def shrunk(workflow: Json, schemas: Schemas) -> Json:
                 values[position] = values[position] if values[position] in (0, 10000) else 1
             elif name == "recipe" and values[position] in unusable:
                 values[position] = "FP8"
-            elif name in SMALL and values[position] and not isinstance(values[position], str):
-                values[position] = SMALL[name]
+            elif values[position] and isinstance(values[position], type(settings.get(name))):
+                values[position] = settings[name]
     return small
 
 
