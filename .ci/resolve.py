@@ -18,7 +18,7 @@ from testing.hosts import HOSTS, Host, interpreter, requirements
 
 # 23.2 is the first that reads a wheel's metadata without the wheel: PyTorch's with CUDA are 3 GB.
 PIP = "pip>=23.2"
-# An index without such metadata sends gigabytes, and a connection that breaks there says nothing about the requirements.
+# An index without such metadata sends gigabytes, and a broken connection says nothing about the requirements.
 TRIES = 3
 # Networks with certificates of their own need it.
 KEPT = {"PIP_CERT"}

@@ -6,7 +6,6 @@ with each value. Every step lowers the error, except for rounding factors to flo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from .exact import exact_product, rounded_matrix, sum_channels
 from .feedback import Option, Rounded, better
 from .grid import Grid, Scales
 from .moments import SpanMoments
-from .small_matrices import root_and_inverse, times
+from .small_matrices import diagonal_blocks, root_and_inverse, times
 
 # Relative determinant of the normal equations below which d and dmin are not told apart.
 _SINGULAR = 1e-5
@@ -80,9 +79,9 @@ class Descent:
         """
         gradient, levels, together = gradient.clone(), old.clone(), self._grid.together
         round_group, unit = self._grid.rounding(scale[:, 0], self._grid.offset(old)), self._grid.unit(scale)
-        for first in range(0, self._grid.size, together):
+        roots, inverses = (values.unbind(1) for values in root_and_inverse(diagonal_blocks(matrix, together)))
+        for first, root, inverse in zip(range(0, self._grid.size, together), roots, inverses, strict=True):
             group = slice(first, first + together)
-            root, inverse = root_and_inverse(matrix[:, group, group])
             # The values of least error if any were allowed.
             free = times(gradient[:, group], inverse)
             free = free.addcmul_(old[:, group], unit if unit_of_old is None else unit_of_old)
@@ -128,8 +127,8 @@ class Descent:
             matrix: float32 (n, size, size).
         """
         rounded, search, block = self._rounded, self._grid.search, sub // self._rounded.subs_per_block
-        moves = list(itertools.product(_steps(search.scales), _steps(search.mins)))
-        if len(moves) == 1:
+        steps = _steps(search.scales), _steps(search.mins)
+        if len(steps[0]) == len(steps[1]) == 1:
             return
         product = exact_product(rounded_matrix(matrix), levels)
         of_levels, of_ones = sum_channels(levels * gradient), sum_channels(gradient)
@@ -138,12 +137,17 @@ class Descent:
         ones = matrix.double().sum((1, 2)).float()[:, None]
         scale, minimum = rounded.scales[:, sub], rounded.mins[:, sub]
 
-        def option(scale_step: int, min_step: int) -> Option:
-            new = search.scales.moved(scale, scale_step), search.mins.moved(minimum, min_step)
-            a, b = rounded.d[:, block] * (new[0] - scale), rounded.dmin[:, block] * (new[1] - minimum)
-            return a * (a * squares - 2 * of_levels) + b * (b * ones + 2 * of_ones - 2 * a * mixed), *new
-
-        best, *others = (option(*move) for move in moves)
+        # (n, steps of the scale, steps of the min, rows)
+        scales = torch.stack([search.scales.moved(scale, step) for step in steps[0]], 1)[:, :, None]
+        mins = torch.stack([search.mins.moved(minimum, step) for step in steps[1]], 1)[:, None]
+        a = rounded.d[:, block, None, None] * (scales - scale[:, None, None])
+        b = rounded.dmin[:, block, None, None] * (mins - minimum[:, None, None])
+        squares, of_levels, ones, of_ones, mixed = (
+            values[:, None, None] for values in (squares, of_levels, ones, of_ones, mixed)
+        )
+        costs = a * (a * squares - 2 * of_levels) + b * (b * ones + 2 * of_ones - 2 * a * mixed)
+        options = (values.expand_as(costs).flatten(1, 2).unbind(1) for values in (costs, scales, mins))
+        best, *others = zip(*options, strict=True)
         for other in others:
             best = better(other, best)
         _, rounded.scales[:, sub], rounded.mins[:, sub] = best

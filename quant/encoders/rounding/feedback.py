@@ -6,19 +6,23 @@ Here, they fit the weights as the errors before have left them, and the best of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ...device import elements_at_a_time
 from ..search.fit import BlockScales
 from ..search.sub_blocks import SubBlocks
 from .exact import exact_product, rounded_matrix, sum_channels
 from .grid import Grid
 from .moments import SpanMoments
-from .small_matrices import times, triangular_inverse
+from .small_matrices import diagonal_blocks, times, triangular_inverse
 
+_Choice = tuple[tuple[Tensor, Tensor], float]
+"""An integer scale and min, float32 (n, rows), and an offset."""
 Option = tuple[Tensor, ...]
 """A cost, float32 (n, rows), and what has it, (n, rows) or (n, channels, rows)."""
 
@@ -132,15 +136,20 @@ class _Turns:
         """
         together = self.grid.together
         groups = [slice(first, first + together) for first in range(0, weight.shape[1], together)]
-        costs = [triangular_inverse(factors[:, group, group]) for group in groups]
-        first, *others = (
-            self._option(weight, factors, list(zip(groups, costs, strict=True)), scale, minimum, offset)
-            for scale, minimum in self._integers(sub, weight, factors)
-            for offset in self.grid.offsets
+        costs = triangular_inverse(diagonal_blocks(factors, together)).unbind(1)
+        choices = list(itertools.product(self._integers(sub, weight, factors), self.grid.offsets))
+        # Several at once, as long as they stay in a CPU's cache: calls cost more than the arithmetic of a few rows.
+        at_once = max(1, elements_at_a_time(weight.device) // weight.numel())
+        best, *others = (
+            option
+            for first in range(0, len(choices), at_once)
+            for option in self._options(
+                weight, factors, list(zip(groups, costs, strict=True)), choices[first : first + at_once]
+            )
         )
         for other in others:
-            first = better(other, first)
-        _, self.scales[:, sub], self.mins[:, sub], levels, errors = first
+            best = better(other, best)
+        _, self.scales[:, sub], self.mins[:, sub], levels, errors = best
         return levels, errors
 
     def _integers(self, sub: int, weight: Tensor, factors: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
@@ -162,19 +171,23 @@ class _Turns:
                 options += [(scale, mins.moved(minimum, steps)) for steps in (-1, 1)]
         return options
 
-    def _option(
-        self,
-        weight: Tensor,
-        factors: Tensor,
-        groups: Sequence[tuple[slice, Tensor]],
-        scale: Tensor,
-        minimum: Tensor,
-        offset: float,
-    ) -> Option:
-        """Round the weights of a sub-block in their order; the errors of a group spread over the later groups."""
-        real, shifted = self.d[:, 0] * scale, weight + (self.dmin[:, 0] * minimum)[:, None]
+    def _options(
+        self, weight: Tensor, factors: Tensor, groups: Sequence[tuple[slice, Tensor]], choices: Sequence[_Choice]
+    ) -> Iterator[Option]:
+        """Round a sub-block with each choice in its order; the errors of a group spread over the later groups."""
+        rows = weight.shape[2]
+        # The rows with the first choice, then those with the second, and so on.
+        scale, minimum = (torch.cat(values, 1) for values in zip(*(integers for integers, _ in choices), strict=True))
+        offset: float | Tensor = self.grid.offsets[0]
+        if len(self.grid.offsets) > 1:
+            offset = torch.cat([torch.full_like(weight[:, 0], own) for _, own in choices], 1)
+        real, least = (
+            factor.repeat(1, len(choices)) * integers
+            for factor, integers in ((self.d[:, 0], scale), (self.dmin[:, 0], minimum))
+        )
+        shifted = weight.repeat(1, 1, len(choices)) + least[:, None]
         round_group, unit = self.grid.rounding(real, offset), self.grid.unit(real)
-        levels, errors = torch.empty_like(weight), torch.empty_like(weight)
+        levels, errors = torch.empty_like(shifted), torch.empty_like(shifted)
         for group, costs in groups:
             levels[:, group] = round_group(shifted[:, group], costs)
             error = shifted[:, group].addcmul_(levels[:, group], unit[:, None], value=-1)
@@ -182,4 +195,5 @@ class _Turns:
             for channel in range(group.start, group.stop):
                 later = factors[:, channel, group.stop :, None]
                 shifted[:, group.stop :].addcmul_(later, errors[:, channel, None], value=-1)
-        return sum_channels(errors.square()), scale, minimum, levels, errors
+        found = sum_channels(errors.square()), scale, minimum, levels, errors
+        yield from zip(*(torch.split(values, rows, -1) for values in found), strict=True)
