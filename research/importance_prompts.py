@@ -45,7 +45,7 @@ def measure(recipe: str, counts: Sequence[int], draws: int, clips: int) -> list[
 
     def sqnr(method: str, count: int, draw: int) -> float:
         captions = prompts(count, start=draw * (1 + len(TRAINING) // draws)) if count else []
-        known = collect(source, captions, COLLECTORS[method]()) if captions else {}
+        known = collect(source, captions, COLLECTORS[method]())[0] if captions else {}
         weights = {
             name: qtype.dequantize(LayerEncoder.of(known, name).quantize(qtype, source[name]))
             if qtype.block_size > 1

@@ -67,7 +67,7 @@ class Network:
         }
         return cls(
             source,
-            {part: collect(source, prompts(captions), Collector(), wanted=wants) for part, wants in wanted.items()},
+            {part: collect(source, prompts(captions), Collector(), wanted=wants)[0] for part, wants in wanted.items()},
         )
 
     def quantized(self, split: Split) -> Model:

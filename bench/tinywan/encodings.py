@@ -87,7 +87,7 @@ class Workshop:
     def open(cls, captions: Sequence[Caption], order: int = 0) -> Iterator[Workshop]:
         """Open a workshop for TinyWan with its channels in an order, with statistics of these captions."""
         source = reordered(load_weights(), order)
-        inputs = [collect(source, captions, collector) for collector in (Collector(), CalibrationCollector())]
+        inputs = collect(source, captions, Collector(), CalibrationCollector())
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             checkpoint = folder / "tinywan.safetensors"
@@ -115,7 +115,7 @@ class Workshop:
 
     def narrow(self, recipe: str) -> Encoded:
         """Convert with covariances within 64 channels alone: wide models know most pairs of channels as little."""
-        return self._converted(recipe, "narrow", _within(self.calibration, 64))
+        return self._converted(recipe, "narrow", within(self.calibration, 64))
 
     def ggml(self, recipe: str) -> Encoded:
         return self._by_ggml(recipe, {})
@@ -169,7 +169,7 @@ class Workshop:
         return self.folder / f"{recipe}-{method}{RECIPES[recipe].suffix}"
 
 
-def _within(calibration: Calibration, channels: int) -> Calibration:
+def within(calibration: Calibration, channels: int) -> Calibration:
     """Return a calibration without the covariances of channels that lie in different runs of so many channels."""
 
     def kept(name: str, products: Tensor) -> Tensor:

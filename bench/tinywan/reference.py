@@ -110,7 +110,8 @@ class Reference:
 
         Each x ends with a 1, for the bias: (columns + 1, columns + 1).
         """
-        return collect(weights, self.captions, Products(), seed=self.seed)
+        (products,) = collect(weights, self.captions, Products(), seed=self.seed)
+        return products
 
     @torch.no_grad()
     def velocity_sqnr(self, model: Model) -> list[float]:
@@ -161,17 +162,17 @@ def psnr(reference: Tensor, clips: Tensor) -> Tensor:
 def collect(
     weights: Weights,
     captions: Sequence[Caption],
-    collector: Collector,
-    *,
+    *collectors: Collector,
     seed: int = CALIBRATION_SEED,
     wanted: Callable[[float], bool] = lambda level: True,
-) -> Importance:
-    """Sample one clip per caption, and return what the collector collected; `wanted` selects steps by noise level."""
+) -> list[Importance]:
+    """Sample one clip per caption, and return what each collector collected; `wanted` selects steps by noise level."""
     model, counted = load_module(weights), True
 
     def add(name: str, _: torch.nn.Module, inputs: tuple[Tensor]) -> None:
         if counted:
-            collector.add(name, inputs[0])
+            for collector in collectors:
+                collector.add(name, inputs[0])
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -181,11 +182,12 @@ def collect(
     def observed(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         nonlocal counted
         counted = wanted(timestep[0].item() / 1000)
-        collector.samples += len(x) * counted
+        for collector in collectors:
+            collector.samples += len(x) * counted
         return call(x, timestep, text)
 
     generate(observed, captions, seed=seed, steps=STEPS)
-    return collector.result()
+    return [collector.result() for collector in collectors]
 
 
 def prompts(count: int, start: int = 0) -> list[Caption]:

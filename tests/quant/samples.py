@@ -36,8 +36,9 @@ def random_blocks(qtype: QuantType, n_blocks: int, seed: int = 0) -> Tensor:
 def special_blocks(qtype: QuantType) -> Tensor:
     """Return random blocks with every combination of SPECIAL_SCALES as their float16 factors, uint8 (n, type_size)."""
     scales = np.array(SPECIAL_SCALES, np.float16).view(np.uint8).reshape(-1, 2)
-    blocks = random_blocks(qtype, len(scales) ** 2).numpy()
-    for field, offset in enumerate(F16_FIELDS.get(qtype.name, ())):
+    fields = F16_FIELDS.get(qtype.name, ())
+    blocks = random_blocks(qtype, len(scales) ** max(1, len(fields))).numpy()
+    for field, offset in enumerate(fields):
         blocks[:, offset : offset + 2] = scales[np.arange(len(blocks)) // len(scales) ** field % len(scales)]
     return torch.from_numpy(blocks)
 

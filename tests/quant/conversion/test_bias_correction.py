@@ -15,7 +15,6 @@ from wanquant.quant.conversion import bias_correction, stream
 from wanquant.quant.conversion import convert as convert_module
 from wanquant.quant.conversion.convert import convert
 from wanquant.quant.inspection.verify import verify
-from wanquant.quant.plan.recipe import required_precision
 from wanquant.quant.recovery.recovery_lora import recover
 from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.quant.statistics.calibration import CalibrationCollector
@@ -24,6 +23,7 @@ from wanquant.testing.tiny_wan import write_tiny_wan
 from wanquant.tests.quant.samples import correlated
 
 NAME, BIAS = "blocks.0.ffn.0.weight", "blocks.0.ffn.0.bias"
+KNOWN = ("blocks.0.self_attn.v.weight", NAME, "blocks.0.ffn.2.weight")
 COLLECTORS = {"importance": Collector, "calibration": CalibrationCollector}
 
 
@@ -34,9 +34,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statistics(source):
-    """An importance matrix and a calibration of inputs whose means are not 0."""
+    """An importance matrix and a calibration of some layers, of inputs whose means are not 0."""
     with open_checkpoint(source) as checkpoint:
-        widths = {n: t.shape[-1] for n, t in checkpoint.tensors.items() if required_precision(n, t) == "quantized"}
+        widths = {name: checkpoint.tensors[name].shape[-1] for name in KNOWN}
     collected = {}
     for kind, collector in ((kind, make()) for kind, make in COLLECTORS.items()):
         for name, width in widths.items():

@@ -21,8 +21,8 @@ ON_GRIDS = ("IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
 @pytest.fixture(scope="module")
 def layer():
     """A weight, its encoder with a calibration, and other inputs of the same distribution to measure with."""
-    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(3))
-    return weight, LayerEncoder.of(collected(w=correlated(512)), "w"), correlated(512, seed=1)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(3))
+    return weight, LayerEncoder.of(collected(w=correlated(256)), "w"), correlated(256, seed=1)
 
 
 def output_error(weight, packed, name, inputs):
@@ -73,8 +73,8 @@ def test_types_without_a_search_ignore_the_calibration(name, layer):
 @pytest.mark.parametrize("name", TYPES)
 def test_uncorrelated_inputs_give_no_more_error_than_importance(name, layer):
     weight, qtype = layer[0], QTYPES[name]
-    importance = torch.rand(512, generator=torch.Generator().manual_seed(0)) + 0.1
-    products = torch.diag_embed(importance.view(2, 256))
+    importance = torch.rand(256, generator=torch.Generator().manual_seed(0)) + 0.1
+    products = torch.diag_embed(importance.view(1, 256))
     encoder = LayerEncoder.of(Calibration({"w": importance}, {"w": 1.0}, 1, products={"w": products}), "w")
     errors = [
         ((qtype.dequantize(packed) - weight).square() * importance).sum()
@@ -88,16 +88,21 @@ def test_uncorrelated_inputs_give_no_more_error_than_importance(name, layer):
 KINDS = ("Q4_0", "Q4_1", "Q6_K", "Q2_K", "IQ4_XS", "IQ3_S", "IQ2_XS", "IQ1_S")
 
 
+@pytest.fixture(scope="module")
+def two_spans():
+    return LayerEncoder.of(collected(w=correlated(512)), "w")
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_bytes_depend_on_neither_other_rows_nor_threads(name, layer, monkeypatch):
+def test_bytes_depend_on_neither_other_rows_nor_threads(name, two_spans, monkeypatch):
     """Effort "thorough" does all that "best" does; two sweeps show what each of six does."""
     monkeypatch.setattr(layer_encoder, "THOROUGH", Thoroughness(neighbors=True, sweeps=2))
-    weight, encoder = layer[0][:6], layer[1]
+    weight = torch.randn(6, 512, generator=torch.Generator().manual_seed(3))
     before, threads = weight.clone(), torch.get_num_threads()
-    whole = encoder.quantize(QTYPES[name], weight, "thorough")
+    whole = two_spans.quantize(QTYPES[name], weight, "thorough")
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        alone = encoder.quantize(QTYPES[name], weight[2:3], "thorough")
+        alone = two_spans.quantize(QTYPES[name], weight[2:3], "thorough")
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(alone, whole[2:3])
@@ -122,7 +127,7 @@ def test_what_is_known_of_the_inputs_does_not_depend_on_threads(has_held_out):
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
-@pytest.mark.parametrize("inputs", [torch.zeros(8, 512), torch.ones(1, 512)], ids=["zero", "one row"])
+@pytest.mark.parametrize("inputs", [torch.zeros(8, 256), torch.ones(1, 256)], ids=["zero", "one row"])
 def test_inputs_without_information_do_not_increase_the_error(inputs, layer):
     weight, encoder = layer[0], LayerEncoder.of(collected(w=inputs), "w")
     qtype = QTYPES["Q4_K"]
@@ -141,7 +146,7 @@ def test_importance_reduces_the_error_of_types_with_grids(name, layer):
     qtype, informed = QTYPES[name], LayerEncoder(encoder.importance)
     plain, weighted = (each.quantize(qtype, weight) for each in (LayerEncoder(), informed))
     assert output_error(weight, weighted, name, inputs) < output_error(weight, plain, name, inputs)
-    for packed, importance in ((plain, torch.ones(512)), (weighted, encoder.importance)):
+    for packed, importance in ((plain, torch.ones(256)), (weighted, encoder.importance)):
         products = (weight * importance * qtype.dequantize(packed)).sum(1)
         torch.testing.assert_close(products, (weight * importance * weight).sum(1), rtol=2**-9, atol=0)
 

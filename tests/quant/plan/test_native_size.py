@@ -16,7 +16,6 @@ from wanquant.quant.inspection.verify import verify
 from wanquant.quant.native.inputs import rounded_inputs
 from wanquant.quant.native.layer_type import LayerType
 from wanquant.quant.native.registry import FIRST_HOST, NATIVE, companions
-from wanquant.quant.plan import target_size as budget
 from wanquant.quant.plan.container import NativeContainer
 from wanquant.quant.plan.layer_error import input_error, relative_error
 from wanquant.quant.plan.recipe import RECIPES, plan_types
@@ -24,11 +23,6 @@ from wanquant.quant.sources.checkpoint import open_checkpoint
 from wanquant.testing.tiny_wan import write_tiny_wan
 
 GIB = 1 << 30
-
-
-@pytest.fixture(autouse=True)
-def fewer_sampled_elements(monkeypatch):
-    monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 12)
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,6 @@ GIB = 1 << 30
 TYPES = [QTYPES[name] for name in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")]
 
 
-@pytest.fixture(autouse=True)
-def fewer_sampled_elements(monkeypatch):
-    monkeypatch.setattr(budget, "_SAMPLED_ELEMENTS", 1 << 12)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return write_tiny_wan(tmp_path_factory.mktemp("source") / "wan.safetensors", layers=14, dim=256, ffn_dim=512)
