@@ -139,7 +139,8 @@ def measured():
 
 
 def test_a_narrow_calibration_has_no_covariances_of_distant_channels():
-    inputs = torch.randn(300, 256, generator=torch.Generator().manual_seed(0)) @ torch.randn(256, 256) + 1
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(300, 256, generator=generator) @ torch.randn(256, 256, generator=generator) + 1
     collector = CalibrationCollector()
     collector.add("w", inputs)
     collector.samples = 1
