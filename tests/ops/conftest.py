@@ -113,6 +113,17 @@ def decoded(t2v, model):
     return comfy.sd.load_diffusion_model_state_dict(sd, {"dtype": torch.float32})
 
 
+@pytest.fixture(scope="module")
+def short_prompts():
+    """Pad prompts for umT5 to 16 tokens instead of 512, which are encoded soon."""
+    from comfy.sd1_clip import SDTokenizer
+
+    init = SDTokenizer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SDTokenizer, "__init__", lambda self, *a, **k: init(self, *a, **k | {"min_length": 16}))
+        yield
+
+
 @pytest.fixture(scope="session")
 def sqnr():
     def sqnr(reference, value):
