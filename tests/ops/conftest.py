@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +36,9 @@ def quick_int8_products():
         return sum((x.float() @ y.float()).int() for x, y in parts)
 
     library = torch.library.Library("aten", "IMPL")
-    library.impl("_int_mm", int_mm, "CPU")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        library.impl("_int_mm", int_mm, "CPU")
     yield
     library._destroy()
 
