@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,24 @@ if (HOST / "comfy").is_dir():
     args.cpu = True
     # ComfyUI imports its `utils` first too: its nodes then add a folder with another `utils` to sys.path.
     import utils.extra_config  # noqa: F401
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_int8_products():
+    """Multiply 8-bit integers by way of float32: the same integers, without torch's plain loops on many CPUs."""
+    import torch
+
+    def int_mm(a, b):
+        # 1024 products of two int8 add up to at most 2**24, which float32 still holds exactly.
+        parts = zip(a.split(1024, 1), b.split(1024), strict=True)
+        return sum((x.float() @ y.float()).int() for x, y in parts)
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        library.impl("_int_mm", int_mm, "CPU")
+    yield
+    library._destroy()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -95,6 +114,17 @@ def decoded(t2v, model):
         if name.startswith("diffusion_model.")
     }
     return comfy.sd.load_diffusion_model_state_dict(sd, {"dtype": torch.float32})
+
+
+@pytest.fixture(scope="module")
+def short_prompts():
+    """Pad prompts for umT5 to 16 tokens instead of 512, which are encoded soon."""
+    from comfy.sd1_clip import SDTokenizer
+
+    init = SDTokenizer.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SDTokenizer, "__init__", lambda self, *a, **k: init(self, *a, **k | {"min_length": 16}))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from wanquant.quant import QuantError
 from wanquant.testing.text_encoder_files import HEADS, WIDTH
 from wanquant.tests.ops.loading.conftest import llama_file, processor, spiece, weights  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
+
 TEXTS = ("a red ball moves right", "")
 
 

@@ -17,6 +17,9 @@ from wanquant.tests.ops.test_native_files import loadable
 FFN = "encoder.block.3.layer.1.DenseReluDense.wo"
 
 
+pytestmark = pytest.mark.usefixtures("short_prompts")
+
+
 @pytest.fixture(scope="module")
 def umt5(tmp_path_factory):
     """Return the path of a umT5 of 24 narrow blocks with a tokenizer."""

@@ -217,3 +217,14 @@ def test_auto_is_exact_where_few_rows_would_quantize_the_input_again():
     assert torch.equal(product(slice(0, rows)), int8_linear(x, packed, None))
     half = slice(0, rows // 2)
     assert torch.equal(product(half), packed_linear(x, packed, None)[..., half])
+
+
+@pytest.mark.parametrize("columns", [8, 1024, 2304])
+def test_products_of_the_tests_are_those_of_integers(columns):
+    """Test also the largest sums, which float32 would round; see `quick_int8_products`."""
+    codes = [torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((32, columns), (16, columns))]
+    for each in codes:
+        each[0] = -128
+    expected = codes[0].long() @ codes[1].T.long()
+    found = torch._int_mm(codes[0], codes[1].T)
+    assert found.dtype == torch.int32 and torch.equal(found.long(), expected)

@@ -8,6 +8,7 @@ from gguf import GGUFReader
 from safetensors.torch import save_file
 
 from wanquant.quant import convert
+from wanquant.testing.text_encoder_files import TEXTS, trained_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +39,10 @@ def source(state, spiece, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def fields(source):
-    """Return the header of the converted file as the package gguf reads it, which takes seconds per vocabulary."""
-    return GGUFReader(convert(source, source.with_suffix(".gguf"), "Q8_0", effort="fast").path).fields
+def fields(state, tmp_path_factory):
+    """Return a converted file's header as the package gguf reads it, which is slow: with a small tokenizer."""
+    path = tmp_path_factory.mktemp("fields") / "umt5.safetensors"
+    spiece = trained_tokenizer(TEXTS * 20, vocabulary=110, normalization="identity")
+    small = {"shared.weight": state["shared.weight"][:256].clone()}
+    save_file(state | small | {"spiece_model": torch.frombuffer(bytearray(spiece), dtype=torch.uint8)}, path)
+    return GGUFReader(convert(path, path.with_suffix(".gguf"), "Q8_0", effort="fast").path).fields
