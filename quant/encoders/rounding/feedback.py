@@ -82,12 +82,14 @@ def round_with_feedback(
     """
     n, span, rows = weight.shape
     remaining, spread, factors = weight.clone(), rounded_matrix(moments.feedback.mT), moments.feedback.float()
+    # Calls cost more than the arithmetic of a few rows. On a CPU, what is rounded at once stays in its cache.
+    at_once = max(1, elements_at_a_time(weight.device) // (n * grid.size * rows))
     rounded = []
     for start in range(0, span, block_size):
         block = slice(start, start + block_size)
         blocks, weights = (v[:, block].transpose(1, 2).reshape(-1, block_size) for v in (remaining, importance))
         scales = grid.fit_scales(SubBlocks.from_blocks(blocks, weights, grid.size), n * rows)
-        turns = _Turns(grid, neighbors, *(_by_channel(values, n, rows) for values in scales.fields()))
+        turns = _Turns(grid, neighbors, at_once, *(_by_channel(values, n, rows) for values in scales.fields()))
         levels = []
         for sub in range(block_size // grid.size):
             first = start + sub * grid.size
@@ -115,10 +117,15 @@ def _by_channel(values: Tensor, n: int, rows: int) -> Tensor:
 
 @dataclass
 class _Turns:
-    """The scales of one block of every row; its sub-blocks change theirs one after the other."""
+    """The scales of one block of every row; its sub-blocks change theirs one after the other.
+
+    Args:
+        at_once: with how many scales and mins a sub-block is rounded in one call.
+    """
 
     grid: Grid
     neighbors: bool
+    at_once: int
     d: Tensor
     dmin: Tensor
     scales: Tensor
@@ -138,13 +145,11 @@ class _Turns:
         groups = [slice(first, first + together) for first in range(0, weight.shape[1], together)]
         costs = triangular_inverse(diagonal_blocks(factors, together)).unbind(1)
         choices = list(itertools.product(self._integers(sub, weight, factors), self.grid.offsets))
-        # Several at once, as long as they stay in a CPU's cache: calls cost more than the arithmetic of a few rows.
-        at_once = max(1, elements_at_a_time(weight.device) // weight.numel())
         best, *others = (
             option
-            for first in range(0, len(choices), at_once)
+            for first in range(0, len(choices), self.at_once)
             for option in self._options(
-                weight, factors, list(zip(groups, costs, strict=True)), choices[first : first + at_once]
+                weight, factors, list(zip(groups, costs, strict=True)), choices[first : first + self.at_once]
             )
         )
         for other in others:

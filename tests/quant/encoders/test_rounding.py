@@ -7,7 +7,7 @@ import torch
 
 from wanquant.quant import QTYPES
 from wanquant.quant.conversion.layer_encoder import LayerEncoder
-from wanquant.quant.encoders.rounding import Thoroughness, round_for_outputs
+from wanquant.quant.encoders.rounding import Thoroughness, feedback, round_for_outputs
 from wanquant.quant.encoders.rounding.exact import exact_product, rounded_matrix
 from wanquant.tests.quant.samples import collected, correlated
 
@@ -44,6 +44,14 @@ def test_every_stage_lowers_the_error(name, layer):
     assert first < plain
     assert later[0] < first and later[1] <= later[0] * 1.001
     assert rounded(True, 0) <= first * 1.02
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "IQ2_XS", "IQ1_S"])
+def test_scales_tried_in_one_call_or_each_alone_give_the_same_bytes(name, layer, monkeypatch):
+    weight, encoder = layer
+    together = encoder.quantize(QTYPES[name], weight, "thorough")
+    monkeypatch.setattr(feedback, "elements_at_a_time", lambda _: 1)
+    assert torch.equal(encoder.quantize(QTYPES[name], weight, "thorough"), together)
 
 
 def test_products_are_exact_in_any_order():
