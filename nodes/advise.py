@@ -7,7 +7,6 @@ from comfy_api.latest import io, ui
 
 from ..ops.budget.advise import advise
 from ..ops.budget.published import PUBLISHED
-from . import encoding
 
 
 class WanQuantAdvise(io.ComfyNode):
@@ -46,5 +45,4 @@ class WanQuantAdvise(io.ComfyNode):
     def execute(cls, vram_gib: float, ram_gib: float) -> io.NodeOutput:
         bar = comfy.utils.ProgressBar(len(PUBLISHED))
         report = advise(vram_gib, ram_gib, done=lambda: bar.update(1))
-        encoding.show_lines_on_node(report.lines())
         return io.NodeOutput(report.text(), ui=ui.PreviewText(report.lines()))

@@ -12,7 +12,6 @@ from ..ops.host_version import host_version
 from ..quant.check.report import CheckReport, Step
 from ..quant.check.run import check_installation
 from ..quant.errors import PrintableLog
-from .encoding import show_lines_on_node
 
 logger = PrintableLog(__name__)
 
@@ -58,5 +57,4 @@ class WanQuantCheck(io.ComfyNode):
         for step in report.steps:
             if not step.ok:
                 logger.error("WanQuant: check of %s failed: %s", step.name, step.text)
-        show_lines_on_node(report.text())
         return io.NodeOutput(report.text(), ui=ui.PreviewText(report.text()))

@@ -180,24 +180,11 @@ def _time_left(seconds: float, share: float) -> str:
     return f", {tqdm.format_interval(seconds * (1 - share) / share)} left"
 
 
-def show_on_node(text: str) -> None:
-    """Show a text on the running node, in place of the last tensor's name."""
-    _show(get_executing_context(), text)
-
-
-def show_lines_on_node(text: str) -> None:
-    """Show a report of several lines, which `printable_lines` made, on the running node."""
-    _send(get_executing_context(), text)
-
-
 def _show(running: ExecutionContext | None, text: str) -> None:
-    _send(running, printable(text))
-
-
-def _send(running: ExecutionContext | None, text: str) -> None:
+    """Show a text on the node until the run ends, or until the node gives its own, which web/text.js keeps."""
     if running:
         # The page shows this text as HTML, and it may repeat names from a file.
-        PromptServer.instance.send_progress_text(escape(text, quote=False), running.node_id)
+        PromptServer.instance.send_progress_text(escape(printable(text), quote=False), running.node_id)
 
 
 def report_output(report: ConversionReport, node: type[io.ComfyNode], name: str = "") -> io.NodeOutput:
@@ -220,6 +207,5 @@ def report_output(report: ConversionReport, node: type[io.ComfyNode], name: str 
     from ..quant.inspection.report_chart import draw, draw_bytes
 
     chart, summary = picture_tensor(draw(report)), report.text()
-    show_on_node("; ".join(unusable) or summary.partition("\n")[0])
     shown = text_and_picture(summary, picture_tensor(draw_bytes(report)), node)
     return io.NodeOutput(str(report.destination), chart, summary, ui=shown)

@@ -7,7 +7,6 @@ from comfy_api.latest import io
 from ..ops.budget.expert_pair import load_expert_pair
 from ..ops.packed.precision import EXACT
 from ..quant.errors import PrintableLog
-from .encoding import show_on_node
 from .folders import check_names, path_token, source_folder, stat_token
 from .load_diffusion_model import DTYPES, chosen_path, dtype_input, model_names, path_input, precision_input
 
@@ -77,5 +76,4 @@ class WanQuantExpertPairLoader(io.ComfyNode):
         high, low, warning = load_expert_pair(high_file, low_file, DTYPES[compute_dtype], precision)
         if warning:
             logger.warning("Load Wan 2.2 Experts: %s", warning)
-            show_on_node(warning)
-        return io.NodeOutput(high, low)
+        return io.NodeOutput(high, low, ui={"text": (warning,)} if warning else None)

@@ -17,7 +17,6 @@ from ..ops.budget.vae_tiles import HOST_TILES, tiles_within
 from ..quant import QuantError
 from ..quant.errors import PrintableLog
 from ..quant.units import GIB
-from .encoding import show_on_node
 
 logger = PrintableLog(__name__)
 
@@ -100,5 +99,4 @@ class WanQuantLowVRAM(io.ComfyNode):
             logger.warning("Wan Low VRAM: %s", text)
         tiles = tiles_within(job, now)
         text = "; ".join([text, str(tiles), *stock_notes(model), *beyond_device(budget, model.load_device)])
-        show_on_node(text)
         return io.NodeOutput(budgeted, text, tiles.size, tiles.overlap, ui={"text": (text,)})

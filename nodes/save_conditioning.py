@@ -9,7 +9,6 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..ops.conditioning import save_conditioning
-from .encoding import show_on_node
 from .folders import CONDITIONING, output_path
 
 
@@ -41,5 +40,4 @@ class WanQuantSaveConditioning(io.ComfyNode):
         folder = os.path.join(folder_paths.get_output_directory(), CONDITIONING)
         path = output_path(folder, name, ".safetensors")
         save_conditioning(conditioning, path)
-        show_on_node(f"Saved {name}")
         return io.NodeOutput(path, ui=ui.PreviewText(f"Saved {name}"))

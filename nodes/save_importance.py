@@ -13,7 +13,6 @@ from ..quant.statistics.importance import Collector
 from ..quant.tuning.capture import Capture
 from ..quant.units import counted
 from .collect_importance import BlocksIO, ImportanceIO
-from .encoding import show_on_node
 from .folders import BLOCKS_SUFFIX, IMPORTANCE, output_path, without_suffix
 
 
@@ -80,5 +79,4 @@ class WanQuantSaveImportance(io.ComfyNode):
             path = output_path(folder, blocks_name, BLOCKS_SUFFIX)
             blocks_path = str(blocks.write(path, overwrite=True))
             text += f". Saved {blocks_name}: {len(blocks)} of {counted(blocks.seen, 'evaluation')}"
-        show_on_node(text)
         return io.NodeOutput(written, blocks_path, ui=ui.PreviewText(text))

@@ -109,7 +109,6 @@ class WanQuantSaveRecoveryLora(io.ComfyNode):
             overwrite=overwrite,
             progress=encoding.progress_bar(),
         )
-        encoding.show_on_node(report.text())
         return io.NodeOutput(os.path.relpath(report.path, _folder()), ui=ui.PreviewText(report.text()))
 
 

@@ -35,7 +35,7 @@ _SIZES = {
     "WanQuantAdvise": (720, 330),
     "WanQuantCheck": (720, 300),
     "WanQuantCompareLatents": (560, 560),
-    "WanQuantConvert": (440, 660),
+    "WanQuantConvert": (440, 730),
     "WanQuantInspect": (440, 610),
     "WanQuantLowVRAM": (440, 330),
     "WanQuantSaveConditioning": (330, 170),

@@ -69,7 +69,7 @@ def compare_latents(reference: Tensor, compared: Tensor) -> LatentComparison:
     value_range = (first.max() - first.min()).item()
     return LatentComparison(
         psnr=_psnr(squared, value_range),
-        cosine=torch.nn.functional.cosine_similarity(first.flatten(), second.flatten(), dim=0).item(),
+        cosine=torch.nn.functional.cosine_similarity(first.double().flatten(), second.double().flatten(), dim=0).item(),
         frame_psnr=tuple(_psnr(frame, value_range) for frame in squared),
         error=squared.mean(1).sqrt(),
         reference=preview_frames(reference),

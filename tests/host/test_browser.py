@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from wanquant.testing.graphs import node
 from wanquant.testing.server import HostServer
@@ -40,8 +42,10 @@ def test_dropped_template_runs(path: Path, canvas: Canvas, server: HostServer, s
             continue
         assert sent[item]["class_type"] == expected["class_type"]
         assert sent[item]["inputs"].items() >= expected["inputs"].items(), "every widget has its value"
+    places = _places(canvas)
     result = canvas.run()
     assert result["status"]["status_str"] == "success"
+    assert _places(canvas) == places, "texts and pictures have the room that they need"
     assert all(file.stat().st_size for file in saved_files(result["outputs"], server.output))
     assert path.stem != "Check the installation" or "WanQuant: 8 checks passed" in str(result["outputs"])
     assert _overlaps(canvas.nodes()) == []
@@ -70,6 +74,10 @@ def test_advanced_loader_of_comfyui_gguf_is_replaced(canvas: Canvas, server: Hos
     assert sent["1"]["class_type"] == "WanQuantLoader"
     assert sent["1"]["inputs"].items() >= {"model_name": models.T2V_14B.name, "compute_dtype": "default"}.items()
     assert sent["2"]["inputs"]["model"] == ["1", 0]
+
+
+def _places(canvas: Canvas) -> list[list[float]]:
+    return [entry["rectangle"] for entry in canvas.nodes() if entry["type"].startswith("WanQuant")]
 
 
 def _overlaps(nodes: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -128,6 +136,32 @@ def test_saved_output_gives_the_graph_back(kind: str, canvas: Canvas, server: Ho
     assert given_back.keys() == graph.keys()
     for name, expected in graph.items():
         assert given_back[name]["inputs"].items() >= expected["inputs"].items()
+
+
+def test_text_stays_until_the_node_runs_again(canvas: Canvas, server: HostServer):
+    """The canvas itself shows a text only while the node runs."""
+    file = server.models / "diffusion_models" / "text.gguf"
+    shutil.copy(file.with_name(models.T2V_14B.name), file)
+    canvas.refresh()
+    canvas.drop(Path("graph.json"), json.dumps({"inspect": node("WanQuantInspect", model_name=file.name)}).encode())
+    result = canvas.run()
+    assert result["status"]["status_str"] == "success"
+    (text,) = result["outputs"]["inspect"]["text"]
+    box = canvas.page.locator("textarea[readonly]")
+    canvas.page.get_by_text("Job completed").first.wait_for()
+    expect(box).to_have_value(text)
+
+    saved = canvas.page.evaluate("app.graph.serialize().nodes.map(node => node.widgets_values)")
+    assert text not in str(saved) and text not in str(canvas.prompt())
+
+    canvas.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    expect(box).to_have_count(0)
+    canvas.page.evaluate("app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    expect(box).to_have_value(text)
+
+    file.write_bytes(b"not a GGUF file")
+    assert canvas.run()["status"]["status_str"] == "error"
+    expect(box).to_have_count(0)
 
 
 _PLACE_OF_RECIPE = """

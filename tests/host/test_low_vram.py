@@ -68,8 +68,12 @@ def test_log_of_a_whole_run_is_short(precision: str, server: HostServer):
     before = len(server.pack_log.read_text(encoding="utf-8").splitlines())
     events: list[Event] = []
     server.run(graph, events.append)
-    shown = [event["data"] for event in events if event["type"] == "progress_text"]
-    assert any(data["node"] == "model" and "own forward" in data["text"] for data in shown), "on the node"
+    seen = [(event["type"], event["data"]) for event in events]
+    (said,) = [place for place, (kind, data) in enumerate(seen) if kind == "executed" and data["node"] == "model"]
+    first_step = next(
+        place for place, (kind, data) in enumerate(seen) if kind == "progress" and data["node"] == "sampler"
+    )
+    assert said < first_step and "own forward" in seen[said][1]["output"]["text"][0]
     lines = server.pack_log.read_text(encoding="utf-8").splitlines()[before:]
     assert len(lines) <= MOST_LINES, lines
     (told,) = [line for line in lines if "predicted peak" in line]

@@ -49,11 +49,10 @@ def test_progress_names_the_tensors(server: HostServer, target: Path):
     server.run(conversion("Q4_0", source=NAME), events.append)
     of_node = [(event["type"], event["data"]) for event in events if event["data"].get("node") == "convert"]
     (done, total), *_ = [(data["value"], data["max"]) for kind, data in reversed(of_node) if kind == "progress"]
-    *names, result = [data["text"] for kind, data in of_node if kind == "progress_text"]
+    names = [data["text"] for kind, data in of_node if kind == "progress_text"]
     assert done == total
     assert names
     assert set(names) <= open_gguf(target).tensors.keys()
-    assert "job-Q4_0.gguf" in result and "written in" in result
 
 
 def test_new_file_can_be_chosen_after_refresh(server: HostServer, target: Path):
@@ -139,10 +138,8 @@ def test_importance_is_collected_and_used(server: HostServer, target: Path):
     sampled["model"] = node("WanQuantCollectImportance", model=["loader", 0], steps="alike")
     save = node("WanQuantSaveImportance", importance=["model", 1], name="job.gguf", latent=["sampler", 0])
     graph = {**sampled, "save": save}
-    events: list[Event] = []
-    assert f"over {STEPS} evaluations" in server.run(graph, events.append)["save"]["text"][0]
-    shown = [event["data"] for event in events if event["type"] == "progress_text"]
-    assert any(data["node"] == "save" and "Saved job.gguf" in data["text"] for data in shown), "on the node"
+    text = server.run(graph)["save"]["text"][0]
+    assert f"over {STEPS} evaluations" in text and "Saved job.gguf" in text
     again = {**graph, **conversion("Q4_0", source=NAME, overwrite=True, importance_path=["save", 0])}
     shown = server.run(again)
     assert f"over {STEPS} evaluations" in shown["save"]["text"][0], "cached sampling adds nothing"

@@ -226,6 +226,5 @@ def test_text_on_the_node_is_neither_html_nor_control_characters(monkeypatch):
     shown = []
     server = SimpleNamespace(send_progress_text=lambda text, node_id: shown.append(text))
     monkeypatch.setattr(encoding, "PromptServer", SimpleNamespace(instance=server))
-    monkeypatch.setattr(encoding, "get_executing_context", lambda: SimpleNamespace(node_id="1"))
-    encoding.show_on_node("<img src=x onerror=alert(1)>&\x1b")
+    encoding._show(SimpleNamespace(node_id="1"), "<img src=x onerror=alert(1)>&\x1b")
     assert shown == ["&lt;img src=x onerror=alert(1)&gt;&amp;\\x1b"]
