@@ -14,7 +14,7 @@ function addBox(node) {
     element.className = "comfy-multiline-input";
     element.readOnly = true;
     const height = () => LINE * (element.value.split("\n").length + 2);
-    const box = node.addDOMWidget(BOX, "text", element, {
+    const box = node.addDOMWidget(BOX, BOX, element, {
         getValue: () => element.value,
         setValue: (value) => { element.value = value; },
         getMinHeight: () => Math.min(height(), LINE * LEAST_LINES),

@@ -138,12 +138,16 @@ def test_saved_output_gives_the_graph_back(kind: str, canvas: Canvas, server: Ho
         assert given_back[name]["inputs"].items() >= expected["inputs"].items()
 
 
-def test_text_stays_until_the_node_runs_again(canvas: Canvas, server: HostServer):
-    """The canvas itself shows a text only while the node runs."""
+@pytest.mark.parametrize("drawn_by", ["canvas", "HTML"])
+def test_text_stays_until_the_node_runs_again(drawn_by: str, canvas: Canvas, server: HostServer):
+    """The page itself shows a text only while the node runs."""
+    set_drawing = "html => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', html)"
+    canvas.page.evaluate(set_drawing, drawn_by == "HTML")
     file = server.models / "diffusion_models" / "text.gguf"
     shutil.copy(file.with_name(models.T2V_14B.name), file)
     canvas.refresh()
-    canvas.drop(Path("graph.json"), json.dumps({"inspect": node("WanQuantInspect", model_name=file.name)}).encode())
+    graph = {"inspect": node("WanQuantInspect", model_name=file.name)}
+    canvas.drop(Path(f"by {drawn_by}.json"), json.dumps(graph).encode())
     result = canvas.run()
     assert result["status"]["status_str"] == "success"
     (text,) = result["outputs"]["inspect"]["text"]
@@ -156,12 +160,13 @@ def test_text_stays_until_the_node_runs_again(canvas: Canvas, server: HostServer
 
     canvas.page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
     expect(box).to_have_count(0)
-    canvas.page.evaluate("app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+    canvas.page.get_by_text(f"by {drawn_by}", exact=True).first.click()
     expect(box).to_have_value(text)
 
     file.write_bytes(b"not a GGUF file")
     assert canvas.run()["status"]["status_str"] == "error"
     expect(box).to_have_count(0)
+    canvas.page.evaluate(set_drawing, False)
 
 
 _PLACE_OF_RECIPE = """
