@@ -40,8 +40,9 @@ from torch.utils._pytree import tree_map_only
 from ...quant import QuantError
 from ...quant.errors import PrintableLog
 from ...quant.units import GIB
-from .. import host
+from .. import host, host_products
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
+from ..lean.weights import is_untouched
 from ..loading.prefetch import prefetch_blocks
 from ..packed.precision import precision_of
 from .automatic import AUTOMATIC, automatic_budget
@@ -276,10 +277,11 @@ class _BudgetedSampling:
 def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Iterator[None]:
     """While open, multiply with the time projection's offloaded weight on the CPU.
 
-    It is the model's largest weight, and its input has one row per time step.
+    It is the model's largest weight, and its input has one row per time step. A forward of another node, such as that
+    of a LoRA in bypass mode, is left alone.
     """
     layer = model.time_projection[-1]
-    if unless or layer.weight.device.type != "cpu":
+    if unless or layer.weight.device.type != "cpu" or not is_untouched(layer):
         yield
         return
     with host.in_place({layer: partial(_on_weights_device, layer)}):
@@ -289,4 +291,5 @@ def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Ite
 def _on_weights_device(layer: torch.nn.Linear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Run a Linear on the device of its weight, and return the output on the device of `x`."""
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(layer.weight.device), (args, kwargs))
-    return type(layer).forward(layer, x.to(layer.weight.device), *args, **kwargs).to(x.device)
+    held = host_products.without_pages(layer)
+    return type(layer).forward(held, x.to(layer.weight.device), *args, **kwargs).to(x.device)

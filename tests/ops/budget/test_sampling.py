@@ -17,7 +17,12 @@ from wanquant.ops.budget.automatic import AUTOMATIC
 from wanquant.ops.budget.choose_plan import memory_plans
 from wanquant.ops.budget.live_memory import LiveMemory
 from wanquant.ops.budget.memory_notes import attention_of, memory_notes
-from wanquant.ops.budget.sampling import _on_weights_device, expected_job, with_budget
+from wanquant.ops.budget.sampling import (
+    _on_weights_device,
+    _time_projection_in_main_memory,
+    expected_job,
+    with_budget,
+)
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.simulator import Simulator
 from wanquant.ops.budget.step_time import measured_step, step_key
@@ -190,6 +195,15 @@ def test_time_projection_accepts_further_arguments_of_newer_hosts():
     layer, x, residual = Layer(4, 4), torch.ones(1, 4), torch.ones(4)
     assert torch.equal(_on_weights_device(layer, x, "gelu_tanh", residual=residual), layer(x))
     assert seen == [(("gelu_tanh",), {"residual": residual}), ((), {})]
+
+
+def test_a_forward_of_another_node_stays_in_the_time_projection(model, monkeypatch):
+    """A LoRA in bypass mode has one."""
+    layer, x = model.model.diffusion_model.time_projection[-1], torch.randn(1, 256)
+    expected, own = 2 * layer(x), layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: 2 * own(x))
+    with _time_projection_in_main_memory(model.model.diffusion_model, unless=False):
+        assert torch.equal(layer(x), expected)
 
 
 def test_an_automatic_budget_is_chosen_when_sampling_starts(model, monkeypatch, caplog):
