@@ -191,8 +191,4 @@ def _dequantized(weight: Tensor) -> Tensor:
 
 def _kept(module: comfy.ops.CastWeightBiasOp, weight: Tensor, handle: object) -> Tensor:
     """Return a cast weight in memory that ComfyUI does not reuse for other modules."""
-    # A conversion or a patch made a new tensor. Otherwise the weight may be ComfyUI's own buffer.
-    quantized = isinstance(weight, QuantizedTensor)
-    unchanged = weight.dtype == module.weight.dtype and quantized == isinstance(module.weight, QuantizedTensor)
-    patched = bool(module.weight_function) and not is_packed(weight)
-    return weight.clone() if host.is_lent(module, handle) and unchanged and not patched else weight
+    return weight.clone() if host.is_lent(module, weight, handle) else weight
