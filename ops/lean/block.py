@@ -91,10 +91,17 @@ class LeanBlock:
         modulation = Modulation.from_module(self.block, e if e.ndim == 4 else e.unsqueeze(1), x)
         self._self_attention(x, modulation, freqs)
         self._cross_attention(x, context)
-        for patch in self.options.get("patches", {}).get("attn2_patch", ()):
-            x = patch({"x": x, "transformer_options": self.options})
+        x = self._after_cross_attention(x)
         self._ffn(x, modulation)
         return x
+
+    def _after_cross_attention(self, x: Tensor) -> Tensor:
+        """Run other nodes' patches, and return their result, (batch, tokens, dim), to overwrite."""
+        patches, given = self.options.get("patches", {}).get("attn2_patch", ()), x
+        for patch in patches:
+            x = patch({"x": x, "transformer_options": self.options})
+        # A patch that returns what it was given may keep it.
+        return x.clone() if patches and x is given else x
 
     def _self_attention(self, x: Tensor, modulation: Modulation, freqs: Tensor) -> None:
         norm = self.block.norm1
