@@ -49,7 +49,7 @@ from .automatic import AUTOMATIC, automatic_budget
 from .causal import frames_at_a_time, is_causal
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
-from .memory_notes import memory_notes
+from .memory_notes import attention_of, memory_notes
 from .resident import keep_factors, keep_weights, unload_other_models
 from .row_room import keep_rows, row_room, spendable
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
@@ -171,7 +171,8 @@ class _BudgetedSampling:
         """The budget includes all weights, so that none are streamed."""
         self._chosen: ChosenPlan | None = None
         self._simulator: Simulator | None = None
-        self._simulated_patches: object = None
+        self._simulated: Hashable = None
+        """What the simulator depends on besides the model."""
         self._until_end: ExitStack | None = None
         """What is undone when the sampling ends, also after an error or an interruption."""
 
@@ -262,8 +263,9 @@ class _BudgetedSampling:
                 self._until_end.callback(kept.release)
 
     def _simulator_of(self, model: ModelPatcher) -> Simulator:
-        if self._simulator is None or self._simulated_patches != model.patches_uuid:
-            self._simulator, self._simulated_patches = simulator_for(model), model.patches_uuid
+        wanted = model.patches_uuid, attention_of(model)
+        if self._simulator is None or self._simulated != wanted:
+            self._simulator, self._simulated = simulator_for(model), wanted
         return self._simulator
 
     def forward(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
