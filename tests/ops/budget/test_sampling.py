@@ -25,6 +25,7 @@ from wanquant.ops.budget.simulator import Simulator
 from wanquant.ops.budget.step_time import measured_step, step_key
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.prefetch import prefetch_blocks
+from wanquant.ops.packed.linear import packed_modules
 from wanquant.quant import QuantError
 from wanquant.quant.units import GIB
 
@@ -67,6 +68,15 @@ def test_same_result_within_the_budget(model, caplog):
         (message,) = [record.getMessage() for record in caplog.records if "predicted peak" in record.getMessage()]
         assert "256x256, 17 frames" in message
         assert how in message
+
+
+def test_weights_stay_mapped_when_they_are_unloaded(model):
+    """ComfyUI unloads on request outside of the inference mode in which nodes run."""
+    expected = sample(model)
+    mapped = [layer.weight._qdata.data_ptr() for _, layer in packed_modules(model.model)]
+    comfy.model_management.unload_all_models()
+    assert [layer.weight._qdata.data_ptr() for _, layer in packed_modules(model.model)] == mapped
+    assert torch.equal(sample(model), expected)
 
 
 def test_prompts_run_separately_with_their_own_index(model):
