@@ -142,7 +142,7 @@ def with_tensors(layer: Any, weight: Tensor, bias: Tensor | None, scale: Tensor 
     return held
 
 
-def without_pages(layer: torch.nn.Module) -> torch.nn.Module:
+def without_pages(layer: torch.nn.Linear) -> torch.nn.Linear:
     """Return a copy of a layer, around the same tensors, that runs on the CPU with its patches.
 
     The host leaves patches out where it casts a weight of dynamic VRAM for the CPU. The copy is as in its legacy mode.

@@ -155,7 +155,7 @@ class LeanBlock:
         """Return the output of attention to the context for some channels, in the shape of their queries."""
         options = {"heads": queries.shape[2] // attn.head_dim, "transformer_options": self.options}
         options |= host.attention_options(attn)
-        y = [
+        y: list[Tensor] = [
             wan.optimized_attention(queries, k[..., features], v[..., features], **options, **precision)
             for k, v, precision in keys_and_values
         ]
