@@ -88,9 +88,9 @@ def is_streamed(module: torch.nn.Module) -> bool:
 
 
 def is_lent(module: torch.nn.Module, weight: Tensor, handle: Any) -> bool:  # noqa: ANN401
-    """Return whether a weight that `cast` returned lies in memory that the host reuses; meta tensors count as streamed.
+    """Return whether a weight of any shape that `cast` returned lies in memory that the host reuses, or is on meta.
 
-    A conversion makes a new tensor, but dynamic VRAM has its pages in `_model_dtype`. A patch may write in place.
+    A conversion to a dtype makes a new tensor, but pages are in `_model_dtype`. A patch may write in place.
     """
     own: Any = module.weight
     streamed = own.is_meta or hasattr(module, "_v") or (handle is not None and handle[0] is not None)
