@@ -87,9 +87,16 @@ def is_streamed(module: torch.nn.Module) -> bool:
     return hasattr(module, "comfy_cast_weights")
 
 
-def is_lent(module: torch.nn.Module, handle: Any) -> bool:  # noqa: ANN401
-    """Return whether what `cast` returned lies in memory that the host reuses; meta tensors count as streamed."""
-    return module.weight.is_meta or hasattr(module, "_v") or (handle is not None and handle[0] is not None)  # type: ignore[return-value]
+def is_lent(module: torch.nn.Module, weight: Tensor, handle: Any) -> bool:  # noqa: ANN401
+    """Return whether a weight of any shape that `cast` returned lies in memory that the host reuses, or is on meta.
+
+    A conversion to a dtype makes a new tensor, but pages are in `_model_dtype`. A patch may write in place.
+    """
+    own: Any = module.weight
+    streamed = own.is_meta or hasattr(module, "_v") or (handle is not None and handle[0] is not None)
+    stored = own.dtype, getattr(own, "_model_dtype", own.dtype)
+    same = isinstance(weight, QuantizedTensor) == isinstance(own, QuantizedTensor)
+    return streamed and same and weight.dtype in stored
 
 
 def apply_activation(x: Tensor, activation: str | None, weight: object = None, eps: float = 0.0) -> Tensor:

@@ -142,6 +142,24 @@ def with_tensors(layer: Any, weight: Tensor, bias: Tensor | None, scale: Tensor 
     return held
 
 
+def without_pages(layer: torch.nn.Linear) -> torch.nn.Linear:
+    """Return a copy of a layer, around the same tensors, that runs on the CPU with its patches.
+
+    The host leaves patches out where it casts a weight of dynamic VRAM for the CPU. The copy is as in its legacy mode.
+
+    Source: comfy/ops.py cast_bias_weight, ComfyUI 0.24.0 to 0.30.0.
+    """
+    held = copy.copy(layer)
+    attributes = vars(held)
+    for name in ("_v", "_prefetch"):
+        attributes.pop(name, None)
+    for name in ("weight", "bias"):
+        patch = attributes.pop(f"{name}_lowvram_function", None)
+        functions = getattr(layer, f"{name}_function", [])
+        attributes[f"{name}_function"] = [patch, *functions] if patch else functions
+    return held
+
+
 def rows(weight: Any, start: int, stop: int) -> Tensor | None:  # noqa: ANN401
     """Return rows of a quantized weight, or None where it cannot be cut there.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any
@@ -18,16 +19,14 @@ from .causal import is_causal
 _HAS_FUSED_NORMS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
 
 
+@dataclass(frozen=True)
 class FlashAttention:
-    """An `optimized_attention_override` for ComfyUI: allocates the output and one float32 statistic per query.
+    """An `optimized_attention_override` for ComfyUI: allocates the output and one float32 statistic per query."""
 
-    Args:
-        accepts_query_chunks: whether lean blocks may call it with some of the queries.
-        eight_bit: also allocate copies of queries, keys and values in 8 bits, as SageAttention does.
-    """
-
-    def __init__(self, *, accepts_query_chunks: bool = True, eight_bit: bool = False) -> None:
-        self.accepts_query_chunks, self._eight_bit = accepts_query_chunks, eight_bit
+    accepts_query_chunks: bool = True
+    """Lean blocks may call it with some of the queries."""
+    eight_bit: bool = False
+    """It also allocates copies of queries, keys and values in 8 bits, as SageAttention does."""
 
     def __call__(
         self,
@@ -52,7 +51,7 @@ class FlashAttention:
         if not skip_reshape:
             size = q.shape[2] // heads
             q, k, v = (x.reshape(len(x), -1, heads, size).transpose(1, 2) for x in (q, k, v))
-        copies = [torch.empty_like(x, dtype=torch.int8) for x in (q, k, v) if self._eight_bit]
+        copies = [torch.empty_like(x, dtype=torch.int8) for x in (q, k, v) if self.eight_bit]
         output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
         del copies
         return output if skip_output_reshape else output.transpose(1, 2).flatten(2)

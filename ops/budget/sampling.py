@@ -40,15 +40,16 @@ from torch.utils._pytree import tree_map_only
 from ...quant import QuantError
 from ...quant.errors import PrintableLog
 from ...quant.units import GIB
-from .. import host
+from .. import host, host_products
 from ..lean import MemoryPlan, apply_lean, calc_conds_separately
+from ..lean.weights import is_untouched
 from ..loading.prefetch import prefetch_blocks
 from ..packed.precision import precision_of
 from .automatic import AUTOMATIC, automatic_budget
 from .causal import frames_at_a_time, is_causal
 from .choose_plan import ChosenPlan, choose_plan
 from .experts import simulator_for
-from .memory_notes import memory_notes
+from .memory_notes import attention_of, memory_notes
 from .resident import keep_factors, keep_weights, unload_other_models
 from .row_room import keep_rows, row_room, spendable
 from .sampling_job import ConditioningOutline, SamplingJob, clip_vision_entries
@@ -170,7 +171,8 @@ class _BudgetedSampling:
         """The budget includes all weights, so that none are streamed."""
         self._chosen: ChosenPlan | None = None
         self._simulator: Simulator | None = None
-        self._simulated_patches: object = None
+        self._simulated: Hashable = None
+        """What the simulator depends on besides the model."""
         self._until_end: ExitStack | None = None
         """What is undone when the sampling ends, also after an error or an interruption."""
 
@@ -261,8 +263,9 @@ class _BudgetedSampling:
                 self._until_end.callback(kept.release)
 
     def _simulator_of(self, model: ModelPatcher) -> Simulator:
-        if self._simulator is None or self._simulated_patches != model.patches_uuid:
-            self._simulator, self._simulated_patches = simulator_for(model), model.patches_uuid
+        wanted = model.patches_uuid, attention_of(model)
+        if self._simulator is None or self._simulated != wanted:
+            self._simulator, self._simulated = simulator_for(model), wanted
         return self._simulator
 
     def forward(self, executor: WrapperExecutor, *args: object, **kwargs: object) -> Tensor:
@@ -276,10 +279,11 @@ class _BudgetedSampling:
 def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Iterator[None]:
     """While open, multiply with the time projection's offloaded weight on the CPU.
 
-    It is the model's largest weight, and its input has one row per time step.
+    It is the model's largest weight, and its input has one row per time step. A forward of another node, such as that
+    of a LoRA in bypass mode, is left alone.
     """
     layer = model.time_projection[-1]
-    if unless or layer.weight.device.type != "cpu":
+    if unless or layer.weight.device.type != "cpu" or not is_untouched(layer):
         yield
         return
     with host.in_place({layer: partial(_on_weights_device, layer)}):
@@ -289,4 +293,5 @@ def _time_projection_in_main_memory(model: wan.WanModel, *, unless: bool) -> Ite
 def _on_weights_device(layer: torch.nn.Linear, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Run a Linear on the device of its weight, and return the output on the device of `x`."""
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(layer.weight.device), (args, kwargs))
-    return type(layer).forward(layer, x.to(layer.weight.device), *args, **kwargs).to(x.device)
+    held = host_products.without_pages(layer)
+    return type(layer).forward(held, x.to(layer.weight.device), *args, **kwargs).to(x.device)

@@ -22,6 +22,7 @@ from .frames import frame_forwards
 from .memory_plan import MemoryPlan
 from .pose import is_pose_block, pose_methods
 from .variants import variant
+from .weights import is_own
 
 PlanChooser = Callable[[torch.Size], MemoryPlan | None]
 """Latent shape, (batch, channels, frames, height, width) -> memory plan, or None for ComfyUI's own forward."""
@@ -128,7 +129,9 @@ class _LeanForward:
         if plan is not None:
             plan.check(model.num_heads)
             image_tokens = _image_tokens(model, clip_fea, kwargs.get("clip_fea_ref"))
-            state = _ForwardState(plan, image_tokens, may_overwrite=not variant(model).keeps_input)
+            # A node's forward may keep tokens of any block, as those do that reuse the output of a step.
+            own_forward = is_own(model, "forward_orig")
+            state = _ForwardState(plan, image_tokens, own_forward, may_overwrite=not variant(model).keeps_input)
             options = _with_lean_blocks(model, state, options)
             forwards = edge_forwards(model, x.dtype) | control_forwards(model, plan) | frame_forwards(model, plan)
             methods = pose_methods(model, plan)
@@ -149,6 +152,8 @@ class _ForwardState:
 
     plan: MemoryPlan
     image_tokens: int | None
+    own_forward: bool
+    """ComfyUI's own forward calls the blocks, not another node's."""
     may_overwrite: bool
     """Only the next block reads its input, so it may overwrite it."""
 
@@ -176,14 +181,17 @@ class _BlockReplacement:
     def __call__(self, args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
         if self.outer is None:
             return self._lean(args)
-        return self.outer(args, extra | {"original_block": self._lean})
+        out = self.outer(args, extra | {"original_block": self._lean})
+        self.state.may_overwrite = False
+        return out
 
     def _lean(self, args: dict[str, Any]) -> dict[str, Any]:
-        options, x = args["transformer_options"], args["img"]
+        # Forwards of other nodes may pass no options, and ComfyUI's own block then gets none either.
+        options, x = args.get("transformer_options", {}), args["img"]
         patches = options.get("patches", {})
-        # Other nodes may keep the tensors that they were given.
+        # Other nodes may keep the tensors that they were given, or that they returned.
         may_be_kept = self.outer or patches.get("double_block") or patches.get("attn2_patch")
-        overwrite = self.state.may_overwrite and not may_be_kept
+        overwrite = self.state.may_overwrite and self.state.own_forward and not may_be_kept
         x = x.contiguous() if overwrite else x.clone(memory_format=torch.contiguous_format)
         self.state.may_overwrite = True
         lean = LeanBlock(self.block, self.state.plan, self.state.image_tokens, options)

@@ -32,6 +32,18 @@ def is_lean_attention(attn: wan.WanSelfAttention) -> bool:
     return own and is_untouched(attn.norm_k) and is_known_linear(attn.k) and is_known_linear(attn.v)
 
 
+def depends_on_position(options: dict[str, Any]) -> bool:
+    """Return whether attention may treat a chunk of the queries differently from all of them.
+
+    Another node's override may, unless it declares that it does not.
+
+    Args:
+        options: ComfyUI's transformer_options.
+    """
+    override = options.get("optimized_attention_override")
+    return override is not None and not getattr(override, "accepts_query_chunks", False)
+
+
 @dataclass
 class LeanAttention:
     """`WanSelfAttention.forward` up to, but without, the output projection.
@@ -127,13 +139,6 @@ class LeanAttention:
         """Yield the inputs of all chunks, each (batch, tokens in the chunk, dim), in the dtype of `like`."""
         return (self.input_chunk(chunk) for chunk in self.chunks)
 
-    def _needs_all_queries(self) -> bool:
-        """Return whether the attention function may treat a chunk of the queries differently from all of them."""
-        override = self.options.get("optimized_attention_override")
-        # Another node's override may depend on the position of a token, unless it declares that it does not.
-        by_position = override is not None and not getattr(override, "accepts_query_chunks", False)
-        return by_position or host.prefers_attention(self.attn)
-
     def _rotated(self, x: Tensor, chunk: slice) -> Tensor:
         """Apply the rotary embedding to (batch, tokens in the chunk, some heads * head size)."""
         heads = x.view(*x.shape[:2], -1, self.attn.head_dim)
@@ -157,7 +162,8 @@ class LeanAttention:
         Args:
             queries: in the dtype of the input, (batch, tokens, channels of these heads); `k` and `v` likewise.
         """
-        heads, at_once = queries.shape[2] // self.attn.head_dim, self._needs_all_queries()
+        heads = queries.shape[2] // self.attn.head_dim
+        at_once = depends_on_position(self.options) or host.prefers_attention(self.attn)
         options = host.attention_options(self.attn) | {"transformer_options": self.options}
         # As many queries as have an output of the size of four chunks of all heads, since projections hold as many. A
         # GPU needs many to be busy.

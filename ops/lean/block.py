@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import host
-from .attention import InputChunk, LeanAttention, is_lean_attention
+from .attention import InputChunk, LeanAttention, depends_on_position, is_lean_attention
 from .memory_plan import MemoryPlan
 from .modulation import Modulation, chunks
 from .weights import Projection, in_turn, is_untouched, projection
@@ -91,10 +91,17 @@ class LeanBlock:
         modulation = Modulation.from_module(self.block, e if e.ndim == 4 else e.unsqueeze(1), x)
         self._self_attention(x, modulation, freqs)
         self._cross_attention(x, context)
-        for patch in self.options.get("patches", {}).get("attn2_patch", ()):
-            x = patch({"x": x, "transformer_options": self.options})
+        x = self._after_cross_attention(x)
         self._ffn(x, modulation)
         return x
+
+    def _after_cross_attention(self, x: Tensor) -> Tensor:
+        """Run other nodes' patches, and return their result, (batch, tokens, dim), to overwrite."""
+        patches, given = self.options.get("patches", {}).get("attn2_patch", ()), x
+        for patch in patches:
+            x = patch({"x": x, "transformer_options": self.options})
+        # A patch that returns what it was given may keep it.
+        return x.clone() if patches and x is given else x
 
     def _self_attention(self, x: Tensor, modulation: Modulation, freqs: Tensor) -> None:
         norm = self.block.norm1
@@ -124,11 +131,35 @@ class LeanBlock:
         query = projection(attn.q, x, lambda: (norm(x[:, chunk]) for chunk in self._chunks(x)))
         # What the output projection is called with depends on the attention, which would have to run twice.
         project = projection(attn.o, x)
-        options = {"heads": attn.num_heads, "transformer_options": self.options} | host.attention_options(attn)
+        attend = partial(self._attend, attn, keys_and_values)
+        if not depends_on_position(self.options):
+            for chunk in self._chunks(x):
+                x[:, chunk] += project(attend(attn.norm_q(query(norm(x[:, chunk]))), slice(None)))
+            return
+        queries, width = torch.empty_like(x), x.shape[2] // self.plan.head_groups
         for chunk in self._chunks(x):
-            q = attn.norm_q(query(norm(x[:, chunk])))
-            y = [wan.optimized_attention(q, k, v, **options, **precision) for k, v, precision in keys_and_values]
-            x[:, chunk] += project(sum(y[1:], y[0]))
+            queries[:, chunk] = attn.norm_q(query(norm(x[:, chunk])))
+        for start in range(0, x.shape[2], width):
+            features = slice(start, start + width)
+            queries[..., features] = attend(queries[..., features], features)
+        for chunk in self._chunks(x):
+            x[:, chunk] += project(queries[:, chunk])
+
+    def _attend(
+        self,
+        attn: wan.WanSelfAttention,
+        keys_and_values: list[tuple[Tensor, Tensor, dict[str, bool]]],
+        queries: Tensor,
+        features: slice,
+    ) -> Tensor:
+        """Return the output of attention to the context for some channels, in the shape of their queries."""
+        options = {"heads": queries.shape[2] // attn.head_dim, "transformer_options": self.options}
+        options |= host.attention_options(attn)
+        y: list[Tensor] = [
+            wan.optimized_attention(queries, k[..., features], v[..., features], **options, **precision)
+            for k, v, precision in keys_and_values
+        ]
+        return sum(y[1:], y[0])
 
     def _context_keys_and_values(
         self, attn: wan.WanSelfAttention, context: Tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -125,21 +126,27 @@ def _audio_block(
     """
     options = transformer_options or {}
     x = owned(x, options)
-    # ComfyUI's block calls no patch after its cross-attention. That is where it attends to the sound.
-    listen = [] if audio is None else [partial(_listen, block.audio_cross_attn_wrapper, audio, plan)]
-    options = options | {"patches": options.get("patches", {}) | {"attn2_patch": listen}}
-    return LeanBlock(block, plan, context_img_len, options)(x, e, freqs, context)
+    return _AudioBlock(block, plan, context_img_len, options, audio)(x, e, freqs, context)
 
 
-def _listen(wrapper: wan.AudioCrossAttentionWrapper, audio: Tensor, plan: MemoryPlan, args: dict[str, Any]) -> Tensor:
-    """Add what the tokens hear to the tokens in `args`, in place, in the form of a patch."""
-    x: Tensor = args["x"]
-    attn, sounds = wrapper.audio_cross_attn, audio.view(len(audio), -1, _AUDIO_TOKENS, audio.shape[2])
-    with _held({attn.q: x, attn.k: audio, attn.v: audio, attn.o: x}):
-        for tokens, frames in _frames(x.shape[1], sounds.shape[1], plan):
-            sound = sounds[:, frames].flatten(1, 2)
-            x[:, tokens] = wrapper(x[:, tokens], sound, transformer_options=args["transformer_options"])
-    return x
+@dataclass
+class _AudioBlock(LeanBlock):
+    """A lean block that attends to sound after its cross-attention, where ComfyUI's calls no patch."""
+
+    audio: Tensor | None
+    """(batch, frames * 16, channels)."""
+
+    def _after_cross_attention(self, x: Tensor) -> Tensor:
+        """Add what the tokens hear to them, (batch, tokens, dim), in place, and return them."""
+        audio, wrapper = self.audio, self.block.audio_cross_attn_wrapper
+        if audio is None:
+            return x
+        attn, sounds = wrapper.audio_cross_attn, audio.view(len(audio), -1, _AUDIO_TOKENS, audio.shape[2])
+        with _held({attn.q: x, attn.k: audio, attn.v: audio, attn.o: x}):
+            for tokens, frames in _frames(x.shape[1], sounds.shape[1], self.plan):
+                sound = sounds[:, frames].flatten(1, 2)
+                x[:, tokens] = wrapper(x[:, tokens], sound, transformer_options=self.options)
+        return x
 
 
 def _frames(tokens: int, frames: int, plan: MemoryPlan) -> Iterator[tuple[slice, slice]]:

@@ -28,11 +28,15 @@ Inputs = Callable[[], Iterable[Tensor]]
 
 def is_untouched(module: torch.nn.Module) -> bool:
     """Return whether a call of `module` runs the forward of its class, without hooks or another node's forward."""
+    return is_own(module, "forward") and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_own(module: torch.nn.Module, method: str) -> bool:
+    """Return whether a method of `module` is that of its class, not another node's."""
     # When ComfyUI removes a replaced forward, it leaves the class's own on the instance. The simulator's has other
     # globals, but the same code.
-    code = getattr(getattr(module.forward, "__func__", None), "__code__", None)
-    own = code is not None and code is getattr(type(module).forward, "__code__", None)
-    return own and not (module._forward_hooks or module._forward_pre_hooks)
+    code = getattr(getattr(getattr(module, method), "__func__", None), "__code__", None)
+    return code is not None and code is getattr(getattr(type(module), method), "__code__", None)
 
 
 def is_known_linear(module: torch.nn.Module) -> bool:
@@ -191,8 +195,4 @@ def _dequantized(weight: Tensor) -> Tensor:
 
 def _kept(module: comfy.ops.CastWeightBiasOp, weight: Tensor, handle: object) -> Tensor:
     """Return a cast weight in memory that ComfyUI does not reuse for other modules."""
-    # A conversion or a patch made a new tensor. Otherwise the weight may be ComfyUI's own buffer.
-    quantized = isinstance(weight, QuantizedTensor)
-    unchanged = weight.dtype == module.weight.dtype and quantized == isinstance(module.weight, QuantizedTensor)
-    patched = bool(module.weight_function) and not is_packed(weight)
-    return weight.clone() if host.is_lent(module, handle) and unchanged and not patched else weight
+    return weight.clone() if host.is_lent(module, weight, handle) else weight

@@ -72,7 +72,10 @@ class GGUFModule(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if is_packed(self.weight):
             self._keep_mapped(fn(torch.empty(0, device=self.weight.device)).device)
-        host.move_parameters(self, fn, recurse)
+        # ComfyUI runs nodes in inference mode, but unloads models on request outside of it. There it would copy all
+        # that is mapped, to copies that fail in the next run.
+        with torch.inference_mode(self.weight is not None and self.weight.is_inference()):
+            host.move_parameters(self, fn, recurse)
         return self
 
     def _keep_mapped(self, target: torch.device) -> None:

@@ -12,17 +12,20 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from wanquant.ops import host_products
 from wanquant.ops.budget.automatic import AUTOMATIC
 from wanquant.ops.budget.choose_plan import memory_plans
-from wanquant.ops.budget.live_memory import LiveMemory
-from wanquant.ops.budget.memory_notes import attention_of, memory_notes
-from wanquant.ops.budget.sampling import _on_weights_device, expected_job, with_budget
+from wanquant.ops.budget.sampling import (
+    _on_weights_device,
+    _time_projection_in_main_memory,
+    expected_job,
+    with_budget,
+)
 from wanquant.ops.budget.sampling_job import SamplingJob
 from wanquant.ops.budget.simulator import Simulator
 from wanquant.ops.budget.step_time import measured_step, step_key
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.prefetch import prefetch_blocks
+from wanquant.ops.packed.linear import packed_modules
 from wanquant.quant import QuantError
 from wanquant.quant.units import GIB
 
@@ -67,6 +70,15 @@ def test_same_result_within_the_budget(model, caplog):
         assert how in message
 
 
+def test_weights_stay_mapped_when_they_are_unloaded(model):
+    """ComfyUI unloads on request outside of the inference mode in which nodes run."""
+    expected = sample(model)
+    mapped = [layer.weight._qdata.data_ptr() for _, layer in packed_modules(model.model)]
+    comfy.model_management.unload_all_models()
+    assert [layer.weight._qdata.data_ptr() for _, layer in packed_modules(model.model)] == mapped
+    assert torch.equal(sample(model), expected)
+
+
 def test_prompts_run_separately_with_their_own_index(model):
     """Combined prompts too, for which the prediction does not count a batch."""
     expected, seen = sample(model, positives=2), []
@@ -102,6 +114,17 @@ def test_counts_the_conditionings(model):
     prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive]})
     with pytest.raises(QuantError, match="needs at least"):
         prepare(lambda *_, **__: None, model, torch.Size(SHAPE), {"positive": [positive | latents]})
+
+
+def test_counts_the_attention_of_a_clone(model):
+    """A node after Wan Low VRAM may replace it."""
+    limited = with_budget(model, AMPLE)
+    (prepare,) = limited.get_wrappers(WrappersMP.PREPARE_SAMPLING, "wanquant.budget")
+    other = limited.clone()
+    other.model_options["transformer_options"]["optimized_attention_override"] = object()
+    for each, accepts_chunks in ((limited, True), (other, False)):
+        prepare(lambda *_, **__: None, each, torch.Size(SHAPE), CONDS)
+        assert prepare.__self__._simulator._attention.accepts_query_chunks is accepts_chunks
 
 
 def test_warns_that_a_compiled_model_runs_stock(model, caplog):
@@ -192,6 +215,15 @@ def test_time_projection_accepts_further_arguments_of_newer_hosts():
     assert seen == [(("gelu_tanh",), {"residual": residual}), ((), {})]
 
 
+def test_a_forward_of_another_node_stays_in_the_time_projection(model, monkeypatch):
+    """A LoRA in bypass mode has one."""
+    layer, x = model.model.diffusion_model.time_projection[-1], torch.randn(1, 256)
+    expected, own = 2 * layer(x), layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: 2 * own(x))
+    with _time_projection_in_main_memory(model.model.diffusion_model, unless=False):
+        assert torch.equal(layer(x), expected)
+
+
 def test_an_automatic_budget_is_chosen_when_sampling_starts(model, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     limited, free = with_budget(model, AUTOMATIC), []
@@ -244,38 +276,3 @@ def test_says_that_the_result_is_not_a_number(model, caplog):
     limited.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", lambda execute, x, *args, **_: x * float("nan"))
     sample(limited)
     assert "not a number (NaN); choose precision exact" in caplog.text
-
-
-def attend(*_, **__):
-    raise AssertionError("not called")
-
-
-def test_attention_that_is_not_the_usual_one_is_counted_and_named(model, monkeypatch):
-    assert memory_notes(model) == []
-    plan = memory_plans(2)[-1]
-    usual = Simulator.from_patcher(model).peak(JOB, plan)
-    other = model.clone()
-    other.model_options["transformer_options"] = {"optimized_attention_override": attend}
-    assert "another node (attend): it gets the queries all at once" in memory_notes(other)[0]
-    assert Simulator.from_patcher(other)._attention.accepts_query_chunks is False
-    monkeypatch.setattr(host_products, "attends_in_8_bits", lambda: True)
-    assert "in 8 bits" in memory_notes(model)[0]
-    assert Simulator.from_patcher(model).peak(JOB, plan).total_bytes >= usual.total_bytes
-    q = torch.empty(1, 1024, 256, device="meta", dtype=torch.float16)
-    with LiveMemory("meta") as memory, torch.no_grad():
-        attention_of(model)(None, q, q, q, 2)
-    assert memory.peak.nbytes >= 3 * q.numel() + q.nbytes, "copies of q, k and v in 8 bits, and the output"
-
-
-def test_blocks_that_run_as_in_comfyui_are_named(model, monkeypatch):
-    block = model.model.diffusion_model.blocks[0]
-    monkeypatch.setattr(block, "forward", lambda *_, **__: None)
-    assert "runs 1 of 2 blocks," in memory_notes(model)[0]
-
-
-def test_patches_that_get_all_tokens_are_named(model):
-    other = model.clone()
-    other.set_model_attn2_patch(attend)
-    (note,) = memory_notes(other)
-    assert note.startswith("attend of another node gets all tokens in each block")
-    assert memory_notes(model) == []

@@ -85,7 +85,7 @@ def test_what_a_patch_keeps_is_not_written_to(kind, model):
     def keep(kwargs):
         image = kwargs["x" if kind == "attn2_patch" else "img"]
         kept.append((image, image.clone()))
-        return image.clone() if kind == "attn2_patch" else {"img": image}
+        return image if kind == "attn2_patch" else {"img": image}
 
     forward(apply_lean(model, FINE), patches={kind: [keep]})
     assert all(torch.equal(image, copy) for image, copy in kept)
@@ -111,16 +111,57 @@ def test_replaced_block(index, replacement, model):
     assert error(forward(apply_lean(model, FINE), **options), expected) < 1e-5
 
 
-def test_attention_override_sees_every_token_of_a_head(model):
-    seen = []
+def test_what_a_replacement_returns_and_keeps_is_not_written_to(model):
+    kept = []
+
+    def keep(args, extra):
+        out = extra["original_block"](args)
+        kept.append((out["img"], out["img"].clone()))
+        return out
+
+    forward(apply_lean(model, FINE), patches_replace={"dit": {("double_block", 0): keep}})
+    assert all(torch.equal(image, copy) for image, copy in kept)
+
+
+def caching_forward(self, x, t, context, clip_fea=None, freqs=None, transformer_options=None, **_):
+    """Keep the tokens before the blocks as TeaCache does, which also passes no options to them."""
+    x = self.patch_embedding(x.float()).to(x.dtype)
+    sizes, x, replaced = x.shape[2:], x.flatten(2).transpose(1, 2), transformer_options.get("patches_replace", {})
+    e = self.time_embedding(wan.sinusoidal_embedding_1d(self.freq_dim, t).to(x.dtype))
+    args = {
+        "vec": self.time_projection(e).unflatten(1, (6, self.dim)),
+        "pe": freqs,
+        "txt": self.text_embedding(context),
+    }
+    before = x
+    for index, block in enumerate(self.blocks):
+        if replacement := replaced.get("dit", {}).get(("double_block", index)):
+            x = replacement({"img": x} | args, {"original_block": None})["img"]
+        else:
+            x = block(x, e=args["vec"], freqs=freqs, context=args["txt"], context_img_len=None)
+    return self.unpatchify(self.head(x - before, e), sizes)
+
+
+def test_a_forward_that_keeps_tokens(model, lean_blocks, monkeypatch):
+    transformer = model.model.diffusion_model
+    monkeypatch.setattr(transformer, "forward_orig", types.MethodType(caching_forward, transformer))
+    assert error(forward(apply_lean(model, FINE)), forward(model)) < 1e-5
+    assert len(lean_blocks) == 2
+
+
+@pytest.mark.parametrize("name", ["t2v", "i2v"])
+def test_attention_override_sees_every_token_of_a_head(name):
+    """It may depend on the position of a token, as masks of regions do."""
+    model, seen = build(name), []
 
     def override(function, q, k, v, *args, **kwargs):
-        seen.append((q.shape[1], k.shape[1]))
-        return attention_basic(q, k, v, *args, **kwargs)
+        seen.append(q.shape[1])
+        positions = torch.linspace(0.5, 2, q.shape[1])[:, None]
+        return attention_basic(q * positions, k, v, *args, **kwargs)
 
-    expected = forward(model)
-    assert error(forward(apply_lean(model, FINE), optimized_attention_override=override), expected) < 1e-5
-    assert {queries for queries, keys in seen if keys != 7} == {32}
+    expected = forward(model, name, optimized_attention_override=override)
+    assert error(forward(apply_lean(model, FINE), name, optimized_attention_override=override), expected) < 1e-5
+    assert set(seen) == {32}
 
 
 class Preferred(torch.nn.Module):

@@ -108,35 +108,44 @@ def test_each_weight_is_dequantized_once_per_block(source, tmp_path, monkeypatch
 
 
 class SharedBuffer:
-    """A stand-in for ComfyUI's cast, which casts all weights of a copy stream into the same buffer."""
+    """A stand-in for ComfyUI's cast, which casts and patches all weights of a copy stream in the same buffer."""
 
     def __init__(self):
-        self.buffer = torch.empty(0)
+        self.buffer = torch.empty(8, 8)
 
     def __call__(self, module, like, **_):
-        if self.buffer.shape != module.weight.shape:
-            self.buffer = torch.empty_like(module.weight)
         self.buffer.copy_(module.weight)
+        for function in module.weight_function:
+            function(self.buffer)
         return self.buffer, None, (object(), self.buffer, None)
 
 
+def layers(dtype=torch.float32):
+    """Yield two Linears whose rows have the sums 8 and 16."""
+    for value in (1.0, 2.0):
+        layer = comfy.ops.manual_cast.Linear(8, 8, bias=False)
+        layer.weight = torch.nn.Parameter(torch.full((8, 8), value, dtype=dtype), requires_grad=False)
+        yield layer
+
+
+@pytest.mark.parametrize("functions", [[], [lambda weight: weight.mul_(2)]], ids=["plain", "patched"])
 @pytest.mark.parametrize("rows", [False, True])
-def test_held_weights_survive_the_next_cast(rows, monkeypatch):
+def test_held_weights_survive_the_next_cast(rows, functions, monkeypatch):
     cast, like = SharedBuffer(), torch.ones(1, 8)
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *_: None)
-    modules = [comfy.ops.manual_cast.Linear(8, 8, bias=False) for _ in range(2)]
-    for value, module in enumerate(modules):
-        module.weight = torch.nn.Parameter(torch.full((8, 8), value + 1.0), requires_grad=False)
-    held = [RowProjection(m, like).features(slice(0, 8)) if rows else projection(m, like) for m in modules]
-    assert [project(like)[0, 0].item() for project in held] == [8.0, 16.0]
+    held = []
+    for layer in layers():
+        layer.weight_function = functions
+        held.append(RowProjection(layer, like).features(slice(0, 8)) if rows else projection(layer, like))
+    assert [project(like)[0, 0].item() / (1 + len(functions)) for project in held] == [8.0, 16.0]
 
 
-def test_pages_of_dynamic_vram_are_not_held(monkeypatch):
-    """ComfyUI unmaps a page once it is unpinned."""
-    page = torch.ones(8, 8)
-    module = comfy.ops.manual_cast.Linear(8, 8, bias=False)
-    module.weight, module._v = torch.nn.Parameter(page.clone(), requires_grad=False), SimpleNamespace()
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
+def test_pages_of_dynamic_vram_are_not_held(stored, monkeypatch):
+    """ComfyUI unmaps a page once it is unpinned. It has the dtype of the model, not that of the file."""
+    page, layer = torch.ones(8, 8), next(layers(stored))
+    layer._v, layer.weight._model_dtype = SimpleNamespace(), torch.float32
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda *_, **__: (page, None, (None, CPU, None)))
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *_: page.zero_())
-    assert projection(module, torch.ones(1, 8))(torch.ones(1, 8))[0, 0] == 8
+    assert projection(layer, torch.ones(1, 8))(torch.ones(1, 8))[0, 0] == 8

@@ -19,6 +19,7 @@ from comfy.patcher_extension import WrapperExecutor
 from safetensors.torch import load_file
 
 from wanquant.ops.budget.resident import keep_weights
+from wanquant.ops.budget.sampling import _time_projection_in_main_memory
 from wanquant.ops.loading.diffusion_model import load_diffusion_model
 from wanquant.ops.loading.prefetch import prefetch_blocks
 from wanquant.ops.packed.layout import is_packed
@@ -266,3 +267,24 @@ def test_small_layers_are_made_resident_with_the_lora_in_them(dynamic, t2v, tmp_
         torch.testing.assert_close(module.weight.detach(), expected)
         patched.unpatch_model(CPU)
         assert is_packed(module.weight)
+
+
+@pytest.mark.parametrize("stored", ["Q8_0", "BF16"])
+def test_the_time_projection_in_main_memory_keeps_its_patches(stored, dynamic, t2v, tmp_path, write_gguf):
+    """The host leaves patches out where it casts a weight of dynamic VRAM for the CPU."""
+    path = write_gguf(
+        tmp_path / "a.gguf", load_file(t2v[0]), lambda name, tensor: stored if tensor.ndim == 2 else "F32"
+    )
+    patched = load_diffusion_model(path, dtype=torch.float32)
+    layer, x = patched.model.diffusion_model.time_projection[-1], torch.randn(1, 256)
+    weight, bias = (torch.randn(parameter.shape) for parameter in (layer.weight, layer.bias))
+    expected = layer(x) + torch.nn.functional.linear(x, weight, bias)
+    patched.add_patches(
+        {
+            f"diffusion_model.time_projection.1.{name}": ("diff", (patch,))
+            for name, patch in (("weight", weight), ("bias", bias))
+        }
+    )
+    load(patched)
+    with _time_projection_in_main_memory(patched.model.diffusion_model, unless=False):
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
