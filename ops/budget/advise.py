@@ -102,10 +102,11 @@ def largest_recipe(size: WanSize, ram_gib: float) -> Recipe:
 
     If none fits, it is the smallest. Types of small blocks, except Q8_0, are left out for their errors.
     """
-    most = GGUF_RECIPES[_MOST_BITS]
+    most, room = GGUF_RECIPES[_MOST_BITS], (ram_gib - RAM_BESIDE_GIB) * GIB
+    if tensor_bytes(size, most) <= room:
+        return most
     found = [each for each in GGUF_RECIPES.values() if not each.experimental and QTYPES[each.base].block_size == 256]
-    by_size = sorted((tensor_bytes(size, recipe), recipe.name) for recipe in (most, *found))
-    room = (ram_gib - RAM_BESIDE_GIB) * GIB
+    by_size = sorted((tensor_bytes(size, recipe), recipe.name) for recipe in found)
     fitting = [name for nbytes, name in by_size if nbytes <= room]
     return GGUF_RECIPES[fitting[-1] if fitting else by_size[0][1]]
 

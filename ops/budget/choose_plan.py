@@ -104,9 +104,10 @@ def closest_plan(simulator: Simulator, job: SamplingJob, budget: int) -> ChosenP
     if stock.peak.total_bytes <= budget:
         return stock
     plans = memory_plans(simulator.heads)
-    index = _first_index(plans, lambda plan: simulator.peak(job, plan).total_bytes <= budget)
-    if index < len(plans) and _evaluate(simulator, job, plans[index]).is_worthwhile:
-        return _evaluate(simulator, job, _with_longer_chunks(simulator, job, budget, plans[index]))
+    # The next plan takes about twice as long to simulate as one before it, so that the search begins with the coarsest.
+    fitting = next((plan for plan in plans if simulator.peak(job, plan).total_bytes <= budget), None)
+    if fitting and _evaluate(simulator, job, fitting).is_worthwhile:
+        return _evaluate(simulator, job, _with_longer_chunks(simulator, job, budget, fitting))
     choices = [choice for choice in (_evaluate(simulator, job, plan) for plan in plans) if choice.is_worthwhile]
     return min([stock, *choices], key=lambda choice: choice.peak.total_bytes)
 
@@ -116,10 +117,10 @@ def _with_longer_chunks(simulator: Simulator, job: SamplingJob, budget: int, pla
 
     A GPU has more to do at a time then, and each chunk is more kernels to start. Where no keys are held comes first.
     """
-    shortest, plan = plan.token_chunk, replace(plan, wide_chunk=plan.token_chunk)
+    longer = [length for length in _LONG_CHUNKS if length > plan.token_chunk]
     for name in ("wide_chunk", "token_chunk"):
-        longer = (replace(plan, **{name: length}) for length in _LONG_CHUNKS if length > shortest)
-        plan = next((each for each in longer if simulator.peak(job, each).total_bytes <= budget), plan)
+        plans = (replace(plan, **{"wide_chunk": plan.chunk_without_keys, name: length}) for length in longer)
+        plan = next((each for each in plans if simulator.peak(job, each).total_bytes <= budget), plan)
     return plan
 
 

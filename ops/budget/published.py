@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ def sampling(size: WanSize, video: Video) -> SamplingJob:
     return plain.with_control_videos(_VACE_VIDEOS) if size.vace_layers else plain
 
 
+@lru_cache(maxsize=2 * len(PUBLISHED))
 def simulator(size: WanSize, recipe: str, loras: int = 0, precision: str = EXACT) -> Simulator:
     """Return the simulator of the MODEL that `patcher` returns for the same arguments."""
     return Simulator.from_patcher(patcher(size, recipe, loras, precision))

@@ -26,9 +26,10 @@ from ..packed.patches import OnTheFly
 from .causal import is_causal, last_block
 from .context import context_bytes, unseen_bytes
 from .gpu_kernels import FlashAttention, FusedNorms, use_flash_attention
-from .live_memory import LiveMemory, signature
+from .live_memory import LiveMemory
 from .memory_notes import attention_of
 from .meta_wan import META, meta_twin
+from .operations import signature
 from .sampling_job import SamplingJob
 from .windows import first_window
 

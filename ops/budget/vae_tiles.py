@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import comfy.ldm.wan.vae
@@ -51,7 +51,6 @@ class Tiles:
         return f"{size}: {self.peak.total_bytes / GIB:.2f} GiB{how}"
 
 
-@lru_cache
 def decoding_peak(job: SamplingJob, size: int, dtype: torch.dtype, *, streamed: bool = False) -> Peak:
     """Return the peak of decoding one tile of all frames.
 
@@ -62,12 +61,18 @@ def decoding_peak(job: SamplingJob, size: int, dtype: torch.dtype, *, streamed: 
     """
     _, channels, frames, *cells = job.latent
     vae, tile = _meta_vae(channels, dtype), [min(count, size // pixels_per_cell(channels)) for count in cells]
+    weight_bytes = streamed_bytes(vae) if streamed else sum(parameter.nbytes for parameter in vae.parameters())
+    return replace(_peak_without_weights((1, channels, frames, *tile), dtype), weight_bytes=weight_bytes)
+
+
+@lru_cache
+def _peak_without_weights(shape: tuple[int, ...], dtype: torch.dtype) -> Peak:
+    """Return the peak of decoding a latent of this shape, (1, channels, frames, height, width), at once."""
     memory = LiveMemory(META)
     with torch.inference_mode(False), torch.no_grad(), memory:
-        latent = torch.empty(1, channels, frames, *tile, device=META)
-        vae.decode(latent.to(dtype)).float()
-    weight_bytes = streamed_bytes(vae) if streamed else sum(parameter.nbytes for parameter in vae.parameters())
-    return Peak.of(memory, weight_bytes)
+        latent = torch.empty(shape, device=META)
+        _meta_vae(shape[1], dtype).decode(latent.to(dtype)).float()
+    return Peak.of(memory, weight_bytes=0)
 
 
 def tiles_within(job: SamplingJob, budget: int, dtype: torch.dtype | None = None) -> Tiles:

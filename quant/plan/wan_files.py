@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ def tensor_specs(size: WanSize, recipe: Recipe) -> list[TensorSpec]:
     return [TensorSpec(name, types[name], shape) for name, shape in shapes.items()]  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=256)
 def tensor_bytes(size: WanSize, recipe: Recipe) -> int:
     """Return the bytes of these tensors, which are nearly all of the file."""
     return sum(spec.nbytes for spec in tensor_specs(size, recipe))

@@ -11,6 +11,7 @@ import pytest
 from wanquant.ops.budget.advise import OTHERS_GIB, RAM_BESIDE_GIB, advise, largest_recipe
 from wanquant.ops.budget.choose_plan import choose_plan
 from wanquant.ops.budget.published import PUBLISHED, PublishedModel, sampling, simulator
+from wanquant.ops.budget.simulator import Simulator
 from wanquant.quant import QuantError
 from wanquant.quant.__main__ import main
 from wanquant.quant.plan.advice import AdviceReport
@@ -62,6 +63,16 @@ def test_experts_need_the_main_memory_of_one():
     pair = SMALL._replace(files=2)
     both, alone = one(8, 16, pair), one(8, 16)
     assert (both.recipe, both.ram_gib, both.files) == (alone.recipe, alone.ram_gib, 2)
+
+
+def test_models_of_one_size_are_simulated_once(monkeypatch):
+    runs, run = [], Simulator.run
+    monkeypatch.setattr(Simulator, "run", lambda *args, **kwargs: runs.append(args[1:]) or run(*args, **kwargs))
+    base = SMALL._replace(size=SMALL.size._replace(layers=3))
+    for vram in (8, 12):
+        first, second = advise(vram, 32, [base, base._replace(name="tuned", files=2)]).advice
+        assert first.vram_gib == second.vram_gib
+    assert len(runs) == 1
 
 
 def test_what_does_not_fit_says_what_would():

@@ -61,6 +61,18 @@ def test_the_fastest_plan_within_the_budget_is_chosen(small):
         assert (chosen.plan and chosen.plan.head_groups) == (first and first.head_groups)
 
 
+def test_no_plan_is_simulated_that_cannot_be_chosen(small, monkeypatch):
+    """Finer plans take long, and one whose chunks are all of one length is not another one."""
+    plans, asked, own = memory_plans(small.heads), [], small.peak
+    totals = [own(LATENT, plan).total_bytes for plan in plans]
+    first = next(i for i, total in enumerate(totals) if total < own(LATENT, None).total_bytes)
+    monkeypatch.setattr(small, "peak", lambda job, plan: asked.append(plan) or own(job, plan))
+    assert closest_plan(small, LATENT, totals[first]).plan
+    assert {None, *plans[: first + 1]} <= set(asked) and not set(asked) & set(plans[first + 1 :])
+    lean = {plan for plan in asked if plan}
+    assert len({replace(plan, wide_chunk=plan.chunk_without_keys) for plan in lean}) == len(lean)
+
+
 def test_the_rest_of_a_budget_makes_chunks_longer():
     """A large GPU is busy only with long chunks, and its attention with all queries of some heads."""
     large, job = simulator(SIZES["14B"], "Q4_K_M"), SamplingJob.for_video(1280, 720, 81)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from wanquant.ops.budget import live_memory, operations
 from wanquant.ops.budget.live_memory import LiveMemory
+from wanquant.ops.budget.operations import run
 from wanquant.quant import QTYPES
 from wanquant.quant.torch_op import dequantize_into
 
@@ -58,6 +60,29 @@ def test_meta_tensors_count_as_real_ones():
         histories.append(memory.history)
     assert histories[0] == histories[1]
     assert histories[0][-1].flops == 2 * 2 * 2 * 64**3
+
+
+def test_operations_that_are_alike_are_run_once(monkeypatch):
+    known, runs = operations.MetaOperations(), []
+    monkeypatch.setattr(live_memory, "_META_OPERATIONS", known)
+    monkeypatch.setattr(operations, "run", lambda func, *args: runs.append(func) or run(func, *args))
+    counts = []
+    for _ in range(2):
+        with LiveMemory("meta") as memory:
+            mlp("meta")()
+        counts.append((len(runs), memory.peak, memory.now.flops, memory.moved_bytes))
+    assert counts[0] == counts[1]
+    monkeypatch.setattr(operations, "_MOST_KNOWN", 3)
+    for size in range(9):
+        known(torch.ops.aten.neg.default, (torch.empty(size, device="meta"),), {})
+    assert len(known._known) <= 3, "it does not grow without end"
+
+
+def test_a_view_that_torch_does_not_declare_allocates_nothing():
+    tensor = torch.empty(8, 8, device="meta")
+    with LiveMemory("meta") as memory:
+        views = [torch.ops.aten._unsafe_view(tensor, [64]) for _ in range(2)]
+    assert len(views) == 2 and memory.now.nbytes == 0
 
 
 def test_dequantized_weights_are_scratch():

@@ -23,7 +23,7 @@ def test_agrees_with_a_real_decoder(channels, monkeypatch):
     module, width = (wan.vae2_2, {"dec_dim": 16}) if channels == 48 else (wan.vae, {})
     whole = module.WanVAE
     monkeypatch.setattr(module, "WanVAE", lambda dim, **kwargs: whole(dim=8, **width, **kwargs))
-    for cache in (vae_tiles._meta_vae, decoding_peak):
+    for cache in (vae_tiles._meta_vae, vae_tiles._peak_without_weights):
         cache.cache_clear()
     simulated = decoding_peak(SamplingJob.for_video(64, 64, 5, channels=channels), 64, torch.float32)
     vae = module.WanVAE(dim=8, z_dim=channels, **vae_tiles._SAME).requires_grad_(False)
@@ -33,10 +33,20 @@ def test_agrees_with_a_real_decoder(channels, monkeypatch):
     with LiveMemory("cpu") as memory:
         side = 4 if channels == 48 else 8
         vae.decode(torch.zeros(1, channels, 2, side, side))
-    for cache in (vae_tiles._meta_vae, decoding_peak):
+    for cache in (vae_tiles._meta_vae, vae_tiles._peak_without_weights):
         cache.cache_clear()
     assert simulated.activation_bytes == pytest.approx(memory.peak.nbytes, rel=0.02)
     assert simulated.weight_bytes == sum(parameter.nbytes for parameter in vae.parameters())
+
+
+def test_weights_that_are_streamed_are_no_other_decoding():
+    """Nor is a tile of another video."""
+    peaks = [decoding_peak(SMALL, 64, torch.bfloat16, streamed=streamed) for streamed in (False, True)]
+    done = vae_tiles._peak_without_weights.cache_info().misses
+    assert peaks[0].weight_bytes > peaks[1].weight_bytes
+    assert peaks[0].activation_bytes == peaks[1].activation_bytes
+    assert decoding_peak(SamplingJob.for_video(1280, 720, 5), 64, torch.bfloat16) == peaks[0]
+    assert vae_tiles._peak_without_weights.cache_info().misses == done
 
 
 def tiles(job, gib):
