@@ -100,6 +100,7 @@ class Host:
     def run(self, *arguments: str, cwd: Path = ROOT) -> int:
         """Run the host's Python; -I keeps the working directory, which contains `nodes`, off sys.path."""
         environment = {**os.environ, "COMFYUI_PATH": str(self.comfyui)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # set-up leaves it to Python to compile what is imported
         return subprocess.run([self.python, "-I", *arguments], cwd=cwd, env=environment, check=False).returncode
 
     def run_module(self, module: str, *arguments: str) -> int:
