@@ -15,14 +15,16 @@ PLANS = {"ComfyUI's own forward": "#d55e00", "Wan Low VRAM": "#0072b2", "Wan Low
 
 
 class Bar(NamedTuple):
-    """One plan for one video: GiB of video memory at its peak, those of weights among them that stay from step to step,
-    and the cost of a step as a multiple of that of ComfyUI's own forward."""
+    """One plan for one video."""
 
     video: str
     plan: str
     peak: float
+    """Video memory in GiB."""
     weights: float
+    """The part of it that holds weights from step to step."""
     cost: float
+    """What a step takes, as a multiple of a step of ComfyUI's own forward."""
 
 
 def simulated() -> list[Bar]:

@@ -23,7 +23,6 @@ Keywords = dict[str, object]
 _ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided")
 """Operations that neither read nor write."""
 
-
 _MOST_KNOWN = 8192
 """Calls that are remembered, of about 1 KiB each; those of one forward are a few hundred."""
 
